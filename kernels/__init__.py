@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation; each file gives one Python function on tensors."""

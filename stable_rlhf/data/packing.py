@@ -1,0 +1,109 @@
+"""From text to token ids to padded batches.
+
+Masks and positions are built from lengths, never from token ids, so a padding token that equals EOS is harmless and a
+result does not depend on the padding side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_rlhf.data.records import Prompt
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and a response; the response ends with EOS."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        return self.ids[self.prompt_length :]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, through the tokenizer's chat template when it has one.
+
+    A string is one user turn. Without a template, the text is taken as it is (messages: contents joined by newlines)."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return list(ids["input_ids"])
+    text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
+    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers close every text; the prompt goes on
+    if not ids:
+        raise ValueError(f"the prompt {text!r} has no tokens")
+    return ids
+
+
+def encode(tokenizer: Any, prompt: Prompt, response: str) -> Encoded:
+    """Prompt and response with EOS at the end, so that even an empty response has one token to be judged at."""
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    response_ids = list(tokenizer(response, add_special_tokens=False)["input_ids"]) if response else []
+    return Encoded((*prompt_ids, *response_ids, tokenizer.eos_token_id), len(prompt_ids))
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """``input_ids``, ``attention_mask``, ``position_ids``: [B, L] int64; padding has mask 0."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+
+    def as_inputs(self) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def pad_sequences(
+    sequences: Sequence[Sequence[int]], *, side: str = "right", pad_token_id: int = 0, device: Any = None
+) -> PaddedBatch:
+    """Pad token ids to one rectangle. ``side`` is ``"right"`` (training) or ``"left"`` (generation)."""
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', got {side!r}")
+    if not sequences or min(len(s) for s in sequences) == 0:
+        raise ValueError("sequences: at least one, each with at least one token")
+    longest = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        where = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        ids[i, where] = torch.tensor(sequence, dtype=torch.int64)
+        mask[i, where] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return PaddedBatch(ids.to(device), mask.to(device), positions.to(device))
+
+
+def last_positions(attention_mask: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+    """Column of each row's token number ``lengths[i] - 1``, whatever side the padding is on: [B] int64."""
+    lengths = torch.as_tensor(lengths, device=attention_mask.device)
+    first = attention_mask.argmax(1)  # the first real column
+    return first + lengths - 1
+
+
+def response_targets(examples: Sequence[Encoded], length: int, device: Any = None) -> Tensor:
+    """Next-token targets [B, length] of right-padded rows: position t holds token t+1 where that is a response token,
+    and ``IGNORE`` elsewhere."""
+    target = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        start = example.prompt_length - 1
+        target[i, start : start + len(example.response)] = torch.tensor(example.response)
+    return target.to(device)

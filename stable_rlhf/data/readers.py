@@ -1,0 +1,459 @@
+"""Readers of JSON-lines files (plain or gzip) into records, and the writer of such files.
+
+Rows are checked when they are read, one line at a time: a row that cannot be trained on stops the reader with
+``file:line: reason`` (or is counted, with ``on_bad_row="skip"``), so that nothing downstream has to ask again.
+The formats are described in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import IO, Any, Generic, Literal, NoReturn, TypeAlias, TypeVar, cast
+
+from stable_rlhf.data.records import (
+    Comparison,
+    DataError,
+    Demonstration,
+    LogProbs,
+    Message,
+    Prompt,
+    PromptRow,
+    as_messages,
+)
+
+Record = TypeVar("Record")
+Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+OnBadRow: TypeAlias = Literal["error", "skip"]
+
+_ROLES = ("system", "user", "assistant")
+_MAX_LOGPROB = 1e-6  # rounding in the model that wrote them may leave log 1 a hair above 0
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_UTF8_BOM = b"\xef\xbb\xbf"
+_GZIP_MAGIC = b"\x1f\x8b"
+_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class ReadResult(Generic[Record]):
+    """What a reader returns: ``rows`` in file order, and the errors of the rows that were skipped."""
+
+    rows: list[Record]
+    skipped: list[DataError] = field(default_factory=list)
+
+
+def read_comparisons(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Comparison]:
+    """Read preference pairs, rankings and HH-RLHF transcripts; the format is told from each row's keys.
+
+    Args:
+        paths: one file or several, ``.jsonl`` or ``.jsonl.gz``.
+        on_bad_row: ``"error"`` stops at the first bad row, ``"skip"`` collects the errors in ``skipped``.
+
+    Raises:
+        DataError: a file is missing, unreadable or without rows; a row is bad; or no row is left after skipping.
+        ValueError: ``on_bad_row`` is neither value.
+    """
+    first_k: tuple[int, str] | None = None
+
+    def parse(row: dict[str, Any], source: str) -> Comparison:
+        nonlocal first_k
+        comparison = _comparison(row, source)
+        alternates = comparison.alt_logprobs
+        k = len(alternates[0]) if alternates is not None else 0
+        if first_k is None:
+            first_k = (k, source)
+        elif first_k[0] != k:
+            _bad(f"'alt_logprobs' has K = {k} policies, but K = {first_k[0]} at {first_k[1]}; all rows need the same K")
+        return comparison
+
+    return _read(paths, parse, on_bad_row)
+
+
+def read_demonstrations(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Demonstration]:
+    """Read ``prompt``/``response`` or ``question``/``answer`` rows; arguments and errors as `read_comparisons`."""
+    return _read(paths, _demonstration, on_bad_row)
+
+
+def read_prompts(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[PromptRow]:
+    """Read rows with a ``prompt`` (or ``question``); arguments and errors as `read_comparisons`."""
+    return _read(paths, _prompt_row, on_bad_row)
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object per line, gzip-compressed if the name ends in ``.gz``; returns the number of rows.
+
+    The rows go to a temporary name beside ``path``, which is renamed at the end: a reader sees the old file or the
+    whole new one, and a failure leaves the old one. Missing parent folders are made. Equal rows give equal bytes.
+
+    Raises:
+        DataError: a row holds a value that JSON cannot (NaN and infinities included) or text that UTF-8 cannot.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with open(temporary, "wb") as raw:
+            with _compressed(raw, path) as out:
+                for row in rows:
+                    try:
+                        line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False).encode()
+                    except (TypeError, ValueError, RecursionError) as error:
+                        raise DataError(f"{path}: cannot write row {count + 1}: {error}") from error
+                    out.write(line + b"\n")
+                    count += 1
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+@contextmanager
+def _compressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix != ".gz":
+        yield raw
+        return
+    with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as out:  # no name, no time: equal bytes
+        yield cast(IO[bytes], out)
+
+
+class _BadRow(Exception):
+    """The reason why a row is refused, before file and line are known."""
+
+
+def _bad(reason: str) -> NoReturn:
+    raise _BadRow(reason)
+
+
+def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_row: OnBadRow) -> ReadResult[Record]:
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f'on_bad_row must be "error" or "skip", got {on_bad_row!r}')
+    files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    if not files:
+        raise DataError("no data file was given")
+    result: ReadResult[Record] = ReadResult([], [])
+    for path in files:
+        empty = True
+        for number, line in _lines(path):
+            empty = False
+            source = f"{path}:{number}"
+            try:
+                result.rows.append(parse(_object(line), source))
+            except _BadRow as bad:
+                error = DataError(f"{source}: {bad}")
+                if on_bad_row == "error":
+                    raise error from None
+                result.skipped.append(error)
+        if empty:
+            raise DataError(f"{path}: the file has no rows")
+    if not result.rows:
+        names = ", ".join(str(path) for path in files)
+        raise DataError(f"{names}: no row is left, all {len(result.skipped)} are bad; the first: {result.skipped[0]}")
+    return result
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of each line that is not blank. Bytes, since str lines also break at U+2028."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory, expected a .jsonl or .jsonl.gz file")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    if line.startswith(_GZIP_MAGIC):
+                        raise DataError(f"{path}: holds gzip data, so its name must end in .gz")
+                    line = line.removeprefix(_UTF8_BOM)
+                line = line.strip()
+                if line:
+                    yield number, line
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        _bad(f"not UTF-8 text: {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        _bad(f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        _bad(f"not JSON that can be read: {error}")
+    if not isinstance(value, dict):
+        _bad(f"expected a JSON object, found {_name(value)}")
+    return value
+
+
+# Rows. Each function takes the keys it understands out of the row; what stays is the record's meta.
+
+
+def _comparison(row: dict[str, Any], source: str) -> Comparison:
+    ranked = "responses" in row or "ranks" in row
+    paired = "chosen" in row or "rejected" in row
+    if ranked and paired:
+        _bad("has keys of a pair ('chosen', 'rejected') and of a ranking ('responses', 'ranks')")
+    if not (ranked or paired):
+        _bad("expected the keys 'prompt', 'chosen', 'rejected', or 'prompt', 'responses', 'ranks'")
+    prompt: Prompt
+    labels: Sequence[str]
+    if ranked:
+        prompt = _prompt(_take(row, "prompt"), "prompt")
+        responses = _responses(_take(row, "responses"), prompt)
+        labels = [f"responses[{index}]" for index in range(len(responses))]
+        pairs = _pairs(_take(row, "ranks"), responses)
+    else:
+        labels = ("chosen", "rejected")
+        chosen, rejected = _take(row, "chosen"), _take(row, "rejected")
+        if "prompt" in row:
+            prompt = _prompt(row.pop("prompt"), "prompt")
+            responses = (_response(chosen, "chosen", prompt), _response(rejected, "rejected", prompt))
+        else:
+            prompt, responses = _common_prompt(_conversation(chosen, "chosen"), _conversation(rejected, "rejected"))
+        pairs = ((0, 1),)
+        if responses[0] == responses[1]:
+            _bad("'chosen' and 'rejected' are the same text, which is no preference")
+    logprobs = _optional(row, "logprobs", lambda value: _per_response_logprobs(value, responses, labels))
+    alternates = _optional(row, "alt_logprobs", lambda value: _alternates(value, responses, labels, logprobs))
+    return Comparison(
+        prompt=prompt,
+        responses=responses,
+        pairs=pairs,
+        task=_task(row),
+        margin=_optional(row, "margin", _margin),
+        logprobs=logprobs,
+        alt_logprobs=alternates,
+        source=source,
+        meta=row,
+    )
+
+
+def _demonstration(row: dict[str, Any], source: str) -> Demonstration:
+    if "prompt" not in row and "question" not in row:
+        _bad("expected the keys 'prompt', 'response' or 'question', 'answer'")
+    prompt_key, response_key = ("prompt", "response") if "prompt" in row else ("question", "answer")
+    prompt = _prompt(row.pop(prompt_key), prompt_key)
+    response = _response(_take(row, response_key), response_key, prompt)
+    return Demonstration(prompt=prompt, response=response, task=_task(row), source=source, meta=row)
+
+
+def _prompt_row(row: dict[str, Any], source: str) -> PromptRow:
+    key = "question" if "question" in row and "prompt" not in row else "prompt"
+    return PromptRow(prompt=_prompt(_take(row, key), key), task=_task(row), source=source, meta=row)
+
+
+# Fields.
+
+
+def _name(value: Any) -> str:
+    return _JSON_NAMES.get(type(value), "a number")
+
+
+def _take(row: dict[str, Any], key: str) -> Any:
+    if key not in row:
+        _bad(f"'{key}' is missing")
+    return row.pop(key)
+
+
+def _optional(row: dict[str, Any], key: str, parse: Callable[[Any], Record]) -> Record | None:
+    value = row.pop(key, None)
+    return None if value is None else parse(value)
+
+
+def _text(value: Any, name: str, *, may_be_empty: bool = False, expected: str = "a string") -> str:
+    if not isinstance(value, str):
+        _bad(f"'{name}' must be {expected}, not {_name(value)}")
+    if not may_be_empty and not value.strip():
+        _bad(f"'{name}' is empty")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone \ud800 passes JSON and fails in the tokenizer, hours later
+            _bad(f"'{name}' holds half of a surrogate pair, which is not text")
+    return value
+
+
+def _task(row: dict[str, Any]) -> str | None:
+    key = "task" if "task" in row else "skill"
+    return _optional(row, key, lambda value: _text(value, key))
+
+
+def _margin(value: Any) -> float:
+    if type(value) not in (int, float):
+        _bad(f"'margin' must be a number, not {_name(value)}")
+    try:
+        margin = float(value)
+    except OverflowError:
+        margin = math.inf
+    if not (math.isfinite(margin) and margin > 0):
+        _bad(f"'margin' must be a finite number larger than 0, got {margin}")
+    return margin
+
+
+def _messages(value: list[Any], name: str) -> list[Message]:
+    if not value:
+        _bad(f"'{name}' is empty")
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        here = f"{name}[{index}]"
+        if not isinstance(message, dict):
+            _bad(f"'{here}' must be a chat message with 'role' and 'content', not {_name(message)}")
+        role = message.get("role")
+        if role not in _ROLES:
+            _bad(f"'{here}' has the role {role!r}, expected one of {', '.join(_ROLES)}")
+        # Only a user has nothing to ask: a policy's earlier turn, like its response, may be empty.
+        content = _text(message.get("content"), f"{here}.content", may_be_empty=role != "user")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _prompt(value: Any, name: str) -> Prompt:
+    if not isinstance(value, list):
+        return _text(value, name, expected="a string or a list of chat messages")
+    messages = _messages(value, name)
+    if messages[-1]["role"] != "user":
+        _bad(f"'{name}' must end with a user turn, its last role is {messages[-1]['role']}")
+    return messages
+
+
+def _response(value: Any, name: str, prompt: Prompt) -> str:
+    """A string; or one assistant message, before which the prompt's own messages may be repeated."""
+    if not isinstance(value, list):
+        return _text(value, name, may_be_empty=True, expected="a string or a list of chat messages")
+    *before, last = _messages(value, name)
+    if last["role"] != "assistant" or (before and before != as_messages(prompt)):
+        _bad(f"'{name}' must be one assistant message, alone or after the messages of the prompt")
+    return last["content"]
+
+
+def _responses(value: Any, prompt: Prompt) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        _bad(f"'responses' must be a list, not {_name(value)}")
+    if len(value) < 2:
+        _bad(f"'responses' needs at least two responses, got {len(value)}")
+    return tuple(_response(item, f"responses[{index}]", prompt) for index, item in enumerate(value))
+
+
+def _pairs(ranks: Any, responses: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    if not isinstance(ranks, list) or any(type(rank) is not int for rank in ranks):
+        _bad("'ranks' must be a list of integers, 1 for the best")
+    if len(ranks) != len(responses):
+        _bad(f"'ranks' has {len(ranks)} entries for {len(responses)} responses")
+    order = range(len(ranks))
+    pairs = tuple((better, worse) for better in order for worse in order if ranks[better] < ranks[worse])
+    if not pairs:
+        _bad(f"'ranks' are all equal ({ranks[0]}), which is no preference")
+    for better, worse in pairs:
+        if responses[better] == responses[worse]:
+            _bad(f"responses[{better}] and responses[{worse}] are the same text with different ranks")
+    return pairs
+
+
+def _conversation(value: Any, name: str) -> list[Message]:
+    """A whole conversation, as chat messages or as an HH-RLHF transcript."""
+    messages = _messages(value, name) if isinstance(value, list) else _transcript(value, name)
+    if messages[-1]["role"] != "assistant":
+        _bad(f"'{name}' must end with an assistant turn")
+    return messages
+
+
+def _transcript(value: Any, name: str) -> list[Message]:
+    """Split at "\\n\\nHuman:" and "\\n\\nAssistant:"; neighbouring turns of one speaker become one message."""
+    start, *parts = _TURN.split(_text(value, name).strip())
+    if start or not parts:
+        _bad(f"there is no 'prompt', and '{name}' is not a transcript that starts with \"Human:\"")
+    messages: list[Message] = []
+    for speaker, text in zip(parts[::2], parts[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        text = text.strip()
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text}"
+        else:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def _common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[Prompt, tuple[str, str]]:
+    *prompt, chosen_last = chosen
+    *other, rejected_last = rejected
+    if prompt != other:
+        same = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(prompt, other, strict=False))))
+        _bad(
+            f"there is no 'prompt', and 'chosen' and 'rejected' differ from turn {same + 1} on, "
+            "before the last assistant turn: they do not answer one prompt"
+        )
+    return _prompt(prompt, "prompt (the turns before the response)"), (chosen_last["content"], rejected_last["content"])
+
+
+# Log-probabilities.
+
+
+def _logprob_list(value: Any, name: str, response: str) -> LogProbs:
+    if not isinstance(value, list) or not set(map(type, value)) <= {int, float}:
+        _bad(f"'{name}' must be a list of numbers, one per token")
+    try:
+        values = tuple(map(float, value))
+    except OverflowError:
+        values = (math.inf,)
+    if not all(map(math.isfinite, values)):
+        _bad(f"'{name}' holds a value that is not finite")
+    if values and max(values) > _MAX_LOGPROB:
+        _bad(f"'{name}' holds {max(values):g}; log-probabilities are at most 0")
+    if response and not values:
+        _bad(f"'{name}' is empty, but its response is not")
+    return values
+
+
+def _by_response(value: Any, name: str, labels: Sequence[str]) -> list[Any]:
+    """The values in the order of the responses: pairs name them, rankings list them."""
+    if labels[0] == "chosen":
+        if not isinstance(value, dict) or value.keys() != set(labels):
+            _bad(f"'{name}' must be an object with the keys 'chosen' and 'rejected'")
+        return [value[label] for label in labels]
+    if not isinstance(value, list) or len(value) != len(labels):
+        _bad(f"'{name}' must be a list with one entry for each of the {len(labels)} responses")
+    return value
+
+
+def _per_response_logprobs(value: Any, responses: Sequence[str], labels: Sequence[str]) -> tuple[LogProbs, ...]:
+    entries = _by_response(value, "logprobs", labels)
+    return tuple(
+        _logprob_list(entry, f"logprobs of {label}", response)
+        for entry, label, response in zip(entries, labels, responses, strict=True)
+    )
+
+
+def _alternates(
+    value: Any, responses: Sequence[str], labels: Sequence[str], logprobs: Sequence[LogProbs] | None
+) -> tuple[tuple[LogProbs, ...], ...]:
+    result: list[tuple[LogProbs, ...]] = []
+    for index, entry in enumerate(_by_response(value, "alt_logprobs", labels)):
+        name = f"alt_logprobs of {labels[index]}"
+        if not isinstance(entry, list) or not entry:
+            _bad(f"'{name}' must be a list of K >= 1 lists of numbers; leave 'alt_logprobs' out for K = 0")
+        policies = tuple(_logprob_list(item, f"{name}[{k}]", responses[index]) for k, item in enumerate(entry))
+        if result and len(policies) != len(result[0]):
+            _bad(f"'{name}' has K = {len(policies)} policies, {labels[0]} has K = {len(result[0])}")
+        # All policies score the same tokens, so the weights can be taken token by token.
+        lengths = {len(policy) for policy in policies}
+        if logprobs is not None:
+            lengths.add(len(logprobs[index]))
+        if len(lengths) > 1:
+            also = " and 'logprobs'" if logprobs is not None else ""
+            _bad(f"'{name}'{also} have different numbers of tokens: {', '.join(map(str, sorted(lengths)))}")
+        result.append(policies)
+    return tuple(result)

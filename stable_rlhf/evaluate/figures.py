@@ -1,0 +1,421 @@
+"""Pictures of a run, each a function of figures in ``summary`` that returns PNG bytes.
+
+One palette (Okabe and Ito's, safe for colour-blind readers) throughout: a scorer or variant has one colour everywhere.
+matplotlib is imported when a picture is drawn, with the Agg canvas, and no global state of it is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES
+from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
+
+COLOURS = {
+    "rm": "#D55E00",
+    "am": "#0072B2",
+    "rm-ma": "#E69F00",
+    "am-sr": "#009E73",
+    "rejection": "#7F7F7F",
+}
+WIN, TIE, LOSE = "#1B7837", "#D9D9D9", "#762A83"
+CHOSEN, REJECTED = "#009E73", "#CC79A7"
+INK, FAINT = "#222222", "#B8B8B8"
+IDEAL = {"color": INK, "linestyle": "--", "linewidth": 1.2, "label": "ideal"}
+DPI = 150  # 9 inches wide: 1350 px, shown at 900
+MAX_RIDGES = 12
+MAX_TASK_LABELS = 24
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E8E8E8",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+}
+
+
+@contextmanager
+def _picture(
+    columns: int, rows: int = 1, size: tuple[float, float] = (9, 4), **kwargs: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes [rows, columns] under the house style."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def _png(figure: Any, dpi: int = DPI) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _plain(text: str, limit: int = 22) -> str:
+    """A label from the data: one line, shortened, and never read as TeX."""
+    line = " ".join(str(text).split())
+    return (line if len(line) <= limit else line[: limit - 1] + "…").replace("$", r"\$")
+
+
+def _legend_below(figure: Any, axes: Any, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _scorers(scorers: dict[str, Any]) -> list[str]:
+    return [key for key in ("rm", "am") if scorers.get(key)]
+
+
+def _variants(policies: dict[str, Any]) -> list[str]:
+    return [key for key in VARIANT_NAMES if policies.get(key)]
+
+
+def _draw_reliability(axes: Any, key: str, part: dict[str, Any]) -> None:
+    rows = part["reliability"]
+    for row in rows:
+        ci = wilson(row["accuracy"] * row["count"], row["count"])
+        width = max(row["high"] - row["low"], 0.004)
+        axes.bar(
+            row["low"], row["accuracy"], width=width, align="edge", color=COLOURS[key], alpha=0.75, edgecolor="white"
+        )
+        middle = row["low"] + width / 2
+        axes.plot([middle, middle], [ci["low"], ci["high"]], color=INK, linewidth=1)
+    axes.plot([0.5, 1], [0.5, 1], **IDEAL)
+    axes.set(xlim=(0.5, 1), ylim=(0, 1.02), xlabel="confidence σ(|Δ|)", ylabel="share ranked right")
+    axes.set_title(f"{SCORER_NAMES[key]}: ECE {100 * part['ece']['value']:.1f} %")
+    axes.legend(loc="upper left")
+
+
+def reliability(scorers: dict[str, Any]) -> bytes:
+    """Reliability diagrams side by side; bars are accuracy per confidence bin, whiskers 95 % Wilson intervals."""
+    keys = _scorers(scorers)
+    with _picture(len(keys), size=(9, 4), sharey=True) as (figure, axes):
+        for ax, key in zip(axes[0], keys, strict=True):
+            _draw_reliability(ax, key, scorers[key])
+        for ax in axes[0][1:]:
+            ax.set_ylabel("")
+        return _png(figure)
+
+
+def difference(scorers: dict[str, Any]) -> bytes:
+    """Accuracy against score difference beside 1/(1 + e^−Δ), one panel per scorer as their scales differ (Fig. 2)."""
+    keys = _scorers(scorers)
+    with _picture(len(keys), size=(9, 3.8), sharey=True) as (figure, axes):
+        for ax, key in zip(axes[0], keys, strict=True):
+            rows = scorers[key]["difference_curve"]
+            x = np.array([row["difference"] for row in rows])
+            y = np.array([row["accuracy"] for row in rows])
+            ci = [wilson(row["accuracy"] * row["count"], row["count"]) for row in rows]
+            bars = np.array(
+                [
+                    [v - c["low"] for v, c in zip(y, ci, strict=True)],
+                    [c["high"] - v for v, c in zip(y, ci, strict=True)],
+                ]
+            )
+            ax.errorbar(
+                x,
+                y,
+                yerr=bars,
+                color=COLOURS[key],
+                marker="o",
+                markersize=5,
+                linewidth=1.6,
+                capsize=2,
+                label="measured",
+            )
+            end = max(float(x.max()) * 1.05, 1e-3)
+            line = np.linspace(0, end, 200)
+            ax.plot(line, sigmoid(line), **{**IDEAL, "label": "1/(1 + e$^{-Δ}$)"})
+            ax.set(xlim=(0, end), ylim=(min(0.4, float(y.min()) - 0.05), 1.02), xlabel="score difference |Δ| of a pair")
+            ax.set_title(SCORER_NAMES[key])
+            ax.legend(loc="lower right")
+        axes[0][0].set_ylabel("share ranked right")
+        return _png(figure)
+
+
+def _edges(values: np.ndarray, bins: int = 40) -> np.ndarray:
+    """Histogram edges around the central 99 % of the values, so that one outlier does not flatten the picture."""
+    low, high = np.quantile(values, [0.005, 0.995])
+    margin = 0.1 * (high - low) if high > low else 0.5
+    return np.linspace(low - margin, high + margin, bins + 1)
+
+
+def densities(scorers: dict[str, Any]) -> bytes:
+    """Score densities of chosen and rejected responses per scorer (Fig. 3)."""
+    keys = _scorers(scorers)
+    with _picture(len(keys), size=(9, 3.6)) as (figure, axes):
+        for ax, key in zip(axes[0], keys, strict=True):
+            chosen, rejected = np.asarray(scorers[key]["chosen"]), np.asarray(scorers[key]["rejected"])
+            edges = _edges(np.concatenate([chosen, rejected]))
+            for values, colour, name in ((rejected, REJECTED, "rejected"), (chosen, CHOSEN, "chosen")):
+                ax.hist(
+                    values,
+                    edges,
+                    density=True,
+                    histtype="stepfilled",
+                    alpha=0.45,
+                    color=colour,
+                    label=name,
+                )
+                ax.axvline(values.mean(), color=colour, linewidth=1.6)
+            ax.set(xlabel="score", title=SCORER_NAMES[key], yticks=[])
+        axes[0][0].set_ylabel("density (lines: means)")
+        _legend_below(figure, axes[0][0], 2)
+        return _png(figure)
+
+
+def _largest_tasks(part: dict[str, Any], limit: int) -> list[str]:
+    tasks = part["tasks"]
+    kept = sorted(tasks, key=lambda name: (-tasks[name]["count"], name))[:limit]
+    return sorted(kept, key=lambda name: (tasks[name]["mean"], name))
+
+
+def task_densities(scorers: dict[str, Any]) -> bytes:
+    """Score densities of the 12 largest tasks, one ridge each, ordered by the first scorer's mean (Fig. 1a)."""
+    keys = _scorers(scorers)
+    tasks = _largest_tasks(scorers[keys[0]], MAX_RIDGES)
+    with _picture(len(keys), size=(9, 1.3 + 0.42 * len(tasks)), sharey=True) as (figure, axes):
+        for ax, key in zip(axes[0], keys, strict=True):
+            part = scorers[key]
+            label = np.asarray(part["pair_tasks"], dtype=object)
+            both = np.stack([np.asarray(part["chosen"]), np.asarray(part["rejected"])])
+            edges = _edges(both.ravel(), 48)
+            kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2.0) ** 2)
+            middle = (edges[1:] + edges[:-1]) / 2
+            for height, task in enumerate(tasks):
+                values = both[:, label == task].ravel()
+                counts, _ = np.histogram(values, edges)
+                curve = np.convolve(counts, kernel, mode="same")
+                curve = 0.9 * curve / max(float(curve.max()), 1.0)
+                ax.fill_between(middle, height, height + curve, color=COLOURS[key], alpha=0.55, linewidth=0)
+                ax.plot([values.mean()] * 2, [height, height + 0.9], color=INK, linewidth=1.4)
+            ax.set(xlabel="score (black: mean of the task)", title=SCORER_NAMES[key], ylim=(-0.1, len(tasks) + 0.05))
+            ax.set_yticks(range(len(tasks)), [_plain(task) for task in tasks])
+        return _png(figure)
+
+
+def per_task(scorers: dict[str, Any]) -> bytes:
+    """Mean and deviation of the score for each task, and the mean in units of the scorer's own deviation (Fig. 4)."""
+    keys = _scorers(scorers)
+    first = scorers[keys[0]]["tasks"]
+    names = sorted(first, key=lambda name: (first[name]["mean"], name))
+    place, width = np.arange(len(names)), 0.8 / len(keys)
+    with _picture(1, rows=3, size=(9, 7), sharex=True) as (figure, axes):
+        for k, key in enumerate(keys):
+            tasks = scorers[key]["tasks"]
+            means = np.array([tasks[name]["mean"] for name in names])
+            stds = np.array([tasks[name]["std"] for name in names])
+            relative = (means - means.mean()) / max(float(stds.mean()), 1e-12)
+            for ax, heights in zip(axes[:, 0], (means, stds, relative), strict=True):
+                at = place + (k - (len(keys) - 1) / 2) * width
+                ax.bar(at, heights, width, color=COLOURS[key], label=SCORER_NAMES[key])
+        titles = (
+            "Mean score of each task",
+            "Standard deviation of the score within each task",
+            "Mean score, centred, in units of the scorer's own average deviation",
+        )
+        for ax, title, unit in zip(axes[:, 0], titles, ("mean", "deviation", "mean / deviation"), strict=True):
+            ax.set_title(title, loc="left")
+            ax.set_ylabel(unit)
+            ax.axhline(0, color=INK, linewidth=0.8)
+            ax.grid(axis="x", visible=False)
+        last = axes[-1, 0]
+        if len(names) <= MAX_TASK_LABELS:
+            last.set_xticks(
+                place, [_plain(name, 16) for name in names], rotation=35, ha="right", rotation_mode="anchor"
+            )
+        else:
+            last.set_xticks([])
+            last.set_xlabel(f"{len(names)} tasks, ordered by the mean of the {SCORER_NAMES[keys[0]].lower()}")
+        _legend_below(figure, axes[0, 0], len(keys))
+        return _png(figure)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a tenth of the curve, its window cut at the ends."""
+    reach = max(len(values) // 20, 0)
+    padded = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - reach, 0)
+    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    return (padded[high] - padded[low]) / (high - low)
+
+
+def ppo_curves(policies: dict[str, Any]) -> bytes:
+    """Score gained, gold score where known, KL and length over the steps of each variant (Fig. 5a)."""
+    variants = [key for key in _variants(policies) if policies[key].get("curve")]
+    panels = [
+        ("score", "Score gained since the first step", "score − first"),
+        ("gold", "Gold score (the truth)", "gold score"),
+        ("kl", "KL from the SFT policy", "nats"),
+        ("length", "Length of responses", "tokens"),
+    ]
+    panels = [p for p in panels if any(row.get(p[0]) is not None for v in variants for row in policies[v]["curve"])]
+    with _picture(2, rows=(len(panels) + 1) // 2, size=(9, 0.7 + 2.7 * ((len(panels) + 1) // 2))) as (figure, axes):
+        for ax, (key, title, unit) in zip(axes.ravel(), panels, strict=False):
+            for variant in variants:
+                rows = [row for row in policies[variant]["curve"] if row.get(key) is not None]
+                if not rows:
+                    continue
+                steps, values = np.array([r["step"] for r in rows]), np.array([r[key] for r in rows], dtype=float)
+                smooth = _smooth(values)
+                if key == "score":
+                    values, smooth = values - smooth[0], smooth - smooth[0]
+                ax.plot(steps, values, color=COLOURS[variant], alpha=0.25, linewidth=0.8)
+                ax.plot(
+                    steps,
+                    smooth,
+                    color=COLOURS[variant],
+                    linewidth=1.8,
+                    label=VARIANT_NAMES[variant],
+                    marker="o" if len(rows) < 3 else None,
+                )
+            ax.set_title(title, loc="left")
+            ax.set(xlabel="PPO step", ylabel=unit)
+        for ax in axes.ravel()[len(panels) :]:
+            ax.set_visible(False)
+        _legend_below(figure, axes[0, 0], 5)
+        return _png(figure)
+
+
+def _draw_outcomes(axes: Any, policies: dict[str, Any], variants: Sequence[str], on: str) -> None:
+    for place, variant in enumerate(variants):
+        part, left = policies[variant].get(on), 0.0
+        if not part:
+            axes.text(50, place, "not measured", ha="center", va="center", color=FAINT)
+            continue
+        for key, colour, ink in (("win", WIN, "white"), ("tie", TIE, INK), ("lose", LOSE, "white")):
+            share = 100 * part[key]
+            axes.barh(place, share, left=left, color=colour, height=0.72, label=key if place == 0 else None)
+            if share >= 4:
+                axes.text(left + share / 2, place, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=9)
+            left += share
+    counts = {policies[variant][on]["n"] for variant in variants if policies[variant].get(on)}
+    size = f", {counts.pop()} prompts" if len(counts) == 1 else ""
+    axes.set(xlim=(0, 100), xlabel="share of prompts, %", title=f"{on.capitalize()} set{size}")
+    axes.set_yticks(range(len(variants)), [VARIANT_NAMES[variant] for variant in variants])
+    axes.set_ylim(len(variants) - 0.5, -0.5)
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def outcomes(policies: dict[str, Any]) -> bytes:
+    """Win, tie and lose shares against SFT of each variant, main and forget set side by side (Table 2)."""
+    variants = _variants(policies)
+    sets = [on for on in ("main", "forget") if any(policies[variant].get(on) for variant in variants)]
+    with _picture(len(sets), size=(9, 1.6 + 0.45 * len(variants)), sharey=True) as (figure, axes):
+        for ax, on in zip(axes[0], sets, strict=True):
+            _draw_outcomes(ax, policies, variants, on)
+        _outcome_legend(figure)
+        return _png(figure)
+
+
+def _outcome_legend(figure: Any, **where: Any) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=c, label=n) for n, c in (("wins", WIN), ("ties", TIE), ("loses", LOSE))]
+    figure.legend(handles=patches, **({"loc": "outside lower center", "ncols": 3} | where))
+
+
+def selection_map(selection: dict[str, Any]) -> bytes:
+    """Candidates in two dimensions, coloured by cluster, the kept ones ringed."""
+    import matplotlib
+
+    points = np.asarray(selection["map"], dtype=float)
+    cluster, kept = points[:, 2].astype(int), points[:, 3] > 0
+    palette = matplotlib.colormaps["tab20"](np.arange(20))
+    with _picture(1, size=(9, 5.6)) as (figure, axes):
+        ax = axes[0, 0]
+        small = float(np.clip(12000 / len(points), 6, 30))
+        ax.scatter(points[~kept, 0], points[~kept, 1], s=small, c=palette[cluster[~kept] % 20], alpha=0.4, linewidths=0)
+        ax.scatter(
+            points[kept, 0],
+            points[kept, 1],
+            s=small * 1.6,
+            c=palette[cluster[kept] % 20],
+            edgecolors=INK,
+            linewidths=1.1,
+        )
+        ax.scatter([], [], s=30, color=FAINT, label="candidate (colour: its cluster)")
+        ax.scatter([], [], s=48, color=FAINT, edgecolors=INK, linewidths=1.1, label="kept for rehearsal")
+        ax.set(xlabel="first direction of the embeddings", ylabel="second direction", xticks=[], yticks=[])
+        ax.set_title(f"{int(kept.sum())} of {len(points)} candidates shown are kept, from {len(set(cluster))} clusters")
+        _legend_below(figure, ax, 2)
+        return _png(figure)
+
+
+def cluster_sizes(selection: dict[str, Any]) -> bytes:
+    """Candidates in each cluster, largest first, and how many of them are kept."""
+    clusters = sorted(selection["clusters"], key=lambda row: -row["size"])
+    place = np.arange(len(clusters))
+    with _picture(1, size=(9, 3.2)) as (figure, axes):
+        ax = axes[0, 0]
+        ax.bar(place, [row["size"] for row in clusters], width=0.85, color=FAINT, label="candidates")
+        ax.bar(place, [row["kept"] for row in clusters], width=0.85, color=COLOURS["am-sr"], label="kept")
+        ax.set(xlabel="clusters, largest first", ylabel="responses", xlim=(-0.7, len(clusters) - 0.3))
+        ax.set_title(f"Sizes of the {len(clusters)} clusters")
+        ax.set_xticks(place if len(clusters) <= 30 else [])
+        ax.set_xticklabels([str(k + 1) for k in place] if len(clusters) <= 30 else [])
+        ax.grid(axis="x", visible=False)
+        ax.legend(loc="upper right")
+        return _png(figure)
+
+
+def stage_seconds(stages: Sequence[dict[str, Any]]) -> bytes:
+    """Seconds of each stage, in the order they ran."""
+    seconds = [float(stage["seconds"]) for stage in stages]
+    longest = max([*seconds, 1e-9])
+    with _picture(1, size=(9, 1 + 0.32 * len(stages))) as (figure, axes):
+        ax = axes[0, 0]
+        ax.barh(range(len(stages)), seconds, color="#6C8EBF", height=0.7)
+        for place, (stage, value) in enumerate(zip(stages, seconds, strict=True)):
+            note = "done before" if stage.get("skipped") else f"{value:.1f} s"
+            ax.text(value + longest * 0.01, place, note, va="center", fontsize=9)
+        ax.set_yticks(range(len(stages)), [_plain(stage["name"], 28) for stage in stages])
+        ax.set_ylim(len(stages) - 0.4, -0.6)
+        ax.set(xlim=(0, longest * 1.12), xlabel="seconds", title=f"{sum(seconds):.0f} seconds in all")
+        ax.grid(axis="y", visible=False)
+        return _png(figure)
+
+
+def overview(summary: dict[str, Any]) -> bytes:
+    """One 1200 × 500 picture of a run: reliability of the scorers, and outcomes on the forget set.
+
+    Raises ValueError when the summary has neither scorers nor a forget (else main) set.
+    """
+    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    keys, variants = _scorers(scorers), _variants(policies)
+    on = next((s for s in ("forget", "main") if any(policies[v].get(s) for v in variants)), None)
+    panels = [*keys, *([on] if on else [])]
+    if not panels:
+        raise ValueError("summary has neither scorers nor policies: nothing to draw")
+    ratios = [1.0] * len(keys) + ([1.55] if on else [])
+    with _picture(len(panels), size=(12, 5), gridspec_kw={"width_ratios": ratios}) as (figure, axes):
+        for ax, key in zip(axes[0], keys, strict=False):
+            _draw_reliability(ax, key, scorers[key])
+        if len(keys) > 1:
+            axes[0][1].set_ylabel("")
+        if on:
+            _draw_outcomes(axes[0][-1], policies, variants, on)
+            axes[0][-1].set_title("Against SFT: " + axes[0][-1].get_title().lower())
+            _outcome_legend(figure, loc="outside lower right")
+        return _png(figure, dpi=100)
+
+
+def has_tasks(scorers: dict[str, Any]) -> bool:
+    """Whether per-task pictures would show anything: at least two tasks."""
+    return any(len(set(scorers[key]["tasks"]) - {NO_TASK}) > 1 for key in _scorers(scorers))

@@ -1,0 +1,51 @@
+"""Sampling the compared policies on the evaluation sets and judging them against SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stable_rlhf.data.packing import response_targets
+from stable_rlhf.data.records import PromptRow
+from stable_rlhf.evaluate.judge import Judge, compare
+from stable_rlhf.generate import GenerationSettings, Rollout, generate
+from stable_rlhf.models import PolicyModel, length_batches
+
+
+def respond(
+    policy: PolicyModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seed: int
+) -> list[Rollout]:
+    """One response a prompt; every policy meets the same random numbers."""
+    seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
+    return generate(policy.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="evaluation responses")
+
+
+@torch.no_grad()
+def mean_kl(policy: PolicyModel, reference: PolicyModel, rollouts: Sequence[Rollout]) -> float:
+    """Mean over responses of Σ_t log π(y_t) − log π_init(y_t), nats. For sampled responses this estimates the KL; for
+    greedy ones it is the log-ratio along the mode."""
+    total = 0.0
+    for rows in length_batches([len(r.encoded) for r in rollouts], 4096):
+        chunk = [rollouts[i].encoded for i in rows]
+        inputs = policy.trunk.inputs([e.ids for e in chunk])
+        target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
+        ours = policy(inputs, target)["logprob"]
+        theirs = reference(reference.trunk.inputs([e.ids for e in chunk]), target)["logprob"]
+        total += float((ours - theirs).sum())
+    return total / len(rollouts)
+
+
+def against(
+    judge: Judge,
+    rows: Sequence[PromptRow],
+    ours: Sequence[Rollout],
+    baseline: Sequence[Rollout],
+    *,
+    tie_margin: float,
+    kl: float | None = None,
+) -> dict[str, Any]:
+    """Win, lose and tie of one policy against SFT on one evaluation set."""
+    lengths = [len(r.encoded.response) for r in ours]
+    return compare(judge, rows, [r.text for r in ours], [r.text for r in baseline], tie_margin, kl=kl, lengths=lengths)

@@ -1,0 +1,427 @@
+"""The report of a run, all from ``summary``: a self-contained HTML page, a terminal table and Markdown tables."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from stable_rlhf.evaluate import figures
+from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES, findings, verdict
+from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+__all__ = ["findings", "render_report", "summary_markdown", "summary_table"]
+
+NONE = "–"
+EXAMPLES = 12  # clusters whose example prompt the report shows
+EXAMPLE_CHARACTERS = 300
+_SETS = {"main": "main set", "forget": "forget set"}
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return NONE if value is None else f"{100 * value:.{digits}f}"
+
+
+def _bounds(low: float, high: float) -> str:
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _dash(bounds: str) -> str:
+    """ "[1.0, 2.0]" as "1.0–2.0", narrow enough for a terminal."""
+    return bounds.strip("[]").replace(", ", "–")
+
+
+def _interval(interval: dict[str, float]) -> tuple[str, str]:
+    return _percent(interval["value"]), _bounds(interval["low"], interval["high"])
+
+
+def _share(part: dict[str, Any] | None, which: str) -> tuple[str, str]:
+    """A share in percent and its interval; a tie has no interval of its own."""
+    if not part:
+        return NONE, ""
+    ci = part.get(f"{which}_ci")
+    return _percent(part[which]), _bounds(*ci) if ci else ""
+
+
+def _relative_spread(part: dict[str, Any]) -> float | None:
+    return part["task_mean_spread"] / part["task_std_mean"] if part.get("task_std_mean") else None
+
+
+Cell = tuple[str, str]  # figure, interval
+Rows = list[tuple[str, list[Cell]]]
+
+# The terminal shows the first TERMINAL_COLUMNS of each, so that the table fits 80 characters.
+SCORER_COLUMNS = ["accuracy %", "ECE %", "ECE % after T", "T", "spread of task means", "same / spread within", "Brier"]
+POLICY_COLUMNS = ["main: wins %", "main: loses %", "forget: wins %", "forget: loses %", "gold − SFT", "KL", "length"]
+TERMINAL_COLUMNS = 6
+
+
+def _scorer_rows(scorers: dict[str, Any]) -> Rows:
+    rows: Rows = []
+    for key, name in SCORER_NAMES.items():
+        part = scorers.get(key)
+        if part:
+            rows.append(
+                (
+                    name,
+                    [
+                        _interval(part["accuracy"]),
+                        _interval(part["ece"]),
+                        (_percent(part["ece_after_temperature"]), ""),
+                        (_number(part["temperature"]), ""),
+                        (_number(part["task_mean_spread"]), ""),
+                        (_number(_relative_spread(part)), ""),
+                        (_number(part["brier"], 3), ""),
+                    ],
+                )
+            )
+    return rows
+
+
+def _gold(entry: dict[str, Any]) -> str:
+    """Gain in mean gold score over SFT, main then forget set."""
+    parts = [entry.get(on) or {} for on in _SETS]
+    gains = [
+        f"{part['gold'] - part['sft_gold']:+.3f}"
+        if part.get("gold") is not None and part.get("sft_gold") is not None
+        else NONE
+        for part in parts
+    ]
+    return NONE if set(gains) == {NONE} else " / ".join(gains)
+
+
+def _policy_rows(policies: dict[str, Any]) -> Rows:
+    rows: Rows = []
+    for key, name in VARIANT_NAMES.items():
+        entry = policies.get(key)
+        if entry:
+            main, forget = entry.get("main"), entry.get("forget")
+            about = main or forget or {}
+            rows.append(
+                (
+                    name,
+                    [
+                        _share(main, "win"),
+                        _share(main, "lose"),
+                        _share(forget, "win"),
+                        _share(forget, "lose"),
+                        (_gold(entry), ""),
+                        (_number(about.get("kl")), ""),
+                        (_number(about.get("length"), 1), ""),
+                    ],
+                )
+            )
+    return rows
+
+
+def _paper_scorer_rows() -> Rows:
+    rows: Rows = []
+    for data, table in TABLE_1.items():
+        for key, row in table.items():
+            cells = [(f"{row['accuracy']:.2f}", ""), (f"{row['ece']:.2f}", "")]
+            rows.append((f"{key.upper()}, {data}", cells + [(NONE, "")] * (len(SCORER_COLUMNS) - 2)))
+    return rows
+
+
+def _paper_policy_rows() -> Rows:
+    rows: Rows = []
+    for key, row in TABLE_2.items():
+        cells = [(f"{row[on][which]:.2f}", "") for on in _SETS for which in ("win", "lose")]
+        rows.append((VARIANT_NAMES[key], cells + [(NONE, "")] * (len(POLICY_COLUMNS) - 4)))
+    return rows
+
+
+def _tokens(scorers: dict[str, Any], policies: dict[str, Any]) -> str:
+    """Training tokens of every scorer and policy that says so, a scorer under ``training``."""
+    seen = []
+    for names, group in ((SCORER_NAMES, scorers), (VARIANT_NAMES, policies)):
+        for key, name in names.items():
+            part = group.get(key) or {}
+            count = part.get("tokens_seen", (part.get("training") or {}).get("tokens_seen"))
+            if count is not None:
+                seen.append(f"{name} {int(count):,}")
+    return ", ".join(seen)
+
+
+def _judges(policies: dict[str, Any]) -> list[str]:
+    return sorted({entry[on]["judge"] for entry in policies.values() for on in _SETS if entry and entry.get(on)})
+
+
+def _findings(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    known = summary.get("findings")
+    return findings(summary) if known is None else list(known)
+
+
+def summary_table(summary: dict[str, Any]) -> Group:
+    """The run's figures as one table for a terminal (rich), sections for scorers and policies, then the findings.
+
+    A figure's 95 % interval stands below it; the paper's figures are dimmed. Missing parts leave out their section.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    title = Text(str(summary.get("title", "stable_rlhf")))
+    table = Table(title=title, show_header=False, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True)
+    for _ in range(TERMINAL_COLUMNS):
+        table.add_column(justify="right", overflow="fold")
+
+    def section(title: str, columns: list[str], rows: Rows, published: Rows) -> None:
+        table.add_row()
+        table.add_row(Text(title), *map(Text, columns[:TERMINAL_COLUMNS]), style="bold")
+        for name, cells in rows:
+            shown = ["\n".join(filter(None, (value, _dash(ci)))) for value, ci in cells[:TERMINAL_COLUMNS]]
+            table.add_row(Text(name), *map(Text, shown))
+        for name, cells in published:
+            table.add_row(Text(f"paper: {name}"), *(Text(value) for value, _ in cells[:TERMINAL_COLUMNS]), style="dim")
+
+    if _scorer_rows(scorers):
+        section("Scorer", SCORER_COLUMNS, _scorer_rows(scorers), _paper_scorer_rows()[:2])
+    if _policy_rows(policies):
+        section("Policy against SFT", POLICY_COLUMNS, _policy_rows(policies), _paper_policy_rows())
+    claims = Table.grid(padding=(0, 2))
+    claims.add_row()
+    colours = {True: "green", False: "red", None: "yellow"}
+    for item in _findings(summary):
+        claims.add_row(Text(verdict(item["held"]), style=colours[item["held"]], no_wrap=True), Text(item["claim"]))
+    return Group(table, claims)
+
+
+def summary_markdown(summary: dict[str, Any]) -> str:
+    """The run's figures as Markdown tables for a README, with 95 % intervals, judge, tokens seen and findings."""
+    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("|", "\\|")
+
+    def rows_of(title: str, columns: list[str], rows: Rows, published: Rows) -> list[str]:
+        lines = [f"| {' | '.join(map(cell, [title, *columns]))} |", "|---|" + "---:|" * len(columns)]
+        for name, cells in rows:
+            lines.append(f"| {cell(name)} | {' | '.join(cell(' '.join(part)) for part in cells)} |")
+        lines += [f"| *paper: {cell(name)}* | {' | '.join(c[0] for c in cells)} |" for name, cells in published]
+        return [*lines, ""]
+
+    out: list[str] = []
+    if _scorer_rows(scorers):
+        out += rows_of("Scorer", SCORER_COLUMNS, _scorer_rows(scorers), _paper_scorer_rows()[:2])
+        fits = ", ".join(sorted({part.get("temperature_fit", "fitted") for part in scorers.values() if part}))
+        pairs = " / ".join(f"{part['pairs']:,}" for part in scorers.values() if part)
+        out += [f"Test pairs: {pairs}. T is the temperature that fits the test pairs best; ECE after T: {fits}.", ""]
+    if _policy_rows(policies):
+        out += rows_of("Policy against SFT", POLICY_COLUMNS, _policy_rows(policies), _paper_policy_rows())
+        sizes = [
+            f"{on} {', '.join(sorted({str(e[on]['n']) for e in policies.values() if e and e.get(on)}))}"
+            for on in _SETS
+            if any(e and e.get(on) for e in policies.values())
+        ]
+        out += [f"Prompts: {'; '.join(sizes)}. Judge: {', '.join(map(cell, _judges(policies)))}.", ""]
+    if _tokens(scorers, policies):
+        out += [f"Tokens seen in training: {_tokens(scorers, policies)}.", ""]
+    stages = summary.get("stages") or []
+    seed = f"Seed {summary['seed']}. " if summary.get("seed") is not None else ""
+    device = f" on {summary['device']}" if summary.get("device") else ""
+    took = f"{sum(stage['seconds'] for stage in stages) / 60:.1f} minutes{device}. " if stages else ""
+    out += [f"{seed}{took}Brackets are 95 % intervals over the test items of one training seed.", ""]
+    for item in _findings(summary):
+        out.append(f"- **{verdict(item['held'])}**: {cell(item['claim'])} {cell(item['detail'])}")
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _lead(summary: dict[str, Any]) -> list[str]:
+    """What the run is, in two sentences."""
+    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    where = {
+        "world": "a small world of text skills that the package generates itself, where the true quality of any "
+        "response is known exactly",
+        "real": "real preference pairs and prompts",
+    }.get(str(summary.get("kind")), "the given data")
+    names = [SCORER_NAMES[key].replace("Reward", "reward") for key in SCORER_NAMES if scorers.get(key)]
+    articled = [("a " if name[0].islower() else "an ") + name for name in names]
+    made = f"trained {' and '.join(articled)}" if names else "ran"
+    variants = [VARIANT_NAMES[key] for key in VARIANT_NAMES if policies.get(key)]
+    tuned = f", and tuned a language model as {', '.join(variants)}," if variants else ""
+    return [
+        f"This run {made}{tuned} on {where}.",
+        f"It asks which claims of the paper on the Advantage Model and Selective Rehearsal ({SOURCE}) hold here; "
+        "one training seed, with 95 % intervals over the test items.",
+    ]
+
+
+Picture = dict[str, str]
+
+
+def _picture(draw: Callable[[], bytes], title: str, caption: str) -> Picture:
+    return {"title": title, "caption": caption, "data": base64.b64encode(draw()).decode("ascii")}
+
+
+def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
+    pictures = [
+        _picture(
+            lambda: figures.reliability(scorers),
+            "Confidence and accuracy",
+            "A scorer that says 80 % should be right 80 % of the time: bars below the dashed line are overconfident, "
+            "bars above it underconfident.",
+        ),
+        _picture(
+            lambda: figures.difference(scorers),
+            "Accuracy against score difference",
+            "The further apart two scores are, the more often the ranking should be right; a calibrated scorer follows "
+            "the dashed curve.",
+        ),
+        _picture(
+            lambda: figures.densities(scorers),
+            "Scores of chosen and rejected responses",
+            "The more the two shapes part, the better the scorer tells good from bad; each scorer has its own scale.",
+        ),
+    ]
+    if figures.has_tasks(scorers):
+        pictures += [
+            _picture(
+                lambda: figures.task_densities(scorers),
+                "Scores task by task",
+                "A policy tuned on scores that sit higher for one task than for another may drift toward the style of "
+                "that task; ridges that line up are safer (at most the 12 largest tasks are shown).",
+            ),
+            _picture(
+                lambda: figures.per_task(scorers),
+                "Level and spread of scores per task",
+                "Equal bars mean that all tasks are scored on one scale; the lowest panel compares the scorers "
+                "whatever their scales.",
+            ),
+        ]
+    return pictures
+
+
+def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
+    pictures = []
+    if any((policies.get(v) or {}).get(on) for v in VARIANT_NAMES for on in _SETS):
+        pictures.append(
+            _picture(
+                lambda: figures.outcomes(policies),
+                "Who wins against the SFT policy",
+                "Each prompt is answered by the tuned policy and by the SFT policy it started from; the forget set "
+                "holds what SFT was already good at, so losses there are forgetting.",
+            )
+        )
+    if any((policies.get(v) or {}).get("curve") for v in VARIANT_NAMES):
+        pictures.append(
+            _picture(
+                lambda: figures.ppo_curves(policies),
+                "During PPO",
+                "A score that rises while the gold score does not is reward hacking; KL says how far the policy has "
+                "moved from SFT (thick lines are moving averages; scores of different scorers have different scales).",
+            )
+        )
+    return pictures
+
+
+def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
+    pictures = []
+    if selection.get("map"):
+        pictures.append(
+            _picture(
+                lambda: figures.selection_map(selection),
+                "What is kept for rehearsal",
+                "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster "
+                "are rehearsed during PPO.",
+            )
+        )
+    if selection.get("clusters"):
+        pictures.append(
+            _picture(
+                lambda: figures.cluster_sizes(selection),
+                "Cluster sizes",
+                "Keeping the same number from every cluster gives rare kinds of prompts a place.",
+            )
+        )
+    return pictures
+
+
+def _text(example: Any) -> str:
+    """An example prompt as text, whether a string or chat messages, shortened."""
+    if isinstance(example, list):
+        example = "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in example)
+    text = str(example)
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
+
+
+def _examples(selection: dict[str, Any]) -> list[dict[str, Any]]:
+    clusters = [row for row in selection.get("clusters") or [] if row.get("example") and row.get("size")]
+    rows = []
+    for row in sorted(clusters, key=lambda row: -row["size"])[:EXAMPLES]:
+        tasks = sorted((row.get("tasks") or {}).items(), key=lambda item: -item[1])[:3]
+        score = row.get("mean_score")
+        rows.append(
+            {
+                "size": row["size"],
+                "kept": row["kept"],
+                "score": _number(score),
+                "tasks": ", ".join(f"{name} ({count})" for name, count in tasks) or NONE,
+                "example": _text(row["example"]),
+            }
+        )
+    return rows
+
+
+def render_report(summary: dict[str, Any]) -> str:
+    """The HTML report of ``summary``: pictures embedded, no script, no request to anywhere, every value escaped.
+
+    Parts that the summary lacks (a scorer, the selection, policies, …) leave out their sections.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("stable_rlhf.evaluate", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    selection, stages = summary.get("selection") or {}, summary.get("stages") or []
+    scorer_rows, policy_rows = _scorer_rows(scorers), _policy_rows(policies)
+    return environment.get_template("report.html.j2").render(
+        title=summary.get("title", "stable_rlhf"),
+        lead=_lead(summary),
+        findings=[{**item, "verdict": verdict(item["held"])} for item in _findings(summary)],
+        scorer_columns=SCORER_COLUMNS,
+        scorer_rows=scorer_rows,
+        paper_scorer_rows=_paper_scorer_rows(),
+        scorer_pairs=[(SCORER_NAMES[key], scorers[key]["pairs"]) for key in SCORER_NAMES if scorers.get(key)],
+        ece_chance=[_percent(p["ece_if_calibrated"]) for p in scorers.values() if p and "ece_if_calibrated" in p],
+        temperature_fits=sorted({part.get("temperature_fit", "fitted") for part in scorers.values() if part}),
+        scorer_pictures=_scorer_pictures(scorers) if scorer_rows else [],
+        policy_columns=POLICY_COLUMNS,
+        policy_rows=policy_rows,
+        paper_policy_rows=_paper_policy_rows(),
+        policy_pictures=_policy_pictures(policies),
+        judges=_judges(policies),
+        tokens=_tokens(scorers, policies),
+        selection=selection,
+        selection_tasks=sorted((selection.get("tasks") or {}).items()),
+        selection_pictures=_selection_pictures(selection),
+        examples=_examples(selection),
+        settings=summary.get("settings") or {},
+        versions=summary.get("versions") or {},
+        stages=stages,
+        stage_picture=_picture(
+            lambda: figures.stage_seconds(stages), "Time", "Seconds that each stage of the run took."
+        )
+        if stages
+        else None,
+        facts=[
+            (name, summary[key])
+            for name, key in (("Command", "command"), ("Seed", "seed"), ("Device", "device"))
+            if summary.get(key) is not None
+        ],
+        source=SOURCE,
+    )

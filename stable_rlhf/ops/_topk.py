@@ -1,0 +1,70 @@
+"""The best k rows of each cluster: how Selective Rehearsal picks what to rehearse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stable_rlhf.ops._backend import choose, extension, register
+from stable_rlhf.ops._checks import FLOATS, INTEGERS, check_tensor, first_true
+
+
+def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
+    """Indices of the k highest scores of each cluster (arXiv 2309.10202, section 3.2).
+
+    Args:
+        score: [n] floating point; infinities are allowed, NaN is not.
+        cluster: [n] integer in [0, num_clusters).
+        num_clusters: number of clusters, some may be empty.
+        k: how many rows to keep of each cluster; a smaller cluster is kept whole.
+
+    Returns:
+        The kept indices into `score`, int64, ascending. Equal scores are kept in the order of their indices.
+
+    Raises:
+        ValueError: names the argument (shape, type, device, a NaN score, a cluster out of range, a negative k).
+    """
+    check_tensor("score", score, dtypes=FLOATS)
+    if score.ndim != 1:
+        raise ValueError(f"score: shape {tuple(score.shape)} instead of [n]")
+    check_tensor("cluster", cluster, shape=tuple(score.shape), device=score.device, dtypes=INTEGERS)
+    if k < 0:
+        raise ValueError(f"k: {k} is negative")
+    if num_clusters < 0:
+        raise ValueError(f"num_clusters: {num_clusters} is negative")
+    # The number of kept rows is data: a synchronisation is due anyway, so values are always checked.
+    if bool(score.isnan().any()):
+        raise ValueError(f"score: NaN at index {first_true(score.isnan())}")
+    outside = (cluster < 0) | (cluster >= num_clusters)
+    if bool(outside.any()):
+        index = first_true(outside)
+        raise ValueError(f"cluster: {int(cluster[index])} at index {index} is outside [0, {num_clusters})")
+    score = score.detach()
+    if score.dtype in (torch.bfloat16, torch.float16):
+        score = score.float()  # exact
+    return choose("topk_by_cluster", score.device)(score, cluster.to(torch.int64), num_clusters, k)
+
+
+def _topk_torch(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
+    # Two stable sorts, the less important key first: by score, then by cluster. Adding 0 turns -0.0 into 0.0, which
+    # a radix sort would tell apart.
+    by_score = torch.sort(score + 0.0, descending=True, stable=True).indices
+    by_both = by_score[torch.sort(cluster[by_score], stable=True).indices]
+    size = torch.bincount(cluster, minlength=num_clusters)
+    start = size.cumsum(0) - size
+    rank = torch.arange(score.numel(), device=score.device) - start[cluster[by_both]]
+    return by_both[rank < k].sort().values
+
+
+def _topk_cpu(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
+    module = extension()
+    assert module is not None
+    kernel = module.topk_by_cluster_f64 if score.dtype == torch.float64 else module.topk_by_cluster_f32
+    score, cluster = score.contiguous(), cluster.contiguous()
+    kept = torch.empty(score.numel(), dtype=torch.int64)
+    threads = torch.get_num_threads()
+    count = kernel(score.data_ptr(), cluster.data_ptr(), score.numel(), num_clusters, k, threads, kept.data_ptr())
+    return kept[:count].clone()
+
+
+register("topk_by_cluster", {"torch": _topk_torch, "cpu": _topk_cpu})

@@ -1,0 +1,103 @@
+"""One mixed batch, one forward, one loss: PPO rows, rehearsal rows and the critic (Eq. 2 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ppo.rewards import Experience
+
+IGNORED, POLICY, REHEARSAL = 0, 1, 2
+
+
+@dataclass
+class MixedBatch:
+    """Rollouts and rehearsal sequences in one padded batch; every per-token tensor is [B, L], aligned with the target it
+    speaks of (position t predicts token t+1)."""
+
+    inputs: dict[str, Tensor]
+    target: Tensor
+    kind: Tensor
+    old_logprob: Tensor
+    advantage: Tensor
+    value: Tensor
+    returns: Tensor
+
+
+def mix(
+    policy: PolicyModel, experiences: Sequence[Experience], rehearsal: Sequence[Encoded], cache: FeatureCache
+) -> MixedBatch:
+    """Lay out one micro-batch: the rollouts first, then the rehearsal sequences."""
+    examples = [e.encoded for e in experiences] + list(rehearsal)
+    sequences = [e.ids for e in examples]
+    features = None
+    if policy.trunk.lower is not None:
+        features = [e.features for e in experiences if e.features is not None]
+        features += cache.get(policy.trunk, sequences[len(experiences) :]) or []
+    inputs = policy.trunk.inputs(sequences, features=features)
+    length, device = inputs["attention_mask"].shape[1], policy.trunk.device
+    target = response_targets(examples, length, device)
+    kind = torch.where(target >= 0, POLICY, IGNORED)
+    kind[len(experiences) :] *= REHEARSAL
+    rows = torch.zeros(4, *target.shape)
+    for i, e in enumerate(experiences):
+        assert e.advantage is not None and e.returns is not None
+        where = slice(e.encoded.prompt_length - 1, e.encoded.prompt_length - 1 + len(e.encoded.response))
+        rows[:, i, where] = torch.stack([e.old_logprob, e.advantage, e.value, e.returns])
+    old_logprob, advantage, value, returns = rows.to(device)
+    return MixedBatch(inputs, target, kind, old_logprob, advantage, value, returns)
+
+
+def clipped_value_loss(value: Tensor, old_value: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:
+    """½ · max((V − R)², (clip(V, V_old ± ε) − R)²), element-wise (Schulman et al., as in PPO's reference code)."""
+    clipped = old_value + (value - old_value).clamp(-cliprange_value, cliprange_value)
+    return 0.5 * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2)
+
+
+def mixed_loss(
+    engine: Any,
+    batch: MixedBatch,
+    config: PolicyLossConfig,
+    *,
+    temperature: float,
+    cliprange_value: float,
+    vf_coef: float,
+    policy_denominator: float,
+    rehearsal_denominator: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_PPO + γ · NLL + vf_coef · L_value of one micro-batch, each sum divided by its own global count.
+
+    Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut."""
+    # Rehearsal text was not sampled at this temperature: its NLL is the model's own.
+    temperatures = torch.where(batch.kind == REHEARSAL, 1.0, temperature)
+    result = engine(
+        batch.inputs, batch.target,
+        temperature=temperatures,
+        loss={
+            "kind": batch.kind, "old_logprob": batch.old_logprob, "advantage": batch.advantage, "config": config,
+            "policy_denominator": policy_denominator, "rehearsal_denominator": rehearsal_denominator,
+        },
+    )  # fmt: skip
+    output = result["output"]
+    ours = batch.kind == POLICY
+    error = clipped_value_loss(result["value"], batch.value, batch.returns, cliprange_value)
+    value_loss = torch.where(ours, error, 0.0).sum() / policy_denominator
+    loss = output.loss + vf_coef * value_loss
+    share = ours.sum() / policy_denominator  # this micro-batch's weight in means over policy tokens
+    metrics = {
+        "loss": loss.detach(),
+        "policy_loss": output.metrics["policy_loss"],
+        "rehearsal_loss": output.metrics["rehearsal_loss"],
+        "value_loss": value_loss.detach(),
+        "clip_fraction": output.metrics["clip_fraction"] * share,
+        "approx_kl": output.metrics["approx_kl"] * share,
+        "entropy": output.metrics["entropy"] * share,
+    }
+    return loss, metrics

@@ -1,0 +1,188 @@
+"""The scorer: one backbone, a reward head r(x, y) and, for the Advantage Model, an expectation head e(x)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_rlhf import ops
+from stable_rlhf.data.packing import Encoded, encode, last_positions
+from stable_rlhf.data.records import Prompt
+from stable_rlhf.models import FeatureCache, Trunk, context_length, length_batches, load_tokenizer
+from stable_rlhf.progress import progress
+
+_SETTINGS_FILE = "advantage_model.json"
+_HEADS_FILE = "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """What a scorer must remember to score: saved beside its weights.
+
+    ``objective``: ``"am"`` (Advantage Model, Eq. 6) or ``"rm"`` (reward model, Eq. 1). ``num_policies`` is N and
+    ``num_alternates`` is K of Eq. 8; N ≥ K ≥ 0 and N ≥ 1. ``margin`` is m of Eq. 6. ``score_mean`` and ``score_std``
+    describe the scores on the held-out pairs (information only)."""
+
+    objective: str = "am"
+    num_policies: int = 1
+    num_alternates: int = 0
+    margin: float = 2.5
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("am", "rm"):
+            raise ValueError(f"objective must be 'am' or 'rm', got {self.objective!r}")
+        if not (self.num_policies >= 1 and self.num_policies >= self.num_alternates >= 0):
+            raise ValueError(
+                f"num_policies (N={self.num_policies}) and num_alternates (K={self.num_alternates}) must hold N >= K >= 0, N >= 1"
+            )
+
+
+class AdvantageModel(nn.Module):
+    """Scores (prompt, response) pairs.
+
+    The reward head is read at the last response token (EOS), the expectation head at the last prompt token; both stand
+    on one backbone. At inference there are no alternates, every w_k is 1, and Eq. 8 becomes
+
+        a(x, y) = (N − K)/N · (r(x, y) − e(x)).
+
+    A reward model (``objective="rm"``) has no expectation head and scores r(x, y).
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        settings: ScorerSettings | None = None,
+        *,
+        num_trainable_layers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        settings = settings or ScorerSettings()
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.trunk = Trunk(backbone, num_trainable_layers)
+        generator = torch.Generator().manual_seed(seed)
+        size = self.trunk.hidden_size
+        self.reward_head = _head(size, generator)
+        self.expected_head = _head(size, generator) if settings.objective == "am" else None
+        self.max_length = context_length(backbone.config)
+
+    def forward(self, inputs: dict[str, Tensor], last: Tensor, prompt_last: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rewards [B] at columns ``last`` and expectations [B] at columns ``prompt_last`` (``None`` for a reward
+        model), both float32."""
+        hidden = self.trunk(**inputs)  # [B, L, H]
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        dtype = self.reward_head.weight.dtype
+        reward = self.reward_head(hidden[rows, last].to(dtype)).squeeze(-1).float()
+        expected = None
+        if self.expected_head is not None:
+            expected = self.expected_head(hidden[rows, prompt_last].to(dtype)).squeeze(-1).float()
+        return reward, expected
+
+    def prepare(
+        self, examples: Sequence[Encoded], cache: FeatureCache | None = None, side: str = "right"
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Arguments of :meth:`forward` for encoded examples."""
+        sequences = [e.ids for e in examples]
+        features = cache.get(self.trunk, sequences) if cache is not None else None
+        inputs = self.trunk.inputs(sequences, features=features, side=side)
+        mask = inputs["attention_mask"]
+        last = last_positions(mask, [len(e) for e in examples])
+        prompt_last = last_positions(mask, [e.prompt_length for e in examples])
+        return inputs, last, prompt_last
+
+    def advantage(self, reward: Tensor, expected: Tensor | None) -> Tensor:
+        """Scores from rewards and expectations as PPO, selection and evaluation use them (no alternates)."""
+        if self.settings.objective == "rm":
+            return reward
+        return ops.advantage_score(
+            reward, expected, num_policies=self.settings.num_policies, num_alternates=self.settings.num_alternates
+        )
+
+    @torch.no_grad()
+    def score_encoded(
+        self,
+        examples: Sequence[Encoded],
+        *,
+        max_tokens: int = 8192,
+        cache: FeatureCache | None = None,
+        side: str = "right",
+        description: str | None = None,
+    ) -> Tensor:
+        """Scores [n] float32 of encoded examples; batches of at most ``max_tokens`` padded tokens, sorted by length."""
+        was_training = self.training
+        self.eval()
+        scores = torch.empty(len(examples))
+        batches = length_batches([len(e) for e in examples], max_tokens)
+        with progress(description or "scoring", total=len(examples), unit="responses") as bar:
+            for rows in batches:
+                reward, expected = self(*self.prepare([examples[i] for i in rows], cache, side))
+                scores[rows] = self.advantage(reward, expected).cpu()
+                bar.advance(len(rows))
+        self.train(was_training)
+        if not torch.isfinite(scores).all():
+            raise ValueError(f"the scorer gave a score that is not finite (response {int((~torch.isfinite(scores)).nonzero()[0])})")
+        return scores
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_tokens: int = 8192) -> Tensor:
+        """Scores [n] float32 of (prompt, response) pairs: text in, numbers out.
+
+        A pair longer than the backbone's context is an error that names it."""
+        if len(prompts) != len(responses):
+            raise ValueError(f"prompts ({len(prompts)}) and responses ({len(responses)}) must have the same length")
+        examples = [encode(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
+        for i, example in enumerate(examples):
+            if len(example) > self.max_length:
+                raise ValueError(f"pair {i} has {len(example)} tokens, more than the backbone's context of {self.max_length}")
+        return self.score_encoded(examples, max_tokens=max_tokens)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write backbone and tokenizer (which plain transformers loads), heads and settings to a folder."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        self.trunk.backbone.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        heads = {"reward_head." + k: v for k, v in self.reward_head.state_dict().items()}
+        if self.expected_head is not None:
+            heads |= {"expected_head." + k: v for k, v in self.expected_head.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in heads.items()}, folder / _HEADS_FILE)
+        (folder / _SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, num_trainable_layers: int | None = None
+    ) -> AdvantageModel:
+        """Load what :meth:`save_pretrained` wrote. A missing path is an error, never a fresh model."""
+        from safetensors.torch import load_file
+        from transformers import AutoModel
+
+        folder = Path(folder)
+        for name in (_SETTINGS_FILE, _HEADS_FILE, "config.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"scorer {str(folder)!r}: no {name} there; is it a folder that train-scorer wrote?")
+        settings = ScorerSettings(**json.loads((folder / _SETTINGS_FILE).read_text()))
+        backbone = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)
+        heads = load_file(folder / _HEADS_FILE)
+        missing, unexpected = model.load_state_dict(heads, strict=False)
+        wanted = {k for k in missing if "_head" in k}
+        if wanted or unexpected:
+            raise ValueError(f"scorer {str(folder)!r}: {_HEADS_FILE} misses {sorted(wanted)}, has extra {sorted(unexpected)}")
+        return model.eval()
+
+
+def _head(size: int, generator: torch.Generator) -> nn.Linear:
+    # 1/√(H+1): the scale of Stiennon et al. (2020), scores start near unit variance or below.
+    head = nn.Linear(size, 1)
+    with torch.no_grad():
+        head.weight.normal_(0.0, (size + 1) ** -0.5, generator=generator)
+        head.bias.zero_()
+    return head

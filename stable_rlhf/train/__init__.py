@@ -1,0 +1,1 @@
+"""Training: settings, DeepSpeed engines, checkpoints, and the runs built from them."""

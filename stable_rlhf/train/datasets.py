@@ -1,0 +1,137 @@
+"""From the data settings of a recipe to encoded rows, divided into training and test sets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.readers import ReadResult, read_comparisons, read_demonstrations, read_prompts
+from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
+from stable_rlhf.data.splits import split_rows
+from stable_rlhf.progress import say
+from stable_rlhf.train.config import DataArguments
+from stable_rlhf.train.ppo import EncodedPrompt, encode_prompts
+
+Row = TypeVar("Row", Comparison, Demonstration, PromptRow)
+
+
+def locate(arguments: DataArguments, names: Sequence[str]) -> list[Path]:
+    """File names of the settings as paths; relative ones are looked up in ``data_dir`` when it is set."""
+    root = Path(arguments.data_dir) if arguments.data_dir else Path()
+    if arguments.data_dir and not root.is_dir():
+        raise DataError(f"data.data_dir {arguments.data_dir!r} is not a folder")
+    return [root / name for name in names]
+
+
+def _report(what: str, result: ReadResult[Any]) -> None:
+    if result.skipped:
+        say(f"  {what}: {len(result.skipped)} bad rows left out, the first: {result.skipped[0]}")
+
+
+@dataclass
+class PreferenceSplits:
+    """Comparisons by use; no prompt stands in two of them."""
+
+    train: list[Comparison]
+    test: list[Comparison]
+    judge: list[Comparison] = field(default_factory=list)
+
+
+def load_preferences(arguments: DataArguments, seed: int) -> PreferenceSplits:
+    """Read and divide the preference files."""
+    if not arguments.pairs:
+        raise DataError("data.pairs: name at least one preference file")
+    result = read_comparisons(locate(arguments, arguments.pairs), on_bad_row=arguments.on_bad_row)
+    _report("preferences", result)
+    rows = result.rows
+    if arguments.max_pairs and arguments.max_pairs < len(rows):
+        rows = split_rows(rows, [arguments.max_pairs], seed)[0]
+    fractions = [arguments.test_fraction, arguments.judge_fraction]
+    used = [f for f in fractions if f > 0]
+    rest = 1 - sum(used)
+    if rest <= 0 or arguments.test_fraction <= 0:
+        raise DataError("data.test_fraction must be above 0, and with data.judge_fraction below 1")
+    test, *judge, train = split_rows(rows, [*used, rest], seed)
+    return PreferenceSplits(train, test, judge[0] if judge else [])
+
+
+@dataclass
+class PromptSplits:
+    """Prompts to train on, and the two evaluation sets."""
+
+    train: list[EncodedPrompt]
+    main: list[EncodedPrompt]
+    forget: list[EncodedPrompt]
+
+
+def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptSplits:
+    """Read, encode and divide the prompt files."""
+
+    def read(names: Sequence[str]) -> list[EncodedPrompt]:
+        result = read_prompts(locate(arguments, names), on_bad_row=arguments.on_bad_row)
+        _report("prompts", result)
+        return encode_prompts(result.rows, lambda p: encode_prompt(tokenizer, p), arguments.max_prompt_length)
+
+    if not arguments.prompts:
+        raise DataError("data.prompts: name at least one prompt file")
+    if bool(arguments.eval_main) != bool(arguments.eval_forget):
+        raise DataError("data.eval_main and data.eval_forget: give both, or neither")
+    everything = read(arguments.prompts)
+    if arguments.eval_main:
+        main, forget = read(arguments.eval_main), read(arguments.eval_forget)
+        train = everything
+    else:
+        wanted = set(arguments.forget_tasks)
+        kept = [p for p in everything if p.row.task in wanted]
+        others = [p for p in everything if p.row.task not in wanted]
+        if not kept or not others:
+            raise DataError(
+                f"data.forget_tasks {sorted(wanted)}: the prompts have {len(kept)} of these tasks and {len(others)} others; "
+                "both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
+            )
+        forget, kept = _take(kept, arguments.eval_prompts, seed)
+        main, others = _take(others, arguments.eval_prompts, seed)
+        train = kept + others
+    return PromptSplits(_cap_tasks(train, arguments.max_prompts_per_task, seed), main, forget)
+
+
+def _take(prompts: list[EncodedPrompt], count: int, seed: int) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+    """Hold out ``count`` prompts, at most half of what there is."""
+    count = max(1, min(count, len(prompts) // 2))
+    by_row = {id(p.row): p for p in prompts}
+    held, rest = split_rows([p.row for p in prompts], [count, len(prompts) - count], seed)
+    return [by_row[id(r)] for r in held], [by_row[id(r)] for r in rest]
+
+
+def _cap_tasks(prompts: list[EncodedPrompt], most: int, seed: int) -> list[EncodedPrompt]:
+    if not most:
+        return prompts
+    groups: dict[str | None, list[EncodedPrompt]] = defaultdict(list)
+    for prompt in prompts:
+        groups[prompt.row.task].append(prompt)
+    kept: list[EncodedPrompt] = []
+    for group in groups.values():
+        if len(group) > most:
+            chosen = {id(r) for r in split_rows([p.row for p in group], [most], seed)[0]}
+            group = [p for p in group if id(p.row) in chosen]
+        kept += group
+    return kept
+
+
+def load_demonstrations(
+    arguments: DataArguments, names: Sequence[str], tokenizer: Any
+) -> tuple[list[Encoded], list[Demonstration]]:
+    """Read and encode prompt/response files; rows that are too long are left out and counted."""
+    result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
+    _report("demonstrations", result)
+    pairs = [(encode(tokenizer, r.prompt, r.response), r) for r in result.rows]
+    kept = [(e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length]
+    if not kept:
+        raise DataError(f"none of {len(pairs)} demonstrations fits max_length {arguments.max_length}")
+    if len(kept) < len(pairs):
+        say(f"  {len(pairs) - len(kept)} of {len(pairs)} demonstrations are too long: left out")
+    return [e for e, _ in kept], [r for _, r in kept]

@@ -1,0 +1,195 @@
+"""The DeepSpeed engine, and the few collectives the runs need."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stable_rlhf.train.config import EngineArguments
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: Iterable[float]) -> list[float]:
+    """Element-wise float64 sums over all ranks."""
+    values = list(values)
+    if world_size() == 1:
+        return [float(v) for v in values]
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def start(seed: int) -> None:
+    """Join the process group (one process without a launcher), quieten DeepSpeed, and seed torch."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # On the CPU DeepSpeed would compile a shared-memory collective on first use (minutes); gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            import socket
+
+            with socket.socket() as free:  # any free port: several single-process runs may share a machine
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    torch.manual_seed(seed)
+
+
+def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
+    """Learning-rate factor by step: linear warm-up, then a cosine down to ``min_lr_ratio``."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+class Engine:
+    """One DeepSpeed engine around a module whose ``forward`` computes its own loss.
+
+    Gradients of all micro-steps and ranks are **summed** (DeepSpeed averages; :meth:`backward` undoes that), so a loss
+    divided by a global count gives the same step however the batch is cut.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        arguments: EngineArguments,
+        *,
+        learning_rate: float,
+        head_learning_rate: float | None = None,
+        total_steps: int,
+        warmup_ratio: float = 0.0,
+        min_lr_ratio: float = 1.0,
+        micro_batch_size: int = 1,
+        gradient_accumulation_steps: int = 1,
+    ) -> None:
+        import deepspeed
+
+        self.accumulation = gradient_accumulation_steps
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("nothing to train: every parameter is frozen")
+        heads = [p for n, p in named if n.split(".")[0] in ("reward_head", "expected_head", "value_head")]
+        held = {id(p) for p in heads}
+        groups = [{"params": [p for _, p in named if id(p) not in held], "lr": learning_rate}]
+        groups.append({"params": heads, "lr": head_learning_rate or learning_rate})
+        groups = [g for g in groups if g["params"]]
+        optimizer = torch.optim.AdamW(
+            groups, lr=learning_rate, betas=(arguments.adam_beta1, arguments.adam_beta2), eps=1e-8,
+            weight_decay=arguments.weight_decay,
+        )  # fmt: skip
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "gradient_clipping": arguments.max_grad_norm,
+            "zero_optimization": {"stage": arguments.zero_stage},
+            "bf16": {"enabled": arguments.bf16},
+            "zero_allow_untested_optimizer": True,
+            "wall_clock_breakdown": False,
+            "steps_per_print": 10**9,
+        }
+        if arguments.offload_optimizer:
+            if arguments.zero_stage == 0:
+                raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False
+        if arguments.gradient_checkpointing:
+            trunk: Any = module.trunk
+            trunk.upper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.module = module.to(device())
+        schedule = cosine(total_steps, warmup_ratio, min_lr_ratio)
+        self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            model=module,
+            model_parameters=[p for _, p in named],
+            optimizer=optimizer,
+            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, schedule),
+            config=config,
+        )
+        self.zero_stage = arguments.zero_stage
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        self.deepspeed.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """One micro-step: exactly one ``backward`` before each ``step``."""
+        self.deepspeed.backward(loss * (world_size() * self.accumulation))
+
+    def step(self) -> None:
+        """Ends a micro-step; the optimiser moves at each accumulation boundary."""
+        self.deepspeed.step()
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.deepspeed.get_lr()[0])
+
+    @property
+    def gradient_norm(self) -> float:
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def whole_weights(self) -> Any:
+        """Context in which ``module`` holds its full weights on every rank (ZeRO-3 gathers; otherwise nothing)."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(
+            [p for p in self.module.parameters() if hasattr(p, "ds_id")], enabled=self.zero_stage == 3
+        )
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers; the module keeps its weights (ZeRO 0 to 2)."""
+        self.deepspeed.destroy()

@@ -1,0 +1,127 @@
+"""Rejection sampling (Eq. 3 and 4): sample, keep what scores well, imitate it, repeat. A baseline for PPO."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.data.records import PromptRow
+from stable_rlhf.generate import GenerationSettings, Rollout, generate
+from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.progress import progress
+from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.train.config import EngineArguments, PPOArguments
+from stable_rlhf.train.engine import Engine, gather_objects, rank, sum_over_ranks, world_size
+from stable_rlhf.train.ppo import EncodedPrompt
+from stable_rlhf.train.sft import nll_step, save_policy
+from stable_rlhf.train.tracking import Tracker
+
+
+def keep(scores: Sequence[float], samples: int, threshold: float | None) -> list[int]:
+    """Indices kept out of ``samples`` responses a prompt: the best of each prompt (first wins a tie), or all with a
+    score of at least ``threshold``."""
+    if threshold is not None:
+        return [i for i, s in enumerate(scores) if s >= threshold]
+    starts = range(0, len(scores), samples)
+    return [max(range(start, start + samples), key=lambda i: (scores[i], -i)) for start in starts]
+
+
+def train_rejection(
+    policy: PolicyModel,
+    tokenizer: Any,
+    scorer: AdvantageModel,
+    prompts: Sequence[EncodedPrompt],
+    arguments: PPOArguments,
+    engine_arguments: EngineArguments,
+    folder: Path,
+    *,
+    seed: int,
+    report_to: Sequence[str] = (),
+    gold: Callable[[PromptRow, str], float] | None = None,
+) -> dict[str, Any]:
+    """``total_steps`` rounds of ``rollout_batch_size`` responses, ``rejection_samples`` a prompt; one optimiser step a
+    round on what is kept."""
+    a, world = arguments, world_size()
+    per_round, left = divmod(a.rollout_batch_size, a.rejection_samples * world)
+    if left or not per_round:
+        raise ValueError(
+            f"ppo.rollout_batch_size {a.rollout_batch_size} must be a multiple of rejection_samples {a.rejection_samples} "
+            f"x {world} ranks"
+        )
+    reference = policy.reference().to(policy.trunk.device)
+    per_device = a.per_device_train_batch_size
+    engine = Engine(
+        policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
+        micro_batch_size=per_device, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    scorer.to(policy.trunk.device).eval()
+    settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p)
+    tracker, tokens = Tracker(folder, report_to), 0.0
+    rounds = shuffled_steps(len(prompts), per_round * world, a.total_steps, stream_seed(seed, "prompts"))
+    with progress("rejection sampling", total=a.total_steps, unit="rounds") as bar:
+        for step, indices in enumerate(rounds):
+            began = time.monotonic()
+            places = micro_steps(list(range(len(indices))), per_round, rank(), world)[0]
+            mine = [prompts[indices[p]] for p in places for _ in range(a.rejection_samples)]
+            seeds = [stream_seed(seed, "rollout", step, p, k) for p in places for k in range(a.rejection_samples)]
+            rollouts: list[Rollout] = generate(
+                policy.causal_lm, tokenizer, [p.ids for p in mine], settings, seeds=seeds, engine=engine.deepspeed
+            )  # fmt: skip
+            examples = [r.encoded for r in rollouts]
+            scores = scorer.score_encoded(examples).tolist()
+            kl = _kl(policy, reference, engine, examples, per_device, a.temperature)
+            kept = [examples[i] for i in keep(scores, a.rejection_samples, a.rejection_threshold)]
+            loss = _imitate(engine, policy, [e for part in gather_objects(kept) for e in part], per_device)
+            golds = [gold(p.row, r.text) for p, r in zip(mine, rollouts, strict=True)] if gold else []
+            n, score, golden, kl_sum, length, kept_count, seen = sum_over_ranks(
+                [len(mine), sum(scores), sum(golds), kl, sum(len(e.response) for e in examples), len(kept),
+                 sum(map(len, examples))]
+            )  # fmt: skip
+            tokens += seen
+            metrics = {
+                "loss": loss, "score": score / n, "kl": kl_sum / n, "length": length / n, "kept": kept_count / n,
+                "tokens": tokens, "learning_rate": engine.learning_rate, "seconds": time.monotonic() - began,
+            }  # fmt: skip
+            if gold:
+                metrics["gold"] = golden / n
+            tracker.log(step + 1, metrics)
+            bar.advance(note=f"score {score / n:.3f}")
+    save_policy(engine, policy, tokenizer, folder)
+    tracker.close()
+    engine.close()
+    return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
+
+
+def _kl(
+    policy: PolicyModel, reference: PolicyModel, engine: Engine, examples: Sequence[Encoded], per_device: int,
+    temperature: float,
+) -> float:  # fmt: skip
+    """Sum over responses of log π(y) − log π_init(y)."""
+    total = 0.0
+    engine.eval()
+    with torch.no_grad():
+        for start in range(0, len(examples), per_device):
+            chunk = examples[start : start + per_device]
+            inputs = policy.trunk.inputs([e.ids for e in chunk])
+            target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
+            now = engine(inputs, target, temperature=temperature)["logprob"]
+            total += float((now - reference(inputs, target, temperature=temperature)["logprob"]).sum())
+    engine.train()
+    return total
+
+
+def _imitate(engine: Engine, policy: PolicyModel, kept: list[Encoded], per_device: int) -> float:
+    """One NLL step on the kept responses of all ranks; ranks without a share of their own repeat the first ones."""
+    if not kept:
+        return float("nan")  # nothing passed the threshold this round: no step
+    world = world_size()
+    while len(kept) % world:
+        kept.append(kept[len(kept) % world])
+    share = kept[rank() :: world]
+    return nll_step(engine, policy, [share], FeatureCache())

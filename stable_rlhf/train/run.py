@@ -1,0 +1,197 @@
+"""A whole run: every stage of a recipe in the order of the paper, finished stages skipped, one report at the end."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stable_rlhf.models import FeatureCache
+from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.train import stages
+from stable_rlhf.train.checkpoint import RunDirectory, Stage
+from stable_rlhf.train.config import DataArguments, Recipe
+from stable_rlhf.train.engine import barrier, start, world_size
+
+_SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am"}
+
+
+def run_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Run (or finish) a recipe in ``recipe.output_dir``; returns the summary, which is also in ``summary.json``."""
+    start(recipe.seed)
+    run = RunDirectory(recipe.output_dir)
+    part = recipe.as_dict()
+    common = {"seed": recipe.seed, "engine": part["engine"]}
+    cache = FeatureCache()  # scorers on the same frozen lower blocks share their hidden states
+
+    inputs: list[Stage] = []
+    data = recipe.data
+    if recipe.model_name_or_path is None:
+        world = run.stage("world", {"seed": recipe.seed, "world": part["world"]}, lambda f: stages.run_world(recipe, f))
+        data = recipe.data = world_data(recipe.data, world.folder)
+        initial, inputs = world.folder / "model", [world]
+    else:
+        model = run.stage(
+            "initial-policy", {"model": recipe.model_name_or_path}, lambda f: stages.run_materialise(recipe, f)
+        )
+        initial, inputs = model.folder, [model]
+    settings_data = {**part["data"]}
+    if data.demonstrations:
+        early = recipe.world.early_share if recipe.model_name_or_path is None else None
+        sft = run.stage(
+            "sft", {**common, "data": settings_data, "sft": part["sft"], "early": early},
+            lambda f: stages.run_sft(recipe, str(initial), f, early_share=early), inputs,
+        )  # fmt: skip
+        policy, inputs = sft.folder, [sft]
+    else:
+        policy = initial
+    if recipe.model_name_or_path is None:
+        pairs = run.stage(
+            "pairs", {**common, "world": part["world"], "max_new_tokens": recipe.ppo.max_new_tokens},
+            lambda f: stages.run_pairs(recipe, world.folder, policy, f), inputs,
+        )  # fmt: skip
+        data.pairs = [str((pairs.folder / "pairs.jsonl.gz").resolve())]
+        inputs = [*inputs, pairs]
+
+    backbone = recipe.scorer_model_name_or_path or str(policy)
+    scorer_settings = {**common, "data": settings_data, "scorer": part["scorer"], "backbone": recipe.scorer_model_name_or_path}
+    scorers: dict[str, Stage] = {}
+    for objective in ("rm", "am"):
+        scorers[objective] = run.stage(
+            f"scorer-{objective}", scorer_settings,
+            lambda f, o=objective: stages.run_scorer(recipe, o, backbone, str(policy), f, cache=cache), inputs,
+        )  # fmt: skip
+    judge: Stage | None = None
+    if recipe.evaluate.judge == "scorer":
+        judge = run.stage(
+            "scorer-judge", scorer_settings,
+            lambda f: stages.run_scorer(recipe, "rm", backbone, str(policy), f, cache=cache, split="judge"), inputs,
+        )  # fmt: skip
+    cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
+    ppo_settings = {**common, "data": settings_data, "ppo": part["ppo"]}
+    selection: Stage | None = None
+    if "am-sr" in recipe.variants:
+        selection = run.stage(
+            "selection", {**ppo_settings, "select": part["select"]},
+            lambda f: stages.run_select(recipe, str(policy), str(scorers["am"].folder), f), [*inputs, scorers["am"]],
+        )  # fmt: skip
+    trained: dict[str, Stage] = {}
+    for variant in recipe.variants:
+        scorer = scorers[_SCORER_OF[variant]]
+        rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection and variant == "am-sr" else None
+        trained[variant] = run.stage(
+            f"ppo-{variant}", ppo_settings,
+            lambda f, v=variant, s=scorer, r=rehearsal: stages.run_ppo(recipe, v, str(policy), str(s.folder), r, f),
+            [*inputs, scorer, *([selection] if selection and variant == "am-sr" else [])],
+        )  # fmt: skip
+    evaluation = run.stage(
+        "evaluation", {"seed": recipe.seed, "data": settings_data, "evaluate": part["evaluate"], "variants": recipe.variants},
+        lambda f: stages.run_evaluate(
+            recipe, str(policy), {v: str(s.folder) for v, s in trained.items()}, str(judge.folder) if judge else None, f
+        ), [*inputs, *trained.values(), *([judge] if judge else [])],
+    )  # fmt: skip
+    summary = summarise(recipe, part, run, scorers, selection, trained, evaluation)
+    write_report(summary, run.root)
+    barrier()
+    return summary
+
+
+def world_data(data: DataArguments, folder: Path) -> DataArguments:
+    """The data settings of a run in the skill world: its own files, the rest as given."""
+    names = {
+        "prompts": "prompts", "demonstrations": "sft", "eval_main": "eval_main", "eval_forget": "eval_forget"
+    }  # fmt: skip
+    files = {field: [str((folder / f"{name}.jsonl.gz").resolve())] for field, name in names.items()}
+    return DataArguments(**{**vars(data), **files, "data_dir": None})
+
+
+def summarise(
+    recipe: Recipe, settings: dict[str, Any], run: RunDirectory, scorers: dict[str, Stage], selection: Stage | None,
+    trained: dict[str, Stage], evaluation: Stage,
+) -> dict[str, Any]:  # fmt: skip
+    """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
+    from stable_rlhf.evaluate import paper
+    from stable_rlhf.evaluate.findings import findings
+    from stable_rlhf.evaluate.metrics import scorer_evaluation
+
+    summary: dict[str, Any] = {
+        "title": recipe.title,
+        "kind": "world" if recipe.model_name_or_path is None else "real",
+        "seed": recipe.seed,
+        "command": shlex.join(["stable-rlhf", *sys.argv[1:]]),
+        "settings": settings,
+        "versions": versions(),
+        "device": device_name(),
+        "stages": [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages],
+        "scorers": {},
+        "policies": {},
+        "paper": paper.constants(),
+    }
+    for name, stage in scorers.items():
+        scores = json.loads((stage.folder / "scores.json").read_text())
+        summary["scorers"][name] = {
+            **scorer_evaluation(
+                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
+            ),
+            "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
+        }  # fmt: skip
+    if selection is not None:
+        summary["selection"] = json.loads((selection.folder / "selection.json").read_text())
+    for variant, stage in trained.items():
+        summary["policies"][variant] = {
+            **evaluation.result["policies"][variant],
+            "curve": stage.result["curve"],
+            "tokens_seen": int(stage.result["tokens_seen"]),
+        }
+    summary["findings"] = findings(summary)
+    return summary
+
+
+def write_report(summary: dict[str, Any], folder: Path) -> None:
+    """``summary.json``, ``report.html`` and ``overview.png``."""
+    if not is_main_process():
+        return
+    from stable_rlhf.evaluate.figures import overview
+    from stable_rlhf.evaluate.report import render_report
+
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "report.html").write_text(render_report(summary))
+    (folder / "overview.png").write_bytes(overview(summary))
+    say(f"report: {folder / 'report.html'}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a figure."""
+    names = (
+        "stable-rlhf", "torch", "triton", "transformers", "deepspeed", "faiss-cpu", "sentence-transformers", "numpy",
+        "scikit-learn",
+    )  # fmt: skip
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name() -> str:
+    """What the run ran on, in words."""
+    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}{ranks}"
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"CPU {name}, {torch.get_num_threads()} threads{ranks}"

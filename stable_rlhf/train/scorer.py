@@ -1,0 +1,226 @@
+"""Training of the Advantage Model and the reward model: one trainer, one loss, the bounds on or off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_rlhf import ops
+from stable_rlhf.data.packing import Encoded, encode, response_targets
+from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.progress import is_main_process, progress, say
+from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
+from stable_rlhf.train.config import EngineArguments, ScorerArguments
+from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
+from stable_rlhf.train.tracking import Tracker
+
+
+@dataclass
+class EncodedComparison:
+    """A comparison as token ids; ``samples`` are responses of the policy to be tuned, used by ``expected_coef`` only."""
+
+    row: Comparison
+    examples: list[Encoded]
+    logprobs: list[Tensor] | None = None  # [n] of [tokens]
+    samples: tuple[Encoded, ...] = ()
+
+
+def encode_comparisons(
+    rows: Sequence[Comparison], tokenizer: Any, max_length: int, max_prompt_length: int
+) -> tuple[list[EncodedComparison], int]:
+    """Encode comparisons; those with a prompt or a response that is too long are left out: (kept, left out)."""
+    kept: list[EncodedComparison] = []
+    for row in rows:
+        examples = [encode(tokenizer, row.prompt, r) for r in row.responses]
+        if max(map(len, examples)) > max_length or examples[0].prompt_length > max_prompt_length:
+            continue
+        if row.alt_logprobs is not None:
+            for i, (example, alternates) in enumerate(zip(examples, row.alt_logprobs, strict=True)):
+                for logprob in alternates:
+                    if len(logprob) != len(example.response):
+                        raise DataError(
+                            f"{row.source}: alt_logprobs of response {i} have {len(logprob)} values, but the response has "
+                            f"{len(example.response)} tokens with EOS; were they made with another tokenizer?"
+                        )
+        kept.append(EncodedComparison(row, examples))
+    if not kept:
+        raise DataError(
+            f"none of {len(rows)} comparisons fits max_length {max_length} and max_prompt_length {max_prompt_length}"
+        )
+    return kept, len(rows) - len(kept)
+
+
+@torch.no_grad()
+def fill_logprobs(rows: Sequence[EncodedComparison], policy: PolicyModel | None, per_batch: int = 32) -> None:
+    """Attach log π(y) of the policy to be tuned, once: from the file where it has them, else from ``policy``."""
+    todo = []
+    for row in rows:
+        if row.row.alt_logprobs is None:
+            continue
+        if row.row.logprobs is not None:
+            row.logprobs = [torch.tensor(lp, dtype=torch.float32) for lp in row.row.logprobs]
+            for lp, example in zip(row.logprobs, row.examples, strict=True):
+                if len(lp) != len(example.response):
+                    raise DataError(f"{row.row.source}: logprobs have {len(lp)} values for {len(example.response)} tokens")
+        else:
+            todo.append(row)
+    if todo and policy is None:
+        raise DataError(f"{todo[0].row.source}: alt_logprobs without logprobs need the policy to be tuned (model_name_or_path)")
+    for start in range(0, len(todo), per_batch):
+        chunk = todo[start : start + per_batch]
+        assert policy is not None
+        found = iter(response_logprobs(policy, [e for r in chunk for e in r.examples]))
+        for row in chunk:
+            row.logprobs = [next(found) for _ in row.examples]
+
+
+@torch.no_grad()
+def response_logprobs(policy: PolicyModel, examples: Sequence[Encoded], *, temperature: float = 1.0) -> list[Tensor]:
+    """Log-probs of each response's tokens under ``policy``: [n] of [tokens] float32 on the CPU."""
+    inputs = policy.trunk.inputs([e.ids for e in examples])
+    target = response_targets(examples, inputs["attention_mask"].shape[1], policy.trunk.device)
+    logprob = policy(inputs, target, temperature=temperature)["logprob"].cpu()
+    return [
+        row[e.prompt_length - 1 : e.prompt_length - 1 + len(e.response)] for row, e in zip(logprob, examples, strict=True)
+    ]
+
+
+def scorer_loss(
+    engine: Any, model: AdvantageModel, batch: Sequence[EncodedComparison], arguments: ScorerArguments,
+    cache: FeatureCache | None, comparisons: int,
+) -> tuple[Tensor, ops.AdvantageLossOutput, Tensor | None]:  # fmt: skip
+    """This rank's part of the loss of one step with ``comparisons`` comparisons over all ranks: (loss, the op's output,
+    mean square error of e(x) when it is regressed)."""
+    first, pairs, prompt_of, weights, margins = [], [], [], [], []
+    examples: list[Encoded] = []
+    for i, item in enumerate(batch):
+        first.append(len(examples))
+        pairs += [(len(examples) + better, len(examples) + worse) for better, worse in item.row.pairs]
+        weights += [1.0 / len(item.row.pairs)] * len(item.row.pairs)
+        prompt_of += [i] * len(item.examples)
+        margins += [item.row.margin or arguments.margin] * len(item.examples)
+        examples += item.examples
+    responses = len(examples)
+    sampled = [(i, e) for i, item in enumerate(batch) for e in item.samples] if arguments.expected_coef else []
+    reward, expected = engine(*model.prepare(examples + [e for _, e in sampled], cache))
+    device = reward.device
+    kwargs: dict[str, Any] = {}
+    if model.settings.objective == "am":
+        assert expected is not None
+        expected = expected[torch.tensor(first, device=device)]  # [P]: every response of a prompt sees the same e(x)
+        kwargs = {
+            "expected": expected, "prompt": torch.tensor(prompt_of, device=device),
+            "margin": torch.tensor(margins, device=device), "num_policies": model.settings.num_policies,
+        }  # fmt: skip
+        if model.settings.num_alternates:
+            kwargs |= _packed_logprobs(batch, device)
+            kwargs |= {"weight_mode": arguments.weight_mode, "max_weight": arguments.max_weight}
+    else:
+        kwargs = {"margin": None}
+    output = ops.advantage_loss(
+        reward[:responses], pairs=torch.tensor(pairs, device=device), pair_weight=torch.tensor(weights, device=device),
+        label_smoothing=arguments.label_smoothing, **kwargs,
+    )  # fmt: skip
+    # The op's mean over pairs becomes a mean over comparisons of the whole step, however it is cut.
+    loss = output.loss * (len(pairs) / comparisons)
+    error = None
+    if sampled and expected is not None:
+        # Eq. 7: e(x) is the mean reward of the policy's own samples; the reward is not trained by this term.
+        owner = torch.tensor([i for i, _ in sampled], device=device)
+        count = torch.zeros_like(expected).index_add(0, owner, torch.ones_like(owner, dtype=expected.dtype))
+        mean = torch.zeros_like(expected).index_add(0, owner, reward[responses:].detach()) / count.clamp_min(1)
+        error = ((expected - mean) ** 2 * (count > 0)).sum() / comparisons
+        loss = loss + arguments.expected_coef * error
+    return loss, output, error
+
+
+def _packed_logprobs(batch: Sequence[EncodedComparison], device: torch.device) -> dict[str, Tensor]:
+    ours, theirs, lengths = [], [], [0]
+    for item in batch:
+        assert item.logprobs is not None and item.row.alt_logprobs is not None
+        ours += item.logprobs
+        theirs += [torch.tensor(alternates) for alternates in item.row.alt_logprobs]  # each [K, tokens]
+        lengths += [len(e.response) for e in item.examples]
+    return {
+        "logprob": torch.cat(ours).to(device),
+        "alt_logprob": torch.cat(theirs, dim=1).to(device),
+        "cu_seqlens": torch.tensor(lengths, device=device).cumsum(0),
+    }
+
+
+def train_scorer(
+    model: AdvantageModel,
+    train: Sequence[EncodedComparison],
+    arguments: ScorerArguments,
+    engine_arguments: EngineArguments,
+    folder: Path,
+    *,
+    seed: int,
+    report_to: Sequence[str] = (),
+    cache: FeatureCache | None = None,
+) -> dict[str, float]:
+    """Train ``model`` on ``train`` and save it to ``folder``."""
+    cache = cache if cache is not None else FeatureCache()
+    cache.fill(model.trunk, [e.ids for r in train for e in (*r.examples, *r.samples)], description="hidden states")
+    if model.settings.objective == "am" and model.settings.num_alternates == 0:
+        say("  no alt_logprobs in the data: the Advantage Model trains with K = 0, a = r - e")
+    per_device = arguments.per_device_train_batch_size
+    global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
+    steps = count_steps(len(train), global_batch, arguments.num_train_epochs)
+    engine = Engine(
+        model, engine_arguments, learning_rate=arguments.learning_rate,
+        head_learning_rate=arguments.head_learning_rate, total_steps=steps, warmup_ratio=arguments.warmup_ratio,
+        min_lr_ratio=arguments.min_lr_ratio, micro_batch_size=per_device,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+    )  # fmt: skip
+    engine.train()
+    tracker = Tracker(folder, report_to)
+    tokens = 0
+    name = "reward model" if model.settings.objective == "rm" else "Advantage Model"
+    with progress(name, total=steps, unit="steps") as bar:
+        for step, indices in enumerate(shuffled_steps(len(train), global_batch, steps, seed), start=1):
+            sums = [0.0] * 5
+            for micro in micro_steps(indices, per_device, rank(), world_size()):
+                batch = [train[i] for i in micro]
+                loss, output, error = scorer_loss(engine, model, batch, arguments, cache, global_batch)
+                engine.backward(loss)
+                engine.step()
+                pairs = sum(len(r.row.pairs) for r in batch)
+                values = (loss.detach(), output.accuracy * pairs, pairs, output.effective_sample_size, output.sign_flip_share)
+                sums = [s + float(v) for s, v in zip(sums, values, strict=True)]
+            loss_sum, correct, pairs, ess, flipped = sum_over_ranks(sums)
+            micros = world_size() * arguments.gradient_accumulation_steps
+            tokens += sum(len(e) for i in indices for e in train[i].examples)
+            metrics = {"loss": loss_sum, "accuracy": correct / pairs, "learning_rate": engine.learning_rate, "tokens": tokens}
+            if model.settings.num_alternates:
+                metrics |= {"effective_sample_size": ess / micros, "sign_flip_share": flipped / micros}
+            tracker.log(step, metrics)
+            bar.advance(note=f"loss {loss_sum:.3f}")
+    with engine.whole_weights():
+        if is_main_process():
+            model.save_pretrained(folder)
+    barrier()
+    tracker.close()
+    engine.close()
+    return {"steps": steps, "tokens_seen": float(tokens), "loss": loss_sum}
+
+
+def score_pairs(model: AdvantageModel, rows: Sequence[EncodedComparison], cache: FeatureCache | None = None) -> dict[str, Any]:
+    """Scores of every (better, worse) pair as PPO would use them: lists ``chosen``, ``rejected``, ``tasks``."""
+    flat = [e for r in rows for e in r.examples]
+    scores = iter(model.score_encoded(flat, cache=cache, description="held-out pairs").tolist())
+    chosen, rejected, tasks = [], [], []
+    for item in rows:
+        own = [next(scores) for _ in item.examples]
+        for better, worse in item.row.pairs:
+            chosen.append(own[better])
+            rejected.append(own[worse])
+            tasks.append(item.row.task or "all")
+    return {"chosen": chosen, "rejected": rejected, "tasks": tasks}

@@ -1,0 +1,94 @@
+"""Supervised fine-tuning: next-token NLL on responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.progress import is_main_process, progress
+from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
+from stable_rlhf.train.config import EngineArguments, SFTArguments
+from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
+from stable_rlhf.train.tracking import Tracker
+
+_NLL = PolicyLossConfig(rehearsal_coef=1.0)  # an SFT token is a rehearsal token of weight one
+
+
+def nll_step(engine: Engine, policy: PolicyModel, micros: Sequence[Sequence[Encoded]], cache: FeatureCache) -> float:
+    """One optimiser step on this rank's micro-batches; returns the mean NLL per token over all ranks, in nats."""
+    tokens = sum(len(e.response) for micro in micros for e in micro)
+    denominator = sum_over_ranks([tokens])[0]
+    total = 0.0
+    for micro in micros:
+        sequences = [e.ids for e in micro]
+        inputs = policy.trunk.inputs(sequences, features=cache.get(policy.trunk, sequences))
+        target = response_targets(micro, inputs["attention_mask"].shape[1], policy.trunk.device)
+        kind = (target >= 0).to(torch.int64) * 2
+        loss = engine(
+            inputs, target, loss={"kind": kind, "config": _NLL, "rehearsal_denominator": denominator}
+        )["output"].loss  # fmt: skip
+        engine.backward(loss)
+        engine.step()
+        total += float(loss.detach())
+    return sum_over_ranks([total])[0]
+
+
+def train_sft(
+    policy: PolicyModel,
+    tokenizer: Any,
+    examples: Sequence[Encoded],
+    arguments: SFTArguments,
+    engine_arguments: EngineArguments,
+    folder: Path,
+    *,
+    seed: int,
+    report_to: Sequence[str] = (),
+    early_share: float | None = None,
+) -> dict[str, float]:
+    """Train ``policy`` and save it to ``folder``; with ``early_share``, also the policy after that share of the steps,
+    to ``folder/early``."""
+    per_device = arguments.per_device_train_batch_size
+    global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
+    steps = count_steps(len(examples), global_batch, arguments.num_train_epochs, arguments.max_steps)
+    engine = Engine(
+        policy, engine_arguments, learning_rate=arguments.learning_rate, total_steps=steps,
+        warmup_ratio=arguments.warmup_ratio, min_lr_ratio=arguments.min_lr_ratio,
+        micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+    )  # fmt: skip
+    engine.train()
+    tracker, cache = Tracker(folder, report_to), FeatureCache()
+    early = round(early_share * steps) if early_share is not None else 0
+    tokens = loss = 0.0
+    with progress("SFT", total=steps, unit="steps") as bar:
+        for step, indices in enumerate(shuffled_steps(len(examples), global_batch, steps, seed), start=1):
+            rows = [[examples[i] for i in m] for m in micro_steps(indices, per_device, rank(), world_size())]
+            loss = nll_step(engine, policy, rows, cache)
+            tokens += sum(len(examples[i]) for i in indices)
+            tracker.log(step, {"loss": loss, "learning_rate": engine.learning_rate, "tokens": tokens})
+            bar.advance(note=f"loss {loss:.3f}")
+            if step == early:
+                save_policy(engine, policy, tokenizer, folder / "early")
+    save_policy(engine, policy, tokenizer, folder)
+    tracker.close()
+    engine.close()
+    return {"steps": steps, "loss": loss, "tokens_seen": tokens}
+
+
+def save_policy(engine: Engine, policy: PolicyModel, tokenizer: Any, folder: Path) -> None:
+    """Weights (safetensors), configuration and tokenizer, as plain transformers loads them; the critic's head beside."""
+    from safetensors.torch import save_file
+
+    with engine.whole_weights():
+        if is_main_process():
+            policy.causal_lm.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if policy.value_head is not None:
+                head = {k: v.detach().clone() for k, v in policy.value_head.state_dict().items()}
+                save_file(head, folder / "value_head.safetensors")
+    barrier()

@@ -1,0 +1,337 @@
+"""The stages of a run, one function each: from paths to a folder of results. The CLI's commands and ``run`` share them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.readers import read_demonstrations, read_prompts, write_jsonl
+from stable_rlhf.data.records import Comparison, DataError, PromptRow
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge
+from stable_rlhf.evaluate.policies import against, mean_kl, respond
+from stable_rlhf.generate import GenerationSettings, generate
+from stable_rlhf.models import FeatureCache, PolicyModel, load_causal_lm, load_tokenizer
+from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
+from stable_rlhf.train.batches import stream_seed
+from stable_rlhf.train.collect import Alternate, collect_responses
+from stable_rlhf.train.config import PPOArguments, Recipe
+from stable_rlhf.train.datasets import PromptSplits, load_demonstrations, load_preferences, load_prompts, locate
+from stable_rlhf.train.engine import barrier, device
+from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.rejection import train_rejection
+from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
+from stable_rlhf.train.sft import train_sft
+
+Result = dict[str, Any]
+
+
+def load_policy(path: str, *, num_trainable_layers: int | None = None, value_head: bool = False) -> PolicyModel:
+    return PolicyModel(
+        load_causal_lm(path), num_trainable_layers=num_trainable_layers, value_head=value_head
+    ).to(device())  # fmt: skip
+
+
+def run_world(recipe: Recipe, folder: Path) -> Result:
+    """Write the skill world's files and its untrained model."""
+    from stable_rlhf.world import build_model, build_tokenizer, write_world
+
+    w = recipe.world
+    if is_main_process():
+        write_world(folder, recipe.seed)
+        tokenizer = build_tokenizer()
+        model = build_model(
+            tokenizer, hidden_size=w.hidden_size, num_hidden_layers=w.num_hidden_layers,
+            num_attention_heads=w.num_attention_heads, architecture=w.architecture, seed=recipe.seed,
+        )  # fmt: skip
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return {"parameters": sum(p.numel() for p in model.parameters())}
+    return {}
+
+
+def run_materialise(recipe: Recipe, folder: Path) -> Result:
+    """Load the initial policy once (hub, folder or GGUF) and keep it as plain safetensors."""
+    assert recipe.model_name_or_path is not None
+    model, tokenizer = load_causal_lm(recipe.model_name_or_path), load_tokenizer(recipe.model_name_or_path)
+    if is_main_process():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    barrier()
+    return {"model": recipe.model_name_or_path, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def run_sft(recipe: Recipe, model: str, folder: Path, *, early_share: float | None = None) -> Result:
+    """Fine-tune ``model`` on the demonstrations."""
+    tokenizer = load_tokenizer(model)
+    if not recipe.data.demonstrations:
+        raise DataError("data.demonstrations: name at least one prompt/response file")
+    examples, _ = load_demonstrations(recipe.data, recipe.data.demonstrations, tokenizer)
+    policy = load_policy(model)
+    return dict(
+        train_sft(
+            policy, tokenizer, examples, recipe.sft, recipe.engine, folder,
+            seed=recipe.seed, report_to=recipe.report_to, early_share=early_share,
+        )
+    )  # fmt: skip
+
+
+def run_pairs(recipe: Recipe, world: Path, sft: Path, folder: Path) -> Result:
+    """Sample responses from two alternate policies and let the simulated annotator compare them."""
+    from stable_rlhf.world import label_pairs
+
+    w = recipe.world
+    tokenizer = load_tokenizer(str(sft))
+    prompts = read_prompts(world / "pair_prompts.jsonl.gz").rows
+    rows = [prompts[i % len(prompts)] for i in range(w.comparisons)]
+    alternates = [
+        Alternate("SFT stopped early", load_policy(str(sft / "early"))),
+        Alternate(f"SFT at temperature {w.hot_temperature}", load_policy(str(sft)), w.hot_temperature),
+    ]
+    found = collect_responses(
+        rows, load_policy(str(sft)), alternates, tokenizer,
+        max_new_tokens=recipe.ppo.max_new_tokens, seed=stream_seed(recipe.seed, "pairs"),
+    )  # fmt: skip
+    labelled, counts = label_pairs(
+        found, stream_seed(recipe.seed, "annotator"), length_bonus=w.length_bonus, flip_share=w.wrong_labels
+    )
+    if is_main_process():
+        write_jsonl(folder / "pairs.jsonl.gz", labelled)
+    barrier()
+    return {"pairs": counts.pairs, "flipped": counts.flipped, "identical": counts.identical}
+
+
+def run_scorer(
+    recipe: Recipe, objective: str, backbone: str, policy: str | None, folder: Path,
+    *, cache: FeatureCache | None = None, split: str = "train",
+) -> Result:  # fmt: skip
+    """Train a scorer on the preference data and keep its scores on the held-out pairs.
+
+    ``split``: ``"train"``, or ``"judge"`` for the pairs that only the judge sees. ``policy`` is the policy to be tuned,
+    needed for importance weights (rows with ``alt_logprobs`` but no ``logprobs``) and for ``expected_coef``."""
+    arguments = recipe.scorer
+    tokenizer = load_tokenizer(backbone)
+    rows = load_preferences(recipe.data, recipe.seed)
+    chosen: list[Comparison] = rows.train if split == "train" else rows.judge
+    if not chosen:
+        raise DataError("data.judge_fraction is 0, so there are no pairs to train a judge on")
+    train, long = encode_comparisons(chosen, tokenizer, recipe.data.max_length, recipe.data.max_prompt_length)
+    test, long_test = encode_comparisons(rows.test, tokenizer, recipe.data.max_length, recipe.data.max_prompt_length)
+    if long or long_test:
+        say(f"  {long + long_test} of {len(chosen) + len(rows.test)} comparisons are too long: left out")
+    alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
+    if alternates and any(r.row.logprobs is None for r in train) and policy is None:
+        raise DataError("alt_logprobs without logprobs: give the policy to be tuned (--policy)")
+    if alternates or (objective == "am" and arguments.expected_coef):
+        _attach(train, policy, tokenizer, recipe, alternates)
+    model = AdvantageModel(
+        load_causal_lm(backbone).base_model, tokenizer,
+        ScorerSettings(
+            objective=objective, margin=arguments.margin, num_alternates=alternates,
+            num_policies=(arguments.num_policies or alternates + 1) if objective == "am" else 1,
+        ),
+        num_trainable_layers=arguments.num_trainable_layers, seed=stream_seed(recipe.seed, "heads"),
+    )  # fmt: skip
+    cache = cache if cache is not None else FeatureCache()
+    cache.fill(
+        model.trunk.to(device()), [e.ids for r in (*train, *test) for e in r.examples], description="hidden states"
+    )
+    result: Result = dict(
+        train_scorer(
+            model, train, arguments, recipe.engine, folder, seed=stream_seed(recipe.seed, "scorer", split),
+            report_to=recipe.report_to, cache=cache,
+        )
+    )  # fmt: skip
+    # Scores are taken from what was saved: what a user loads is what is measured.
+    barrier()
+    saved = AdvantageModel.from_pretrained(folder, num_trainable_layers=arguments.num_trainable_layers).to(device())
+    scores = score_pairs(saved, test, cache)
+    if is_main_process():
+        (folder / "scores.json").write_text(json.dumps(scores) + "\n")
+    correct = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
+    result |= {"train": len(train), "test": len(test), "num_alternates": alternates, "left_out": long + long_test}
+    result["accuracy"] = sum(correct) / len(correct)
+    return result
+
+
+def _attach(
+    rows: list[EncodedComparison], policy: str | None, tokenizer: Any, recipe: Recipe, alternates: int
+) -> None:
+    """Log-probs of the policy to be tuned, and its own samples when e(x) is regressed on them."""
+    sampling = recipe.scorer.expected_coef > 0
+    model = load_policy(policy) if policy else None
+    if alternates:
+        fill_logprobs(rows, model)
+    if not sampling:
+        return
+    if model is None:
+        raise DataError("scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)")
+    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
+    seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
+    prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
+    sampled = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
+    for row, rollout in zip(rows, sampled, strict=True):
+        row.samples = (rollout.encoded,)
+
+
+def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result:
+    """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster."""
+    from stable_rlhf.rehearsal import embed_texts, prompt_text, resolve_embedding_model, select_rehearsal, top_up
+
+    s = recipe.select
+    tokenizer = load_tokenizer(policy)
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    if s.max_candidates and s.max_candidates < len(prompts):
+        order = torch.randperm(
+            len(prompts), generator=torch.Generator().manual_seed(stream_seed(recipe.seed, "candidates"))
+        ).tolist()
+        prompts = [prompts[i] for i in sorted(order[: s.max_candidates])]
+    model = load_policy(policy)
+    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
+    seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
+    rollouts = generate(
+        model.causal_lm, tokenizer, [p.ids for p in prompts], settings, seeds=seeds, description="candidates"
+    )
+    judge = AdvantageModel.from_pretrained(scorer).to(device())
+    scores = judge.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
+    candidates = [
+        {
+            "prompt": p.row.prompt, "response": r.text, "task": p.row.task, "length": len(r.encoded.response),
+            "finished": r.finished,
+        }
+        for p, r in zip(prompts, rollouts, strict=True)
+    ]  # fmt: skip
+    if "entropy" in s.criteria:
+        for candidate, value in zip(candidates, _entropies(model, rollouts), strict=True):
+            candidate["entropy"] = value
+    embeddings = embed_texts(
+        [prompt_text(p.row.prompt) for p in prompts], resolve_embedding_model(s.embedding_model)
+    )
+    selection = select_rehearsal(
+        candidates, scores, embeddings, num_clusters=s.num_clusters, top_k=s.top_k, criteria=s.criteria,
+        method=s.method, spherical=s.spherical, seed=stream_seed(recipe.seed, "clusters") % 2**31,
+    )  # fmt: skip
+    rows = selection.rows
+    if recipe.data.rehearsal:
+        outside = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row).rows
+        rows = top_up(rows, outside, seed=recipe.seed)
+    if is_main_process():
+        write_jsonl(folder / "rehearsal.jsonl.gz", rows)
+        (folder / "selection.json").write_text(json.dumps(selection.summary()) + "\n")
+    barrier()
+    return {"candidates": len(candidates), "kept": len(selection.rows), "outside": len(rows) - len(selection.rows)}
+
+
+@torch.no_grad()
+def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) -> list[float]:
+    """Mean entropy (nats) of the policy over each response's tokens."""
+    from stable_rlhf.data.packing import response_targets
+
+    found: list[float] = []
+    for start in range(0, len(rollouts), per_batch):
+        chunk = [r.encoded for r in rollouts[start : start + per_batch]]
+        inputs = policy.trunk.inputs([e.ids for e in chunk])
+        target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
+        entropy = policy(inputs, target, entropy=True)["entropy"]
+        found += (entropy.sum(1) / (target >= 0).sum(1)).tolist()
+    return found
+
+
+def run_ppo(
+    recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path
+) -> Result:
+    """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am`` or ``am-sr``."""
+    tokenizer = load_tokenizer(policy)
+    prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    arguments: PPOArguments = recipe.ppo
+    judge = AdvantageModel.from_pretrained(scorer, num_trainable_layers=recipe.scorer.num_trainable_layers)
+    wanted = "am" if variant.startswith("am") else "rm"
+    if judge.settings.objective != wanted:
+        raise ValueError(f"variant {variant!r} needs a scorer with objective {wanted!r}; {scorer!r} has {judge.settings.objective!r}")
+    if judge.settings.objective == "am" and judge.settings.num_policies == judge.settings.num_alternates:
+        raise ValueError(f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K")
+    model = load_policy(policy, num_trainable_layers=arguments.num_trainable_layers, value_head=variant != "rejection")
+    gold = _gold(recipe)
+    seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
+    if variant == "rejection":
+        return train_rejection(
+            model, tokenizer, judge, prompts, arguments, recipe.engine, folder,
+            seed=seed, report_to=recipe.report_to, gold=gold,
+        )  # fmt: skip
+    old = []
+    if variant == "am-sr":
+        if rehearsal is None:
+            raise ValueError("variant 'am-sr' needs rehearsal data (--rehearsal)")
+        rows = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row).rows
+        old = [e for r in rows if len(e := encode(tokenizer, r.prompt, r.response)) <= recipe.data.max_length]
+        if not old:
+            raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")
+        if not arguments.rehearsal_prompts_in_ppo:
+            reserved = {tuple(encode_prompt(tokenizer, r.prompt)) for r in rows}
+            prompts = [p for p in prompts if tuple(p.ids) not in reserved]
+            if not prompts:
+                raise DataError("ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO")
+    trainer = PPOTrainer(
+        model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed
+    )
+    return trainer.train(prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, gold=gold)
+
+
+def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:
+    if recipe.evaluate.judge != "gold":
+        return None
+    from stable_rlhf.world import gold_score
+
+    return lambda row, response: gold_score(row.prompt, response)
+
+
+def make_judge(recipe: Recipe, scorer: str | None) -> Judge:
+    """The judge of the settings: the world's gold score, or a scorer's folder."""
+    if recipe.evaluate.judge == "gold":
+        from stable_rlhf.world import gold_score
+
+        return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
+    if scorer is None:
+        raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
+    model = AdvantageModel.from_pretrained(scorer).to(device())
+    return ScorerJudge(lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model")
+
+
+def run_evaluate(
+    recipe: Recipe, baseline: str, policies: Mapping[str, str], judge_scorer: str | None, folder: Path
+) -> Result:
+    """Answer both evaluation sets with SFT and every policy, and judge: win, lose, tie with intervals."""
+    judge = make_judge(recipe, judge_scorer)
+    tokenizer = load_tokenizer(baseline)
+    splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
+    sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
+    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.evaluate.temperature, recipe.ppo.top_p)
+    reference = load_policy(baseline)
+    answers = {
+        on: respond(reference, tokenizer, [p.ids for p in part], settings, recipe.seed) for on, part in sets.items()
+    }
+    result: Result = {"policies": {}}
+    records: list[dict[str, Any]] = []
+    for name, path in policies.items():
+        policy = load_policy(path)
+        result["policies"][name] = {}
+        for on, part in sets.items():
+            say(f"  {name} on the {on} set")
+            rollouts = respond(policy, tokenizer, [p.ids for p in part], settings, recipe.seed)
+            result["policies"][name][on] = against(
+                judge, [p.row for p in part], rollouts, answers[on],
+                tie_margin=recipe.evaluate.tie_margin, kl=mean_kl(policy, reference, rollouts),
+            )  # fmt: skip
+            records += [
+                {"policy": name, "set": on, "prompt": p.row.prompt, "task": p.row.task, "response": r.text, "sft": s.text}
+                for p, r, s in zip(part, rollouts, answers[on], strict=True)
+            ]
+    if is_main_process():
+        write_jsonl(folder / "responses.jsonl.gz", records)
+    barrier()
+    return result

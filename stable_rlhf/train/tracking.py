@@ -1,0 +1,43 @@
+"""Metrics to ``metrics.jsonl`` and TensorBoard, from rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.progress import is_main_process
+
+
+class Tracker:
+    """``tracker.log(step, {"loss": …})`` appends one JSON line, and one point per metric in TensorBoard."""
+
+    def __init__(self, folder: Path, report_to: Sequence[str] = ("tensorboard",)) -> None:
+        self.history: list[dict[str, float]] = []
+        self._file: Any = None
+        self._board: Any = None
+        if not is_main_process():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("w")
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
+        self.history.append(row)
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()

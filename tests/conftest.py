@@ -1,0 +1,58 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: tests are small, and several may run at once.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with real preference data: $STABLE_RLHF_DATA, or ``shared/data`` beside the project."""
+    named = os.environ.get("STABLE_RLHF_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "pairs.jsonl.gz").is_file():
+        pytest.skip(f"no real data: {folder} has no pairs.jsonl.gz (set STABLE_RLHF_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from stable_rlhf.world import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(params=["llama", "bloom"])
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    """Factory of small untrained models whose outputs are far from uniform."""
+
+    def make(architecture: str = "llama", layers: int = 3, seed: int = 0):
+        import torch
+
+        from stable_rlhf.world import build_model
+
+        model = build_model(
+            tokenizer, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, architecture=architecture, seed=seed
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return model.eval()
+
+    return make

@@ -1,0 +1,359 @@
+"""Metrics against closed forms and brute force."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stable_rlhf.evaluate import metrics as m
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge, compare
+
+
+def planted(n: int, slope: float, seed: int = 0, spread: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs whose larger score belongs to the chosen response with probability σ(slope · |Δ|)."""
+    rng = np.random.default_rng(seed)
+    size = np.abs(rng.normal(0, spread, n))
+    right = rng.random(n) < 1 / (1 + np.exp(-slope * size))
+    base = rng.normal(0, 1, n)
+    return base + np.where(right, size, 0), base + np.where(right, 0, size)
+
+
+def slow_ece(chosen: list[float], rejected: list[float], bins: int) -> float:
+    """ECE pair by pair, bins looked for one after the other."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for c, r in zip(chosen, rejected, strict=True):
+        confidence = 1 / (1 + math.exp(-abs(c - r)))
+        credit = 1.0 if c > r else 0.5 if c == r else 0.0
+        place = next(b for b in range(bins) if confidence < 0.5 + 0.5 * (b + 1) / bins or b == bins - 1)
+        groups.setdefault(place, []).append((confidence, credit))
+    total = 0.0
+    for rows in groups.values():
+        total += abs(sum(credit for _, credit in rows) - sum(conf for conf, _ in rows)) / len(chosen)
+    return total
+
+
+def test_accuracy_counts_ties_half() -> None:
+    assert m.pair_accuracy([2, 1, 0, 5], [1, 1, 3, 5]) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    assert m.pair_accuracy([1.0], [0.0]) == 1.0
+
+
+def test_wilson_against_its_defining_quadratic() -> None:
+    z = 1.959963984540054
+    for successes, total in ((0, 5), (3, 7), (7, 7), (2.5, 9)):
+        got = m.wilson(successes, total)
+        p = successes / total
+        assert got["value"] == pytest.approx(p)
+        for bound in (got["low"], got["high"]):  # both bounds solve (p − b)² = z² b (1 − b) / n
+            assert (p - bound) ** 2 == pytest.approx(z * z * bound * (1 - bound) / total, abs=1e-12)
+        assert got["low"] <= p <= got["high"]
+        assert got["high"] > got["low"]
+
+
+def test_wilson_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="successes"):
+        m.wilson(4, 3)
+    with pytest.raises(ValueError, match="total"):
+        m.wilson(0, 0)
+
+
+def test_difference_interval_of_equal_and_of_certain_figures() -> None:
+    a = {"value": 0.5, "low": 0.4, "high": 0.7}
+    got = m.difference_interval(a, a)
+    assert got["value"] == 0.0
+    assert got["low"] == pytest.approx(-math.hypot(0.1, 0.2))
+    assert got["high"] == pytest.approx(math.hypot(0.1, 0.2))
+    fixed = {"value": 0.2, "low": 0.2, "high": 0.2}
+    assert m.difference_interval(a, fixed) == pytest.approx({"value": 0.3, "low": 0.2, "high": 0.5})
+
+
+def test_win_minus_lose_covers_the_truth_and_never_has_no_width() -> None:
+    assert m.win_minus_lose(0.0, 0.0, 50)["high"] > 0 > m.win_minus_lose(0.0, 0.0, 50)["low"]
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        win, lose, _tie = rng.multinomial(120, [0.25, 0.15, 0.6]) / 120
+        interval = m.win_minus_lose(win, lose, 120)
+        inside += interval["low"] <= 0.1 <= interval["high"]
+    assert 0.93 <= inside / 1000 <= 0.98
+
+
+def test_bootstrap_of_a_mean_agrees_with_the_normal_interval() -> None:
+    values = np.random.default_rng(3).normal(5, 2, 400)
+    got = m.bootstrap(lambda w: w @ values / w.sum(axis=1), values.size, seed=1, resamples=4000)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert got["value"] == pytest.approx(values.mean())
+    assert got["high"] - got["value"] == pytest.approx(half, rel=0.06)
+    assert got["value"] - got["low"] == pytest.approx(half, rel=0.06)
+    again = m.bootstrap(lambda w: w @ values / w.sum(axis=1), values.size, seed=1, resamples=4000)
+    assert got == again
+
+
+def test_bootstrap_keeps_the_size_of_every_stratum() -> None:
+    strata = list("abbabbb")
+    member = np.array([[s == t for t in "ab"] for s in strata], dtype=float)
+    seen = []
+    m.bootstrap(lambda w: seen.append(w @ member) or w.sum(axis=1), 7, strata=strata, resamples=50)  # type: ignore[func-returns-value]
+    assert np.array_equal(np.concatenate(seen), np.tile([2.0, 5.0], (51, 1)))
+    free = []
+    m.bootstrap(lambda w: free.append(w @ member) or w.sum(axis=1), 7, resamples=50)  # type: ignore[func-returns-value]
+    assert len({tuple(row) for row in np.concatenate(free)}) > 1
+
+
+def test_ece_interval_of_a_calibrated_scorer_reaches_near_zero_and_holds_its_value() -> None:
+    reached = 0
+    for seed in range(40):
+        c, r = planted(300, 1.0, seed=seed)
+        interval = m.ece_interval(c, r, seed=seed, resamples=300)
+        assert interval["low"] <= interval["value"] <= interval["high"]
+        reached += interval["low"] == 0.0
+    assert 36 <= reached <= 40  # nominal 39
+    c, r = planted(2000, 0.5)
+    assert m.ece_interval(c, r)["low"] > 0.05  # overconfidence is still seen
+
+
+def test_chance_ece_of_one_bin_is_that_of_a_binomial() -> None:
+    c, r = [0.0] * 50 + [1e-9] * 50, [1e-9] * 50 + [0.0] * 50  # confidence one half, so the gap is |B(100, ½)/100 − ½|
+    drawn = m.ece_if_calibrated(c, r, resamples=4000)
+    expected = sum(math.comb(100, k) / 2**100 * abs(k / 100 - 0.5) for k in range(101))
+    assert drawn.mean() == pytest.approx(expected, rel=0.04)
+    assert m.scorer_evaluation(c, r)["ece_if_calibrated"] == pytest.approx(expected, rel=0.08)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-6, 6), st.integers(-6, 6)), min_size=1, max_size=40),
+    st.integers(1, 12),
+)
+def test_ece_equals_brute_force(pairs: list[tuple[int, int]], bins: int) -> None:
+    c, r = [a / 2 for a, _ in pairs], [b / 2 for _, b in pairs]
+    value, rows = m.calibration(c, r, bins)
+    assert value == pytest.approx(slow_ece(c, r, bins), abs=1e-12)
+    assert sum(row["count"] for row in rows) == len(pairs)
+    statistic = m.calibration_statistic(c, r, bins)
+    assert float(statistic(np.ones((1, len(pairs))))[0]) == pytest.approx(value, abs=1e-12)
+
+
+def test_statistic_under_weights_is_the_figure_of_the_repeated_sample() -> None:
+    c, r = planted(60, 0.6, seed=2)
+    tasks = ["a", "b", "c"] * 20
+    weights = np.random.default_rng(0).integers(1, 4, 60)
+    c2, r2, t2 = np.repeat(c, weights), np.repeat(r, weights), list(np.repeat(tasks, weights))
+    rows = weights[None].astype(float)
+    assert m.calibration_statistic(c, r)(rows)[0] == pytest.approx(m.calibration(c2, r2)[0])
+    table = m.per_task(np.concatenate([c2, r2]), t2 + t2)
+    spread, scale = m.task_mean_spread(table), m.task_std_mean(table)
+    stds = [row["std"] for row in table.values()]
+    assert m.task_statistic(c, r, tasks, "spread")(rows)[0] == pytest.approx(spread)
+    assert m.task_statistic(c, r, tasks, "relative")(rows)[0] == pytest.approx(spread / scale)
+    assert m.task_statistic(c, r, tasks, "variation")(rows)[0] == pytest.approx(np.std(stds) / np.mean(stds))
+
+
+def test_calibrated_scores_have_small_ece_and_overconfident_ones_the_known_one() -> None:
+    c, r = planted(40_000, 1.0)
+    assert m.calibration(c, r)[0] < 0.01
+    c, r = planted(40_000, 0.5)
+    size = np.abs(c - r)
+    expected = float((m.sigmoid(size) - m.sigmoid(0.5 * size)).mean())
+    assert expected > 0.08
+    assert m.calibration(c, r)[0] == pytest.approx(expected, abs=0.008)
+    assert m.calibration(c, r, mass="equal")[0] == pytest.approx(expected, abs=0.008)
+
+
+def test_one_confidence_gives_the_gap_exactly() -> None:
+    delta = math.log(0.8 / 0.2)  # confidence 0.8, right 6 times of 10
+    c = [delta] * 6 + [0.0] * 4
+    r = [0.0] * 6 + [delta] * 4
+    value, rows = m.calibration(c, r)
+    assert value == pytest.approx(0.2)
+    assert len(rows) == 1
+    assert rows[0]["confidence"] == pytest.approx(0.8)
+    assert rows[0]["accuracy"] == pytest.approx(0.6)
+    assert m.calibration(c, r, mass="equal")[0] == pytest.approx(0.2)
+
+
+def test_reliability_rows_lie_in_their_bins_and_equal_mass_bins_are_even() -> None:
+    c, r = planted(1000, 0.8)
+    for row in m.calibration(c, r)[1]:
+        assert 0.5 <= row["low"] <= row["confidence"] <= row["high"] <= 1.0
+    assert {row["count"] for row in m.calibration(c, r, mass="equal")[1]} == {100}
+
+
+def test_equal_mass_does_not_depend_on_the_order_of_tied_rows() -> None:
+    c = np.array([1.0] * 30 + [0.0] * 25 + [3.0] * 5)
+    r = np.array([0.0] * 30 + [1.0] * 25 + [0.0] * 5)
+    order = np.random.default_rng(0).permutation(60)
+    assert m.calibration(c, r, 4, "equal")[0] == pytest.approx(
+        m.calibration(c[order], r[order], 4, "equal")[0], abs=1e-12
+    )
+
+
+def test_brier_by_hand() -> None:
+    assert m.brier([0.0], [0.0]) == pytest.approx(0.25)
+    assert m.brier([math.log(3), 0.0], [0.0, math.log(3)]) == pytest.approx((0.25**2 + 0.75**2) / 2)
+    assert m.brier([1e4], [0.0]) == 0.0
+
+
+def test_temperature_recovers_a_planted_scale_and_is_the_minimum() -> None:
+    c, r = planted(40_000, 1.0)
+    assert m.fit_temperature(2.5 * c, 2.5 * r) == pytest.approx(2.5, rel=0.04)
+    c, r = planted(300, 0.7, seed=4)
+    best = m.fit_temperature(c, r)
+
+    def nll(t: float) -> float:
+        return float(np.logaddexp(0, -(c - r) / t).mean())
+
+    assert nll(best) <= min(nll(best * 1.001), nll(best / 1.001))
+    assert m.fit_temperature(3 * c, 3 * r) == pytest.approx(3 * best, rel=1e-9)
+
+
+def test_temperature_without_a_minimum_stays_finite() -> None:
+    assert m.fit_temperature([2.0, 1.0], [0.0, 0.0]) == pytest.approx(1.5e-3)  # always right: surer is better
+    assert m.fit_temperature([0.0, 0.0], [2.0, 1.0]) == pytest.approx(1.5e3)  # always wrong: never commit
+    assert m.fit_temperature([1.0, 1.0], [1.0, 1.0]) == 1.0
+
+
+def test_temperature_scaling_mends_overconfidence_out_of_sample() -> None:
+    c, r = planted(20_000, 1.0)
+    for kwargs in ({}, {"cross_fit": False}, {"fit_on": tuple(4 * x for x in planted(20_000, 1.0, seed=9))}):
+        scaled, _ = m.temperature_scaled(4 * c, 4 * r, **kwargs)  # type: ignore[arg-type]
+        assert m.calibration(scaled, np.zeros_like(scaled))[0] < 0.015
+    assert m.calibration(4 * c, 4 * r)[0] > 0.1
+
+
+def test_cross_fitting_uses_the_other_half() -> None:
+    c, r = planted(40, 1.0)
+    scaled, how = m.temperature_scaled(c, r, seed=3)
+    assert "cross-fitted" in how
+    ratio = np.round((c - r) / scaled, 9)
+    temperatures = Counter(ratio.tolist())
+    assert sorted(temperatures.values()) == [20, 20]
+    first, second = temperatures
+    half = ratio == first
+    assert m.fit_temperature(c[half], r[half]) == pytest.approx(second, rel=1e-6)
+    assert m.temperature_scaled(c[:19], r[:19])[1] == "fitted on the same pairs"
+    assert m.temperature_scaled(c, r, fit_on=(c, r))[1] == "fitted on a second set"
+
+
+def test_difference_curve_follows_the_sigmoid_when_calibrated() -> None:
+    c, r = planted(40_000, 1.0)
+    rows = m.difference_curve(c, r, 8)
+    assert [row["count"] for row in rows] == [5000] * 8
+    assert [row["difference"] for row in rows] == sorted(row["difference"] for row in rows)
+    for row in rows[1:-1]:
+        assert row["accuracy"] == pytest.approx(1 / (1 + math.exp(-row["difference"])), abs=0.025)
+
+
+def test_per_task_by_hand() -> None:
+    table = m.per_task([1, 3, 10, 5], ["a", "a", "b", None])
+    assert table == {
+        m.NO_TASK: {"count": 1, "mean": 5.0, "std": 0.0},
+        "a": {"count": 2, "mean": 2.0, "std": 1.0},
+        "b": {"count": 1, "mean": 10.0, "std": 0.0},
+    }
+    assert m.task_mean_spread(table) == pytest.approx(np.std([5, 2, 10]))
+    assert m.task_std_mean(table) == pytest.approx(1 / 3)
+
+
+def test_win_lose_tie_and_its_margin() -> None:
+    got = m.win_lose_tie([1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0])
+    assert (got["win"], got["lose"], got["tie"], got["n"]) == (0.5, 0.25, 0.25, 4)
+    assert got["win_ci"] == [m.wilson(2, 4)["low"], m.wilson(2, 4)["high"]]
+    assert got["lose_ci"] == [m.wilson(1, 4)["low"], m.wilson(1, 4)["high"]]
+    wide = m.win_lose_tie([1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0], tie_margin=0.5)
+    assert (wide["win"], wide["lose"], wide["tie"]) == (0.25, 0.25, 0.5)
+    with pytest.raises(ValueError, match="tie_margin"):
+        m.win_lose_tie([1], [1], tie_margin=-1)
+
+
+def test_scorer_evaluation_is_consistent_and_json_ready() -> None:
+    c, r = planted(200, 0.3, seed=1)
+    tasks = ["add" if k % 3 else "sort" for k in range(200)]
+    got = m.scorer_evaluation(c, r, tasks, bins=7, seed=2)
+    assert json.loads(json.dumps(got, allow_nan=False)) == got
+    assert got == m.scorer_evaluation(c, r, tasks, bins=7, seed=2)
+    assert (got["pairs"], got["bins"]) == (200, 7)
+    assert got["accuracy"]["value"] == pytest.approx(m.pair_accuracy(c, r))
+    assert got["ece"]["value"] == pytest.approx(m.calibration(c, r, 7)[0])
+    assert got["ece_equal_mass"]["value"] == pytest.approx(m.calibration(c, r, 7, "equal")[0])
+    assert {name: row["count"] for name, row in got["tasks"].items()} == {"add": 133, "sort": 67}
+    for name, row in got["tasks"].items():
+        here = np.array([task == name for task in tasks])
+        both = np.concatenate([c[here], r[here]])
+        assert row["accuracy"] == pytest.approx(m.pair_accuracy(c[here], r[here]))
+        assert (row["mean"], row["std"]) == (pytest.approx(both.mean()), pytest.approx(both.std()))
+    assert got["ece_after_temperature"] < got["ece"]["value"]
+
+
+def test_one_pair_and_all_ties_work() -> None:
+    one = m.scorer_evaluation([1.0], [0.0], ["a"])
+    assert one["accuracy"]["value"] == 1.0
+    assert one["ece"]["value"] == pytest.approx(1 - 1 / (1 + math.exp(-1)))
+    ties = m.scorer_evaluation([1.0, 1.0], [1.0, 1.0])
+    assert ties["accuracy"]["value"] == 0.5
+    assert ties["ece"]["value"] == 0.0
+    assert ties["temperature"] == 1.0
+    assert list(ties["tasks"]) == [m.NO_TASK]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: m.pair_accuracy([], []), "chosen is empty"),
+        (lambda: m.pair_accuracy([1.0], [1.0, 2.0]), "chosen has 1 entries but rejected has 2"),
+        (lambda: m.brier([1.0, 2.0], [1.0, float("nan")]), "rejected holds nan at index 1"),
+        (lambda: m.calibration([float("inf")], [1.0]), "chosen holds inf at index 0"),
+        (lambda: m.calibration([1.0], [0.0], bins=0), "bins must be at least 1"),
+        (lambda: m.calibration([1.0], [0.0], mass="mass"), "mass must be 'width' or 'equal'"),  # type: ignore[arg-type]
+        (lambda: m.fit_temperature([[1.0]], [[1.0]]), "chosen must be one-dimensional"),
+        (lambda: m.per_task([1.0], ["a", "b"]), "tasks has 2 entries"),
+        (lambda: m.win_lose_tie([1.0], []), "baseline is empty"),
+        (lambda: m.scorer_evaluation([1.0], [0.0], []), "tasks has 0 entries"),
+        (lambda: m.bootstrap(lambda w: w[:, 0], 0), "n must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(call: Any, words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        call()
+    assert words in str(error.value)
+
+
+class Row:
+    def __init__(self, prompt: str, task: str | None) -> None:
+        self.prompt, self.task = prompt, task
+
+
+def test_gold_judge_sees_prompt_and_task_and_reports_the_truth() -> None:
+    judge = GoldJudge(lambda prompt, response, task: float(response == prompt[::-1] and task == "reverse"))
+    assert isinstance(judge, Judge)
+    rows = [Row("ab", "reverse"), Row("cd", "reverse"), Row("ef", "sort")]
+    got = compare(judge, rows, ["ba", "dc", "fe"], ["ba", "xx", "fe"], kl=1.5, lengths=[2, 4, 6])  # type: ignore[arg-type]
+    assert (got["win"], got["lose"], got["tie"]) == pytest.approx((1 / 3, 0, 2 / 3))
+    assert (got["gold"], got["sft_gold"]) == pytest.approx((2 / 3, 1 / 3))
+    assert (got["judge"], got["kl"], got["length"], got["length_unit"]) == ("gold", 1.5, 4.0, "tokens")
+
+
+def test_scorer_judge_has_its_own_margin_and_no_gold() -> None:
+    judge = ScorerJudge(lambda prompts, responses: [len(r) for r in responses], "length", tie_margin=1)
+    rows = [Row("p", None), Row("q", None)]
+    got = compare(judge, rows, ["aaa", "aa"], ["a", "a"])  # type: ignore[arg-type]
+    assert (got["win"], got["tie"], got["gold"], got["sft_gold"]) == (0.5, 0.5, None, None)
+    assert (got["length"], got["length_unit"]) == (2.5, "characters")
+    assert compare(judge, rows, ["aaa", "aa"], ["a", "a"], tie_margin=0)["win"] == 1.0  # type: ignore[arg-type]
+
+
+def test_compare_refuses_what_does_not_fit() -> None:
+    judge = ScorerJudge(lambda prompts, responses: [0.0], "one score")
+    rows = [Row("p", None), Row("q", None)]
+    with pytest.raises(ValueError, match="ours has 1 entries but rows has 2"):
+        compare(judge, rows, ["a"], ["b", "c"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'one score' gave 1 scores for 2"):
+        compare(judge, rows, ["a", "b"], ["b", "c"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rows is empty"):
+        compare(judge, [], [], [])

@@ -1,0 +1,297 @@
+"""Findings, pictures and report of a synthetic summary."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from stable_rlhf.evaluate import figures, paper
+from stable_rlhf.evaluate.findings import CANNOT_TELL, findings, verdict
+from stable_rlhf.evaluate.report import render_report, summary_markdown, summary_table
+
+SECTIONS = ["findings", "scorers", "policies", "selection", "time", "settings"]
+
+
+def held(summary: dict[str, Any]) -> dict[str, bool | None]:
+    return {item["claim"]: item["held"] for item in findings(summary)}
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+class Page(HTMLParser):
+    """Collects ids, tags left open, and every attribute that could fetch something."""
+
+    VOID = ("meta", "img", "br", "link", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "srcset", "data", "action"):
+                self.links.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are composed but not rasterised, for tests that look at the text."""
+    monkeypatch.setattr(figures, "_png", lambda figure, dpi=0: b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def html(summary: dict[str, Any]) -> str:
+    return render_report(summary)
+
+
+def test_paper_constants_add_up() -> None:
+    for row in paper.TABLE_2.values():
+        for part in row.values():
+            assert part["win"] + part["lose"] + part["tie"] == pytest.approx(100, abs=0.03)
+    assert paper.TABLE_1["HH-RLHF"]["am"] == {"accuracy": 69.43, "ece": 3.48}
+    assert json.loads(json.dumps(paper.constants())) == paper.constants()
+
+
+def test_claims_hold_where_they_were_planted_and_flip_with_the_numbers(make_summary: Any) -> None:
+    straight, flipped = held(make_summary()), held(make_summary(swap=True))
+    assert list(straight) == list(flipped)
+    certain = [
+        "The Advantage Model is better calibrated than the reward model (lower ECE).",
+        "The Advantage Model ranks as accurately as the reward model (less than 2 points below).",
+        "Mean scores differ less from task to task under the Advantage Model.",
+        "RM-PPO hacks its reward: its score rises while quality falls.",
+        "On the main set, AM-PPO-SR wins against SFT more often than RM-PPO does.",
+        "On the forget set, RM-PPO loses to SFT more often than AM-PPO-SR does.",
+    ]
+    for claim in certain:
+        assert straight[claim] is True, claim
+        assert flipped[claim] is False, claim
+    assert straight["RM-PPO forgets: on the forget set it loses to SFT more than it wins."] is True
+
+
+def test_a_fitted_temperature_is_named_as_good(summary: dict[str, Any]) -> None:
+    """The planted reward model errs by scale alone, so nothing may be claimed for AM beyond its scale."""
+    item = next(item for item in findings(summary) if "one fitted temperature" in item["claim"])
+    assert item["held"] is None
+    assert "cross-fitted in two halves" in item["detail"]
+
+
+def test_few_items_cannot_tell(make_summary: Any, undrawn: None) -> None:
+    small = held(make_summary(pairs=12, prompts=10))
+    assert small["The Advantage Model ranks as accurately as the reward model (less than 2 points below)."] is not False
+    assert small["On the main set, AM-PPO-SR wins against SFT more often than RM-PPO does."] is None
+    assert small["Selective rehearsal lowers AM-PPO's losses on the forget set further."] is None
+    assert CANNOT_TELL in render_report(make_summary(pairs=12, prompts=10)).lower()
+
+
+def test_equal_scorers_leave_the_calibration_open(summary: dict[str, Any]) -> None:
+    same = copy.deepcopy(summary)
+    same["scorers"]["am"] = same["scorers"]["rm"]
+    items = held(same)
+    assert items["The Advantage Model is better calibrated than the reward model (lower ECE)."] is None
+    assert items["Mean scores differ less from task to task under the Advantage Model."] is None
+    assert items["The Advantage Model ranks as accurately as the reward model (less than 2 points below)."] is True
+
+
+def test_smaller_scale_alone_is_not_taken_for_closer_tasks(summary: dict[str, Any]) -> None:
+    shrunk = copy.deepcopy(summary)
+    rm, am = shrunk["scorers"]["rm"], copy.deepcopy(shrunk["scorers"]["rm"])
+    for key in ("chosen", "rejected"):
+        am[key] = [value / 5 for value in rm[key]]
+    shrunk["scorers"]["am"] = am
+    items = held(shrunk)
+    assert items["Mean scores differ less from task to task under the Advantage Model."] is True
+    relative = next(claim for claim in items if "not merely by a smaller scale" in claim)
+    assert items[relative] is None
+
+
+def test_scorers_of_different_pairs_fall_back_to_independent_intervals(summary: dict[str, Any]) -> None:
+    apart = copy.deepcopy(summary)
+    apart["scorers"]["am"]["pair_tasks"] = apart["scorers"]["am"]["pair_tasks"][::-1]
+    items = held(apart)
+    assert items["The Advantage Model is better calibrated than the reward model (lower ECE)."] is True
+    assert next(value for claim, value in items.items() if "one fitted temperature" in claim) is None
+    assert not any("task to task" in claim for claim in items)
+
+
+def test_verdict_words() -> None:
+    assert [verdict(value) for value in (True, False, None)] == ["reproduced", "not reproduced", CANNOT_TELL]
+
+
+def test_findings_are_json_and_say_numbers(summary: dict[str, Any]) -> None:
+    for item in json.loads(json.dumps(findings(summary))):
+        assert set(item) == {"claim", "held", "detail"}
+        assert len(re.findall(r"\d+\.\d+", item["detail"])) >= 3
+
+
+def test_report_holds_every_section_and_its_pictures(html: str) -> None:
+    page = Page(html)
+    assert page.ids == SECTIONS
+    assert page.open == []
+    pictures = [link for link in page.links if link.startswith("data:image/png;base64,")]
+    assert len(pictures) == 10
+    for link in pictures:
+        width, _ = size_of(base64.b64decode(link.partition(",")[2], validate=True))
+        assert width == 1350
+    for words in ("Reward model", "AM-PPO-SR", "29.28", "3.48", "learning_rate", "2.13.0", "stable-rlhf quickstart"):
+        assert words in page.text, words
+    assert "1,234,567" in page.text
+
+
+def test_report_fetches_nothing_and_runs_nothing(html: str) -> None:
+    page = Page(html)
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not {"script", "link", "iframe", "object", "embed"} & page.tags
+    assert "http://" not in html
+    assert "https://" not in html
+    assert not re.search(r"url\(|@import", html)
+
+
+def test_examples_and_settings_are_escaped(html: str, summary: dict[str, Any]) -> None:
+    assert any("<script>" in row["example"] for row in summary["selection"]["clusters"])
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in html
+    assert "&lt;i&gt;" in html
+    assert "&amp; more" in html
+
+
+@pytest.mark.parametrize(
+    "missing, gone",
+    [
+        (["selection"], ["selection"]),
+        (["scorers"], ["scorers"]),
+        (["policies"], ["policies"]),
+        (["stages"], ["time"]),
+        (["scorers", "policies", "findings"], ["findings", "scorers", "policies"]),
+    ],
+)
+def test_missing_parts_leave_out_their_sections(
+    summary: dict[str, Any], missing: list[str], gone: list[str], undrawn: None
+) -> None:
+    part = {key: value for key, value in summary.items() if key not in missing}
+    page = Page(render_report(part))
+    assert page.ids == [section for section in SECTIONS if section not in gone]
+    assert page.open == []
+    assert summary_markdown(part)
+    Console(width=80, file=open("/dev/null", "w")).print(summary_table(part))  # noqa: SIM115
+
+
+def test_nearly_empty_summary_still_renders() -> None:
+    page = Page(render_report({"title": "empty"}))
+    assert page.ids == []
+    assert "empty" in page.text
+
+
+def test_one_scorer_and_one_variant(make_summary: Any) -> None:
+    lone = make_summary(pairs=40, prompts=20, variants=("am",), kind="real")
+    del lone["scorers"]["rm"]
+    del lone["policies"]["am"]["forget"]
+    for row in lone["policies"]["am"]["curve"]:
+        del row["gold"]
+    lone["findings"] = findings(lone)
+    assert lone["findings"] == []
+    page = Page(render_report(lone))
+    assert "Advantage Model" in page.text
+    assert "RM-PPO forgets" not in page.text
+    assert size_of(figures.overview(lone)) == (1200, 500)
+
+
+def test_reports_say_plainly_what_is_not_reproduced(make_summary: Any, undrawn: None) -> None:
+    flipped = make_summary(swap=True, pairs=600)
+    page = Page(render_report(flipped))
+    assert "Not reproduced." in page.text
+    assert "**not reproduced**: The Advantage Model is better calibrated" in summary_markdown(flipped)
+
+
+def test_tables_carry_figures_intervals_and_tokens(summary: dict[str, Any]) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary_table(summary))
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    rm, forget = summary["scorers"]["rm"], summary["policies"]["rm"]["forget"]
+    markdown = summary_markdown(summary)
+    for low, high in ((rm["ece"]["low"], rm["ece"]["high"]), forget["lose_ci"]):
+        assert f"{100 * low:.1f}–{100 * high:.1f}" in text
+        assert f"[{100 * low:.1f}, {100 * high:.1f}]" in markdown
+    for out in (text, markdown):
+        assert "RM-PPO w/ MA" in out
+        assert "29.28" in out
+    assert "AM-PPO-SR 1,234,567" in markdown
+    assert "Reward model 55,555," in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9}
+
+
+def test_markdown_cells_cannot_break_the_table(summary: dict[str, Any]) -> None:
+    odd = copy.deepcopy(summary)
+    for entry in odd["policies"].values():
+        entry["main"]["judge"] = "a|b\nc"
+    assert "a\\|b c" in summary_markdown(odd)
+
+
+def test_pictures_have_their_size_and_follow_the_figures(summary: dict[str, Any]) -> None:
+    scorers = summary["scorers"]
+    assert size_of(figures.overview(summary)) == (1200, 500)
+    assert size_of(figures.reliability(scorers)) == (1350, 600)
+    assert figures.reliability(scorers) == figures.reliability(scorers)
+    assert figures.reliability(scorers) != figures.reliability({"rm": scorers["am"], "am": scorers["rm"]})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures.overview({})
+
+
+def test_pictures_bear_many_long_task_names_and_degenerate_scores() -> None:
+    from stable_rlhf.evaluate.metrics import scorer_evaluation
+
+    tasks = [f"a very long name of task number {k} with $x^2 and _ {{" for k in range(61)]
+    many = {"rm": scorer_evaluation([float(k) for k in range(61)], [0.0] * 61, tasks)}
+    flat = {"am": scorer_evaluation([1.0], [1.0], ["one"])}
+    for scorers in (many, flat):
+        for draw in (
+            figures.reliability,
+            figures.difference,
+            figures.densities,
+            figures.task_densities,
+            figures.per_task,
+        ):
+            assert size_of(draw(scorers))[0] == 1350
+    assert figures.has_tasks(many)
+    assert not figures.has_tasks(flat)
+
+
+def test_importing_the_report_does_not_import_matplotlib_or_torch() -> None:
+    code = (
+        "import sys, stable_rlhf.evaluate.report, stable_rlhf.evaluate.judge\n"
+        "print([name for name in ('matplotlib', 'torch', 'jinja2', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,110 @@
+"""Which implementation runs, and what is said when the one asked for cannot."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import stable_rlhf.ops as ops
+from stable_rlhf.ops import _backend
+
+CU = torch.tensor([0, 2])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Records which implementation of gae runs."""
+    seen: list[str] = []
+    table = _backend._implementations["gae"]
+    for name, original in dict(table).items():
+        monkeypatch.setitem(table, name, lambda *a, _name=name, _run=original: (seen.append(_name), _run(*a))[1])
+    return seen
+
+
+def run_gae():
+    return ops.gae(torch.ones(2), torch.zeros(2), CU)
+
+
+@pytest.mark.skipif(_backend.extension() is None, reason="installed without the C++ module")
+def test_cpu_tensors_take_the_cpp_module_by_default(calls):
+    run_gae()
+    with ops.backend("torch"):
+        run_gae()
+        with ops.backend("cpu"):
+            run_gae()
+        run_gae()
+    run_gae()
+    assert calls == ["cpu", "torch", "cpu", "torch", "cpu"]
+
+
+def test_without_the_cpp_module_torch_serves_and_cpu_is_an_error(calls, monkeypatch):
+    monkeypatch.setattr(_backend, "extension", lambda: None)
+    run_gae()
+    assert calls == ["torch"]
+    with ops.backend("cpu"), pytest.raises(RuntimeError, match=r"gae: backend 'cpu' cannot run: .*_C is not installed"):
+        run_gae()
+
+
+def test_the_block_ends_also_after_an_error(calls):
+    with pytest.raises(KeyError), ops.backend("torch"):
+        raise KeyError
+    run_gae()
+    assert calls == ["cpu" if _backend.extension() is not None else "torch"]
+
+
+def test_a_block_binds_its_own_thread_only(calls):
+    with ops.backend("torch"):
+        thread = threading.Thread(target=run_gae)
+        thread.start()
+        thread.join()
+    assert calls == ["cpu" if _backend.extension() is not None else "torch"]
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"backend: unknown name 'cuda', expected one of 'triton', 'cpu', 'torch'"):
+        ops.backend("cuda").__enter__()
+
+
+def test_a_backend_that_an_operation_lacks():
+    with ops.backend("triton"), pytest.raises(RuntimeError, match=r"topk_by_cluster has no backend 'triton'; it has"):
+        ops.topk_by_cluster(torch.ones(1), torch.zeros(1, dtype=torch.int64), 1, 1)
+    for name in ("cpu", "triton"):
+        with ops.backend(name), pytest.raises(RuntimeError, match=f"linear_logprob has no backend '{name}'"):
+            ops.linear_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64))
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ops.backend("triton"), pytest.raises(RuntimeError, match="gae: backend 'triton' cannot run: it needs CUDA"):
+        run_gae()
+
+
+def test_default_by_device(monkeypatch):
+    for device, op, expected in (
+        ("meta", "gae", "torch"),
+        ("cuda", "linear_logprob", "torch"),
+        ("cuda", "gae", "triton"),
+    ):
+        assert _backend._select(op, torch.device(device)) == expected
+    monkeypatch.setattr(_backend, "_has_triton", lambda: False)
+    assert _backend._select("gae", torch.device("cuda")) == "torch"
+    with ops.backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
+        run_gae()
+    with ops.backend("cpu"), pytest.raises(RuntimeError, match="it needs CPU tensors, not cuda"):
+        _backend._select("gae", torch.device("cuda"))
+
+
+def test_report(monkeypatch):
+    with ops.backend("triton"):  # the report is about the defaults
+        report = ops.backend_report("cpu")
+    fast = "cpu" if _backend.extension() is not None else "torch"
+    assert report["gae"] == report["topk_by_cluster"] == fast and report["linear_policy_loss"] == "torch"
+    assert set(report) <= set(ops.__all__)
+    monkeypatch.setattr(_backend, "extension", lambda: None)
+    assert set(ops.backend_report("cpu").values()) == {"torch"}
+
+
+def test_every_operation_has_a_reference():
+    assert all("torch" in table for table in _backend._implementations.values())

@@ -1,0 +1,241 @@
+"""gae, masked_whiten and token_rewards: loops over tokens, every backend, several processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import stable_rlhf.ops as ops
+from stable_rlhf.ops._backend import extension
+
+CPP = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
+LENGTHS = {
+    "mixed": [3, 1, 0, 7, 40, 1],
+    "one token": [1],
+    "no sequence": [],
+    "only empty": [0, 0],
+    "many": [5] * 70 + [0, 130],
+}
+
+
+def make_case(lengths, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    reward, value = (torch.randn(tokens, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    return reward, value, cu_seqlens, torch.randn(len(lengths), generator=g, dtype=torch.float64).to(dtype)
+
+
+def naive_gae(reward, value, cu_seqlens, gamma, lam, bootstrap):
+    """A_t as the explicit sum over later deltas, not the recurrence."""
+    advantage = [0.0] * len(reward)
+    for s in range(len(cu_seqlens) - 1):
+        begin, end = cu_seqlens[s], cu_seqlens[s + 1]
+        after = [*value[begin + 1 : end], bootstrap[s]] if end > begin else []
+        delta = [reward[t] + gamma * after[t - begin] - value[t] for t in range(begin, end)]
+        for t in range(begin, end):
+            advantage[t] = math.fsum((gamma * lam) ** (u - t) * delta[u - begin] for u in range(t, end))
+    return advantage, [a + v for a, v in zip(advantage, value, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("cpu", marks=CPP)])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.0, 0.95), (0.99, 0.0)])
+@pytest.mark.parametrize("bootstrapped", [False, True])
+def test_gae_against_naive(name, lengths, gamma, lam, bootstrapped):
+    reward, value, cu_seqlens, bootstrap = make_case(lengths)
+    last = bootstrap if bootstrapped else torch.zeros_like(bootstrap)
+    want = naive_gae(reward.tolist(), value.tolist(), cu_seqlens.tolist(), gamma, lam, last.tolist())
+    given = {"bootstrap_value": bootstrap} if bootstrapped else {}
+    with ops.backend(name):
+        got = ops.gae(reward, value, cu_seqlens, gamma=gamma, lam=lam, **given)
+    for result, expected in zip(got, want, strict=True):
+        assert result.dtype == torch.float64
+        assert result.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_cpp_gives_the_bits_of_torch(dtype, threads):
+    reward, value, cu_seqlens, bootstrap = make_case(LENGTHS["many"], dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ops.backend("cpu"):
+            cpp = ops.gae(reward, value, cu_seqlens, gamma=0.97, bootstrap_value=bootstrap)
+    finally:
+        torch.set_num_threads(before)
+    with ops.backend("torch"):
+        reference = ops.gae(reward, value, cu_seqlens, gamma=0.97, bootstrap_value=bootstrap)
+    assert torch.equal(cpp[0], reference[0]) and torch.equal(cpp[1], reference[1])
+
+
+def test_triton_in_the_interpreter():
+    """A process of its own: triton reads TRITON_INTERPRET when its kernels are defined."""
+    script = textwrap.dedent("""
+        import torch
+        import stable_rlhf.ops as ops
+
+        g = torch.Generator().manual_seed(0)
+        cu_seqlens = torch.tensor([0, 3, 3, 4, 23])
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+            reward, value = (torch.randn(23, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+            for bootstrap in (None, torch.randn(4, generator=g).to(dtype)):
+                results = []
+                for name in ("triton", "torch"):
+                    with ops.backend(name):
+                        results.append(ops.gae(reward, value, cu_seqlens, gamma=0.9, bootstrap_value=bootstrap))
+                for got, want in zip(*results):
+                    assert got.dtype == dtype
+                    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        empty = torch.zeros(0)
+        with ops.backend("triton"):
+            assert ops.gae(empty, empty, torch.tensor([0, 0]))[0].shape == (0,)
+        print("interpreted")
+    """)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and "interpreted" in done.stdout, done.stderr
+
+
+def test_gae_takes_strided_and_low_precision_input():
+    reward, value, cu_seqlens, _ = make_case(LENGTHS["mixed"], torch.bfloat16)
+    wide = torch.stack([reward, torch.full_like(reward, 99)], dim=1)[:, 0]
+    got = ops.gae(wide, value.requires_grad_(), cu_seqlens.int())
+    want = ops.gae(reward.float(), value.detach().float(), cu_seqlens)
+    assert got[0].dtype == torch.float32 and not got[1].requires_grad
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+T4 = torch.zeros(4)
+BAD_GAE = [
+    ({"reward": torch.zeros(2, 2)}, "reward: shape"),
+    ({"value": torch.zeros(3)}, "value: shape"),
+    ({"value": torch.zeros(4, device="meta")}, "value: on device meta"),
+    ({"reward": torch.tensor([0.0, math.nan, 0.0, 0.0])}, "reward: non-finite value nan at position 1"),
+    ({"value": torch.full((4,), math.inf)}, "value: non-finite"),
+    ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens: type float32"),
+    ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: runs from 0 to 3 instead of 0 to the 4"),
+    ({"cu_seqlens": torch.tensor([1, 4])}, "cu_seqlens: runs from 1"),
+    ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "cu_seqlens: decreases after entry 1"),
+    ({"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, "cu_seqlens: shape"),
+    ({"bootstrap_value": torch.zeros(3)}, "bootstrap_value: shape"),
+    ({"gamma": 1.1}, "gamma: 1.1"),
+    ({"lam": -0.1}, "lam: -0.1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_GAE, ids=[b[1] for b in BAD_GAE])
+def test_bad_gae_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.gae(**{"reward": T4, "value": T4, "cu_seqlens": torch.tensor([0, 1, 4]), **changes})
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_whiten_against_naive(shift_mean, masked):
+    g = torch.Generator().manual_seed(1)
+    x = 3 * torch.randn(5, 7, generator=g) + 100
+    mask = torch.rand(5, 7, generator=g) < 0.6 if masked else torch.ones(5, 7, dtype=torch.bool)
+    values = x[mask].tolist()
+    mean = math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values) + 1e-8)
+    dirty = x.clone()
+    dirty[~mask] = math.nan
+    got = ops.masked_whiten(dirty, mask if masked else None, shift_mean=shift_mean)
+    want = torch.where(mask, (x.double() - mean) / deviation + (0.0 if shift_mean else mean), 0.0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    assert not got[~mask].any() and got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 0], [0, 1, 0], [1, 1, 1]])
+def test_whiten_is_safe_for_few_or_constant_tokens(mask):
+    got = ops.masked_whiten(torch.full((3,), 4.0), torch.tensor(mask))
+    assert got.tolist() == [0.0, 0.0, 0.0]
+    kept = ops.masked_whiten(torch.full((3,), 4.0), torch.tensor(mask), shift_mean=False)
+    assert kept.tolist() == [4.0 * m for m in mask]
+    assert ops.masked_whiten(torch.zeros(0)).shape == (0,)
+
+
+def test_bad_whiten_arguments():
+    with pytest.raises(ValueError, match="mask: shape"):
+        ops.masked_whiten(torch.zeros(3), torch.ones(2))
+    with pytest.raises(ValueError, match="x: non-finite value nan at position 1"):
+        ops.masked_whiten(torch.tensor([0.0, math.nan]))
+
+
+def _whiten_rank(rank: int, store: str, cuts: list[int], result: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(cuts) - 1)
+    x = _shared_values()[cuts[rank] : cuts[rank + 1]]
+    torch.save(ops.masked_whiten(x, x > -1.0, group=dist.group.WORLD), f"{result}.{rank}")
+    dist.destroy_process_group()
+
+
+def _shared_values() -> torch.Tensor:
+    return torch.randn(30, generator=torch.Generator().manual_seed(2))
+
+
+def test_whiten_over_ranks_equals_one_process(tmp_path):
+    """Three ranks, one of them without a token."""
+    cuts = [0, 11, 11, 30]
+    mp.spawn(_whiten_rank, args=(str(tmp_path / "store"), cuts, str(tmp_path / "out")), nprocs=3)
+    got = torch.cat([torch.load(tmp_path / f"out.{rank}") for rank in range(3)])
+    x = _shared_values()
+    torch.testing.assert_close(got, ops.masked_whiten(x, x > -1.0), rtol=1e-6, atol=1e-7)
+    alone = torch.cat([ops.masked_whiten(part, part > -1.0) for part in (x[:11], x[11:])])
+    assert not torch.allclose(got, alone, atol=1e-2)  # each rank alone is a different answer
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_token_rewards_against_naive(estimator):
+    g = torch.Generator().manual_seed(3)
+    lengths = [3, 1, 5]
+    logprob, ref = -torch.rand(9, generator=g), -torch.rand(9, generator=g)
+    ref[4], ref[5] = 1e4, -1e4
+    score, cu_seqlens = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([0, 3, 4, 9])
+    got = ops.token_rewards(logprob, ref, score, cu_seqlens, kl_coef=0.3, kl_estimator=estimator)
+    want = []
+    for s, length in enumerate(lengths):
+        for t in range(int(cu_seqlens[s]), int(cu_seqlens[s + 1])):
+            d = min(max(float(logprob[t]) - float(ref[t]), -20.0), 20.0)
+            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+            last = t == int(cu_seqlens[s]) + length - 1
+            want.append(-0.3 * kl + (float(score[s]) if last else 0.0))
+    assert got.tolist() == pytest.approx(want, rel=1e-5, abs=1e-6)
+    tighter = ops.token_rewards(logprob, ref, score, cu_seqlens, kl_coef=1.0, clamp=0.01)
+    assert float(tighter[5]) == pytest.approx(-0.01)
+
+
+def test_token_rewards_without_kl_put_the_score_on_the_last_token():
+    zeros = torch.zeros(4)
+    got = ops.token_rewards(zeros, zeros, torch.tensor([5.0, 7.0]), torch.tensor([0, 3, 4]), kl_coef=0.0)
+    assert got.tolist() == [0.0, 0.0, 5.0, 7.0]
+
+
+BAD_REWARDS = [
+    ({"cu_seqlens": torch.tensor([0, 4, 4])}, "cu_seqlens: sequence 1 is empty"),
+    ({"score": torch.zeros(3)}, "score: shape"),
+    ({"score": torch.tensor([math.nan, 0.0])}, "score: non-finite"),
+    ({"ref_logprob": torch.zeros(3)}, "ref_logprob: shape"),
+    ({"logprob": torch.full((4,), -math.inf)}, "logprob: non-finite"),
+    ({"kl_estimator": "k4"}, "kl_estimator: 'k4'"),
+    ({"kl_coef": -0.1}, "kl_coef: -0.1"),
+    ({"clamp": 0.0}, "clamp: 0.0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_REWARDS, ids=[b[1] for b in BAD_REWARDS])
+def test_bad_token_rewards_arguments(changes, message):
+    good = {"logprob": T4, "ref_logprob": T4, "score": torch.zeros(2), "cu_seqlens": torch.tensor([0, 1, 4])}
+    with pytest.raises(ValueError, match=message):
+        ops.token_rewards(**{**good, "kl_coef": 0.1, **changes})

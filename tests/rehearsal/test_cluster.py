@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from stable_rlhf.rehearsal import cluster_embeddings
+
+faiss = pytest.importorskip("faiss")
+
+
+def blobs(centres: int = 6, each: int = 50, d: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Points of deviation 1 around centres about 57 apart, in mixed order, and their true labels."""
+    rng = np.random.default_rng(seed)
+    middle = 10 * rng.normal(size=(centres, d))
+    labels = rng.permutation(np.repeat(np.arange(centres), each))
+    return (middle[labels] + rng.normal(size=(len(labels), d))).astype(np.float32), labels
+
+
+def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
+    pairs = set(zip(a.tolist(), b.tolist(), strict=True))
+    return len(pairs) == len(set(a.tolist())) == len(set(b.tolist()))
+
+
+def test_same_partition_tells_partitions_apart():
+    assert same_partition(np.array([0, 0, 1]), np.array([5, 5, 2]))
+    assert not same_partition(np.array([0, 0, 1]), np.array([0, 1, 1]))
+
+
+@pytest.mark.parametrize("method", ["kmeans", "gmm"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_blobs_are_recovered(method, seed):
+    x, labels = blobs(seed=seed)
+    found = cluster_embeddings(x, 6, method=method, seed=seed)
+    assert same_partition(found.assignment, labels)
+    assert found.assignment.dtype == np.int64 and found.sizes.dtype == np.int64
+    assert found.sizes.tolist() == [50] * 6
+    assert found.centroids.shape == (6, 16) and found.centroids.dtype == np.float32
+    assert (found.num_clusters, found.trained_on, found.method, found.notes) == (6, 300, method, ())
+    means = np.stack([x[found.assignment == k].mean(axis=0, dtype=np.float64) for k in range(6)])
+    np.testing.assert_allclose(found.centroids, means, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.inertia, ((x - means[found.assignment]) ** 2).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "afkmc2"])
+def test_spread_out_starts_find_blobs_that_a_random_start_merges(init):
+    x, labels = blobs(each=500, d=64)
+    assert same_partition(cluster_embeddings(x, 6, init=init).assignment, labels)
+    assert not same_partition(cluster_embeddings(x, 6, init="random").assignment, labels)
+
+
+def test_rows_go_to_their_nearest_centroid():
+    x = np.random.default_rng(3).normal(size=(400, 8)).astype(np.float32)
+    found = cluster_embeddings(x, 12)
+    distances = ((x[:, None].astype(np.float64) - found.centroids[None]) ** 2).sum(-1)
+    assert (found.assignment == distances.argmin(1)).all()
+    np.testing.assert_allclose(found.inertia, distances.min(1).sum(), rtol=1e-6)
+
+
+def test_more_iterations_lower_the_inertia():
+    x = np.random.default_rng(3).normal(size=(400, 8)).astype(np.float32)
+    assert cluster_embeddings(x, 12, niter=25).inertia < 0.99 * cluster_embeddings(x, 12, niter=1).inertia
+
+
+@pytest.mark.parametrize("method", ["kmeans", "gmm"])
+def test_same_seed_same_clusters_on_one_and_two_threads(method):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    x = np.random.default_rng(0).normal(size=(6000, 64)).astype(np.float32)  # no structure: many close calls
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    before = faiss.omp_get_max_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 1):
+            faiss.omp_set_num_threads(threads)
+            with threadpoolctl.threadpool_limits(threads):
+                runs.append(cluster_embeddings(x, 20, method=method, niter=10, seed=7))
+    finally:
+        faiss.omp_set_num_threads(before)
+    for other in runs[1:]:
+        np.testing.assert_array_equal(runs[0].assignment, other.assignment)
+    np.testing.assert_array_equal(runs[0].centroids, runs[2].centroids)
+    different = cluster_embeddings(x, 20, method=method, niter=10, seed=8)
+    assert not same_partition(runs[0].assignment, different.assignment)
+
+
+def test_all_points_train_unless_told_otherwise():
+    x, labels = blobs(each=300)  # 1,800 points for 6 centroids: faiss alone would use 256 each, 1,536
+    assert cluster_embeddings(x, 6).trained_on == 1800
+    cut = cluster_embeddings(x, 6, max_points_per_centroid=20)
+    assert cut.trained_on == 120
+    assert cut.notes == ("trained on a sample of 120 of 1800 rows",)
+    assert same_partition(cut.assignment, labels)
+    assert cluster_embeddings(x, 6, max_points_per_centroid=300).notes == ()
+
+
+def test_mixture_trains_on_the_sample_it_reports():
+    x, labels = blobs(each=100)
+    cut = cluster_embeddings(x, 6, method="gmm", max_points_per_centroid=20)
+    assert cut.trained_on == 120
+    assert same_partition(cut.assignment, labels)
+    assert not np.allclose(cut.centroids, cluster_embeddings(x, 6, method="gmm").centroids, atol=1e-3)
+
+
+def test_mixture_separates_what_distance_alone_cannot():
+    # A tight and a wide component with one centre: KMeans halves them, a mixture tells them by their variance.
+    rng = np.random.default_rng(0)
+    x = np.concatenate([0.05 * rng.normal(size=(300, 8)), 3.0 * rng.normal(size=(300, 8)) + 0.5]).astype(np.float32)
+    truth = np.repeat([0, 1], 300)
+
+    def agreement(method: str) -> float:
+        hit = (cluster_embeddings(x, 2, method=method, niter=100).assignment == truth).mean()
+        return max(hit, 1 - hit)
+
+    assert agreement("gmm") > 0.99
+    assert agreement("kmeans") < 0.9
+
+
+def test_mixture_says_when_it_did_not_converge():
+    x = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    assert cluster_embeddings(x, 10, method="gmm", niter=1).notes == (
+        "the mixture had not converged after 1 iterations",
+    )
+
+
+@pytest.mark.parametrize("method", ["kmeans", "gmm"])
+@pytest.mark.parametrize("num_clusters", [3, 10])
+def test_fewer_points_than_clusters(method, num_clusters, caplog):
+    x = np.eye(2, 4, dtype=np.float32)
+    with caplog.at_level(logging.WARNING, logger="stable_rlhf"):
+        found = cluster_embeddings(x, num_clusters, method=method)
+    message = f"{num_clusters} clusters asked for, but only 2 distinct rows: 2 clusters made"
+    assert message in found.notes and message in caplog.text
+    assert sorted(found.assignment.tolist()) == [0, 1] and found.sizes.tolist() == [1, 1]
+    assert found.inertia == 0
+
+
+def test_as_many_clusters_as_points_is_silent(caplog, capfd):
+    x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    found = cluster_embeddings(x, 7)
+    assert found.sizes.tolist() == [1] * 7 and found.inertia == 0 and found.notes == ()
+    assert caplog.text == "" and capfd.readouterr() == ("", "")
+
+
+def test_duplicates_are_counted_once():
+    x = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
+    found = cluster_embeddings(x, 5)
+    assert found.num_clusters == 3 and found.sizes.tolist() == [20, 20, 20] and found.inertia == 0
+    assert same_partition(found.assignment, np.repeat(np.arange(3), 20))
+    exact = cluster_embeddings(x, 3)
+    assert exact.notes == () and same_partition(exact.assignment, np.repeat(np.arange(3), 20))
+
+
+def test_zero_rows_of_either_sign_are_one_row():
+    x = np.array([[0.0, 0.0], [-0.0, 0.0], [0.0, -0.0]], dtype=np.float32)
+    assert cluster_embeddings(x, 3).num_clusters == 1
+
+
+def test_spherical_ignores_length_and_takes_zero_rows():
+    rng = np.random.default_rng(0)
+    directions = np.eye(3, 8)
+    labels = np.repeat(np.arange(3), 30)
+    x = directions[labels] + 0.02 * rng.normal(size=(90, 8))
+    x = (x * rng.uniform(0.1, 50, size=(90, 1))).astype(np.float32)
+    found = cluster_embeddings(x, 3, spherical=True)
+    assert same_partition(found.assignment, labels)
+    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, rtol=1e-6)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.inertia, ((unit - found.centroids[found.assignment]) ** 2).sum(), rtol=1e-5)
+    assert not same_partition(cluster_embeddings(x, 3).assignment, labels)
+    with_zero = cluster_embeddings(np.concatenate([x, np.zeros((1, 8), np.float32)]), 3, spherical=True)
+    assert with_zero.sizes.sum() == 91 and np.isfinite(with_zero.centroids).all()
+
+
+def test_half_precision_and_strided_input():
+    x, labels = blobs()
+    assert same_partition(cluster_embeddings(x.astype(np.float16), 6).assignment, labels)
+    assert same_partition(cluster_embeddings(np.asfortranarray(x), 6).assignment, labels)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_first_row_that_is_not_finite_is_named(bad):
+    x = np.zeros((70_000, 2), dtype=np.float32)  # more than one block of the check
+    x[66_000, 1] = bad
+    x[69_000, 0] = bad
+    with pytest.raises(ValueError, match="row 66000 holds NaN or infinite"):
+        cluster_embeddings(x, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_clusters": 0}, "num_clusters must be at least 1, got 0"),
+        ({"niter": 0}, "niter must be at least 1"),
+        ({"max_points_per_centroid": 0}, "max_points_per_centroid must be at least 1"),
+        ({"method": "dbscan"}, "method must be one of kmeans, gmm, got 'dbscan'"),
+        ({"init": "first"}, "init must be one of"),
+        ({"method": "gmm", "spherical": True}, "spherical: only KMeans"),
+        ({"method": "gmm", "devices": [0]}, "devices: only KMeans"),
+        ({"devices": []}, "devices"),
+        ({"devices": [97]}, r"devices \[97\]: faiss .* sees \d+ GPUs"),
+        ({"embeddings": np.zeros(3, np.float32)}, r"floating point \[n, d\], got float32 \[3\]"),
+        ({"embeddings": np.zeros((3, 2), int)}, "floating point"),
+        ({"embeddings": [[0.0]]}, "numpy array"),
+        ({"embeddings": np.zeros((0, 2), np.float32)}, "nothing to cluster"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    call = {"embeddings": np.eye(3, dtype=np.float32), "num_clusters": 2, **arguments}
+    with pytest.raises(ValueError, match=message):
+        cluster_embeddings(**call)
+
+
+def test_only_the_devices_named_are_used(monkeypatch):
+    asked = []
+
+    def to_gpus(index, gpus):
+        asked.append(gpus)
+        return index  # the search itself runs on the CPU here
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", to_gpus, raising=False)
+    x, labels = blobs()
+    assert same_partition(cluster_embeddings(x, 6, devices=[3, 1]).assignment, labels)
+    assert asked == [[3, 1]]
+    cluster_embeddings(x, 6)
+    assert asked == [[3, 1]]

@@ -1,0 +1,105 @@
+"""Splitting a backbone, caching features, and log-probs through PolicyModel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stable_rlhf.data.packing import Encoded, encode, response_targets
+from stable_rlhf.models import FeatureCache, PolicyModel, Trunk, length_batches, resolve_model, share_lower, split_backbone
+
+SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 8, 7], [5, 6, 7, 8, 9, 10, 11, 12]]
+
+
+@torch.no_grad()
+def test_split_backbone_equals_the_whole(tiny_model, architecture):
+    whole = tiny_model(architecture)
+    reference = Trunk(tiny_model(architecture).base_model)
+    split = Trunk(whole.base_model, num_trainable_layers=1)
+    expected = reference(**reference.inputs(SEQUENCES))
+    got = split(**split.inputs(SEQUENCES))
+    mask = reference.inputs(SEQUENCES)["attention_mask"].bool()
+    torch.testing.assert_close(got[mask], expected[mask], rtol=0, atol=2e-6)
+    names = {n for n, p in split.named_parameters() if p.requires_grad}
+    assert names and not any("embed" in n for n in names)
+    blocks = [p for n, p in whole.base_model.named_parameters() if ".0." in n or ".1." in n]
+    assert blocks and not any(p.requires_grad for p in blocks)
+
+
+def test_split_whole_model_still_generates(tiny_model):
+    model = tiny_model()
+    before = model.generate(torch.tensor([SEQUENCES[0]]), max_new_tokens=5, do_sample=False)
+    Trunk(model.base_model, num_trainable_layers=1)
+    after = model.generate(torch.tensor([SEQUENCES[0]]), max_new_tokens=5, do_sample=False)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("count", [0, 3, 4])
+def test_split_refuses_impossible_counts(tiny_model, count):
+    with pytest.raises(ValueError, match="num_trainable_layers"):
+        split_backbone(tiny_model().base_model, count)
+
+
+@torch.no_grad()
+def test_cached_features_equal_fresh_ones_and_are_computed_once(tiny_model, monkeypatch):
+    trunk = Trunk(tiny_model().base_model, num_trainable_layers=1)
+    cache = FeatureCache()
+    cache.fill(trunk, SEQUENCES)
+    fresh = trunk(**trunk.inputs(SEQUENCES))
+    monkeypatch.setattr(trunk, "features", lambda *a, **k: pytest.fail("computed again"))
+    cached = trunk(**trunk.inputs(SEQUENCES, features=cache.get(trunk, SEQUENCES)))
+    torch.testing.assert_close(cached, fresh, rtol=0, atol=2e-6)
+
+
+def test_share_lower_compares_weights(tiny_model):
+    one, same, other = (Trunk(tiny_model(seed=s).base_model, num_trainable_layers=1) for s in (0, 0, 1))
+    assert share_lower(one, same) and not share_lower(one, other)
+    assert not share_lower(one, Trunk(tiny_model().base_model, num_trainable_layers=2))
+    assert not share_lower(one, Trunk(tiny_model().base_model))
+
+
+@torch.no_grad()
+def test_policy_logprobs_equal_the_models_own(tiny_model, tokenizer, architecture):
+    model = tiny_model(architecture)
+    policy = PolicyModel(model)
+    examples = [encode(tokenizer, "Reverse the letters of abc", "cba"), Encoded((3, 4, 5, 6, 7), 2)]
+    inputs = policy.trunk.inputs([e.ids for e in examples])
+    target = response_targets(examples, inputs["attention_mask"].shape[1])
+    result = policy(inputs, target, entropy=True)
+    for row, example in enumerate(examples):
+        logits = model(torch.tensor([example.ids])).logits[0].double()
+        for place in range(example.prompt_length, len(example)):
+            logprob = logits[place - 1].log_softmax(-1)
+            assert result["logprob"][row, place - 1] == pytest.approx(float(logprob[example.ids[place]]), abs=2e-5)
+            assert result["entropy"][row, place - 1] == pytest.approx(float(-(logprob.exp() * logprob).sum()), abs=2e-5)
+    assert (result["logprob"][target < 0] == 0).all()
+
+
+@torch.no_grad()
+def test_reference_stays_when_the_policy_moves(tiny_model):
+    policy = PolicyModel(tiny_model(), num_trainable_layers=1, value_head=True)
+    reference = policy.reference()
+    inputs = policy.trunk.inputs(SEQUENCES)
+    target = torch.full(inputs["attention_mask"].shape, 5)
+    before = reference(inputs, target)["logprob"]
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert torch.equal(reference(inputs, target)["logprob"], before)
+    assert not torch.allclose(policy(inputs, target)["logprob"], before)
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_length_batches_cover_everything_within_bounds():
+    lengths = [5, 1, 9, 3, 3, 12, 7]
+    batches = length_batches(lengths, 12)
+    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 12 for b in batches)
+
+
+def test_missing_models_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(ValueError, match="no such file"):
+        resolve_model(str(tmp_path / "x.gguf"))
