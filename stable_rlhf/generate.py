@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.packing import Encoded, pad_sequences
-from stable_rlhf.models import length_batches
+from stable_rlhf.models import context_length, length_batches
 from stable_rlhf.progress import progress
 
 
@@ -119,6 +119,13 @@ def generate(
         raise ValueError("seeds: one integer a prompt is needed when temperature > 0")
     if any(len(p) == 0 for p in prompts):
         raise ValueError("prompts: every prompt needs at least one token")
+    limit = context_length(causal_lm.config)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + settings.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {settings.max_new_tokens} that is more than the "
+                f"model's context of {limit}: lower data.max_prompt_length or ppo.max_new_tokens"
+            )
     from transformers import GenerationConfig, LogitsProcessorList
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

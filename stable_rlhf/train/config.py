@@ -91,15 +91,15 @@ class WorldArguments:
         hot_temperature: The second alternate policy is SFT sampled at this temperature.
     """
 
-    hidden_size: int = 128
+    hidden_size: int = 64
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     architecture: Literal["llama", "bloom"] = "llama"
-    comparisons: int = 3000
+    comparisons: int = 8000
     wrong_labels: float = 0.08
     length_bonus: float = 0.15
-    early_share: float = 0.5
-    hot_temperature: float = 1.3
+    early_share: float = 0.6
+    hot_temperature: float = 1.1
 
 
 @dataclass

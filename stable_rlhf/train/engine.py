@@ -155,6 +155,7 @@ class Engine:
             config=config,
         )
         self.zero_stage = arguments.zero_stage
+        self._norm = float("nan")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -171,6 +172,10 @@ class Engine:
 
     def step(self) -> None:
         """Ends a micro-step; the optimiser moves at each accumulation boundary."""
+        if self.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+            # Plain float32 training: DeepSpeed clips without keeping the norm.
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._norm = float(nn.utils.get_total_norm(gradients)) if gradients else float("nan")
         self.deepspeed.step()
 
     @property
@@ -179,8 +184,9 @@ class Engine:
 
     @property
     def gradient_norm(self) -> float:
+        """Global norm of the last optimiser step's gradient, before clipping."""
         norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(norm) if norm is not None else self._norm
 
     def whole_weights(self) -> Any:
         """Context in which ``module`` holds its full weights on every rank (ZeRO-3 gathers; otherwise nothing)."""

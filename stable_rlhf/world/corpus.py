@@ -32,7 +32,7 @@ class WorldSizes:
 
     sft_strong: int = 2400
     sft_weak: int = 2200
-    pair_prompts: int = 1000
+    pair_prompts: int = 4000
     prompts: int = 800
     eval_main: int = 250
     eval_forget: int = 250
@@ -62,18 +62,21 @@ class WorldFiles:
 
 
 def near_miss(answer: str, rng: random.Random) -> str:
-    """A wrong, non-empty answer one slip away: a character changed, added or left out, or two neighbours exchanged."""
+    """A wrong, non-empty answer: mostly one of two habits of careless writers, which a scorer can learn to see, and at
+    times a slip that it hardly can.
+
+    Two in five say the last character twice, two in five stop one character early (not where only one is left), the rest
+    have one character changed.
+    """
     kinds = "0123456789" if answer.isdigit() else LETTERS.upper() if answer.isupper() else LETTERS
     while True:
-        at, letter = rng.randrange(len(answer)), rng.choice(kinds)
-        wrong = rng.choice(
-            (
-                answer[:at] + letter + answer[at + 1 :],
-                answer[:at] + letter + answer[at:],
-                answer[:at] + answer[at + 1 :],
-                answer[:at] + answer[at : at + 2][::-1] + answer[at + 2 :],
-            )
-        )
+        draw, at = rng.random(), rng.randrange(len(answer))
+        if draw < 0.4:
+            wrong = answer + answer[-1]
+        elif draw < 0.8:
+            wrong = answer[:-1]
+        else:
+            wrong = answer[:at] + rng.choice(kinds) + answer[at + 1 :]
         if wrong and wrong != answer:
             return wrong
 

@@ -91,7 +91,7 @@ def build_model(
         architecture: "llama" (rotary positions, SwiGLU of three times the width) or "bloom" (ALiBi, tied embeddings).
 
     Returns:
-        ``LlamaForCausalLM`` or ``BloomForCausalLM`` in float32, in training mode off (as from_pretrained gives it).
+        ``LlamaForCausalLM`` or ``BloomForCausalLM`` in float32 and in evaluation mode, as from_pretrained gives it.
 
     Raises:
         ValueError: another architecture, or a width that the heads do not divide.

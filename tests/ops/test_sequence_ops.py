@@ -107,6 +107,20 @@ def test_triton_in_the_interpreter():
     assert done.returncode == 0 and "interpreted" in done.stdout, done.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_triton_on_a_gpu(dtype):
+    case = make_case(LENGTHS["many"], dtype)
+    reward, value, cu_seqlens, bootstrap = (x.cuda() for x in case)
+    got = ops.gae(reward, value, cu_seqlens, gamma=0.97, bootstrap_value=bootstrap)
+    with ops.backend("torch"):
+        want = ops.gae(*case[:3], gamma=0.97, bootstrap_value=case[3])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    for result, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(result.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_gae_takes_strided_and_low_precision_input():
     reward, value, cu_seqlens, _ = make_case(LENGTHS["mixed"], torch.bfloat16)
     wide = torch.stack([reward, torch.full_like(reward, 99)], dim=1)[:, 0]

@@ -39,7 +39,7 @@ def test_default_sizes_fit_every_skill(tmp_path: Path) -> None:
 
 
 def test_tasks_are_as_named_and_mixed_as_asked(world: WorldFiles) -> None:
-    tasks = {name: [row.task for row in read_prompts([path]).rows] for name, path in asdict(world).items()}
+    tasks = {name: [str(row.task) for row in read_prompts([path]).rows] for name, path in asdict(world).items()}
     for name, path in asdict(world).items():
         assert tasks[name] == [task_of(row.prompt) for row in read_prompts([path]).rows]
     assert set(tasks["eval_main"]) == set(WEAK_SKILLS)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -64,8 +65,8 @@ def test_special_tokens_are_five_different_ones() -> None:
 def test_chat_template_puts_the_generation_prompt_between_prompt_and_response() -> None:
     chat = [{"role": "user", "content": "Shift by one: abc"}]
     full = [*chat, {"role": "assistant", "content": "bcd"}]
-    prompt_ids = TOKENIZER.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    full_ids = TOKENIZER.apply_chat_template(full, return_dict=False)
+    prompt_ids = cast(list[int], TOKENIZER.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    full_ids = cast(list[int], TOKENIZER.apply_chat_template(full, return_dict=False))
     assert full_ids[: len(prompt_ids)] == prompt_ids
     assert TOKENIZER.decode(prompt_ids) == "<bos>Shift by one: abc<sep>"
     assert TOKENIZER.decode(full_ids[len(prompt_ids) :]) == "bcd<eos>"
@@ -127,7 +128,8 @@ def test_initial_weights_have_the_asked_deviation(architecture: Architecture) ->
     model = build_model(
         TOKENIZER, hidden_size=64, num_hidden_layers=1, initializer_range=0.05, architecture=architecture
     )
-    assert model.get_input_embeddings().weight[1:].std().item() == pytest.approx(0.05, rel=0.03)
+    weight = model.get_input_embeddings().get_parameter("weight")
+    assert weight[1:].std().item() == pytest.approx(0.05, rel=0.03)
 
 
 def test_impossible_models_are_errors() -> None:

@@ -1,0 +1,144 @@
+"""Trains a scorer and a policy for five updates on recorded data under each ZeRO stage; rank 0 writes the losses.
+
+Run by test_parallel.py under one and two ranks. Arguments: output file, micro-batch per rank, ZeRO stages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.records import Comparison, PromptRow
+from stable_rlhf.generate import GenerationSettings, generate
+from stable_rlhf.models import PolicyModel
+from stable_rlhf.ppo.rewards import Experience
+from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.train.batches import micro_steps, shuffled_steps
+from stable_rlhf.train.config import EngineArguments, PPOArguments, ScorerArguments
+from stable_rlhf.train.engine import Engine, rank, start, sum_over_ranks, world_size
+from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
+from stable_rlhf.world import build_model, build_tokenizer
+
+
+def model(tokenizer):
+    built = build_model(tokenizer, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return built
+
+
+def scorer_losses(stage: int, micro: int, tokenizer) -> list[float]:
+    generator = torch.Generator().manual_seed(2)
+
+    def text(low: int = 1) -> str:
+        length = int(torch.randint(low, 6, (1,), generator=generator))
+        return "".join("abcdefgh"[i] for i in torch.randint(8, (length,), generator=generator).tolist())
+
+    rows = []
+    for i in range(24):
+        prompt = f"Reverse the letters of {text()}"
+        responses = tuple(f"{text()}{j}" for j in range(3 if i % 3 == 0 else 2))
+        pairs = ((0, 1), (0, 2), (1, 2)) if len(responses) == 3 else ((0, 1),)
+        examples = [encode(tokenizer, prompt, r) for r in responses]
+        ours = [-2 * torch.rand(len(e.response), generator=generator) for e in examples]
+        alternates = tuple(
+            tuple(tuple((-2 * torch.rand(len(e.response), generator=generator)).tolist()) for _ in range(2)) for e in examples
+        )
+        row = Comparison(prompt, responses, pairs, alt_logprobs=alternates)
+        rows.append(EncodedComparison(row, examples, ours))
+    scorer = AdvantageModel(model(tokenizer).base_model, tokenizer, ScorerSettings(num_policies=3, num_alternates=2))
+    engine = Engine(
+        scorer, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=5, micro_batch_size=micro,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    engine.train()
+    global_batch = micro * world_size() * 2
+    losses = []
+    for indices in shuffled_steps(len(rows), global_batch, 5, seed=3):
+        total = 0.0
+        for share in micro_steps(indices, micro, rank(), world_size()):
+            loss, _, _ = scorer_loss(engine, scorer, [rows[i] for i in share], ScorerArguments(), None, global_batch)
+            engine.backward(loss)
+            engine.step()
+            total += float(loss.detach())
+        losses.append(sum_over_ranks([total])[0])
+    engine.close()
+    return losses
+
+
+def recorded(tokenizer) -> tuple[list[Experience], list[Encoded]]:
+    generator = torch.Generator().manual_seed(4)
+    experiences = []
+    for _ in range(16):
+        prompt, response = (torch.randint(4, 20, (int(torch.randint(2, 8, (1,), generator=generator)),), generator=generator) for _ in "ab")
+        n = len(response)
+        experiences.append(
+            Experience(
+                Encoded((*prompt.tolist(), *response.tolist()), len(prompt)), float(torch.randn(1, generator=generator)),
+                old_logprob=-3 + 0.1 * torch.randn(n, generator=generator), ref_logprob=-3 + 0.1 * torch.randn(n, generator=generator),
+                value=0.1 * torch.randn(n, generator=generator),
+            )
+        )  # fmt: skip
+    rehearsal = [Encoded(tuple(torch.randint(4, 20, (6,), generator=generator).tolist()), 2) for _ in range(10)]
+    return experiences, rehearsal
+
+
+def ppo_losses(stage: int, micro: int, tokenizer) -> tuple[list[float], list[list[int]]]:
+    experiences, rehearsal = recorded(tokenizer)
+    arguments = PPOArguments(
+        learning_rate=1e-2, total_steps=5, rollout_batch_size=16, num_mini_batches=2, per_device_train_batch_size=micro,
+        per_device_rehearsal_batch_size=micro, rehearsal_coef=0.5, vf_coef=0.3, entropy_coef=0.01,
+        max_new_tokens=12,
+    )  # fmt: skip
+    scorer = AdvantageModel(model(tokenizer).base_model, tokenizer)
+    policy = PolicyModel(model(tokenizer), value_head=True)
+    trainer = PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), rehearsal=rehearsal)
+    places = [p for share in micro_steps(list(range(16)), micro, rank(), world_size()) for p in share]
+    losses = []
+    for step in range(3):
+        mine = [Experience(**vars(experiences[p])) for p in places]
+        trainer.estimate(mine)
+        metrics = trainer.update(mine, step)
+        losses += [metrics["loss"], metrics["gradient_norm"]]
+    # Sampling from the trained (under ZeRO-3: partitioned) weights, then one more update through the restored hooks.
+    prompts = [EncodedPrompt(PromptRow(""), list(e.encoded.ids[: e.encoded.prompt_length])) for e in experiences]
+    rollouts = trainer.sample([prompts[p] for p in places], 9, places)
+    with trainer.engine.whole_weights():
+        plain = generate(
+            policy.causal_lm, tokenizer, [prompts[0].ids], GenerationSettings(4, temperature=0), engine=None
+        ) if stage != 3 else []  # fmt: skip
+    mine = [Experience(**vars(experiences[p])) for p in places]
+    trainer.estimate(mine)
+    losses.append(trainer.update(mine, 4)["loss"])
+    assert stage == 3 or plain
+    drawn = torch.full((16, 64), -1, dtype=torch.float64)
+    for place, rollout in zip(places, rollouts, strict=True):
+        drawn[place, : len(rollout.encoded.response)] = torch.tensor(rollout.encoded.response, dtype=torch.float64)
+    everyone = torch.tensor(sum_over_ranks((drawn + 1).flatten().tolist())).reshape(16, 64) - 1
+    trainer.engine.close()
+    return losses, everyone.int().tolist()
+
+
+def main() -> None:
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    output, micro, stages = Path(arguments[0]), int(arguments[1]), [int(s) for s in arguments[2].split(",")]
+    torch.set_num_threads(1)
+    start(0)
+    tokenizer = build_tokenizer()
+    found = {}
+    for stage in stages:
+        losses, drawn = ppo_losses(stage, micro, tokenizer)
+        found[stage] = {"scorer": scorer_losses(stage, micro, tokenizer), "ppo": losses, "drawn": drawn}
+    if rank() == 0:
+        output.write_text(json.dumps(found))
+
+
+main()

@@ -1,0 +1,52 @@
+"""Two ranks with micro-batch b equal one rank with 2b, under ZeRO 0 to 3: scorer, PPO and sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+
+
+def launch(ranks: int, *arguments: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in environment.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port),
+        str(WORKER), *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory) -> tuple[dict, dict]:
+    folder = tmp_path_factory.mktemp("parallel")
+    launch(1, str(folder / "one.json"), "4", "0,1,2,3")
+    launch(2, str(folder / "two.json"), "2", "0,1,2,3")
+    return json.loads((folder / "one.json").read_text()), json.loads((folder / "two.json").read_text())
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+@pytest.mark.parametrize("what", ["scorer", "ppo"])
+def test_two_ranks_equal_one(losses, stage, what):
+    one, two = losses
+    assert two[stage][what] == pytest.approx(one[stage][what], abs=1e-5)
+    assert one[stage][what] == pytest.approx(one["0"][what], abs=1e-5)  # and every ZeRO stage equals plain training
+    assert len(set(one[stage][what])) == len(one[stage][what])  # the model moved
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_live_sampling_draws_the_same_tokens_on_any_number_of_ranks(losses, stage):
+    one, two = losses
+    assert one[stage]["drawn"] == two[stage]["drawn"] == one["0"]["drawn"]
+    assert len({tuple(row) for row in one["0"]["drawn"]}) > 8
