@@ -184,19 +184,23 @@ class Trunk(nn.Module):
         return int(self.upper.config.hidden_size)
 
     @torch.no_grad()
-    def features(self, sequences: Sequence[Sequence[int]], *, max_tokens: int = 4096) -> list[Tensor]:
-        """Hidden states below the first trainable block, one [length, H] tensor a sequence.
-
-        Sequences run in batches sorted by length, at most ``max_tokens`` padded tokens each."""
+    def features(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Hidden states below the first trainable block, one [length, H] tensor a sequence; batches by length."""
         if self.lower is None:
             raise ValueError("features() needs a split backbone (num_trainable_layers)")
         found: list[Tensor | None] = [None] * len(sequences)
-        for rows in length_batches([len(s) for s in sequences], max_tokens):
+        for rows in length_batches([len(s) for s in sequences], self.batch_tokens):
             batch = pad_sequences([sequences[i] for i in rows], device=self.device)
             hidden = self.lower(**batch.as_inputs()).last_hidden_state  # [B, L, H]
             for i, row in zip(rows, hidden, strict=True):
                 found[i] = row[: len(sequences[i])].clone()
         return [f for f in found if f is not None]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens a batch of :meth:`features`."""
+        # On two CPU cores 1,024 tokens a batch ran a quarter faster than 8,192 (135M parameters, float32): cache sizes.
+        return 1024 if self.device.type == "cpu" else 16384
 
     def inputs(
         self, sequences: Sequence[Sequence[int]], *, features: Sequence[Tensor] | None = None, side: str = "right"
@@ -256,7 +260,7 @@ class FeatureCache:
             return
         from stable_rlhf.progress import progress
 
-        batches = length_batches([len(s) for s in missing], 4096)
+        batches = length_batches([len(s) for s in missing], trunk.batch_tokens)
         with progress(description, total=sum(len(s) for s in missing), unit="tokens") as bar:
             for rows in batches:
                 chunk = [missing[i] for i in rows]

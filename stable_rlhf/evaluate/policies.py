@@ -11,7 +11,7 @@ from stable_rlhf.data.packing import response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.judge import Judge, compare
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
-from stable_rlhf.models import PolicyModel, length_batches
+from stable_rlhf.models import PolicyModel, length_batches, share_lower
 
 
 def respond(
@@ -27,12 +27,14 @@ def mean_kl(policy: PolicyModel, reference: PolicyModel, rollouts: Sequence[Roll
     """Mean over responses of Σ_t log π(y_t) − log π_init(y_t), nats. For sampled responses this estimates the KL; for
     greedy ones it is the log-ratio along the mode."""
     total = 0.0
-    for rows in length_batches([len(r.encoded) for r in rollouts], 4096):
+    shared = share_lower(policy.trunk, reference.trunk)
+    for rows in length_batches([len(r.encoded) for r in rollouts], policy.trunk.batch_tokens):
         chunk = [rollouts[i].encoded for i in rows]
         inputs = policy.trunk.inputs([e.ids for e in chunk])
         target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
         ours = policy(inputs, target)["logprob"]
-        theirs = reference(reference.trunk.inputs([e.ids for e in chunk]), target)["logprob"]
+        same = inputs if shared else reference.trunk.inputs([e.ids for e in chunk])
+        theirs = reference(same, target)["logprob"]
         total += float((ours - theirs).sum())
     return total / len(rollouts)
 

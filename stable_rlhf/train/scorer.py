@@ -105,7 +105,7 @@ def scorer_loss(
         pairs += [(len(examples) + better, len(examples) + worse) for better, worse in item.row.pairs]
         weights += [1.0 / len(item.row.pairs)] * len(item.row.pairs)
         prompt_of += [i] * len(item.examples)
-        margins += [item.row.margin or arguments.margin] * len(item.examples)
+        margins += [arguments.margin if item.row.margin is None else item.row.margin] * len(item.examples)
         examples += item.examples
     responses = len(examples)
     sampled = [(i, e) for i, item in enumerate(batch) for e in item.samples] if arguments.expected_coef else []

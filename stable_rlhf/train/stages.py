@@ -311,14 +311,15 @@ def run_evaluate(
     splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
     settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.evaluate.temperature, recipe.ppo.top_p)
-    reference = load_policy(baseline)
+    layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
+    reference = load_policy(baseline, num_trainable_layers=layers)
     answers = {
         on: respond(reference, tokenizer, [p.ids for p in part], settings, recipe.seed) for on, part in sets.items()
     }
     result: Result = {"policies": {}}
     records: list[dict[str, Any]] = []
     for name, path in policies.items():
-        policy = load_policy(path)
+        policy = load_policy(path, num_trainable_layers=layers)
         result["policies"][name] = {}
         for on, part in sets.items():
             say(f"  {name} on the {on} set")
