@@ -1,4 +1,4 @@
-"""``python -m stable_rlhf`` is the command line: the form that launchers start (``deepspeed --module stable_rlhf run …``)."""
+"""``python -m stable_rlhf`` is the command line, as launchers start it (``deepspeed --module stable_rlhf run …``)."""
 
 from stable_rlhf.cli import main
 

@@ -60,7 +60,7 @@ _EXTRAS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "evaluate": [
         ("--policies", {"type": list[str], "required": True, "help": "name=folder, one or more: [am=DIR, am-sr=DIR]"}),
-        ("--judge_scorer", {"type": str, "default": None, "help": "Scorer folder that judges (evaluate.judge scorer)."}),
+        ("--judge_scorer", {"type": str, "default": None, "help": "Scorer folder that judges."}),
     ],
 }  # fmt: skip
 
@@ -74,7 +74,9 @@ class _Parser(ArgumentParser):
         fail(message + self._suggestion(message), hint=f"see `{self.prog} --help`")
 
     def _suggestion(self, message: str) -> str:
-        unknown = re.findall(r"--([\w.\-]+)", message) if "nrecognized" in message else re.findall(r"'([\w.]+)'", message)
+        unknown = (
+            re.findall(r"--([\w.\-]+)", message) if "nrecognized" in message else re.findall(r"'([\w.]+)'", message)
+        )
         dotted = [".".join(unknown)] if len(unknown) == 2 else []
         for name in (*dotted, *unknown):
             if name in self.known:
@@ -82,7 +84,9 @@ class _Parser(ArgumentParser):
             near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.6)
             if not near:  # perhaps the right name in the wrong section
                 last = {k.rsplit(".", 1)[-1]: k for k in self.known}
-                near = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)]
+                near = [
+                    last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)
+                ]
             if near:
                 return f"; did you mean {near[0]!r}?"
         return ""
@@ -171,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print_environment()
     if command not in _EXTRAS:
         near = difflib.get_close_matches(command, [*_EXTRAS, "env"], n=1)
-        fail(f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""), hint="see `stable-rlhf --help`")
+        fail(
+            f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            hint="see `stable-rlhf --help`",
+        )
     recipe, space = parse(command, rest)
     try:
         _COMMANDS[command](recipe, space)

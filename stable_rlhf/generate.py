@@ -1,7 +1,8 @@
 """Rollouts with transformers' ``generate``, reproducible prompt by prompt.
 
-Every prompt draws its tokens from its own stream of uniform numbers, seeded by the caller (for training: by the prompt's
-global index and step), so what is sampled does not depend on the batch size or on how many ranks share the work.
+Every prompt draws its tokens from its own stream of uniform numbers, seeded by the caller (for training: by the
+prompt's global index and step), so what is sampled does not depend on the batch size or on how many ranks share
+the work.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def generate(
     for i, prompt in enumerate(prompts):
         if len(prompt) + settings.max_new_tokens > limit:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {settings.max_new_tokens} that is more than the "
-                f"model's context of {limit}: lower data.max_prompt_length or ppo.max_new_tokens"
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {settings.max_new_tokens} that is more than "
+                f"the model's context of {limit}: lower data.max_prompt_length or ppo.max_new_tokens"
             )
     from transformers import GenerationConfig, LogitsProcessorList
 

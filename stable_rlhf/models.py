@@ -66,7 +66,11 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remot
         # GGUF weights stay packed by default and cannot be trained.
         extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(
-        location, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True if not gguf_file else None, **extra
+        location,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True if not gguf_file else None,
+        **extra,
     )
     if gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now: a saved copy must load as such
@@ -172,6 +176,8 @@ class Trunk(nn.Module):
         self.upper = upper
         self.num_trainable_layers = num_trainable_layers
         # Plain attributes: not children, so not parameters of this module.
+        self.lower: Any
+        self.backbone: Any
         object.__setattr__(self, "lower", lower)
         object.__setattr__(self, "backbone", backbone)
 
@@ -276,7 +282,7 @@ class FeatureCache:
 
 
 def share_lower(ours: Trunk, theirs: Trunk) -> bool:
-    """True when both trunks stand on equal frozen lower blocks (checked weight by weight), so features can be shared."""
+    """True when both trunks stand on equal frozen lower blocks (compared weight by weight): features can be shared."""
     if ours.lower is None or theirs.lower is None or ours.num_trainable_layers != theirs.num_trainable_layers:
         return False
     if ours.lower is theirs.lower:
@@ -288,13 +294,14 @@ def share_lower(ours: Trunk, theirs: Trunk) -> bool:
 class PolicyModel(nn.Module):
     """A causal language model whose every loss and log-prob is computed inside its own ``forward``.
 
-    That is what ZeRO-3 needs: the head's weight is gathered while the module that uses it runs. ``value_head`` reads the
-    hidden state that predicts a token, so its output is V(s_t) for that token.
+    That is what ZeRO-3 needs: the head's weight is gathered while the module that uses it runs. ``value_head`` reads
+    the hidden state that predicts a token, so its output is V(s_t) for that token.
     """
 
     def __init__(self, causal_lm: Any, *, num_trainable_layers: int | None = None, value_head: bool = False) -> None:
         super().__init__()
         self.trunk = Trunk(causal_lm.base_model, num_trainable_layers)
+        self.causal_lm: Any
         self.head = causal_lm.get_output_embeddings()
         if num_trainable_layers is not None:
             for parameter in self.head.parameters():

@@ -46,7 +46,12 @@ def tiny_model(tokenizer):
         from stable_rlhf.world import build_model
 
         model = build_model(
-            tokenizer, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, architecture=architecture, seed=seed
+            tokenizer,
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            architecture=architecture,
+            seed=seed,
         )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

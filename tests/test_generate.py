@@ -70,7 +70,11 @@ def test_response_ends_at_the_first_eos_even_when_pad_is_eos(tiny_model, tokeniz
 
 
 def test_bad_settings_are_named(tiny_model, tokenizer):
-    for kwargs, name in (({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p")):
+    for kwargs, name in (
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+    ):
         with pytest.raises(ValueError, match=name):
             GenerationSettings(**kwargs)
     with pytest.raises(ValueError, match="seeds"):

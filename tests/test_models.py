@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from stable_rlhf.data.packing import Encoded, encode, response_targets
-from stable_rlhf.models import FeatureCache, PolicyModel, Trunk, length_batches, resolve_model, share_lower, split_backbone
+from stable_rlhf.models import (
+    FeatureCache,
+    PolicyModel,
+    Trunk,
+    length_batches,
+    resolve_model,
+    share_lower,
+    split_backbone,
+)
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 8, 7], [5, 6, 7, 8, 9, 10, 11, 12]]
 
@@ -99,7 +107,7 @@ def test_length_batches_cover_everything_within_bounds():
 
 
 def test_missing_models_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
     with pytest.raises(ValueError, match="no such file"):
         resolve_model(str(tmp_path / "x.gguf"))

@@ -36,7 +36,8 @@ class Encoded:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, through the tokenizer's chat template when it has one.
 
-    A string is one user turn. Without a template, the text is taken as it is (messages: contents joined by newlines)."""
+    A string is one user turn. Without a template, the text is taken as it is (messages: contents, joined by newlines).
+    """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)

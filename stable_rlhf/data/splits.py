@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol, TypeVar
 
 from stable_rlhf.data.records import Prompt, as_messages
@@ -81,7 +81,7 @@ def _as_counts(sizes: Sequence[float] | Sequence[int], total: int) -> list[int]:
         raise ValueError(f"split_rows: fractions {list(sizes)} sum to {sum(sizes):g}, more than 1")
     # Rounding the running sum keeps the total right, which rounding each share does not.
     edges = [0, *(round(edge * total) for edge in accumulate(sizes))]
-    return [end - start for start, end in zip(edges, edges[1:], strict=False)]
+    return [end - start for start, end in pairwise(edges)]
 
 
 def _seeded_hash(key: str, seed: int) -> bytes:

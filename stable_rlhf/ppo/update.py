@@ -19,8 +19,8 @@ IGNORED, POLICY, REHEARSAL = 0, 1, 2
 
 @dataclass
 class MixedBatch:
-    """Rollouts and rehearsal sequences in one padded batch; every per-token tensor is [B, L], aligned with the target it
-    speaks of (position t predicts token t+1)."""
+    """Rollouts and rehearsal sequences in one padded batch; every per-token tensor is [B, L], aligned with the target
+    it speaks of (position t predicts token t+1)."""
 
     inputs: dict[str, Tensor]
     target: Tensor

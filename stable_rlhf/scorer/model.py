@@ -26,8 +26,7 @@ class ScorerSettings:
     """What a scorer must remember to score: saved beside its weights.
 
     ``objective``: ``"am"`` (Advantage Model, Eq. 6) or ``"rm"`` (reward model, Eq. 1). ``num_policies`` is N and
-    ``num_alternates`` is K of Eq. 8; N ≥ K ≥ 0 and N ≥ 1. ``margin`` is m of Eq. 6. ``score_mean`` and ``score_std``
-    describe the scores on the held-out pairs (information only)."""
+    ``num_alternates`` is K of Eq. 8; N ≥ K ≥ 0 and N ≥ 1. ``margin`` is m of Eq. 6."""
 
     objective: str = "am"
     num_policies: int = 1
@@ -39,7 +38,8 @@ class ScorerSettings:
             raise ValueError(f"objective must be 'am' or 'rm', got {self.objective!r}")
         if not (self.num_policies >= 1 and self.num_policies >= self.num_alternates >= 0):
             raise ValueError(
-                f"num_policies (N={self.num_policies}) and num_alternates (K={self.num_alternates}) must hold N >= K >= 0, N >= 1"
+                f"num_policies (N={self.num_policies}) and num_alternates (K={self.num_alternates}) must hold "
+                "N >= K >= 0, N >= 1"
             )
 
 
@@ -128,7 +128,9 @@ class AdvantageModel(nn.Module):
                 bar.advance(len(rows))
         self.train(was_training)
         if not torch.isfinite(scores).all():
-            raise ValueError(f"the scorer gave a score that is not finite (response {int((~torch.isfinite(scores)).nonzero()[0])})")
+            raise ValueError(
+                f"the scorer gave a score that is not finite (response {int((~torch.isfinite(scores)).nonzero()[0])})"
+            )
         return scores
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], *, max_tokens: int = 8192) -> Tensor:
@@ -140,7 +142,9 @@ class AdvantageModel(nn.Module):
         examples = [encode(self.tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
         for i, example in enumerate(examples):
             if len(example) > self.max_length:
-                raise ValueError(f"pair {i} has {len(example)} tokens, more than the backbone's context of {self.max_length}")
+                raise ValueError(
+                    f"pair {i} has {len(example)} tokens, more than the backbone's context of {self.max_length}"
+                )
         return self.score_encoded(examples, max_tokens=max_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -175,7 +179,9 @@ class AdvantageModel(nn.Module):
         missing, unexpected = model.load_state_dict(heads, strict=False)
         wanted = {k for k in missing if "_head" in k}
         if wanted or unexpected:
-            raise ValueError(f"scorer {str(folder)!r}: {_HEADS_FILE} misses {sorted(wanted)}, has extra {sorted(unexpected)}")
+            raise ValueError(
+                f"scorer {str(folder)!r}: {_HEADS_FILE} misses {sorted(wanted)}, has extra {sorted(unexpected)}"
+            )
         return model.eval()
 
 

@@ -16,8 +16,8 @@ def count_steps(rows: int, global_batch: int, epochs: float, max_steps: int = 0)
 
 
 def shuffled_steps(rows: int, global_batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` lists of ``global_batch`` row indices. Every pass is a new permutation; a step that reaches the end of a
-    pass goes on with the next one, so every step is full and no row is left out."""
+    """``steps`` lists of ``global_batch`` row indices. Every pass is a new permutation; a step that reaches the end of
+    a pass goes on with the next one, so every step is full and no row is left out."""
     if rows < 1:
         raise ValueError("no rows to train on")
     queue: list[int] = []

@@ -38,8 +38,9 @@ class Stage:
 class RunDirectory:
     """``output_dir`` of a run.
 
-    Each stage is written to ``<name>.tmp`` and renamed when it is done, with ``stage.json`` (settings, result, seconds)
-    inside. A stage with the same settings and the same input stages is not redone; one with other settings is an error.
+    Each stage is written to ``<name>.tmp`` and renamed when it is done, with ``stage.json`` (settings, result,
+    seconds) inside. A stage with the same settings and the same input stages is not redone; one with other
+    settings is an error.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
@@ -58,14 +59,16 @@ class RunDirectory:
             try:
                 found = json.loads(marker.read_text())["format"]
             except (ValueError, KeyError, TypeError):
-                return f"output_dir {str(self.root)!r}: {_MARKER} is damaged; choose another output_dir or delete this one"
+                return (
+                    f"output_dir {str(self.root)!r}: {_MARKER} is damaged; choose another output_dir or delete this one"
+                )
             if found != _FORMAT:
                 return f"output_dir {str(self.root)!r} was written by another version (format {found}); choose another"
             return None
         if self.root.exists() and any(self.root.iterdir()):
             return (
-                f"output_dir {str(self.root)!r} is not empty and was not written by stable_rlhf; nothing is overwritten: "
-                "choose another output_dir"
+                f"output_dir {str(self.root)!r} is not empty and was not written by stable_rlhf; nothing is "
+                "overwritten: choose another output_dir"
             )
         self.root.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps({"format": _FORMAT, "made_by": "stable_rlhf"}) + "\n")
@@ -121,7 +124,10 @@ class RunDirectory:
             known = json.loads((folder / _STAGE).read_text())
             seen, _, _ = known["fingerprint"], known["seconds"], known["result"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None, f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign; {remedy}"
+            return (
+                None,
+                f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign; {remedy}",
+            )
         if seen != fingerprint:
             changed = _differences(known.get("settings", {}), key["settings"])
             if known.get("inputs") != key["inputs"]:

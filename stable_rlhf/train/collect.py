@@ -33,14 +33,19 @@ def collect_responses(
     seed: int,
     per_batch: int = 256,
 ) -> list[dict[str, Any]]:
-    """Two responses a prompt, from alternates in turn, with per-token ``logprobs`` under ``policy`` (π, at temperature 1)
-    and ``alt_logprobs`` under every alternate: ``{"prompt", "task", "responses", "logprobs", "alt_logprobs"}``.
+    """Two responses a prompt, from alternates in turn, with per-token ``logprobs`` under ``policy`` (π, at temperature
+    1) and ``alt_logprobs`` under every alternate: ``{"prompt", "task", "responses", "logprobs", "alt_logprobs"}``.
 
     Log-probs are computed on the text as a trainer will tokenise it, so they are true for what is trained on.
     """
     texts: dict[tuple[int, int], str] = {}
     for k, alternate in enumerate(alternates):
-        owners = [(i, j) for i in range(len(rows)) for j in range(2) if (i + j * (1 + i // len(alternates))) % len(alternates) == k]
+        owners = [
+            (i, j)
+            for i in range(len(rows))
+            for j in range(2)
+            if (i + j * (1 + i // len(alternates))) % len(alternates) == k
+        ]
         rollouts = generate(
             alternate.policy.causal_lm, tokenizer, [encode_prompt(tokenizer, rows[i].prompt) for i, _ in owners],
             GenerationSettings(max_new_tokens, alternate.temperature),
@@ -57,9 +62,11 @@ def collect_responses(
             pair = (2 * n, 2 * n + 1)
             found.append(
                 {
-                    "prompt": rows[i].prompt, "task": rows[i].task, "responses": [texts[i, 0], texts[i, 1]],
+                    "prompt": rows[i].prompt,
+                    "task": rows[i].task,
+                    "responses": [texts[i, 0], texts[i, 1]],
                     "logprobs": [ours[m].tolist() for m in pair],
                     "alt_logprobs": [[alternate[m].tolist() for alternate in theirs] for m in pair],
-                }  # fmt: skip
+                }
             )
     return found

@@ -77,7 +77,7 @@ class EngineArguments:
 
 @dataclass
 class WorldArguments:
-    """The generated skill world (quickstart): a small model, its training text, and preference pairs with true log-probs.
+    """The generated skill world (quickstart): a small model, its training text, and pairs with true log-probs.
 
     Args:
         hidden_size: Width of the small language model.

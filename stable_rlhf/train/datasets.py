@@ -90,8 +90,8 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
         others = [p for p in everything if p.row.task not in wanted]
         if not kept or not others:
             raise DataError(
-                f"data.forget_tasks {sorted(wanted)}: the prompts have {len(kept)} of these tasks and {len(others)} others; "
-                "both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
+                f"data.forget_tasks {sorted(wanted)}: the prompts have {len(kept)} of these tasks and {len(others)} "
+                "others; both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
             )
         forget, kept = _take(kept, arguments.eval_prompts, seed)
         main, others = _take(others, arguments.eval_prompts, seed)
@@ -129,7 +129,9 @@ def load_demonstrations(
     result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
     _report("demonstrations", result)
     pairs = [(encode(tokenizer, r.prompt, r.response), r) for r in result.rows]
-    kept = [(e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length]
+    kept = [
+        (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
+    ]
     if not kept:
         raise DataError(f"none of {len(pairs)} demonstrations fits max_length {arguments.max_length}")
     if len(kept) < len(pairs):

@@ -1,13 +1,13 @@
 """PPO with Selective Rehearsal (Eq. 2 and 9), from top to bottom.
 
-    for every step:
-        sample responses with the policy              generate
-        score them                                    AdvantageModel (or reward model)
-        rewards: score at the end, KL at each token   ppo.rewards
-        advantages                                    GAE, whitened over all ranks
-        for every mini-batch:
-            one mixed batch: rollouts + rehearsal     ppo.update
-            one loss, one backward, one step
+for every step:
+    sample responses with the policy              generate
+    score them                                    AdvantageModel (or reward model)
+    rewards: score at the end, KL at each token   ppo.rewards
+    advantages                                    GAE, whitened over all ranks
+    for every mini-batch:
+        one mixed batch: rollouts + rehearsal     ppo.update
+        one loss, one backward, one step
 """
 
 from __future__ import annotations
@@ -128,10 +128,13 @@ class PPOTrainer:
                 score = scores[i] - (0.0 if rollout.finished else self.arguments.missing_eos_penalty)
                 experiences.append(
                     Experience(
-                        example, score,
-                        old_logprob=now["logprob"][i, where].cpu(), ref_logprob=initial["logprob"][i, where].cpu(),
-                        value=now["value"][i, where].cpu(), features=features[i] if features is not None else None,
-                    )  # fmt: skip
+                        example,
+                        score,
+                        old_logprob=now["logprob"][i, where].cpu(),
+                        ref_logprob=initial["logprob"][i, where].cpu(),
+                        value=now["value"][i, where].cpu(),
+                        features=features[i] if features is not None else None,
+                    )
                 )
         return experiences
 
@@ -191,8 +194,8 @@ class PPOTrainer:
                     )  # fmt: skip
                     self.engine.backward(loss)
                     self.engine.step()
-                    for name, value in parts.items():
-                        metrics[name] = metrics.get(name, 0.0) + float(value)
+                    for name, part in parts.items():
+                        metrics[name] = metrics.get(name, 0.0) + float(part)
                 for name, value in zip(metrics, sum_over_ranks(metrics.values()), strict=True):
                     totals[name] = totals.get(name, 0.0) + value
                 totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + self.engine.gradient_norm
@@ -225,9 +228,7 @@ class PPOTrainer:
         with progress(name, total=a.total_steps, unit="steps") as bar:
             for step, indices in enumerate(batches):
                 began = time.monotonic()
-                shares = micro_steps(
-                    list(range(len(indices))), a.per_device_train_batch_size, rank(), world_size()
-                )
+                shares = micro_steps(list(range(len(indices))), a.per_device_train_batch_size, rank(), world_size())
                 places = [place for share in shares for place in share]
                 mine = [prompts[indices[place]] for place in places]
                 rollouts = self.sample(mine, step, places)
@@ -269,5 +270,5 @@ def encode_prompts(
     if not kept:
         raise DataError(f"none of {len(rows)} prompts fits max_prompt_length {max_prompt_length}")
     if len(kept) < len(encoded):
-        say(f"  {len(encoded) - len(kept)} of {len(encoded)} prompts are longer than {max_prompt_length} tokens: left out")
+        say(f"  {len(encoded) - len(kept)} of {len(encoded)} prompts have over {max_prompt_length} tokens: left out")
     return kept

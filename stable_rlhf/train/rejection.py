@@ -51,8 +51,8 @@ def train_rejection(
     per_round, left = divmod(a.rollout_batch_size, a.rejection_samples * world)
     if left or not per_round:
         raise ValueError(
-            f"ppo.rollout_batch_size {a.rollout_batch_size} must be a multiple of rejection_samples {a.rejection_samples} "
-            f"x {world} ranks"
+            f"ppo.rollout_batch_size {a.rollout_batch_size} must be a multiple of rejection_samples "
+            f"{a.rejection_samples} x {world} ranks"
         )
     reference = policy.reference().to(policy.trunk.device)
     per_device = a.per_device_train_batch_size

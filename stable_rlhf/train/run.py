@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,23 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         inputs = [*inputs, pairs]
 
     backbone = recipe.scorer_model_name_or_path or str(policy)
-    scorer_settings = {**common, "data": settings_data, "scorer": part["scorer"], "backbone": recipe.scorer_model_name_or_path}
+    scorer_settings = {
+        **common,
+        "data": settings_data,
+        "scorer": part["scorer"],
+        "backbone": recipe.scorer_model_name_or_path,
+    }
     scorers: dict[str, Stage] = {}
     for objective in ("rm", "am"):
         scorers[objective] = run.stage(
             f"scorer-{objective}", scorer_settings,
-            lambda f, o=objective: stages.run_scorer(recipe, o, backbone, str(policy), f, cache=cache), inputs,
+            partial(stages.run_scorer, recipe, objective, backbone, str(policy), cache=cache), inputs,
         )  # fmt: skip
     judge: Stage | None = None
     if recipe.evaluate.judge == "scorer":
         judge = run.stage(
             "scorer-judge", scorer_settings,
-            lambda f: stages.run_scorer(recipe, "rm", backbone, str(policy), f, cache=cache, split="judge"), inputs,
+            partial(stages.run_scorer, recipe, "rm", backbone, str(policy), cache=cache, split="judge"), inputs,
         )  # fmt: skip
     cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
     ppo_settings = {**common, "data": settings_data, "ppo": part["ppo"]}
@@ -87,14 +93,16 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection and variant == "am-sr" else None
         trained[variant] = run.stage(
             f"ppo-{variant}", ppo_settings,
-            lambda f, v=variant, s=scorer, r=rehearsal: stages.run_ppo(recipe, v, str(policy), str(s.folder), r, f),
+            partial(stages.run_ppo, recipe, variant, str(policy), str(scorer.folder), rehearsal),
             [*inputs, scorer, *([selection] if selection and variant == "am-sr" else [])],
         )  # fmt: skip
     evaluation = run.stage(
-        "evaluation", {"seed": recipe.seed, "data": settings_data, "evaluate": part["evaluate"], "variants": recipe.variants},
+        "evaluation",
+        {"seed": recipe.seed, "data": settings_data, "evaluate": part["evaluate"], "variants": recipe.variants},
         lambda f: stages.run_evaluate(
             recipe, str(policy), {v: str(s.folder) for v, s in trained.items()}, str(judge.folder) if judge else None, f
-        ), [*inputs, *trained.values(), *([judge] if judge else [])],
+        ),
+        [*inputs, *trained.values(), *([judge] if judge else [])],
     )  # fmt: skip
     summary = summarise(recipe, part, run, scorers, selection, trained, evaluation)
     write_report(summary, run.root)

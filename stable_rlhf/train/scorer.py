@@ -24,7 +24,7 @@ from stable_rlhf.train.tracking import Tracker
 
 @dataclass
 class EncodedComparison:
-    """A comparison as token ids; ``samples`` are responses of the policy to be tuned, used by ``expected_coef`` only."""
+    """A comparison as token ids; ``samples`` are responses of the policy to be tuned, for ``expected_coef`` only."""
 
     row: Comparison
     examples: list[Encoded]
@@ -46,8 +46,8 @@ def encode_comparisons(
                 for logprob in alternates:
                     if len(logprob) != len(example.response):
                         raise DataError(
-                            f"{row.source}: alt_logprobs of response {i} have {len(logprob)} values, but the response has "
-                            f"{len(example.response)} tokens with EOS; were they made with another tokenizer?"
+                            f"{row.source}: alt_logprobs of response {i} have {len(logprob)} values, but the "
+                            f"response has {len(example.response)} tokens with EOS; was another tokenizer used?"
                         )
         kept.append(EncodedComparison(row, examples))
     if not kept:
@@ -68,11 +68,15 @@ def fill_logprobs(rows: Sequence[EncodedComparison], policy: PolicyModel | None,
             row.logprobs = [torch.tensor(lp, dtype=torch.float32) for lp in row.row.logprobs]
             for lp, example in zip(row.logprobs, row.examples, strict=True):
                 if len(lp) != len(example.response):
-                    raise DataError(f"{row.row.source}: logprobs have {len(lp)} values for {len(example.response)} tokens")
+                    raise DataError(
+                        f"{row.row.source}: logprobs have {len(lp)} values for {len(example.response)} tokens"
+                    )
         else:
             todo.append(row)
     if todo and policy is None:
-        raise DataError(f"{todo[0].row.source}: alt_logprobs without logprobs need the policy to be tuned (model_name_or_path)")
+        raise DataError(
+            f"{todo[0].row.source}: alt_logprobs without logprobs need the policy to be tuned (model_name_or_path)"
+        )
     for start in range(0, len(todo), per_batch):
         chunk = todo[start : start + per_batch]
         assert policy is not None
@@ -88,7 +92,8 @@ def response_logprobs(policy: PolicyModel, examples: Sequence[Encoded], *, tempe
     target = response_targets(examples, inputs["attention_mask"].shape[1], policy.trunk.device)
     logprob = policy(inputs, target, temperature=temperature)["logprob"].cpu()
     return [
-        row[e.prompt_length - 1 : e.prompt_length - 1 + len(e.response)] for row, e in zip(logprob, examples, strict=True)
+        row[e.prompt_length - 1 : e.prompt_length - 1 + len(e.response)]
+        for row, e in zip(logprob, examples, strict=True)
     ]
 
 
@@ -186,21 +191,34 @@ def train_scorer(
     name = "reward model" if model.settings.objective == "rm" else "Advantage Model"
     with progress(name, total=steps, unit="steps") as bar:
         for step, indices in enumerate(shuffled_steps(len(train), global_batch, steps, seed), start=1):
-            sums = [0.0] * 5
+            sums = [0.0] * 6
             for micro in micro_steps(indices, per_device, rank(), world_size()):
                 batch = [train[i] for i in micro]
                 loss, output, error = scorer_loss(engine, model, batch, arguments, cache, global_batch)
                 engine.backward(loss)
                 engine.step()
                 pairs = sum(len(r.row.pairs) for r in batch)
-                values = (loss.detach(), output.accuracy * pairs, pairs, output.effective_sample_size, output.sign_flip_share)
-                sums = [s + float(v) for s, v in zip(sums, values, strict=True)]
-            loss_sum, correct, pairs, ess, flipped = sum_over_ranks(sums)
+                parts: list[Any] = [
+                    loss.detach(),
+                    output.accuracy * pairs,
+                    output.effective_sample_size,
+                    output.sign_flip_share,
+                ]
+                parts.append(torch.zeros(()) if error is None else error.detach())
+                sums = [s + float(v) for s, v in zip(sums, [pairs, *parts], strict=True)]
+            count, loss_sum, correct, ess, flipped, expected_error = sum_over_ranks(sums)
             micros = world_size() * arguments.gradient_accumulation_steps
             tokens += sum(len(e) for i in indices for e in train[i].examples)
-            metrics = {"loss": loss_sum, "accuracy": correct / pairs, "learning_rate": engine.learning_rate, "tokens": tokens}
+            metrics = {
+                "loss": loss_sum,
+                "accuracy": correct / count,
+                "learning_rate": engine.learning_rate,
+                "tokens": tokens,
+            }
             if model.settings.num_alternates:
                 metrics |= {"effective_sample_size": ess / micros, "sign_flip_share": flipped / micros}
+            if arguments.expected_coef and model.settings.objective == "am":
+                metrics["expected_error"] = expected_error
             tracker.log(step, metrics)
             bar.advance(note=f"loss {loss_sum:.3f}")
     with engine.whole_weights():
@@ -212,7 +230,9 @@ def train_scorer(
     return {"steps": steps, "tokens_seen": float(tokens), "loss": loss_sum}
 
 
-def score_pairs(model: AdvantageModel, rows: Sequence[EncodedComparison], cache: FeatureCache | None = None) -> dict[str, Any]:
+def score_pairs(
+    model: AdvantageModel, rows: Sequence[EncodedComparison], cache: FeatureCache | None = None
+) -> dict[str, Any]:
     """Scores of every (better, worse) pair as PPO would use them: lists ``chosen``, ``rejected``, ``tasks``."""
     flat = [e for r in rows for e in r.examples]
     scores = iter(model.score_encoded(flat, cache=cache, description="held-out pairs").tolist())

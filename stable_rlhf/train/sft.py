@@ -81,7 +81,7 @@ def train_sft(
 
 
 def save_policy(engine: Engine, policy: PolicyModel, tokenizer: Any, folder: Path) -> None:
-    """Weights (safetensors), configuration and tokenizer, as plain transformers loads them; the critic's head beside."""
+    """Weights (safetensors), configuration and tokenizer as plain transformers loads them, and the critic's head."""
     from safetensors.torch import save_file
 
     with engine.whole_weights():

@@ -1,4 +1,4 @@
-"""The stages of a run, one function each: from paths to a folder of results. The CLI's commands and ``run`` share them."""
+"""The stages of a run, one function each, from paths to a folder of results: for ``run`` and single commands alike."""
 
 from __future__ import annotations
 
@@ -159,9 +159,7 @@ def run_scorer(
     return result
 
 
-def _attach(
-    rows: list[EncodedComparison], policy: str | None, tokenizer: Any, recipe: Recipe, alternates: int
-) -> None:
+def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, recipe: Recipe, alternates: int) -> None:
     """Log-probs of the policy to be tuned, and its own samples when e(x) is regressed on them."""
     sampling = recipe.scorer.expected_coef > 0
     model = load_policy(policy) if policy else None
@@ -170,7 +168,9 @@ def _attach(
     if not sampling:
         return
     if model is None:
-        raise DataError("scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)")
+        raise DataError(
+            "scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)"
+        )
     settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
     seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
     prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
@@ -199,7 +199,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     )
     judge = AdvantageModel.from_pretrained(scorer).to(device())
     scores = judge.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
-    candidates = [
+    candidates: list[dict[str, Any]] = [
         {
             "prompt": p.row.prompt, "response": r.text, "task": p.row.task, "length": len(r.encoded.response),
             "finished": r.finished,
@@ -209,16 +209,16 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     if "entropy" in s.criteria:
         for candidate, value in zip(candidates, _entropies(model, rollouts), strict=True):
             candidate["entropy"] = value
-    embeddings = embed_texts(
-        [prompt_text(p.row.prompt) for p in prompts], resolve_embedding_model(s.embedding_model)
-    )
+    embeddings = embed_texts([prompt_text(p.row.prompt) for p in prompts], resolve_embedding_model(s.embedding_model))
     selection = select_rehearsal(
         candidates, scores, embeddings, num_clusters=s.num_clusters, top_k=s.top_k, criteria=s.criteria,
         method=s.method, spherical=s.spherical, seed=stream_seed(recipe.seed, "clusters") % 2**31,
     )  # fmt: skip
     rows = selection.rows
     if recipe.data.rehearsal:
-        outside = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row).rows
+        outside = read_demonstrations(
+            locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row
+        ).rows
         rows = top_up(rows, outside, seed=recipe.seed)
     if is_main_process():
         write_jsonl(folder / "rehearsal.jsonl.gz", rows)
@@ -242,9 +242,7 @@ def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) ->
     return found
 
 
-def run_ppo(
-    recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path
-) -> Result:
+def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path) -> Result:
     """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am`` or ``am-sr``."""
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
@@ -252,9 +250,13 @@ def run_ppo(
     judge = AdvantageModel.from_pretrained(scorer, num_trainable_layers=recipe.scorer.num_trainable_layers)
     wanted = "am" if variant.startswith("am") else "rm"
     if judge.settings.objective != wanted:
-        raise ValueError(f"variant {variant!r} needs a scorer with objective {wanted!r}; {scorer!r} has {judge.settings.objective!r}")
+        raise ValueError(
+            f"variant {variant!r} needs a scorer with objective {wanted!r}; {scorer!r} has {judge.settings.objective!r}"
+        )
     if judge.settings.objective == "am" and judge.settings.num_policies == judge.settings.num_alternates:
-        raise ValueError(f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K")
+        raise ValueError(
+            f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K"
+        )
     model = load_policy(policy, num_trainable_layers=arguments.num_trainable_layers, value_head=variant != "rejection")
     gold = _gold(recipe)
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
@@ -275,7 +277,9 @@ def run_ppo(
             reserved = {tuple(encode_prompt(tokenizer, r.prompt)) for r in rows}
             prompts = [p for p in prompts if tuple(p.ids) not in reserved]
             if not prompts:
-                raise DataError("ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO")
+                raise DataError(
+                    "ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO"
+                )
     trainer = PPOTrainer(
         model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed
     )
@@ -299,7 +303,9 @@ def make_judge(recipe: Recipe, scorer: str | None) -> Judge:
     if scorer is None:
         raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
     model = AdvantageModel.from_pretrained(scorer).to(device())
-    return ScorerJudge(lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model")
+    return ScorerJudge(
+        lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
+    )
 
 
 def run_evaluate(
@@ -329,7 +335,14 @@ def run_evaluate(
                 tie_margin=recipe.evaluate.tie_margin, kl=mean_kl(policy, reference, rollouts),
             )  # fmt: skip
             records += [
-                {"policy": name, "set": on, "prompt": p.row.prompt, "task": p.row.task, "response": r.text, "sft": s.text}
+                {
+                    "policy": name,
+                    "set": on,
+                    "prompt": p.row.prompt,
+                    "task": p.row.task,
+                    "response": r.text,
+                    "sft": s.text,
+                }
                 for p, r, s in zip(part, rollouts, answers[on], strict=True)
             ]
     if is_main_process():

@@ -65,8 +65,8 @@ def near_miss(answer: str, rng: random.Random) -> str:
     """A wrong, non-empty answer: mostly one of two habits of careless writers, which a scorer can learn to see, and at
     times a slip that it hardly can.
 
-    Two in five say the last character twice, two in five stop one character early (not where only one is left), the rest
-    have one character changed.
+    Two in five say the last character twice, two in five stop one character early (not where only one is left), the
+    rest have one character changed.
     """
     kinds = "0123456789" if answer.isdigit() else LETTERS.upper() if answer.isupper() else LETTERS
     while True:

@@ -12,7 +12,12 @@ import torch
 from stable_rlhf.data.packing import Encoded, encode
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 
-PROMPTS = ["Reverse the letters of abcd", "Sort the letters of dcb", "Reverse the letters of zyx", "Sort the letters of ba"]
+PROMPTS = [
+    "Reverse the letters of abcd",
+    "Sort the letters of dcb",
+    "Reverse the letters of zyx",
+    "Sort the letters of ba",
+]
 RESPONSES = ["dcba", "b", "", "abababab"]
 
 
@@ -86,16 +91,17 @@ def test_save_and_load_keep_scores_and_plain_transformers_loads_the_backbone(mak
     model.save_pretrained(tmp_path)
     again = AdvantageModel.from_pretrained(tmp_path)
     assert torch.equal(again.score(PROMPTS, RESPONSES), scores) and again.settings == model.settings
-    code = f"from transformers import AutoModel, AutoTokenizer; AutoModel.from_pretrained({str(tmp_path)!r}); AutoTokenizer.from_pretrained({str(tmp_path)!r})"
+    code = f"from transformers import AutoModel, AutoTokenizer; d = {str(tmp_path)!r}; "
+    code += "AutoModel.from_pretrained(d); AutoTokenizer.from_pretrained(d)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_loading_what_is_not_there_is_an_error(make, tmp_path):
-    with pytest.raises(ValueError, match="advantage_model.json"):
+    with pytest.raises(ValueError, match=r"advantage_model\.json"):
         AdvantageModel.from_pretrained(tmp_path / "nowhere")
     make().save_pretrained(tmp_path)
     (tmp_path / "heads.safetensors").unlink()
-    with pytest.raises(ValueError, match="heads.safetensors"):
+    with pytest.raises(ValueError, match=r"heads\.safetensors"):
         AdvantageModel.from_pretrained(tmp_path)
 
 

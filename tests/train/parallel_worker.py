@@ -50,7 +50,8 @@ def scorer_losses(stage: int, micro: int, tokenizer) -> list[float]:
         examples = [encode(tokenizer, prompt, r) for r in responses]
         ours = [-2 * torch.rand(len(e.response), generator=generator) for e in examples]
         alternates = tuple(
-            tuple(tuple((-2 * torch.rand(len(e.response), generator=generator)).tolist()) for _ in range(2)) for e in examples
+            tuple(tuple((-2 * torch.rand(len(e.response), generator=generator)).tolist()) for _ in range(2))
+            for e in examples
         )
         row = Comparison(prompt, responses, pairs, alt_logprobs=alternates)
         rows.append(EncodedComparison(row, examples, ours))
@@ -78,15 +79,20 @@ def recorded(tokenizer) -> tuple[list[Experience], list[Encoded]]:
     generator = torch.Generator().manual_seed(4)
     experiences = []
     for _ in range(16):
-        prompt, response = (torch.randint(4, 20, (int(torch.randint(2, 8, (1,), generator=generator)),), generator=generator) for _ in "ab")
+        prompt, response = (
+            torch.randint(4, 20, (int(torch.randint(2, 8, (1,), generator=generator)),), generator=generator)
+            for _ in "ab"
+        )
         n = len(response)
         experiences.append(
             Experience(
-                Encoded((*prompt.tolist(), *response.tolist()), len(prompt)), float(torch.randn(1, generator=generator)),
-                old_logprob=-3 + 0.1 * torch.randn(n, generator=generator), ref_logprob=-3 + 0.1 * torch.randn(n, generator=generator),
+                Encoded((*prompt.tolist(), *response.tolist()), len(prompt)),
+                float(torch.randn(1, generator=generator)),
+                old_logprob=-3 + 0.1 * torch.randn(n, generator=generator),
+                ref_logprob=-3 + 0.1 * torch.randn(n, generator=generator),
                 value=0.1 * torch.randn(n, generator=generator),
             )
-        )  # fmt: skip
+        )
     rehearsal = [Encoded(tuple(torch.randint(4, 20, (6,), generator=generator).tolist()), 2) for _ in range(10)]
     return experiences, rehearsal
 
