@@ -16,11 +16,13 @@ import pytest
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Folder with real preference data: $STABLE_RLHF_DATA, or ``shared/data`` beside the project."""
+    """Folder with real preference data, named by $STABLE_RLHF_DATA; tests that use it are skipped without it."""
     named = os.environ.get("STABLE_RLHF_DATA")
-    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not named:
+        pytest.skip("no real data: STABLE_RLHF_DATA is not set")
+    folder = Path(named)
     if not (folder / "pairs.jsonl.gz").is_file():
-        pytest.skip(f"no real data: {folder} has no pairs.jsonl.gz (set STABLE_RLHF_DATA)")
+        pytest.skip(f"no real data: {folder} has no pairs.jsonl.gz")
     return folder
 
 

@@ -37,6 +37,14 @@ def load_policy(path: str, *, num_trainable_layers: int | None = None, value_hea
     ).to(device())  # fmt: skip
 
 
+def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
+    """The scorer reads the policy's token ids as they are, so both must mean the same by them."""
+    if policy.get_vocab() != scorer.get_vocab() or policy.eos_token_id != scorer.eos_token_id:
+        raise ValueError(
+            f"scorer {folder!r} has another tokenizer than the policy; train it on a backbone of the policy's family"
+        )
+
+
 def run_world(recipe: Recipe, folder: Path) -> Result:
     """Write the skill world's files and its untrained model."""
     from stable_rlhf.world import build_model, build_tokenizer, write_world
@@ -198,6 +206,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
         model.causal_lm, tokenizer, [p.ids for p in prompts], settings, seeds=seeds, description="candidates"
     )
     judge = AdvantageModel.from_pretrained(scorer).to(device())
+    check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     scores = judge.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
     candidates: list[dict[str, Any]] = [
         {
@@ -248,6 +257,7 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     arguments: PPOArguments = recipe.ppo
     judge = AdvantageModel.from_pretrained(scorer, num_trainable_layers=recipe.scorer.num_trainable_layers)
+    check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     wanted = "am" if variant.startswith("am") else "rm"
     if judge.settings.objective != wanted:
         raise ValueError(
