@@ -7,6 +7,7 @@ back to their PyTorch implementations.
 from __future__ import annotations
 
 import sys
+from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -49,8 +50,8 @@ def _extensions() -> list[Extension]:
         return []
     extension = Pybind11Extension(
         "stable_rlhf._C",
-        ["csrc/sequence_ops.cpp", "csrc/topk.cpp", "csrc/bindings.cpp"],
-        depends=["csrc/ops.h", "csrc/parallel.h"],
+        sorted(glob("csrc/*.cpp")),
+        depends=sorted(glob("csrc/*.h")),
         cxx_std=17,
     )
     if sys.platform == "win32":

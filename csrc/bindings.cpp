@@ -1,9 +1,11 @@
 // The Python module stable_rlhf._C. Arrays arrive as addresses; the Python side keeps the tensors alive and checks them.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "ops.h"
+#include "policy_rows.h"
 
 namespace py = pybind11;
 
@@ -35,10 +37,76 @@ void bind_all(py::module_& m, const char* suffix) {
           without_gil);
 }
 
+// Addresses of 0 are absent arrays; see policy_rows.h for what each argument is.
+void bind_rows(py::module_& m) {
+    using namespace stable_rlhf;
+    using Address = std::uintptr_t;
+    m.def(
+        "rows",
+        [](int mode, int type, Address logits, Address gradient, int64_t logits_stride, int64_t gradient_stride,
+           Address row, int64_t count, int64_t vocabulary, Address target, Address inverse_temperature, double softcap,
+           Address kind, Address old_logprob, Address advantage, Address ref_logprob, Address row_weight,
+           double clip_low, double clip_high, double dual_clip, double kl_coef, int kl_estimator, double entropy_coef,
+           double log_ratio_clamp, double policy_scale, double rehearsal_scale, Address coefficient,
+           Address entropy_coefficient, Address logprob, Address entropy, Address max, Address log_sum,
+           Address weighted, Address target_logit, Address kept, int num_threads, const std::string& isa) {
+            Rows call{};
+            call.mode = static_cast<RowsMode>(mode);
+            call.type = static_cast<LogitsType>(type);
+            call.logits = at<const void>(logits);
+            call.gradient = at<void>(gradient);
+            call.logits_stride = logits_stride;
+            call.gradient_stride = gradient_stride;
+            call.row = at<const int64_t>(row);
+            call.count = count;
+            call.vocabulary = vocabulary;
+            call.target = at<const int64_t>(target);
+            call.inverse_temperature = at<const float>(inverse_temperature);
+            call.softcap = static_cast<float>(softcap);
+            call.policy = PolicyTerms{at<const int8_t>(kind),      at<const float>(old_logprob),
+                                      at<const float>(advantage),  at<const float>(ref_logprob),
+                                      at<const float>(row_weight), clip_low,
+                                      clip_high,                   dual_clip,
+                                      kl_coef,                     kl_estimator,
+                                      entropy_coef,                log_ratio_clamp,
+                                      policy_scale,                rehearsal_scale};
+            call.coefficient = at<float>(coefficient);
+            call.entropy_coefficient = at<float>(entropy_coefficient);
+            call.logprob = at<float>(logprob);
+            call.entropy = at<float>(entropy);
+            call.max = at<float>(max);
+            call.log_sum = at<float>(log_sum);
+            call.weighted = at<float>(weighted);
+            call.target_logit = at<float>(target_logit);
+            call.kept = at<int64_t>(kept);
+            call.num_threads = num_threads;
+            const int64_t found = stable_rlhf::rows(call, isa.c_str());
+            if (found < 0) throw std::runtime_error("this processor cannot run the row kernel for '" + isa + "'");
+            return found;
+        },
+        py::kw_only(), py::arg("mode"), py::arg("type"), py::arg("logits"), py::arg("gradient") = 0,
+        py::arg("logits_stride"), py::arg("gradient_stride") = 0, py::arg("row") = 0, py::arg("count"),
+        py::arg("vocabulary"), py::arg("target"), py::arg("inverse_temperature"), py::arg("softcap") = 0.0,
+        py::arg("kind") = 0, py::arg("old_logprob") = 0, py::arg("advantage") = 0, py::arg("ref_logprob") = 0,
+        py::arg("row_weight") = 0, py::arg("clip_low") = 0.0, py::arg("clip_high") = 0.0, py::arg("dual_clip") = 0.0,
+        py::arg("kl_coef") = 0.0, py::arg("kl_estimator") = 3, py::arg("entropy_coef") = 0.0,
+        py::arg("log_ratio_clamp") = 20.0, py::arg("policy_scale") = 0.0, py::arg("rehearsal_scale") = 0.0,
+        py::arg("coefficient") = 0, py::arg("entropy_coefficient") = 0, py::arg("logprob") = 0,
+        py::arg("entropy") = 0, py::arg("max") = 0, py::arg("log_sum") = 0, py::arg("weighted") = 0,
+        py::arg("target_logit") = 0, py::arg("kept") = 0, py::arg("num_threads") = 1, py::arg("isa") = "",
+        py::call_guard<py::gil_scoped_release>());
+    m.def("rows_isas", [] {
+        py::list names;
+        for (const char* const* name = rows_isas(); *name; ++name) names.append(*name);
+        return names;
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of stable_rlhf";
     bind_all<float>(m, "f32");
     bind_all<double>(m, "f64");
+    bind_rows(m);
 }

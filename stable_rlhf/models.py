@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,26 @@ def resolve_model(name: str) -> tuple[str, str | None]:
         if not path.is_file():
             raise ValueError(f"model {name!r}: no such file")
         return str(path.parent), path.name
-    if name.startswith((".", "/", "~")) or path.is_dir():
+    if name.startswith((".", "/", "~")) or path.is_dir() or name.count("/") > 1:  # a hub name is `owner/name`
         path = path.expanduser()
         if not (path / "config.json").is_file():
-            raise ValueError(f"model {name!r}: no config.json in that folder; is the path right?")
+            what = "no config.json in that folder" if path.is_dir() else "no such folder"
+            raise ValueError(f"model {name!r}: {what}; is the path right?")
         return str(path), None
     return name, None
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Say which model it was when its files are missing or broken."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        where = "" if Path(name).expanduser().exists() or name == SMOLLM2 else "no folder here, and "
+        raise ValueError(f"model {name!r}: {where}it cannot be loaded: {reason}") from error
 
 
 def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
@@ -65,13 +80,14 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remot
 
         # GGUF weights stay packed by default and cannot be trained.
         extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(
-        location,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True if not gguf_file else None,
-        **extra,
-    )
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True if not gguf_file else None,
+            **extra,
+        )
     if gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now: a saved copy must load as such
     return model
@@ -84,7 +100,8 @@ def load_tokenizer(name: str) -> Any:
 
     location, gguf_file = resolve_model(name)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(location, **extra)
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(location, **extra)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model {name!r}: its tokenizer has no EOS token, so the end of a response cannot be marked")
     if tokenizer.pad_token_id is None:
@@ -180,6 +197,12 @@ class Trunk(nn.Module):
         self.backbone: Any
         object.__setattr__(self, "lower", lower)
         object.__setattr__(self, "backbone", backbone)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `.to()`, `.double()` and their like walk the module tree, which the frozen lower blocks are not part of.
+        if recurse and self.lower is not None:
+            self.lower._apply(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:

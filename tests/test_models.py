@@ -111,3 +111,10 @@ def test_missing_models_are_named(tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(ValueError, match="no such file"):
         resolve_model(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_conversions_reach_the_frozen_lower_blocks(tiny_model, architecture, layers):
+    policy = PolicyModel(tiny_model(architecture), num_trainable_layers=layers).double()
+    assert {p.dtype for p in policy.causal_lm.parameters()} == {torch.float64}
+    assert policy.trunk.lower is None or {p.dtype for p in policy.trunk.lower.parameters()} == {torch.float64}

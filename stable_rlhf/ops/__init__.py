@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from stable_rlhf.ops._advantage_loss import AdvantageLossOutput, advantage_loss, advantage_score
 from stable_rlhf.ops._backend import backend, backend_report
-from stable_rlhf.ops._policy_loss import (
-    PolicyLossConfig,
-    PolicyLossOutput,
-    linear_logprob,
-    linear_policy_loss,
-    policy_loss,
-)
+from stable_rlhf.ops._policy_config import PolicyLossConfig, PolicyLossOutput
+from stable_rlhf.ops._policy_loss import linear_logprob, linear_policy_loss, policy_loss
+from stable_rlhf.ops._products import release_workspace
 from stable_rlhf.ops._sequence_ops import gae, masked_whiten, token_rewards
 from stable_rlhf.ops._topk import topk_by_cluster
 
@@ -30,6 +26,7 @@ __all__ = [
     "linear_policy_loss",
     "masked_whiten",
     "policy_loss",
+    "release_workspace",
     "token_rewards",
     "topk_by_cluster",
 ]

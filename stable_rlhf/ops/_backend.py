@@ -78,7 +78,7 @@ def register(op: str, implementations: dict[str, Callable[..., Any]]) -> None:
     _implementations[op] = implementations
 
 
-def _select(op: str, device: torch.device) -> str:
+def selected(op: str, device: torch.device) -> str:
     """The backend of `op` for tensors of `device`: the forced one, else the device's own, else PyTorch."""
     implementations = _implementations[op]
     forced = _forced.get()
@@ -99,7 +99,7 @@ def choose(op: str, device: torch.device) -> Callable[..., Any]:
     Raises:
         RuntimeError: the backend forced by `backend(name)` does not exist for `op` or cannot run.
     """
-    return _implementations[op][_select(op, device)]
+    return _implementations[op][selected(op, device)]
 
 
 def backend_report(device: torch.device | str | None = None) -> dict[str, str]:
@@ -112,6 +112,6 @@ def backend_report(device: torch.device | str | None = None) -> dict[str, str]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     token = _forced.set(None)
     try:
-        return {op: _select(op, torch.device(device)) for op in sorted(_implementations)}
+        return {op: selected(op, torch.device(device)) for op in sorted(_implementations)}
     finally:
         _forced.reset(token)

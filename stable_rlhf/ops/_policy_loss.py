@@ -1,127 +1,18 @@
-"""PPO and rehearsal tokens in one loss, from logits or straight from hidden states; and token log-probabilities.
-
-This file is the plain PyTorch reference: statistics in float32 (float64 for float64 input), one chunk of rows at a
-time, each chunk recomputed in the backward pass so that logits [T, V] never exist whole.
-"""
+"""PPO and rehearsal tokens in one loss, from logits or straight from hidden states; and token log-probabilities."""
 
 from __future__ import annotations
 
-import functools
-import math
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from stable_rlhf.ops._backend import choose, register
-from stable_rlhf.ops._checks import (
-    FLOATS,
-    INTEGERS,
-    check_choice,
-    check_finite,
-    check_tensor,
-    first_true,
-    statistics_dtype,
-)
-from stable_rlhf.ops._sequence_ops import log_ratio_kl
-
-IGNORE = -100
-POLICY, REHEARSAL = 1, 2
-
-
-def _check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap: {softcap} is not positive")
-
-
-@dataclass(frozen=True)
-class PolicyLossConfig:
-    """The constants of `linear_policy_loss` and `policy_loss`.
-
-    Args:
-        clip_low: the ratio is clipped below 1 - clip_low.
-        clip_high: the ratio is clipped above 1 + clip_high.
-        dual_clip: bound c > 1 on the loss of negative advantages, -c A at most (arXiv 1912.09729); None: off.
-        kl_coef: coefficient of the KL towards `ref_logprob` in the loss.
-        kl_estimator: "k1", "k2" or "k3"; k1's expected gradient on policy is 0, so it warns once.
-        entropy_coef: coefficient of the entropy bonus of policy tokens.
-        rehearsal_coef: gamma of arXiv 2309.10202 eq. 9.
-        softcap: logits become softcap tanh(logits / softcap) before the temperature; None: off.
-        log_ratio_clamp: bound on the absolute value of every log-ratio before it is used.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    rehearsal_coef: float = 0.01
-    softcap: float | None = None
-    log_ratio_clamp: float = 20.0
-
-    def __post_init__(self) -> None:
-        check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        if not 0.0 <= self.clip_low <= 1.0:
-            raise ValueError(f"clip_low: {self.clip_low} is outside [0, 1]")
-        if not self.clip_high >= 0.0:
-            raise ValueError(f"clip_high: {self.clip_high} is negative")
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ValueError(f"dual_clip: {self.dual_clip} is not greater than 1")
-        for name in ("kl_coef", "entropy_coef", "rehearsal_coef"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: {getattr(self, name)} is not finite")
-        _check_softcap(self.softcap)
-        if not self.log_ratio_clamp > 0.0:
-            raise ValueError(f"log_ratio_clamp: {self.log_ratio_clamp} is not positive")
-
-
-class PolicyLossOutput(NamedTuple):
-    """What the policy losses return.
-
-    loss: 0-d, differentiable in hidden states (or logits), weight and bias.
-    logprob, entropy: detached, target's shape, float32 (float64 for float64 input), 0 where ignored.
-    metrics: detached 0-d tensors on the device. `policy_loss` and `rehearsal_loss` (each over its denominator, the
-        latter before `rehearsal_coef`); over policy tokens `clip_fraction` (the clipped, dual clip included),
-        `approx_kl` (k3 of the new against the old policy), `max_ratio`, `entropy` (mean); `policy_tokens` and
-        `rehearsal_tokens` (counts). A mean over no token is 0.
-    """
-
-    loss: Tensor
-    logprob: Tensor
-    entropy: Tensor
-    metrics: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The active rows of a call: everything below `index` holds those rows only."""
-
-    shape: torch.Size
-    index: Tensor | None  # [A] into the flattened rows; None: all of them
-    target: Tensor  # [A]
-    temperature: float | Tensor  # [A] when per row
-    policy: Tensor  # [P] into the active rows
-    rehearsal: Tensor  # [Q] into the active rows
-
-    def take(self, name: str, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The active rows of an argument of target's shape."""
-        if value is None:
-            return None
-        check_tensor(name, value, shape=tuple(self.shape), device=self.target.device)
-        flat = value.detach().reshape(-1)
-        return (flat if self.index is None else flat[self.index]).to(dtype)
-
-    def scatter(self, value: Tensor) -> Tensor:
-        """[A] back to target's shape, 0 where ignored."""
-        if self.index is None:
-            return value.reshape(self.shape)
-        return value.new_zeros(self.shape.numel()).index_copy(0, self.index, value).reshape(self.shape)
+from stable_rlhf.ops import _policy_ops
+from stable_rlhf.ops._backend import register, selected
+from stable_rlhf.ops._checks import FLOATS, check_tensor, statistics_dtype
+from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
+from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
+from stable_rlhf.ops._policy_rows import check_statistics, gather_terms, select_rows, total_loss
 
 
 def linear_policy_loss(
@@ -136,7 +27,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    config: PolicyLossConfig = PolicyLossConfig(),
+    config: PolicyLossConfig = DEFAULT,
     policy_denominator: float | Tensor | None = None,
     rehearsal_denominator: float | Tensor | None = None,
     grad_tolerance: float = 0.0,
@@ -181,30 +72,34 @@ def linear_policy_loss(
     if grad_tolerance != 0.0:
         raise NotImplementedError(f"grad_tolerance={grad_tolerance}: not yet: only 0, the exact gradient")
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, process_group)
-    rows = _select_rows(target, kind, temperature, weight.shape[0], hidden.device)
-    run = choose("linear_policy_loss", hidden.device)
-    logprob, entropy = run(
-        _gather(hidden, rows),
-        weight,
-        bias,
-        rows,
-        config.softcap,
-        config.entropy_coef != 0.0,
-        logits_dtype,
-        workspace_bytes,
-    )
-    return _loss(
-        rows,
-        logprob,
-        entropy,
-        config,
-        old_logprob,
-        advantage,
-        ref_logprob,
-        row_weight,
-        policy_denominator,
-        rehearsal_denominator,
-    )
+    per_row: dict[str, Any] = {
+        "old_logprob": old_logprob,
+        "advantage": advantage,
+        "ref_logprob": ref_logprob,
+        "row_weight": row_weight,
+    }
+    denominators: dict[str, Any] = {
+        "policy_denominator": policy_denominator,
+        "rehearsal_denominator": rehearsal_denominator,
+    }
+    name = _backend_for("linear_policy_loss", hidden)
+    if name == "torch":
+        rows = select_rows(target, kind, temperature, weight.shape[0], hidden.device)
+        terms = gather_terms(rows, config, statistics_dtype(hidden.dtype), **per_row, **denominators)
+        logprob, entropy = linear_statistics(
+            rows.gather(hidden), weight, bias, rows, config.softcap, config.entropy_coef != 0.0, logits_dtype,
+            workspace_bytes,
+        )  # fmt: skip
+        check_statistics(logprob, entropy, rows, "hidden, weight or bias")
+        return total_loss(rows, logprob, entropy, terms, config)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    row_temperature, scalar = _split_temperature(temperature)
+    tensors, numbers = _split_denominators(denominators)
+    loss, logprob, entropy, metrics, counts, *_ = _policy_ops.linear_policy_loss(
+        hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
+        _policy_ops.pack_config(config), logits_dtype, workspace_bytes, name, _needs(hidden, weight, bias),
+    )  # fmt: skip
+    return _output(loss, logprob, entropy, metrics, counts)
 
 
 def policy_loss(
@@ -217,7 +112,7 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     row_weight: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    config: PolicyLossConfig = PolicyLossConfig(),
+    config: PolicyLossConfig = DEFAULT,
     policy_denominator: float | Tensor | None = None,
     rehearsal_denominator: float | Tensor | None = None,
     process_group: object | None = None,
@@ -231,24 +126,32 @@ def policy_loss(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: shape {tuple(logits.shape)} instead of [..., V]")
     check_tensor("target", target, shape=tuple(logits.shape[:-1]), device=logits.device, dtypes=(torch.int64,))
-    rows = _select_rows(target, kind, temperature, logits.shape[-1], logits.device)
-    run = choose("policy_loss", logits.device)
-    logprob, entropy = run(
-        _gather(logits, rows), rows.target, rows.temperature, config.softcap, config.entropy_coef != 0.0
-    )
-    return _loss(
-        rows,
-        logprob,
-        entropy,
-        config,
-        old_logprob,
-        advantage,
-        ref_logprob,
-        row_weight,
-        policy_denominator,
-        rehearsal_denominator,
-        source="logits",
-    )
+    per_row: dict[str, Any] = {
+        "old_logprob": old_logprob,
+        "advantage": advantage,
+        "ref_logprob": ref_logprob,
+        "row_weight": row_weight,
+    }
+    denominators: dict[str, Any] = {
+        "policy_denominator": policy_denominator,
+        "rehearsal_denominator": rehearsal_denominator,
+    }
+    name = _backend_for("policy_loss", logits)
+    if name == "torch":
+        rows = select_rows(target, kind, temperature, logits.shape[-1], logits.device)
+        terms = gather_terms(rows, config, statistics_dtype(logits.dtype), **per_row, **denominators)
+        logprob, entropy = row_statistics(
+            rows.gather(logits), rows.target, rows.temperature, config.softcap, config.entropy_coef != 0.0
+        )
+        check_statistics(logprob, entropy, rows, "logits")
+        return total_loss(rows, logprob, entropy, terms, config)
+    row_temperature, scalar = _split_temperature(temperature)
+    tensors, numbers = _split_denominators(denominators)
+    loss, logprob, entropy, metrics, counts, _gradient = _policy_ops.policy_loss(
+        logits, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
+        _policy_ops.pack_config(config), name, _needs(logits)[0],
+    )  # fmt: skip
+    return _output(loss, logprob, entropy, metrics, counts)
 
 
 def linear_logprob(
@@ -272,226 +175,67 @@ def linear_logprob(
 
     The arguments and errors are those of `linear_policy_loss`.
     """
-    _check_softcap(softcap)
+    check_softcap(softcap)
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, process_group)
-    rows = _select_rows(target, None, temperature, weight.shape[0], hidden.device)
-    run = choose("linear_logprob", hidden.device)
-    logprob, row_entropy = run(
-        _gather(hidden, rows), weight, bias, rows, softcap, entropy, logits_dtype, workspace_bytes
-    )
-    _check_statistics(logprob, row_entropy, rows, "hidden, weight or bias")
-    return rows.scatter(logprob), rows.scatter(row_entropy) if entropy else None
-
-
-def _statistics(
-    logits: Tensor, target: Tensor, temperature: float | Tensor, softcap: float | None, entropy_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of the target and entropy, both [n], of logits [n, V]."""
-    z = logits.to(statistics_dtype(logits.dtype))
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    if isinstance(temperature, Tensor):
-        z = z / temperature.to(z.dtype).unsqueeze(-1)
-    elif temperature != 1.0:
-        z = z / temperature
-    # From log_softmax and not as z[target] - logsumexp(z): at logits of 1e4 that difference loses three digits.
-    log_p = torch.log_softmax(z, dim=-1)
-    logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    if not entropy_grad:
-        log_p = log_p.detach()
-    return logprob, -(log_p.exp() * log_p).sum(-1)
-
-
-def _linear_statistics_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: _Rows,
-    softcap: float | None,
-    entropy_grad: bool,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """`_statistics` of the active rows' logits, chunk by chunk; hidden is [A, H]."""
-    wide = logits_dtype not in (None, hidden.dtype)
-    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    statistics_bytes = statistics_dtype(hidden.dtype).itemsize
-    # At the peak a chunk holds about five arrays of statistics beside its logits.
-    chunk = max(1, workspace_bytes // (weight.shape[0] * (5 * statistics_bytes + hidden.element_size())))
-    count = hidden.shape[0]
-
-    # Gradients of several chunks add up where the chunks' graphs join. Joining at a float32 copy of a 16-bit weight
-    # keeps that sum in float32: summed in bfloat16 it is off by 1.5 times as much.
-    def join(x: Tensor | None) -> Tensor | None:
-        widen = needs_grad and count > chunk and x is not None and x.requires_grad and x.element_size() == 2
-        return x.float() if widen and x is not None else x
-
-    def statistics(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, temperature: float | Tensor):
-        with torch.autocast(h.device.type, enabled=not wide and torch.is_autocast_enabled(h.device.type)):
-            if wide:
-                h, w, b = h.to(logits_dtype), w.to(logits_dtype), None if b is None else b.to(logits_dtype)
-            else:
-                w, b = w.to(weight.dtype), None if b is None or bias is None else b.to(bias.dtype)
-            logits = F.linear(h, w, b)
-        return _statistics(logits, target, temperature, softcap, entropy_grad)
-
-    step: Callable[..., tuple[Tensor, Tensor]] = statistics
-    if needs_grad and count > chunk:
-        step = functools.partial(checkpoint, statistics, use_reentrant=False, preserve_rng_state=False)
-    joined_weight, joined_bias = join(weight), join(bias)
-    parts = []
-    # No row at all still makes one (empty) chunk: its zero keeps the loss connected to hidden and weight.
-    for begin in range(0, max(count, 1), chunk):
-        part = slice(begin, min(begin + chunk, count))
-        temperature = rows.temperature[part] if isinstance(rows.temperature, Tensor) else rows.temperature
-        parts.append(step(hidden[part], joined_weight, joined_bias, rows.target[part], temperature))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def _loss(
-    rows: _Rows,
-    logprob: Tensor,
-    entropy: Tensor,
-    config: PolicyLossConfig,
-    old_logprob: Tensor | None,
-    advantage: Tensor | None,
-    ref_logprob: Tensor | None,
-    row_weight: Tensor | None,
-    policy_denominator: float | Tensor | None,
-    rehearsal_denominator: float | Tensor | None,
-    source: str = "hidden, weight or bias",
-) -> PolicyLossOutput:
-    """The loss and its metrics from the active rows' statistics [A]."""
-    dtype = logprob.dtype
-    _check_statistics(logprob, entropy, rows, source)
-    weights = rows.take("row_weight", row_weight, dtype)
-    if weights is not None:
-        check_finite("row_weight", weights)
-    given = {"old_logprob": old_logprob, "advantage": advantage, "ref_logprob": ref_logprob}
-    taken = {name: rows.take(name, value, dtype) for name, value in given.items()}
-    if config.kl_coef == 0.0:
-        taken["ref_logprob"] = None
-    required = ["old_logprob", "advantage"] + (["ref_logprob"] if config.kl_coef != 0.0 else [])
-    policy = {}
-    for name in required:
-        value = taken[name]
-        if value is None and rows.policy.numel():
-            raise ValueError(f"{name}: required, there are {rows.policy.numel()} policy rows")
-        policy[name] = logprob.new_zeros(0) if value is None else value[rows.policy]
-        check_finite(name, policy[name])
-
-    clamp = config.log_ratio_clamp
-    new = logprob[rows.policy]
-    adv = policy["advantage"]
-    log_ratio = (new - policy["old_logprob"]).clamp(-clamp, clamp)
-    ratio = log_ratio.exp()
-    unclipped = ratio * adv
-    surrogate = torch.minimum(unclipped, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * adv)
-    if config.dual_clip is not None:
-        surrogate = torch.where(adv < 0, torch.maximum(surrogate, config.dual_clip * adv), surrogate)
-    term = -surrogate
-    if config.kl_coef != 0.0:
-        if config.kl_estimator == "k1":
-            _warn_k1()
-        reference = (new - policy["ref_logprob"]).clamp(-clamp, clamp)
-        term = term + config.kl_coef * log_ratio_kl(reference, config.kl_estimator)
-    if config.entropy_coef != 0.0:
-        term = term - config.entropy_coef * entropy[rows.policy]
-    nll = -logprob[rows.rehearsal]
-    if weights is not None:
-        term, nll = term * weights[rows.policy], nll * weights[rows.rehearsal]
-    policy_mean = _over("policy_denominator", term, policy_denominator)
-    rehearsal_mean = _over("rehearsal_denominator", nll, rehearsal_denominator)
-
-    with torch.no_grad():
-        count = max(ratio.numel(), 1)
-        metrics = {
-            "policy_loss": policy_mean.detach(),
-            "rehearsal_loss": rehearsal_mean.detach(),
-            "clip_fraction": (surrogate != unclipped).sum().to(dtype) / count,
-            "approx_kl": log_ratio_kl(-log_ratio, "k3").sum() / count,
-            "max_ratio": torch.cat([ratio.new_zeros(1), ratio]).max(),
-            "entropy": entropy[rows.policy].sum() / count,
-            "policy_tokens": torch.tensor(rows.policy.numel(), device=ratio.device),
-            "rehearsal_tokens": torch.tensor(rows.rehearsal.numel(), device=ratio.device),
-        }
-    loss = policy_mean + config.rehearsal_coef * rehearsal_mean
-    return PolicyLossOutput(loss, rows.scatter(logprob.detach()), rows.scatter(entropy.detach()), metrics)
-
-
-def _over(name: str, term: Tensor, denominator: float | Tensor | None) -> Tensor:
-    """sum(term) / denominator; exactly 0, but connected to the graph, when there is no term."""
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"{name}: shape {tuple(denominator.shape)} instead of a single number")
-        denominator = denominator.detach().to(device=term.device, dtype=term.dtype).reshape(())
-    if term.numel() == 0:
-        return term.sum()
-    if denominator is None:
-        return term.sum() / term.numel()
-    if not bool(denominator > 0):
-        raise ValueError(f"{name}: {float(denominator)} is not positive, and there are {term.numel()} such rows")
-    return term.sum() / denominator
-
-
-def _gather(value: Tensor, rows: _Rows) -> Tensor:
-    flat = value.reshape(-1, value.shape[-1])
-    return flat if rows.index is None else flat.index_select(0, rows.index)
-
-
-def _select_rows(
-    target: Tensor, kind: Tensor | None, temperature: float | Tensor, vocabulary: int, device: torch.device
-) -> _Rows:
-    """Checks the values of target, kind and temperature and finds the active rows (synchronises)."""
-    flat = target.reshape(-1)
-    active = flat != IGNORE
-    outside = active & ((flat < 0) | (flat >= vocabulary))
-    if kind is not None:
-        check_tensor("kind", kind, shape=tuple(target.shape), device=device, dtypes=INTEGERS)
-        kind = kind.reshape(-1)
-        unknown = (kind < 0) | (kind > REHEARSAL)
-        if bool(unknown.any()):
-            position = first_true(unknown)
-            raise ValueError(
-                f"kind: {int(kind[position])} at row {position}; expected 0 (ignored), 1 (policy) or 2 (rehearsal)"
-            )
-        active = active & (kind != 0)
-        outside = outside & (kind != 0)
-    if bool(outside.any()):
-        position = first_true(outside)
-        raise ValueError(
-            f"target: {int(flat[position])} at row {position} is outside [0, {vocabulary}) and not {IGNORE}"
+    name = _backend_for("linear_logprob", hidden)
+    if name == "torch":
+        rows = select_rows(target, None, temperature, weight.shape[0], hidden.device)
+        logprob, row_entropy = linear_statistics(
+            rows.gather(hidden), weight, bias, rows, softcap, entropy, logits_dtype, workspace_bytes
         )
-    index: Tensor | None = torch.nonzero(active).squeeze(1)
-    if index is not None and index.numel() == flat.numel():
-        index = None
-    if index is not None:
-        flat = flat[index]
-        kind = None if kind is None else kind[index]
-    if kind is None:
-        policy = torch.arange(flat.numel(), device=device)
-        rehearsal = policy[:0]
-    else:
-        policy, rehearsal = (torch.nonzero(kind == which).squeeze(1) for which in (POLICY, REHEARSAL))
-    rows = _Rows(target.shape, index, flat, 1.0, policy, rehearsal)
-    return _Rows(target.shape, index, flat, _row_temperature(temperature, rows), policy, rehearsal)
+        check_statistics(logprob, row_entropy, rows, "hidden, weight or bias")
+        return rows.scatter(logprob), rows.scatter(row_entropy) if entropy else None
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    row_temperature, scalar = _split_temperature(temperature)
+    logprob, row_entropy, *_ = _policy_ops.linear_logprob(
+        hidden, weight, bias, target, row_temperature, scalar, softcap, logits_dtype, workspace_bytes, name,
+        _needs(hidden, weight, bias),
+    )  # fmt: skip
+    return logprob, row_entropy if entropy else None
 
 
-def _row_temperature(temperature: float | Tensor, rows: _Rows) -> float | Tensor:
-    if isinstance(temperature, Tensor) and temperature.numel() == 1 and temperature.ndim == 0:
-        temperature = float(temperature)
-    if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: {temperature} is not a positive number")
-        return float(temperature)
-    taken = rows.take("temperature", temperature, temperature.dtype)
-    assert taken is not None
-    if not bool(((taken > 0) & torch.isfinite(taken)).all()):
-        raise ValueError("temperature: has values that are not positive numbers")
-    return taken
+@torch.compiler.assume_constant_result
+def _backend_name(op: str, device: str) -> str:
+    return selected(op, torch.device(device))
+
+
+def _backend_for(op: str, value: Tensor) -> str:
+    """The backend of `op`; the fused ones keep statistics in float32, so float64 is PyTorch's."""
+    return "torch" if value.dtype == torch.float64 else _backend_name(op, value.device.type)
+
+
+def _needs(*inputs: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast the operands in its type, as for any other product; the casts carry the gradients back."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return (temperature, 1.0) if temperature.ndim else (None, float(temperature))
+    return None, float(temperature)
+
+
+def _split_denominators(given: dict[str, float | Tensor | None]) -> tuple[list[Tensor | None], list[float]]:
+    """Denominators as tensors and as numbers, which operators take apart; the number 0 stands for none."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor) and not value > 0:
+            raise ValueError(f"{name}: {float(value)} is not positive")
+    tensors = [value if isinstance(value, Tensor) else None for value in given.values()]
+    return tensors, [float(v) if v is not None and not isinstance(v, Tensor) else 0.0 for v in given.values()]
+
+
+def _output(loss: Tensor, logprob: Tensor, entropy: Tensor, metrics: Tensor, counts: Tensor) -> PolicyLossOutput:
+    named = dict(zip(_policy_ops.METRICS, metrics.detach().unbind(), strict=True))
+    named |= dict(zip(_policy_ops.COUNTS, counts.detach().unbind(), strict=True))
+    return PolicyLossOutput(loss, logprob.detach(), entropy.detach(), named)
 
 
 def _check_linear(
@@ -529,24 +273,10 @@ def _check_process_group(process_group: object | None) -> None:
         raise NotImplementedError("process_group: not yet: the weight must hold the whole vocabulary")
 
 
-def _check_statistics(logprob: Tensor, entropy: Tensor, rows: _Rows, source: str) -> None:
-    """A non-finite logit anywhere in a row makes that row's log-probability or entropy non-finite: look there."""
-    bad = ~(torch.isfinite(logprob.detach()) & torch.isfinite(entropy.detach()))
-    if bool(bad.any()):
-        position = first_true(bad)
-        row = position if rows.index is None else int(rows.index[position])
-        raise ValueError(f"{source}: non-finite logits at row {row}")
-
-
-@functools.cache
-def _warn_k1() -> None:
-    warnings.warn(
-        "kl_estimator 'k1' in the loss: its expected gradient on policy is 0; "
-        "use k2 or k3, or put the KL into the reward",
-        stacklevel=4,
-    )
-
-
-register("linear_policy_loss", {"torch": _linear_statistics_torch})
-register("policy_loss", {"torch": _statistics})
-register("linear_logprob", {"torch": _linear_statistics_torch})
+_FUSED: dict[str, Any] = {
+    "linear_policy_loss": _policy_ops.linear_policy_loss,
+    "policy_loss": _policy_ops.policy_loss,
+    "linear_logprob": _policy_ops.linear_logprob,
+}
+for _name, _op in _FUSED.items():
+    register(_name, {"cpu": _op, "torch": linear_statistics if _name != "policy_loss" else row_statistics})

@@ -11,7 +11,8 @@ import torch
 
 def count_steps(rows: int, global_batch: int, epochs: float, max_steps: int = 0) -> int:
     """Optimiser steps of ``epochs`` passes, at least one."""
-    steps = max(1, math.ceil(rows * epochs / global_batch))
+    # Rounded first: 100 rows x 1.1 epochs is 110.00000000000001, which is no twelfth step of ten.
+    steps = max(1, math.ceil(round(rows * epochs / global_batch, 9)))
     return min(steps, max_steps) if max_steps else steps
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
 from stable_rlhf.data.readers import ReadResult, read_comparisons, read_demonstrations, read_prompts
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
-from stable_rlhf.data.splits import split_rows
+from stable_rlhf.data.splits import prompt_key, split_rows
 from stable_rlhf.progress import say
 from stable_rlhf.train.config import DataArguments
 from stable_rlhf.train.ppo import EncodedPrompt, encode_prompts
@@ -32,6 +32,14 @@ def _report(what: str, result: ReadResult[Any]) -> None:
         say(f"  {what}: {len(result.skipped)} bad rows left out, the first: {result.skipped[0]}")
 
 
+def _split(setting: str, rows: Sequence[Row], sizes: Sequence[float] | Sequence[int], seed: int) -> list[list[Row]]:
+    """`split_rows`, with errors that name the setting the sizes come from."""
+    try:
+        return split_rows(rows, sizes, seed)
+    except ValueError as error:
+        raise DataError(f"{setting}: {error}") from None
+
+
 @dataclass
 class PreferenceSplits:
     """Comparisons by use; no prompt stands in two of them."""
@@ -49,13 +57,14 @@ def load_preferences(arguments: DataArguments, seed: int) -> PreferenceSplits:
     _report("preferences", result)
     rows = result.rows
     if arguments.max_pairs and arguments.max_pairs < len(rows):
-        rows = split_rows(rows, [arguments.max_pairs], seed)[0]
+        # Whole prompts are drawn, so the last one may bring more rows than there is room for.
+        rows = _split("data.max_pairs", rows, [arguments.max_pairs], seed)[0][: arguments.max_pairs]
     fractions = [arguments.test_fraction, arguments.judge_fraction]
     used = [f for f in fractions if f > 0]
     rest = 1 - sum(used)
     if rest <= 0 or arguments.test_fraction <= 0:
         raise DataError("data.test_fraction must be above 0, and with data.judge_fraction below 1")
-    test, *judge, train = split_rows(rows, [*used, rest], seed)
+    test, *judge, train = _split("data.test_fraction, data.judge_fraction", rows, [*used, rest], seed)
     return PreferenceSplits(train, test, judge[0] if judge else [])
 
 
@@ -86,6 +95,8 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
         train = everything
     else:
         wanted = set(arguments.forget_tasks)
+        if missing := wanted - {p.row.task for p in everything}:
+            raise DataError(f"data.forget_tasks {sorted(missing)}: no prompt that fits has such a task")
         kept = [p for p in everything if p.row.task in wanted]
         others = [p for p in everything if p.row.task not in wanted]
         if not kept or not others:
@@ -93,17 +104,28 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
                 f"data.forget_tasks {sorted(wanted)}: the prompts have {len(kept)} of these tasks and {len(others)} "
                 "others; both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
             )
-        forget, kept = _take(kept, arguments.eval_prompts, seed)
-        main, others = _take(others, arguments.eval_prompts, seed)
+        forget, kept = _take(f"data.forget_tasks {sorted(wanted)}", kept, arguments.eval_prompts, seed)
+        main, others = _take(f"all but data.forget_tasks {sorted(wanted)}", others, arguments.eval_prompts, seed)
         train = kept + others
+    held = {prompt_key(p.row.prompt) for p in (*main, *forget)}
+    clean = [p for p in train if prompt_key(p.row.prompt) not in held]
+    if not clean:
+        raise DataError("data.prompts: every prompt is in an evaluation set too, so none is left to train on")
+    if len(clean) < len(train):
+        say(f"  {len(train) - len(clean)} of {len(train)} training prompts are in an evaluation set too: left out")
+    train = clean
     return PromptSplits(_cap_tasks(train, arguments.max_prompts_per_task, seed), main, forget)
 
 
-def _take(prompts: list[EncodedPrompt], count: int, seed: int) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+def _take(
+    setting: str, prompts: list[EncodedPrompt], count: int, seed: int
+) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
     """Hold out ``count`` prompts, at most half of what there is."""
+    if len({prompt_key(p.row.prompt) for p in prompts}) < 2:
+        raise DataError(f"{setting}: only one prompt, too few to evaluate on one and train on another")
     count = max(1, min(count, len(prompts) // 2))
     by_row = {id(p.row): p for p in prompts}
-    held, rest = split_rows([p.row for p in prompts], [count, len(prompts) - count], seed)
+    held, rest = _split(setting, [p.row for p in prompts], [count, len(prompts) - count], seed)
     return [by_row[id(r)] for r in held], [by_row[id(r)] for r in rest]
 
 
@@ -116,7 +138,9 @@ def _cap_tasks(prompts: list[EncodedPrompt], most: int, seed: int) -> list[Encod
     kept: list[EncodedPrompt] = []
     for group in groups.values():
         if len(group) > most:
-            chosen = {id(r) for r in split_rows([p.row for p in group], [most], seed)[0]}
+            group = list({prompt_key(p.row.prompt): p for p in group}.values())  # a repeated prompt counts once
+        if len(group) > most:
+            chosen = {id(r) for r in _split("data.max_prompts_per_task", [p.row for p in group], [most], seed)[0]}
             group = [p for p in group if id(p.row) in chosen]
         kept += group
     return kept
@@ -133,7 +157,10 @@ def load_demonstrations(
         (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
     ]
     if not kept:
-        raise DataError(f"none of {len(pairs)} demonstrations fits max_length {arguments.max_length}")
+        raise DataError(
+            f"none of {len(pairs)} demonstrations fits max_length {arguments.max_length} and max_prompt_length "
+            f"{arguments.max_prompt_length}"
+        )
     if len(kept) < len(pairs):
         say(f"  {len(pairs) - len(kept)} of {len(pairs)} demonstrations are too long: left out")
     return [e for e, _ in kept], [r for _, r in kept]

@@ -70,9 +70,8 @@ def test_unknown_name():
 def test_a_backend_that_an_operation_lacks():
     with ops.backend("triton"), pytest.raises(RuntimeError, match=r"topk_by_cluster has no backend 'triton'; it has"):
         ops.topk_by_cluster(torch.ones(1), torch.zeros(1, dtype=torch.int64), 1, 1)
-    for name in ("cpu", "triton"):
-        with ops.backend(name), pytest.raises(RuntimeError, match=f"linear_logprob has no backend '{name}'"):
-            ops.linear_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64))
+    with ops.backend("cpu"), pytest.raises(RuntimeError, match="advantage_loss has no backend 'cpu'"):
+        ops.advantage_loss(torch.ones(2), margin=None)
 
 
 def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
@@ -84,23 +83,24 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
 def test_default_by_device(monkeypatch):
     for device, op, expected in (
         ("meta", "gae", "torch"),
-        ("cuda", "linear_logprob", "torch"),
+        ("cuda", "topk_by_cluster", "torch"),
         ("cuda", "gae", "triton"),
     ):
-        assert _backend._select(op, torch.device(device)) == expected
+        assert _backend.selected(op, torch.device(device)) == expected
     monkeypatch.setattr(_backend, "_has_triton", lambda: False)
-    assert _backend._select("gae", torch.device("cuda")) == "torch"
+    assert _backend.selected("gae", torch.device("cuda")) == "torch"
     with ops.backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         run_gae()
     with ops.backend("cpu"), pytest.raises(RuntimeError, match="it needs CPU tensors, not cuda"):
-        _backend._select("gae", torch.device("cuda"))
+        _backend.selected("gae", torch.device("cuda"))
 
 
 def test_report(monkeypatch):
     with ops.backend("triton"):  # the report is about the defaults
         report = ops.backend_report("cpu")
     fast = "cpu" if _backend.extension() is not None else "torch"
-    assert report["gae"] == report["topk_by_cluster"] == fast and report["linear_policy_loss"] == "torch"
+    assert report["gae"] == report["topk_by_cluster"] == report["linear_policy_loss"] == fast
+    assert report["advantage_loss"] == "torch"
     assert set(report) <= set(ops.__all__)
     monkeypatch.setattr(_backend, "extension", lambda: None)
     assert set(ops.backend_report("cpu").values()) == {"torch"}

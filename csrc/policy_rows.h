@@ -1,0 +1,68 @@
+// One chunk of logits [n, vocabulary]: each row's softmax statistics, its loss coefficient and its gradient, in place.
+//
+// Plain pointers only. Every function reads and writes the row [0, vocabulary) and nothing beyond it.
+#pragma once
+
+#include <cstdint>
+
+namespace stable_rlhf {
+
+enum class LogitsType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+enum class RowsMode : int {
+    statistics = 0,  // logprob, entropy, max and log_sum; the logits are only read
+    policy = 1,      // the same, and the gradient of the policy or rehearsal loss (`PolicyTerms`)
+    given = 2,       // the gradient alone, from max, log_sum, entropy and coefficients made elsewhere
+};
+
+// What the loss of a row is made of; pointers are [n] and may be null where the option is off.
+struct PolicyTerms {
+    const int8_t* kind;           // 1 policy, 2 rehearsal
+    const float* old_logprob;     // policy rows
+    const float* advantage;       // policy rows
+    const float* ref_logprob;     // policy rows; null when kl_coef is 0
+    const float* row_weight;      // null: 1
+    double clip_low, clip_high;
+    double dual_clip;             // 0: off
+    double kl_coef;
+    int kl_estimator;             // 1, 2, 3
+    double entropy_coef;
+    double log_ratio_clamp;
+    double policy_scale;          // 1 / policy_denominator
+    double rehearsal_scale;       // rehearsal_coef / rehearsal_denominator
+};
+
+struct Rows {
+    RowsMode mode;
+    LogitsType type;
+    const void* logits;
+    void* gradient;               // may be `logits`
+    int64_t logits_stride, gradient_stride;  // elements from row to row
+    const int64_t* row;           // [n] which row of logits and gradient row i is; null: row i
+    int64_t count, vocabulary;
+    const int64_t* target;        // [n]; outside [0, vocabulary): the target lies in another slice of the vocabulary
+    const float* inverse_temperature;  // [n]
+    float softcap;                // 0: off
+    PolicyTerms policy;
+    float* coefficient;           // [n] d loss / d logprob: written by `policy`, read by `given`
+    float* entropy_coefficient;   // [n] d loss / d entropy: the same; null in `given`: 0
+    float* logprob;               // [n] written; 0 where the target lies outside
+    float* entropy;               // [n] written; read by `given` when entropy_coefficient is there
+    float* max;                   // [n] written; read by `given`
+    float* log_sum;               // [n] log of the sum of exp(z - max): written; read by `given`
+    float* weighted;              // [n] sum of exp(z - max) (z - max) over sum of exp(z - max): written; may be null
+    float* target_logit;          // [n] z of the target minus max: written; may be null
+    // [n] or null. `policy`: rows with a zero coefficient are left out and gradient row j belongs to logits row kept[j].
+    // Without it every gradient row stays at its place, and those are zero.
+    int64_t* kept;
+    int num_threads;
+};
+
+// Runs one chunk and returns the number of gradient rows that count; -1 when the processor lacks `isa`. `isa`: "" for the best this processor has, or one of
+// rows_isas().
+int64_t rows(const Rows& call, const char* isa);
+
+// Names of the instruction sets this processor can run, the best first; null-terminated.
+const char* const* rows_isas();
+
+}  // namespace stable_rlhf

@@ -1,0 +1,20 @@
+// The row kernel for AVX2 with FMA and F16C (x86-64 from 2013 on).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define ROWS_NAMESPACE rows_avx2
+#define ROWS_WIDTH 8
+#define ROWS_F16C
+#include "policy_rows_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

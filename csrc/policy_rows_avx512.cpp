@@ -1,0 +1,20 @@
+// The row kernel for AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+#define ROWS_NAMESPACE rows_avx512
+#define ROWS_WIDTH 16
+#define ROWS_F16C
+#include "policy_rows_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

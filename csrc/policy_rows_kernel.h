@@ -1,0 +1,391 @@
+// The row kernel, written once on the compiler's vector types. A translation unit that includes this file has chosen an
+// instruction set by pragma and defines ROWS_NAMESPACE and ROWS_WIDTH (float lanes).
+//
+// No standard-library templates in here: compiled for one instruction set, they could be merged by the linker with
+// those of another.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "policy_rows.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+namespace stable_rlhf {
+namespace ROWS_NAMESPACE {
+
+constexpr int kWidth = ROWS_WIDTH;
+constexpr int kBlock = 1024;  // floats held in the first cache between two passes over a block
+static_assert(kBlock % kWidth == 0, "a block holds whole vectors");
+
+typedef float Floats __attribute__((vector_size(sizeof(float) * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(sizeof(int32_t) * kWidth)));
+
+inline Floats splat(float x) { return x - Floats{}; }
+inline Ints bits(Floats x) { return (Ints)x; }  // vector casts keep the bits
+inline Floats from_bits(Ints x) { return (Floats)x; }
+inline Floats load(const float* p) {
+    Floats x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
+// The second operand wins where one is NaN.
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0 (and a little above), to about one unit in the last place; 0 below -87.3; NaN stays NaN.
+inline Floats exp_nonpositive(Floats x) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const Ints flushed = x < splat(-87.3f);
+    const Floats shifted = x * splat(1.44269504088896341f) + magic;
+    const Floats n = shifted - magic;
+    Floats r = x - n * splat(0.693359375f);
+    r = r - n * splat(-2.12194440e-4f);
+    Floats p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * (r * r) + r + splat(1.0f);
+    const Ints power = bits(shifted) - bits(magic);
+    const Floats y = from_bits(bits(p) + (power << 23));
+    return flushed ? Floats{} : y;
+}
+
+inline Floats tanh_of(Floats x) {
+    const Floats size = x < Floats{} ? -x : x;
+    const Floats e = exp_nonpositive(splat(-2.0f) * size);
+    const Floats far = (splat(1.0f) - e) / (splat(1.0f) + e);
+    const Floats s = x * x;  // near 0 the quotient loses digits
+    const Floats near = size * (splat(1.0f) + s * (splat(-1.0f / 3) + s * (splat(2.0f / 15) + s * splat(-17.0f / 315))));
+    const Floats y = size < splat(0.15f) ? near : far;
+    return x < Floats{} ? -y : y;
+}
+
+struct BFloat16 {
+    uint16_t raw;
+};
+struct Float16 {
+    uint16_t raw;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+    const uint32_t raw = uint32_t(x.raw) << 16;
+    float y;
+    memcpy(&y, &raw, 4);
+    return y;
+}
+inline float widen(Float16 x) {
+    const uint32_t sign = uint32_t(x.raw & 0x8000) << 16;
+    uint32_t rest = uint32_t(x.raw & 0x7fff) << 13;
+    float y;
+    memcpy(&y, &rest, 4);
+    if ((x.raw & 0x7c00) == 0x7c00) {  // infinity or NaN
+        rest |= 0x7f800000u;
+    } else {
+        y *= 5.192296858534828e+33f;  // 2^112: the exponent's bias, right for subnormals too
+        memcpy(&rest, &y, 4);
+    }
+    rest |= sign;
+    memcpy(&y, &rest, 4);
+    return y;
+}
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, BFloat16* out) {
+    uint32_t raw;
+    memcpy(&raw, &x, 4);
+    if (x != x) {
+        out->raw = 0x7fc0;
+    } else {
+        out->raw = uint16_t((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);  // to nearest, ties to even
+    }
+}
+inline void narrow(float x, Float16* out) {
+    uint32_t raw;
+    memcpy(&raw, &x, 4);
+    const uint16_t sign = uint16_t((raw >> 16) & 0x8000);
+    float size = x < 0 ? -x : x;
+    if (x != x) {
+        out->raw = 0x7e00;
+    } else if (size >= 65520.0f) {
+        out->raw = uint16_t(sign | 0x7c00);
+    } else if (size < 6.103515625e-5f) {  // subnormal: let float addition round at 2^-24
+        size += 0.5f;
+        memcpy(&raw, &size, 4);
+        out->raw = uint16_t(sign | (raw - 0x3f000000u));
+    } else {
+        memcpy(&raw, &size, 4);
+        raw += 0xfff + ((raw >> 13) & 1);
+        out->raw = uint16_t(sign | ((raw - (112u << 23)) >> 13));
+    }
+}
+
+inline Floats load(const BFloat16* p) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+    Halves half;
+    memcpy(&half, p, sizeof(half));
+    return from_bits(__builtin_convertvector(half, Ints) << 16);
+}
+inline void store(BFloat16* p, Floats x) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+    typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+    const Words raw = (Words)x;
+    const Words rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
+    const Words number = (Words)(x == x);
+    const Words value = (rounded & number) | (~number & (Words{} + 0x7fc0));
+    const Halves half = __builtin_convertvector(value, Halves);
+    memcpy(p, &half, sizeof(half));
+}
+#ifdef ROWS_F16C
+inline Floats load(const Float16* p) {
+    Floats x;
+    for (int i = 0; i < kWidth; i += 8) {
+        __m128i half;
+        memcpy(&half, p + i, 16);
+        const __m256 wide = _mm256_cvtph_ps(half);
+        memcpy(reinterpret_cast<float*>(&x) + i, &wide, 32);
+    }
+    return x;
+}
+inline void store(Float16* p, Floats x) {
+    for (int i = 0; i < kWidth; i += 8) {
+        __m256 wide;
+        memcpy(&wide, reinterpret_cast<float*>(&x) + i, 32);
+        const __m128i half = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+        memcpy(p + i, &half, 16);
+    }
+}
+#else
+inline Floats load(const Float16* p) {
+    Floats x;
+    for (int i = 0; i < kWidth; ++i) x[i] = widen(p[i]);
+    return x;
+}
+inline void store(Float16* p, Floats x) {
+    for (int i = 0; i < kWidth; ++i) narrow(x[i], p + i);
+}
+#endif
+
+inline float horizontal_max(Floats x) {
+    float y = x[0];
+    for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
+    return y;
+}
+inline float horizontal_sum(Floats x) {
+    float y = x[0];
+    for (int i = 1; i < kWidth; ++i) y += x[i];
+    return y;
+}
+
+struct RowShape {
+    float inverse_temperature;
+    float softcap, inverse_softcap;
+};
+
+// z of one block of logits, written to `z`, and the largest by lane; elements past `count` are filled.
+template <typename T, bool kSoftcap>
+inline Floats block_z(const T* logits, int64_t count, const RowShape& shape, float* z) {
+    const Floats scale = splat(shape.inverse_temperature);
+    Floats largest = splat(-__builtin_huge_valf());
+    int64_t i = 0;
+    auto put = [&](Floats x, int64_t at) {
+        if (kSoftcap) x = splat(shape.softcap) * tanh_of(x * splat(shape.inverse_softcap));
+        x = x * scale;
+        store(z + at, x);
+        return x;
+    };
+    for (; i + kWidth <= count; i += kWidth) largest = larger(largest, put(load(logits + i), i));
+    if (i < count) {
+        float tail[kWidth];
+        for (int j = 0; j < kWidth; ++j) tail[j] = i + j < count ? widen(logits[i + j]) : 0.0f;
+        put(load(tail), i);
+        // Fillers lie so far below the largest that their exp is 0; minus infinity would make 0 times infinity.
+        float top = z[i];
+        for (int k = 0; k < kWidth; ++k) top = largest[k] > top ? largest[k] : top;
+        for (int64_t j = i; j < count; ++j) top = z[j] > top ? z[j] : top;
+        for (int64_t j = count; j < i + kWidth; ++j) z[j] = top - 100.0f;
+        largest = larger(largest, load(z + i));
+    }
+    return largest;
+}
+
+struct RowStatistics {
+    float max;        // of z
+    double sum;       // of exp(z - max)
+    double weighted;  // of exp(z - max) (z - max)
+    float target;     // z of the target
+};
+
+template <typename T, bool kSoftcap>
+RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target, const RowShape& shape) {
+    alignas(64) float z[kBlock];
+    RowStatistics found{-__builtin_huge_valf(), 0.0, 0.0, 0.0f};
+    bool first = true;
+    for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+        const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
+        const float largest = horizontal_max(block_z<T, kSoftcap>(logits + begin, count, shape, z));
+        if (target >= begin && target < begin + count) found.target = z[target - begin];
+        if (first || largest > found.max) {
+            if (!first) {
+                const double step = double(found.max) - double(largest);
+                const double factor = exp(step);
+                found.weighted = (found.weighted + found.sum * step) * factor;
+                found.sum *= factor;
+            }
+            found.max = largest;
+            first = false;
+        }
+        const Floats max = splat(found.max);
+        Floats sum0{}, sum1{}, weighted0{}, weighted1{};
+        const int64_t whole = (count + kWidth - 1) / kWidth * kWidth;
+        int64_t i = 0;
+        for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
+            const Floats a = load(z + i) - max, b = load(z + i + kWidth) - max;
+            const Floats ea = exp_nonpositive(a), eb = exp_nonpositive(b);
+            sum0 += ea;
+            sum1 += eb;
+            weighted0 += ea * a;
+            weighted1 += eb * b;
+        }
+        if (i < whole) {
+            const Floats a = load(z + i) - max;
+            const Floats ea = exp_nonpositive(a);
+            sum0 += ea;
+            weighted0 += ea * a;
+        }
+        found.sum += double(horizontal_sum(sum0 + sum1));
+        found.weighted += double(horizontal_sum(weighted0 + weighted1));
+    }
+    return found;
+}
+
+// Gradient of c logprob + e entropy with respect to the logits of one row; `gradient` may be `logits`.
+template <typename T, bool kSoftcap, bool kEntropy>
+void row_gradient(const T* logits, T* gradient, int64_t vocabulary, int64_t target, const RowShape& shape, float max,
+                  float log_sum, float entropy, float c, float e) {
+    alignas(64) float z[kBlock];
+    const Floats shift = splat(max), inverse_sum = splat(float(exp(-double(log_sum))));
+    const Floats scale = splat(shape.inverse_temperature), minus_c = splat(-c), minus_e = splat(-e);
+    const Floats centre = splat(entropy - log_sum);  // log p + H = (z - max) + centre
+    const bool here = target >= 0 && target < vocabulary;
+    const float raw_target = here ? widen(logits[target]) : 0.0f;
+    for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+        const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
+        block_z<T, kSoftcap>(logits + begin, count, shape, z);
+        for (int64_t i = 0; i < count; i += kWidth) {
+            const Floats x = load(z + i), a = x - shift;
+            const Floats p = exp_nonpositive(a) * inverse_sum;
+            Floats g = minus_c * p;
+            if (kEntropy) g += minus_e * p * (a + centre);
+            g = g * scale;
+            if (kSoftcap) {
+                // The slope of softcap tanh(x / softcap) is 1 - tanh^2, and z is softcap tanh over the temperature.
+                const Floats t = x * splat(shape.inverse_softcap / shape.inverse_temperature);
+                g = g * (splat(1.0f) - t * t);
+            }
+            if (i + kWidth <= count) {
+                store(gradient + begin + i, g);
+            } else {
+                float tail[kWidth];
+                store(tail, g);
+                for (int64_t j = i; j < count; ++j) narrow(tail[j - i], gradient + begin + j);
+            }
+        }
+    }
+    if (!here) return;
+    // The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1.
+    double slope = shape.inverse_temperature, zt = raw_target;
+    if (kSoftcap) {
+        const double t = tanh(double(raw_target) * shape.inverse_softcap);
+        zt = double(shape.softcap) * t;
+        slope *= 1.0 - t * t;
+    }
+    const double logprob = zt * shape.inverse_temperature - double(max) - double(log_sum);
+    double g = -double(c) * expm1(logprob);
+    if (kEntropy) g -= double(e) * exp(logprob) * (logprob + double(entropy));
+    narrow(float(g * slope), gradient + target);
+}
+
+inline double clamped(double x, double bound) { return x > bound ? bound : x < -bound ? -bound : x; }
+
+// d loss / d logprob and d loss / d entropy of row i, given its log-prob.
+inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float* c, float* e) {
+    const double weight = t.row_weight ? double(t.row_weight[i]) : 1.0;
+    *e = 0.0f;
+    if (t.kind[i] == 2) {
+        *c = float(-weight * t.rehearsal_scale);
+        return;
+    }
+    const double scale = weight * t.policy_scale, advantage = t.advantage[i];
+    const double log_ratio = logprob - double(t.old_logprob[i]);
+    const double ratio = exp(clamped(log_ratio, t.log_ratio_clamp));
+    bool free = fabs(log_ratio) <= t.log_ratio_clamp;
+    if (advantage > 0 && ratio > 1.0 + t.clip_high) free = false;
+    if (advantage < 0 && ratio < 1.0 - t.clip_low) free = false;
+    if (t.dual_clip > 0 && advantage < 0 && ratio > t.dual_clip) free = false;
+    double slope = free ? -advantage * ratio : 0.0;
+    if (t.kl_coef != 0) {
+        const double apart = logprob - double(t.ref_logprob[i]);
+        if (fabs(apart) <= t.log_ratio_clamp) {
+            slope += t.kl_coef * (t.kl_estimator == 1 ? 1.0 : t.kl_estimator == 2 ? apart : -expm1(-apart));
+        }
+    }
+    *c = float(scale * slope);
+    *e = float(-scale * t.entropy_coef);
+}
+
+template <typename T, bool kSoftcap>
+void run_row(const Rows& call, int64_t i) {
+    const int64_t at = call.row ? call.row[i] : i;
+    const T* logits = static_cast<const T*>(call.logits) + at * call.logits_stride;
+    T* gradient = call.gradient ? static_cast<T*>(call.gradient) + at * call.gradient_stride : nullptr;
+    const RowShape shape{call.inverse_temperature[i], call.softcap, kSoftcap ? 1.0f / call.softcap : 0.0f};
+    const int64_t target = call.target[i];
+    if (call.mode != RowsMode::given) {
+        const RowStatistics s = row_statistics<T, kSoftcap>(logits, call.vocabulary, target, shape);
+        const bool here = target >= 0 && target < call.vocabulary;
+        const double log_sum = log(s.sum), apart = double(s.target) - double(s.max);
+        const double mean = s.weighted / s.sum;
+        const float logprob = here ? float(apart - log_sum) : 0.0f;
+        call.logprob[i] = logprob;
+        call.entropy[i] = float(log_sum - mean);
+        call.max[i] = s.max;
+        call.log_sum[i] = float(log_sum);
+        if (call.weighted) call.weighted[i] = float(mean);
+        if (call.target_logit) call.target_logit[i] = here ? float(apart) : 0.0f;
+        if (call.mode == RowsMode::statistics) return;
+        coefficients(call.policy, i, double(logprob), call.coefficient + i, call.entropy_coefficient + i);
+        if (call.coefficient[i] == 0.0f && call.entropy_coefficient[i] == 0.0f) {
+            if (!call.kept) memset(gradient, 0, call.vocabulary * sizeof(T));
+            return;
+        }
+    }
+    const float c = call.coefficient[i], e = call.entropy_coefficient ? call.entropy_coefficient[i] : 0.0f;
+    if (e != 0.0f) {
+        row_gradient<T, kSoftcap, true>(logits, gradient, call.vocabulary, target, shape, call.max[i], call.log_sum[i],
+                                        call.entropy[i], c, e);
+    } else {
+        row_gradient<T, kSoftcap, false>(logits, gradient, call.vocabulary, target, shape, call.max[i],
+                                         call.log_sum[i], 0.0f, c, 0.0f);
+    }
+}
+
+void run_rows(const Rows& call, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        const bool capped = call.softcap > 0;
+        switch (call.type) {
+            case LogitsType::f32: capped ? run_row<float, true>(call, i) : run_row<float, false>(call, i); break;
+            case LogitsType::bf16: capped ? run_row<BFloat16, true>(call, i) : run_row<BFloat16, false>(call, i); break;
+            case LogitsType::f16: capped ? run_row<Float16, true>(call, i) : run_row<Float16, false>(call, i); break;
+        }
+    }
+}
+
+}  // namespace ROWS_NAMESPACE
+}  // namespace stable_rlhf

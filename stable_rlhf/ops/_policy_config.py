@@ -1,0 +1,92 @@
+"""Constants, result and row kinds of the policy losses."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from stable_rlhf.ops._checks import check_choice
+
+IGNORE = -100
+POLICY, REHEARSAL = 1, 2
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap: {softcap} is not positive")
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """The constants of `linear_policy_loss` and `policy_loss`.
+
+    Args:
+        clip_low: the ratio is clipped below 1 - clip_low.
+        clip_high: the ratio is clipped above 1 + clip_high.
+        dual_clip: bound c > 1 on the loss of negative advantages, -c A at most (arXiv 1912.09729); None: off.
+        kl_coef: coefficient of the KL towards `ref_logprob` in the loss.
+        kl_estimator: "k1", "k2" or "k3"; k1's expected gradient on policy is 0, so it warns once.
+        entropy_coef: coefficient of the entropy bonus of policy tokens.
+        rehearsal_coef: gamma of arXiv 2309.10202 eq. 9.
+        softcap: logits become softcap tanh(logits / softcap) before the temperature; None: off.
+        log_ratio_clamp: bound on the absolute value of every log-ratio before it is used.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    rehearsal_coef: float = 0.01
+    softcap: float | None = None
+    log_ratio_clamp: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        if not 0.0 <= self.clip_low <= 1.0:
+            raise ValueError(f"clip_low: {self.clip_low} is outside [0, 1]")
+        if not self.clip_high >= 0.0:
+            raise ValueError(f"clip_high: {self.clip_high} is negative")
+        if self.dual_clip is not None and not self.dual_clip > 1.0:
+            raise ValueError(f"dual_clip: {self.dual_clip} is not greater than 1")
+        for name in ("kl_coef", "entropy_coef", "rehearsal_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)} is not finite")
+        check_softcap(self.softcap)
+        if not self.log_ratio_clamp > 0.0:
+            raise ValueError(f"log_ratio_clamp: {self.log_ratio_clamp} is not positive")
+
+
+DEFAULT = PolicyLossConfig()
+
+
+class PolicyLossOutput(NamedTuple):
+    """What the policy losses return.
+
+    loss: 0-d, differentiable in hidden states (or logits), weight and bias.
+    logprob, entropy: detached, target's shape, float32 (float64 for float64 input), 0 where ignored.
+    metrics: detached 0-d tensors on the device. `policy_loss` and `rehearsal_loss` (each over its denominator, the
+        latter before `rehearsal_coef`); over policy tokens `clip_fraction` (the clipped, dual clip included),
+        `approx_kl` (k3 of the new against the old policy), `max_ratio`, `entropy` (mean); `policy_tokens` and
+        `rehearsal_tokens` (counts). A mean over no token is 0.
+    """
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]
+
+
+@functools.cache
+def warn_k1() -> None:
+    warnings.warn(
+        "kl_estimator 'k1' in the loss: its expected gradient on policy is 0; "
+        "use k2 or k3, or put the KL into the reward",
+        stacklevel=5,
+    )

@@ -1,0 +1,334 @@
+"""The fused policy losses as PyTorch operators: `torch.compile` traces through them, autograd finds their gradients.
+
+Each forward makes the gradients along with the loss, because a token's gradient depends on its log-prob alone; the
+backward only scales them. Without any gradient asked for, only the statistics are made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_rlhf.ops import _driver
+from stable_rlhf.ops._policy_config import PolicyLossConfig
+from stable_rlhf.ops._policy_rows import (
+    Rows,
+    RowState,
+    Terms,
+    check_statistics,
+    gather_terms,
+    select_rows,
+    total_loss,
+)
+from stable_rlhf.ops._products import HeadProducts
+
+METRICS = ("policy_loss", "rehearsal_loss", "clip_fraction", "approx_kl", "max_ratio", "entropy")
+COUNTS = ("policy_tokens", "rehearsal_tokens")
+
+
+def pack_config(c: PolicyLossConfig) -> list[float]:
+    """A configuration as the numbers that an operator can take."""
+    return [
+        c.clip_low, c.clip_high, c.dual_clip or 0.0, c.kl_coef, float(c.kl_estimator[1]), c.entropy_coef,
+        c.rehearsal_coef, c.softcap or 0.0, c.log_ratio_clamp,
+    ]  # fmt: skip
+
+
+def _unpack_config(numbers: list[float]) -> PolicyLossConfig:
+    low, high, dual, kl, estimator, entropy, rehearsal, softcap, clamp = numbers
+    return PolicyLossConfig(
+        low, high, dual or None, kl, f"k{int(estimator)}", entropy, rehearsal, softcap or None, clamp
+    )
+
+
+def _terms(
+    rows: Rows,
+    config: PolicyLossConfig,
+    per_row: list[Tensor | None],
+    denominators: list[Tensor | None],
+    numbers: list[float],
+) -> Terms:
+    old_logprob, advantage, ref_logprob, row_weight = per_row
+    given = [t if t is not None else (n or None) for t, n in zip(denominators, numbers, strict=True)]
+    return gather_terms(
+        rows, config, torch.float32, old_logprob=old_logprob, advantage=advantage, ref_logprob=ref_logprob,
+        row_weight=row_weight, policy_denominator=given[0], rehearsal_denominator=given[1],
+    )  # fmt: skip
+
+
+def _outputs(
+    rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig, source: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_statistics(state.logprob, state.entropy, rows, source)
+    out = total_loss(rows, state.logprob, state.entropy, terms, config)
+    return (
+        out.loss,
+        out.logprob,
+        out.entropy,
+        torch.stack([out.metrics[name] for name in METRICS]),
+        torch.stack([out.metrics[name] for name in COUNTS]),
+    )
+
+
+def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
+    """[A, n] back to the shape of `like`, 0 where ignored; an empty tensor where no gradient was asked for."""
+    if gradient is None:
+        return like.new_empty(0)
+    if rows.index is None:
+        return gradient.reshape(like.shape)
+    whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    whole.view(-1, like.shape[-1]).index_copy_(0, rows.index, gradient)
+    return whole
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def _temperature(value: float, per_row: Tensor | None) -> float | Tensor:
+    return value if per_row is None else per_row
+
+
+def hand_over(gradients: list[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """The gradients times the upstream gradient: in place where nobody can ask for them again."""
+    plain = all(g is None or type(g) is Tensor for g in gradients) and type(upstream) is Tensor
+    if not plain or torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if g is None else g * upstream for g in gradients]
+    if upstream.device.type == "cpu" and float(upstream) == 1.0:
+        return gradients
+    return [None if g is None else g.mul_(upstream) for g in gradients]
+
+
+# -- linear_policy_loss ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("stable_rlhf::linear_policy_loss", mutates_args=())
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    kind: Tensor | None,
+    old_logprob: Tensor | None,
+    advantage: Tensor | None,
+    ref_logprob: Tensor | None,
+    row_weight: Tensor | None,
+    row_temperature: Tensor | None,
+    policy_denominator: Tensor | None,
+    rehearsal_denominator: Tensor | None,
+    temperature: float,
+    denominators: list[float],
+    config: list[float],
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = _unpack_config(config)
+    rows = select_rows(target, kind, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+    terms = _terms(
+        rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
+        [policy_denominator, rehearsal_denominator], denominators,
+    )  # fmt: skip
+    kernels = _driver.row_kernels(backend)
+    products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
+    if any(needs):
+        state, made = _driver.policy(kernels, products, rows, terms, settings, workspace_bytes)
+    else:
+        state = _driver.statistics(kernels, products, rows, settings.softcap, workspace_bytes)
+        made = (None, None, None)
+    return (
+        *_outputs(rows, state, terms, settings, "hidden, weight or bias"),
+        _spread(rows, made[0], hidden),
+        _or_empty(made[1], weight),
+        _or_empty(made[2], weight),
+    )
+
+
+@linear_policy_loss.register_fake
+def _(hidden, weight, bias, target, *rest):
+    needs = rest[-1]
+    per_row = target.new_empty(target.shape, dtype=torch.float32)
+    return (
+        per_row.new_empty(()),
+        per_row,
+        torch.empty_like(per_row),
+        per_row.new_empty(len(METRICS)),
+        target.new_empty(len(COUNTS)),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0),
+        torch.empty_like(bias) if needs[2] else weight.new_empty(0),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.needs = inputs[-1]
+    ctx.save_for_backward(*output[-3:])
+
+
+def _linear_policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
+    made = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    return (*hand_over(made, upstream), *[None] * 16)
+
+
+linear_policy_loss.register_autograd(_linear_policy_backward, setup_context=_keep_gradients)
+
+
+# -- policy_loss -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("stable_rlhf::policy_loss", mutates_args=())
+def policy_loss(
+    logits: Tensor,
+    target: Tensor,
+    kind: Tensor | None,
+    old_logprob: Tensor | None,
+    advantage: Tensor | None,
+    ref_logprob: Tensor | None,
+    row_weight: Tensor | None,
+    row_temperature: Tensor | None,
+    policy_denominator: Tensor | None,
+    rehearsal_denominator: Tensor | None,
+    temperature: float,
+    denominators: list[float],
+    config: list[float],
+    backend: str,
+    needs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = _unpack_config(config)
+    rows = select_rows(target, kind, _temperature(temperature, row_temperature), logits.shape[-1], logits.device)
+    terms = _terms(
+        rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
+        [policy_denominator, rehearsal_denominator], denominators,
+    )  # fmt: skip
+    kernels = _driver.row_kernels(backend)
+    flat = logits.contiguous().view(-1, logits.shape[-1])
+    state = RowState.of(rows)
+    gradient = logits.new_empty(0)
+    if needs:
+        new = torch.empty_like if rows.index is None else torch.zeros_like
+        gradient = new(logits, memory_format=torch.contiguous_format)
+        kernels.policy(
+            flat, gradient.view(flat.shape), state, rows.kind, terms, settings, row=rows.index, compact=False
+        )
+    else:
+        kernels.statistics(flat, state, settings.softcap, row=rows.index)
+    return (*_outputs(rows, state, terms, settings, "logits"), gradient)
+
+
+@policy_loss.register_fake
+def _(logits, target, *rest):
+    per_row = target.new_empty(target.shape, dtype=torch.float32)
+    return (
+        per_row.new_empty(()),
+        per_row,
+        torch.empty_like(per_row),
+        per_row.new_empty(len(METRICS)),
+        target.new_empty(len(COUNTS)),
+        torch.empty_like(logits, memory_format=torch.contiguous_format) if rest[-1] else logits.new_empty(0),
+    )
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(output[-1])
+
+
+def _policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
+    return (*hand_over(list(ctx.saved_tensors), upstream), *[None] * 14)
+
+
+policy_loss.register_autograd(_policy_backward, setup_context=_keep_gradient)
+
+
+# -- linear_logprob ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("stable_rlhf::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+    products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype)
+    state = _driver.statistics(_driver.row_kernels(backend), products, rows, softcap, workspace_bytes)
+    check_statistics(state.logprob, state.entropy, rows, "hidden, weight or bias")
+    return (
+        rows.scatter(state.logprob), rows.scatter(state.entropy), rows.scatter(state.max), rows.scatter(state.log_sum)
+    )  # fmt: skip
+
+
+@linear_logprob.register_fake
+def _(hidden, weight, bias, target, *rest):
+    return tuple(target.new_empty(target.shape, dtype=torch.float32) for _ in range(4))
+
+
+@torch.library.custom_op("stable_rlhf::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    logprob_grad: Tensor,
+    entropy_grad: Tensor,
+    entropy: Tensor,
+    max: Tensor,
+    log_sum: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+    products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
+    state = RowState.of(rows)
+    known = {
+        "entropy": entropy, "max": max, "log_sum": log_sum, "coefficient": logprob_grad,
+        "entropy_coefficient": entropy_grad,
+    }  # fmt: skip
+    for name, value in known.items():
+        taken = rows.take(name, value, torch.float32)
+        assert taken is not None
+        getattr(state, name).copy_(taken)
+    made = _driver.given(_driver.row_kernels(backend), products, state, softcap, workspace_bytes)
+    return _spread(rows, made[0], hidden), _or_empty(made[1], weight), _or_empty(made[2], weight)
+
+
+@linear_logprob_backward.register_fake
+def _(a, b, c, d, e, hidden, weight, bias, *rest):
+    needs = rest[-1]
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0),
+        torch.empty_like(bias) if needs[2] else weight.new_empty(0),
+    )
+
+
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    hidden, weight, bias, target, row_temperature, *ctx.constants = inputs
+    _logprob, entropy, max, log_sum = output
+    ctx.save_for_backward(entropy, max, log_sum, hidden, weight, bias, target, row_temperature)
+
+
+def _linear_logprob_backward(
+    ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_unused: Any
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.constants[-1]
+    made = linear_logprob_backward(logprob_grad, entropy_grad, *ctx.saved_tensors, *ctx.constants)
+    return (*(g if need else None for g, need in zip(made, needs, strict=True)), *[None] * 8)
+
+
+linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_keep_statistics)

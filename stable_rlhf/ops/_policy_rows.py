@@ -1,0 +1,278 @@
+"""Which rows of a call are active, what their loss is made of, and the loss from their log-probs and entropies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from stable_rlhf.ops._checks import INTEGERS, check_finite, check_tensor, check_values, first_true
+from stable_rlhf.ops._policy_config import (
+    IGNORE,
+    POLICY,
+    REHEARSAL,
+    PolicyLossConfig,
+    PolicyLossOutput,
+    warn_k1,
+)
+from stable_rlhf.ops._sequence_ops import log_ratio_kl
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The active rows of a call: everything below `index` holds those rows only, A of them."""
+
+    shape: torch.Size
+    index: Tensor | None  # [A] into the flattened rows; None: all of them
+    target: Tensor  # [A] int64
+    kind: Tensor  # [A] int8, POLICY or REHEARSAL
+    policy_count: int
+    rehearsal_count: int
+    temperature: float | Tensor  # [A] when per row
+
+    def take(self, name: str, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The active rows of an argument of target's shape."""
+        if value is None:
+            return None
+        check_tensor(name, value, shape=tuple(self.shape), device=self.target.device)
+        flat = value.detach().reshape(-1)
+        return (flat if self.index is None else flat[self.index]).to(dtype)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The active rows of [..., n] as [A, n]."""
+        flat = value.reshape(-1, value.shape[-1])
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def scatter(self, value: Tensor) -> Tensor:
+        """[A] back to target's shape, 0 where ignored."""
+        if self.index is None:
+            return value.reshape(self.shape)
+        return value.new_zeros(self.shape.numel()).index_copy(0, self.index, value).reshape(self.shape)
+
+    def inverse_temperature(self) -> Tensor:
+        """[A] float32."""
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.double().reciprocal().float()
+        return torch.full(self.target.shape, 1.0 / self.temperature, dtype=torch.float32, device=self.target.device)
+
+
+def select_rows(
+    target: Tensor, kind: Tensor | None, temperature: float | Tensor, vocabulary: int, device: torch.device
+) -> Rows:
+    """Checks the values of target, kind and temperature and finds the active rows: one synchronisation.
+
+    A row is active when its kind is not 0 and its target not -100.
+    """
+    flat = target.reshape(-1)
+    active = flat != IGNORE
+    unknown = torch.zeros_like(active)
+    if kind is not None:
+        check_tensor("kind", kind, shape=tuple(target.shape), device=device, dtypes=INTEGERS)
+        kind = kind.reshape(-1)
+        unknown = (kind < 0) | (kind > REHEARSAL)
+        active = active & (kind != 0)
+    outside = active & ((flat < 0) | (flat >= vocabulary))
+    policy = active if kind is None else active & (kind == POLICY)
+    flags = torch.stack([active.sum(), policy.sum(), unknown.any().long(), outside.any().long()])
+    count, policy_count, any_unknown, any_outside = flags.tolist()
+    if any_unknown and kind is not None:
+        at = first_true(unknown)
+        raise ValueError(f"kind: {int(kind[at])} at row {at}; expected 0 (ignored), 1 (policy) or 2 (rehearsal)")
+    if any_outside:
+        at = first_true(outside)
+        raise ValueError(f"target: {int(flat[at])} at row {at} is outside [0, {vocabulary}) and not {IGNORE}")
+    # A stable sort puts the active rows first and in order, and knows its length without asking the device.
+    index = None if count == flat.numel() else torch.argsort(~active, stable=True)[:count]
+    if kind is None:
+        kinds = torch.full((count,), POLICY, dtype=torch.int8, device=device)
+    else:
+        kinds = (kind if index is None else kind[index]).to(torch.int8)
+    chosen = flat if index is None else flat[index]
+    rows = Rows(target.shape, index, chosen, kinds, policy_count, count - policy_count, 1.0)
+    return replace(rows, temperature=_row_temperature(temperature, rows))
+
+
+def _row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
+    if isinstance(temperature, Tensor) and temperature.ndim == 0:
+        temperature = float(temperature)
+    if not isinstance(temperature, Tensor):
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature: {temperature} is not a positive number")
+        return float(temperature)
+    taken = rows.take("temperature", temperature, temperature.dtype)
+    assert taken is not None
+    if check_values(taken.device) and not bool(((taken > 0) & torch.isfinite(taken)).all()):
+        raise ValueError("temperature: has values that are not positive numbers")
+    return taken
+
+
+@dataclass
+class RowState:
+    """What the row kernels read and write about the active rows, each [A] and contiguous."""
+
+    target: Tensor  # int64
+    inverse_temperature: Tensor  # float32, like all below
+    logprob: Tensor
+    entropy: Tensor
+    max: Tensor  # of the row's z
+    log_sum: Tensor  # log of the sum of exp(z - max)
+    coefficient: Tensor  # d loss / d logprob
+    entropy_coefficient: Tensor  # d loss / d entropy
+
+    @classmethod
+    def of(cls, rows: Rows) -> RowState:
+        inverse_temperature = rows.inverse_temperature()
+        results = (torch.zeros_like(inverse_temperature) for _ in range(6))  # one memory each: some are returned
+        return cls(rows.target.contiguous(), inverse_temperature, *results)
+
+    def cut(self, part: slice) -> RowState:
+        return RowState(*(getattr(self, field.name)[part] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss of the active rows is made of, besides their log-probs. Rows that are not policy rows hold 0."""
+
+    old_logprob: Tensor  # [A]
+    advantage: Tensor  # [A]
+    ref_logprob: Tensor | None  # [A]; None when kl_coef is 0
+    row_weight: Tensor | None  # [A]
+    policy_denominator: Tensor  # 0-d
+    rehearsal_denominator: Tensor  # 0-d
+
+    def cut(self, part: slice) -> Terms:
+        """The terms of some rows, with the same denominators."""
+        ref, weight = self.ref_logprob, self.row_weight
+        return replace(
+            self,
+            old_logprob=self.old_logprob[part],
+            advantage=self.advantage[part],
+            ref_logprob=None if ref is None else ref[part],
+            row_weight=None if weight is None else weight[part],
+        )
+
+
+def gather_terms(
+    rows: Rows,
+    config: PolicyLossConfig,
+    dtype: torch.dtype,
+    *,
+    old_logprob: Tensor | None,
+    advantage: Tensor | None,
+    ref_logprob: Tensor | None,
+    row_weight: Tensor | None,
+    policy_denominator: float | Tensor | None,
+    rehearsal_denominator: float | Tensor | None,
+) -> Terms:
+    """The active rows of the per-row arguments, checked; `dtype` is that of the statistics."""
+    given = {"old_logprob": old_logprob, "advantage": advantage, "ref_logprob": ref_logprob}
+    if config.kl_coef != 0.0 and config.kl_estimator == "k1":
+        warn_k1()
+    found: dict[str, Tensor] = {}
+    policy = rows.kind == POLICY
+    for name, value in given.items():
+        taken = rows.take(name, value, dtype)
+        if name == "ref_logprob" and config.kl_coef == 0.0:
+            continue
+        if taken is None and rows.policy_count:
+            raise ValueError(f"{name}: required, there are {rows.policy_count} policy rows")
+        if taken is None:
+            taken = torch.zeros(rows.target.shape, dtype=dtype, device=rows.target.device)
+        found[name] = torch.where(policy, taken, 0.0)
+        if check_values(taken.device):
+            check_finite(name, found[name])
+    weight = rows.take("row_weight", row_weight, dtype)
+    if weight is not None and check_values(weight.device):
+        check_finite("row_weight", weight)
+    denominators = [
+        _denominator(name, value, count, dtype, rows.target.device)
+        for name, value, count in (
+            ("policy_denominator", policy_denominator, rows.policy_count),
+            ("rehearsal_denominator", rehearsal_denominator, rows.rehearsal_count),
+        )
+    ]
+    return Terms(
+        found["old_logprob"], found["advantage"], found.get("ref_logprob"), weight, denominators[0], denominators[1]
+    )
+
+
+def _denominator(
+    name: str, value: float | Tensor | None, count: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The denominator as a 0-d tensor; 1 where there is no row of this kind, whose sum is 0 whatever it is over."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: shape {tuple(value.shape)} instead of a single number")
+        if count == 0:
+            return torch.ones((), dtype=dtype, device=device)
+        value = value.detach().to(device=device, dtype=dtype).reshape(())
+        if check_values(device) and not bool(value > 0):
+            raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
+        return value
+    if value is not None and count and not value > 0:
+        raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
+    return torch.full((), float(count if value is None else value) if count else 1.0, dtype=dtype, device=device)
+
+
+def row_losses(
+    kind: Tensor, logprob: Tensor, entropy: Tensor, terms: Terms, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row [A]: the policy term and the rehearsal term (each 0 for rows of the other kind), both with the row's
+    weight; the clamped log-ratio; and whether the row is clipped."""
+    clamp = config.log_ratio_clamp
+    policy = kind == POLICY
+    log_ratio = (logprob - terms.old_logprob).clamp(-clamp, clamp)
+    ratio = log_ratio.exp()
+    unclipped = ratio * terms.advantage
+    surrogate = torch.minimum(unclipped, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * terms.advantage)
+    if config.dual_clip is not None:
+        bound = config.dual_clip * terms.advantage
+        surrogate = torch.where(terms.advantage < 0, torch.maximum(surrogate, bound), surrogate)
+    term = -surrogate
+    if config.kl_coef != 0.0:
+        assert terms.ref_logprob is not None
+        reference = (logprob - terms.ref_logprob).clamp(-clamp, clamp)
+        term = term + config.kl_coef * log_ratio_kl(reference, config.kl_estimator)
+    if config.entropy_coef != 0.0:
+        term = term - config.entropy_coef * entropy
+    term, nll = torch.where(policy, term, 0.0), torch.where(policy, 0.0, -logprob)
+    if terms.row_weight is not None:
+        term, nll = term * terms.row_weight, nll * terms.row_weight
+    return term, nll, log_ratio, policy & (surrogate != unclipped)
+
+
+def total_loss(
+    rows: Rows, logprob: Tensor, entropy: Tensor, terms: Terms, config: PolicyLossConfig
+) -> PolicyLossOutput:
+    """The loss and its metrics from the active rows' statistics [A]; differentiable in both of them."""
+    term, nll, log_ratio, clipped = row_losses(rows.kind, logprob, entropy, terms, config)
+    policy_mean = term.sum() / terms.policy_denominator
+    rehearsal_mean = nll.sum() / terms.rehearsal_denominator
+    with torch.no_grad():
+        policy, count = rows.kind == POLICY, max(rows.policy_count, 1)
+        ratio = torch.where(policy, log_ratio.exp(), 0.0)
+        metrics = {
+            "policy_loss": policy_mean.detach(),
+            "rehearsal_loss": rehearsal_mean.detach(),
+            "clip_fraction": clipped.sum().to(logprob.dtype) / count,
+            "approx_kl": torch.where(policy, log_ratio_kl(-log_ratio, "k3"), 0.0).sum() / count,
+            "max_ratio": torch.cat([ratio.new_zeros(1), ratio]).max(),
+            "entropy": torch.where(policy, entropy, 0.0).sum() / count,
+            "policy_tokens": torch.full((), rows.policy_count, device=ratio.device),
+            "rehearsal_tokens": torch.full((), rows.rehearsal_count, device=ratio.device),
+        }
+    loss = policy_mean + config.rehearsal_coef * rehearsal_mean
+    return PolicyLossOutput(loss, rows.scatter(logprob.detach()), rows.scatter(entropy.detach()), metrics)
+
+
+def check_statistics(logprob: Tensor, entropy: Tensor, rows: Rows, source: str) -> None:
+    """A non-finite logit anywhere in a row makes that row's log-prob or entropy non-finite: look there."""
+    if not check_values(logprob.device):
+        return
+    bad = ~(torch.isfinite(logprob.detach()) & torch.isfinite(entropy.detach()))
+    if bool(bad.any()):
+        position = first_true(bad)
+        row = position if rows.index is None else int(rows.index[position])
+        raise ValueError(f"{source}: non-finite logits at row {row}")

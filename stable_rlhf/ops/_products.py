@@ -1,0 +1,184 @@
+"""The matrix products of a head, chunk by chunk, and the buffer that their logits pass through."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+SLICE_BYTES = 32 << 20  # a slice of a weight or of its gradient that is held in another type for a moment
+
+_held = threading.local()
+
+
+def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised [rows, columns] buffer.
+
+    On the CPU it is kept from call to call: fresh memory there costs a page fault every 4 KiB, about a fifth of a whole
+    loss. CUDA's allocator keeps memory by itself.
+    """
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    wanted = rows * columns * dtype.itemsize
+    buffer: Tensor | None = getattr(_held, "buffer", None)
+    if buffer is None or buffer.numel() < wanted:
+        _held.buffer = None  # the old one goes before the new one comes
+        buffer = _held.buffer = torch.empty(wanted, dtype=torch.uint8)
+    return buffer[:wanted].view(dtype).view(rows, columns)
+
+
+def release_workspace() -> None:
+    """Give back the memory that the losses keep between calls in this thread (CPU; at most `workspace_bytes`)."""
+    _held.buffer = None
+
+
+def has_native_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of `dtype` in hardware. A CPU that does not, emulates 16-bit products 5 to
+    40 times slower than it makes float32 ones."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_amx_fp16_supported()
+
+
+class HeadProducts:
+    """logits = x W^T + b, and the gradients of x, W and b from those of the logits, over chunks of rows.
+
+    Args:
+        hidden: [A, H], the active rows.
+        weight: [V, H] of the same type.
+        bias: [V] or None.
+        logits_dtype: float32 for logits that are not rounded to 16 bits; None: the inputs' type.
+        needs: which gradients to make: of hidden, weight, bias.
+        num_chunks: how often `backward` will be called.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits_dtype: torch.dtype | None,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.dtype = hidden.dtype
+        half = self.dtype.itemsize == 2
+        native = has_native_products(self.dtype, hidden.device)
+        wide = half and (not native or logits_dtype == torch.float32)
+        # CUDA writes float32 logits from 16-bit operands; a CPU multiplies float32 copies, by slices of the weight.
+        self.sliced = wide and hidden.device.type == "cpu"
+        self.logits_dtype = torch.float32 if wide else self.dtype
+        self.gradient_dtype = self.logits_dtype if self.sliced else self.dtype
+        self.needs = needs
+        self.hidden_grad = torch.empty_like(hidden) if needs[0] else None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
+
+    @property
+    def bytes_per_logit(self) -> int:
+        apart = self.gradient_dtype != self.logits_dtype and any(self.needs)
+        return self.logits_dtype.itemsize + (self.gradient_dtype.itemsize if apart else 0)
+
+    def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Room for a chunk's logits and for their gradient; the same memory where the types are the same."""
+        vocabulary, device = self.weight.shape[0], self.hidden.device
+        logits = workspace(rows, vocabulary, self.logits_dtype, device)
+        if self.gradient_dtype == self.logits_dtype or not any(self.needs):
+            return logits, logits
+        return logits, torch.empty(rows, vocabulary, dtype=self.gradient_dtype, device=device)
+
+    def _slices(self) -> list[slice]:
+        vocabulary, width = self.weight.shape
+        step = max(1, SLICE_BYTES // (4 * width))
+        return [slice(begin, min(begin + step, vocabulary)) for begin in range(0, vocabulary, step)]
+
+    def logits(self, part: slice, out: Tensor) -> None:
+        """The logits of some rows, written to `out`."""
+        x = self.hidden[part]
+        if self.sliced:
+            x = x.float()
+            for columns in self._slices():
+                torch.mm(x, self.weight[columns].float().t(), out=out[:, columns])
+            if self.bias is not None:
+                out += self.bias
+        elif out.dtype != x.dtype:
+            torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
+            if self.bias is not None:
+                out += self.bias
+        elif self.bias is not None:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+        else:
+            torch.mm(x, self.weight.t(), out=out)
+
+    def backward(self, part: slice, gradient: Tensor, order: Tensor | None, last: bool) -> None:
+        """Adds one chunk. `gradient` row j belongs to row `order[j]` of the chunk (None: row j), other rows have none;
+        `last`: the only chunk, or the final one."""
+        first = part.start == 0
+        x = self.hidden[part]
+        if order is not None:
+            x = x.index_select(0, order)
+        if self.needs[0]:
+            self._add_hidden(part, gradient, order)
+        if self.needs[1]:
+            self._add_weight(x, gradient, first, last)
+        if self.needs[2]:
+            column_sums = gradient.sum(0, dtype=torch.float32)
+            self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
+            if last:
+                assert self.bias is not None
+                self.bias_grad = self.bias_grad.to(self.bias.dtype)
+
+    def _add_hidden(self, part: slice, gradient: Tensor, order: Tensor | None) -> None:
+        assert self.hidden_grad is not None
+        out = self.hidden_grad[part]
+        if self.sliced:
+            made = torch.zeros(gradient.shape[0], out.shape[1])
+            for columns in self._slices():
+                made.addmm_(gradient[:, columns], self.weight[columns].float())
+        elif order is None:
+            torch.mm(gradient, self.weight, out=out)
+            return
+        else:
+            made = torch.mm(gradient, self.weight)
+        if order is None:
+            out.copy_(made)
+        else:
+            out.zero_().index_copy_(0, order, made.to(out.dtype))
+
+    def _add_weight(self, x: Tensor, gradient: Tensor, first: bool, last: bool) -> None:
+        weight = self.weight
+        if first and last and not self.sliced:
+            self.weight_grad = torch.mm(gradient.t(), x)
+            return
+        if self.dtype == torch.float32:
+            if first:
+                self.weight_grad = torch.mm(gradient.t(), x)
+            else:
+                assert self.weight_grad is not None
+                self.weight_grad.addmm_(gradient.t(), x)
+            return
+        # Sums over chunks are kept in float32: in 16 bits they would be off by half as much again.
+        if self.sliced:
+            x = x.float()
+        if first:
+            self.weight_grad = torch.empty_like(weight, dtype=weight.dtype if last else torch.float32)
+        assert self.weight_grad is not None
+        for rows in self._slices():
+            made = torch.mm(gradient[:, rows].t(), x)
+            if first:
+                self.weight_grad[rows] = made
+            else:
+                self.weight_grad[rows] += made
+        if last:
+            self.weight_grad = self.weight_grad.to(weight.dtype)
+
+    def finish(self) -> None:
+        """Zeros where no chunk was added."""
+        if self.needs[1] and self.weight_grad is None:
+            self.weight_grad = torch.zeros_like(self.weight)
+        if self.needs[2] and self.bias_grad is None:
+            assert self.bias is not None
+            self.bias_grad = torch.zeros_like(self.bias)

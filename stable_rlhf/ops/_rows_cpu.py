@@ -1,0 +1,104 @@
+"""The row kernel on the CPU: csrc/policy_rows.cpp on PyTorch tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops._policy_config import PolicyLossConfig
+from stable_rlhf.ops._policy_rows import RowState, Terms
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATISTICS, _POLICY, _GIVEN = 0, 1, 2
+
+
+def _address(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()
+
+
+def _call(
+    mode: int, logits: Tensor, gradient: Tensor | None, state: RowState, softcap: float | None, **more: Any
+) -> int:
+    module = extension()
+    assert module is not None
+    assert logits.stride(1) == 1 and (gradient is None or gradient.stride(1) == 1)
+    return int(
+        module.rows(
+            mode=mode, type=_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=_address(gradient),
+            logits_stride=logits.stride(0), gradient_stride=0 if gradient is None else gradient.stride(0),
+            count=state.target.numel(), vocabulary=logits.shape[1], softcap=softcap or 0.0,
+            num_threads=torch.get_num_threads(), isa=os.environ.get("STABLE_RLHF_CPU_ISA", ""),
+            **{field.name: _address(getattr(state, field.name)) for field in fields(state)}, **more,
+        )
+    )  # fmt: skip
+
+
+def statistics(
+    logits: Tensor,
+    state: RowState,
+    softcap: float | None,
+    *,
+    row: Tensor | None = None,
+    weighted: Tensor | None = None,
+    target_logit: Tensor | None = None,
+) -> None:
+    """Fills logprob, entropy, max and log_sum; of a slice of the vocabulary also the mean of z - max under the softmax
+    (`weighted`) and z - max of the target (`target_logit`, 0 where it lies elsewhere)."""
+    _call(
+        _STATISTICS, logits, None, state, softcap,
+        row=_address(row), weighted=_address(weighted), target_logit=_address(target_logit),
+    )  # fmt: skip
+
+
+def policy(
+    logits: Tensor,
+    gradient: Tensor,
+    state: RowState,
+    kind: Tensor,
+    terms: Terms,
+    config: PolicyLossConfig,
+    *,
+    row: Tensor | None = None,
+    compact: bool = True,
+) -> Tensor | None:
+    """Statistics, coefficients and gradient (which may be the memory of `logits`) of a chunk.
+
+    Args:
+        row: which row of logits and gradient each active row is; None: in order.
+        compact: leave out rows whose gradient is exactly zero.
+
+    Returns:
+        which of the rows each gradient row belongs to, or None: all of them in order.
+    """
+    count = state.target.numel()
+    kept = torch.empty(count, dtype=torch.int64) if compact else None
+    float32 = {
+        name: None if value is None else value.float().contiguous()
+        for name, value in (
+            ("old_logprob", terms.old_logprob),
+            ("advantage", terms.advantage),
+            ("ref_logprob", terms.ref_logprob),
+            ("row_weight", terms.row_weight),
+        )
+    }
+    kind = kind.contiguous()
+    found = _call(
+        _POLICY, logits, gradient, state, config.softcap,
+        row=_address(row), kind=kind.data_ptr(), kept=_address(kept), clip_low=config.clip_low,
+        clip_high=config.clip_high, dual_clip=config.dual_clip or 0.0, kl_coef=config.kl_coef,
+        kl_estimator=int(config.kl_estimator[1]), entropy_coef=config.entropy_coef,
+        log_ratio_clamp=config.log_ratio_clamp, policy_scale=1.0 / float(terms.policy_denominator),
+        rehearsal_scale=config.rehearsal_coef / float(terms.rehearsal_denominator),
+        **{name: _address(value) for name, value in float32.items()},
+    )  # fmt: skip
+    return None if kept is None or found == count else kept[:found]
+
+
+def given(logits: Tensor, gradient: Tensor, state: RowState, softcap: float | None) -> None:
+    """The gradient for the coefficients, max, log_sum and entropy in `state`."""
+    _call(_GIVEN, logits, gradient, state, softcap)

@@ -1,0 +1,319 @@
+"""The trainer: scores, penalties and the moving average, mixed batches, and which prompts PPO sees."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.readers import write_jsonl
+from stable_rlhf.data.records import DataError, PromptRow
+from stable_rlhf.generate import Rollout
+from stable_rlhf.models import PolicyModel
+from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.train import stages
+from stable_rlhf.train.config import DataArguments, EngineArguments, PPOArguments, Recipe
+from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer, check_sizes, encode_prompts
+from stable_rlhf.train.scorer import response_logprobs
+
+TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",
+         "Put into upper case: pqrs")  # fmt: skip
+ARGUMENTS = PPOArguments(
+    learning_rate=1e-3, total_steps=2, rollout_batch_size=4, per_device_train_batch_size=2, max_new_tokens=4,
+    per_device_rehearsal_batch_size=3, num_ppo_epochs=2, rehearsal_coef=0.5,
+)  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@pytest.fixture
+def prompts(tokenizer) -> list[EncodedPrompt]:
+    return [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
+
+
+@pytest.fixture
+def rehearsal(tokenizer) -> list[Encoded]:
+    return [encode(tokenizer, t, r) for t, r in zip(TEXTS, ("dcba", "zyx", "c", "1", "PQRS"), strict=True)]
+
+
+@pytest.fixture
+def make(tiny_model, tokenizer):
+    made = []
+
+    def build(arguments=ARGUMENTS, objective="am", layers=None, scorer_seed=3, n=2, k=1, **settings) -> PPOTrainer:
+        shape = {"num_policies": n, "num_alternates": k} if objective == "am" else {}
+        scorer = AdvantageModel(
+            tiny_model(seed=scorer_seed).base_model, tokenizer, ScorerSettings(objective=objective, **shape),
+            num_trainable_layers=layers,
+        )  # fmt: skip
+        policy = PolicyModel(tiny_model(), value_head=True, num_trainable_layers=layers)
+        made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(), seed=7, **settings))
+        return made[-1]
+
+    yield build
+    for trainer in made:
+        trainer.engine.close()
+
+
+def weights(trainer: PPOTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.policy.trunk.parameters()]).clone()
+
+
+def as_rollouts(tokenizer) -> list[Rollout]:
+    """Two that ended by themselves, two that were cut off."""
+    found = []
+    for text, response, finished in zip(TEXTS, ("dcba", "", "ab", "z"), (True, True, False, False), strict=False):
+        whole = encode(tokenizer, text, response)
+        encoded = whole if finished else Encoded(whole.ids[:-1], whole.prompt_length)
+        found.append(Rollout(encoded, response, finished))
+    return found
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def test_ppo_with_rehearsal_changes_the_policy_and_neither_reference_nor_scorer(make, prompts, rehearsal, tmp_path):
+    trainer = make(rehearsal=rehearsal)
+    before = weights(trainer)
+    frozen = [p.clone() for m in (trainer.reference, trainer.scorer) for p in m.parameters()]
+    result = trainer.train(prompts, tmp_path)
+    assert torch.isfinite(weights(trainer)).all() and float((weights(trainer) - before).abs().max()) > 1e-4
+    after = [p for m in (trainer.reference, trainer.scorer) for p in m.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(frozen, after, strict=True))
+    assert result["steps"] == len(result["curve"]) == 2
+    for row in result["curve"]:
+        assert row["rehearsal_loss"] > 0.5 and row["value_loss"] > 0 and row["entropy"] > 0
+        assert row["loss"] == pytest.approx(
+            row["policy_loss"] + 0.5 * row["rehearsal_loss"] + ARGUMENTS.vf_coef * row["value_loss"], abs=1e-5
+        )
+        assert 1 <= row["length"] <= 4 and row["gradient_norm"] > 0
+    assert result["curve"][0]["kl"] == pytest.approx(0, abs=1e-5)  # the first rollouts come from the reference itself
+    assert abs(result["curve"][1]["kl"]) > 1e-4
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "value_head.safetensors", "metrics.jsonl"):
+        assert (tmp_path / name).is_file(), name
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines == result["curve"]
+
+
+def test_without_rehearsal_data_nothing_is_rehearsed(make, prompts, rehearsal, tmp_path):
+    one_step = replace(ARGUMENTS, total_steps=1)
+    found = {}
+    for name, rows in (("with", rehearsal), ("without", [])):
+        trainer = make(one_step, rehearsal=rows)
+        (row,) = trainer.train(prompts, tmp_path / name)["curve"]
+        found[name] = row, weights(trainer)
+    assert found["without"][0]["rehearsal_loss"] == 0 < found["with"][0]["rehearsal_loss"]
+    assert found["without"][0]["score"] == found["with"][0]["score"]
+    assert not torch.equal(found["without"][1], found["with"][1])
+
+
+def test_the_same_seed_gives_the_same_run(make, prompts, rehearsal, tmp_path):
+    one, two = (make(rehearsal=rehearsal).train(prompts, tmp_path / name)["curve"] for name in "ab")
+    for first, second in zip(one, two, strict=True):
+        assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+
+
+def test_gold_scores_are_logged_and_unseen_by_the_policy(make, prompts, tmp_path):
+    one_step = replace(ARGUMENTS, total_steps=1)
+    seen = []
+
+    def gold(row, text):
+        seen.append((row.prompt, text))
+        return len(seen)
+
+    trainer, other = make(one_step), make(one_step)
+    (row,) = trainer.train(prompts, tmp_path / "a", gold=gold)["curve"]
+    assert row["gold"] == (1 + 2 + 3 + 4) / 4 and len(set(seen)) == 4 and {p for p, _ in seen} <= set(TEXTS)
+    assert "gold" not in other.train(prompts, tmp_path / "b")["curve"][0]
+    assert torch.equal(weights(trainer), weights(other))
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("objective", ["am", "rm"])
+def test_rollouts_are_judged_by_the_scorer_the_policy_and_the_reference(make, tokenizer, objective, layers):
+    trainer = make(replace(ARGUMENTS, temperature=0.5), objective=objective, layers=layers, scorer_seed=0)
+    assert trainer.shares_features == (layers is not None)
+    rollouts = as_rollouts(tokenizer)
+    experiences = trainer.judge(rollouts)
+    scores = trainer.scorer.score_encoded([r.encoded for r in rollouts]).tolist()
+    assert [e.score for e in experiences] == pytest.approx(scores, abs=1e-5) and len(set(scores)) == 4
+    logprobs = response_logprobs(trainer.reference, [r.encoded for r in rollouts], temperature=0.5)
+    for experience, rollout, logprob in zip(experiences, rollouts, logprobs, strict=True):
+        assert experience.encoded == rollout.encoded
+        torch.testing.assert_close(experience.old_logprob, logprob, rtol=0, atol=1e-5)
+        torch.testing.assert_close(experience.ref_logprob, logprob, rtol=0, atol=1e-5)
+        assert experience.value.shape == logprob.shape and (experience.features is not None) == (layers is not None)
+
+
+def test_the_penalty_is_subtracted_from_unfinished_rollouts_only(make, tokenizer):
+    rollouts = as_rollouts(tokenizer)
+    plain = [e.score for e in make().judge(rollouts)]
+    punished = [e.score for e in make(replace(ARGUMENTS, missing_eos_penalty=2.5)).judge(rollouts)]
+    assert [a - b for a, b in zip(plain, punished, strict=True)] == pytest.approx([0, 0, 2.5, 2.5], abs=1e-6)
+
+
+def test_the_moving_average_changes_scores_by_normalising_them_only(make, tokenizer):
+    rollouts = as_rollouts(tokenizer)
+    plain, moving = make(objective="rm"), make(objective="rm", moving_average=True)
+    raw, seen = [e.score for e in plain.judge(rollouts)], []
+    for part in (slice(0, 3), slice(3, 4), slice(0, 4)):
+        seen += raw[part]
+        mean = sum(seen) / len(seen)
+        std = (sum((s - mean) ** 2 for s in seen) / len(seen)) ** 0.5
+        ours, theirs = plain.judge(rollouts[part]), moving.judge(rollouts[part])
+        assert [e.score for e in theirs] == pytest.approx(raw[part], abs=1e-5)  # judging does not normalise
+        plain.estimate(ours)
+        moving.estimate(theirs)
+        assert [e.score for e in ours] == pytest.approx(raw[part], abs=1e-5)
+        assert [e.score for e in theirs] == pytest.approx([(s - mean) / std for s in raw[part]], abs=1e-4)
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.old_logprob, other.old_logprob)
+            assert float(other.returns[-1]) == pytest.approx(other.score, abs=1e-5)  # what PPO learns from
+    assert moving.moments.count == 8 and plain.moments is None
+
+
+def test_the_curve_shows_raw_scores_with_and_without_the_moving_average(make, prompts, tmp_path):
+    one_step = replace(ARGUMENTS, total_steps=1)
+    curves = [
+        make(one_step, objective="rm", moving_average=moving).train(prompts, tmp_path / str(moving))["curve"][0]
+        for moving in (False, True)
+    ]
+    for name in ("score", "score_std", "length", "kl"):
+        assert curves[0][name] == curves[1][name]
+    assert curves[0]["value_loss"] != curves[1]["value_loss"]
+
+
+@pytest.mark.parametrize("objective", ["am", "rm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_an_error(make, tokenizer, objective, value):
+    trainer = make(objective=objective)
+    with torch.no_grad():
+        trainer.scorer.reward_head.bias.fill_(value)
+    with pytest.raises(ValueError, match="finite"):
+        trainer.judge(as_rollouts(tokenizer))
+
+
+# -- sizes and rehearsal -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rollouts", "mini", "device"), [(10, 2, 3), (4, 3, 1), (2, 1, 4)])
+def test_rollouts_that_do_not_divide_are_an_error_that_names_the_numbers(make, rollouts, mini, device):
+    arguments = replace(
+        ARGUMENTS, rollout_batch_size=rollouts, num_mini_batches=mini, per_device_train_batch_size=device
+    )
+    message = (
+        rf"ppo\.rollout_batch_size {rollouts} must be a multiple of num_mini_batches {mini} x "
+        rf"per_device_train_batch_size {device} x 1 ranks = {mini * device}"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_sizes(arguments)
+    with pytest.raises(ValueError, match=message):
+        make(arguments)
+
+
+def test_rehearsal_is_drawn_anew_for_every_micro_step_and_repeatably(make, rehearsal):
+    trainer, again = make(rehearsal=rehearsal), make(rehearsal=rehearsal)
+    draws = {
+        (step, epoch, micro): [rehearsal.index(e) for e in trainer._rehearsal(step, epoch, micro)]
+        for step in range(4) for epoch in range(2) for micro in range(4)
+    }  # fmt: skip
+    assert all(len(draw) == 3 for draw in draws.values())
+    assert {i for draw in draws.values() for i in draw} == set(range(5))
+    assert len({tuple(draw) for draw in draws.values()}) > 16
+    assert all([rehearsal.index(e) for e in again._rehearsal(*key)] == draw for key, draw in draws.items())
+    assert make()._rehearsal(0, 0, 0) == []
+
+
+@torch.no_grad()
+def nll(trainer: PPOTrainer, example: Encoded) -> float:
+    return -float(response_logprobs(trainer.reference, [example])[0].sum())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_rehearsal_loss_is_a_mean_over_tokens_or_a_sum_over_each_sequence(make, tokenizer, rehearsal, reduction):
+    arguments = replace(ARGUMENTS, num_ppo_epochs=1, rehearsal_reduction=reduction, temperature=0.5)
+    trainer = make(arguments, rehearsal=rehearsal)
+    drawn = [e for micro in (0, 1) for e in trainer._rehearsal(5, 0, micro)]
+    total = sum(nll(trainer, e) for e in drawn)
+    assert len({len(e.response) for e in drawn}) > 1
+    experiences = trainer.judge(as_rollouts(tokenizer))
+    trainer.estimate(experiences)
+    metrics = trainer.update(experiences, step=5)
+    denominator = len(drawn) if reduction == "sum" else sum(len(e.response) for e in drawn)
+    assert metrics["rehearsal_loss"] == pytest.approx(total / denominator, abs=1e-4)
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(capsys):
+    rows = [PromptRow("a" * n) for n in (3, 9, 4, 12)]
+    kept = encode_prompts(rows, lambda text: [5] * len(text), 4)
+    assert [p.row for p in kept] == [rows[0], rows[2]] and kept[1].ids == [5] * 4
+    assert "2 of 4 prompts have over 4 tokens: left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="none of 4 prompts fits max_prompt_length 2"):
+        encode_prompts(rows, lambda text: [5] * len(text), 2)
+
+
+# -- which prompts PPO sees ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_ppo(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """run_ppo on saved models, up to the training itself; returns the trainer and the prompts it was given."""
+    policy, scorer = tmp_path / "policy", tmp_path / "scorer"
+    tiny_model().save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    AdvantageModel(tiny_model(seed=3).base_model, tokenizer).save_pretrained(scorer)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": t, "task": "x"} for t in TEXTS])
+    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "ab", "task": "x"}])
+    seen = []
+
+    def train(self, prompts, folder, **settings):
+        self.engine.close()
+        seen.append((self, [p.row.prompt for p in prompts]))
+        return {}
+
+    monkeypatch.setattr(PPOTrainer, "train", train)
+
+    def run(selected, variant="am-sr", **ppo):
+        rehearsal = None
+        if selected is not None:
+            rehearsal = tmp_path / "rehearsal.jsonl.gz"
+            write_jsonl(rehearsal, [{"prompt": t, "response": "abc"} for t in selected])
+        data = DataArguments(data_dir=str(tmp_path), prompts=["prompts.jsonl"], eval_main=["eval.jsonl"],
+                             eval_forget=["eval.jsonl"])  # fmt: skip
+        recipe = Recipe(data=data, ppo=replace(ARGUMENTS, **ppo))
+        stages.run_ppo(recipe, variant, str(policy), str(scorer), rehearsal, tmp_path / "out")
+        return seen[-1]
+
+    return run
+
+
+def test_selected_prompts_stay_in_ppo_unless_they_are_reserved(run_ppo, tokenizer):
+    selected = [TEXTS[1], TEXTS[3], "a prompt from elsewhere"]
+    trainer, prompts = run_ppo(selected)
+    assert prompts == list(TEXTS)
+    trainer, prompts = run_ppo(selected, rehearsal_prompts_in_ppo=False)
+    assert prompts == [TEXTS[0], TEXTS[2], TEXTS[4]]
+    assert trainer.rehearsal == [encode(tokenizer, t, "abc") for t in selected]
+
+
+def test_reserving_every_prompt_is_an_error(run_ppo):
+    with pytest.raises(DataError, match=r"ppo\.rehearsal_prompts_in_ppo .*nothing is left"):
+        run_ppo(TEXTS, rehearsal_prompts_in_ppo=False)
+
+
+def test_other_variants_reserve_and_rehearse_nothing(run_ppo):
+    trainer, prompts = run_ppo([TEXTS[1]], variant="am", rehearsal_prompts_in_ppo=False)
+    assert prompts == list(TEXTS) and trainer.rehearsal == [] and trainer.moments is None
+
+
+def test_a_variant_without_what_it_needs_is_an_error(run_ppo):
+    with pytest.raises(ValueError, match=r"'am-sr' needs rehearsal data"):
+        run_ppo(None)
+    with pytest.raises(ValueError, match=r"variant 'rm-ma' needs a scorer with objective 'rm'"):
+        run_ppo(None, variant="rm-ma")

@@ -1,0 +1,111 @@
+"""Rejection sampling: what is kept, and which sizes are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from stable_rlhf.data.packing import Encoded, encode_prompt
+from stable_rlhf.data.records import PromptRow
+from stable_rlhf.models import PolicyModel
+from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.train import rejection
+from stable_rlhf.train.config import EngineArguments, PPOArguments
+from stable_rlhf.train.ppo import EncodedPrompt
+from stable_rlhf.train.rejection import keep, train_rejection
+
+TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc")
+
+
+def test_the_best_response_of_each_prompt_is_kept():
+    assert keep([0.1, 0.9, 0.5, -3.0, -1.0, -2.0], 3, None) == [1, 4]
+    assert keep([0.1, 0.9, 0.5, -3.0], 1, None) == [0, 1, 2, 3]
+    assert keep([0.1, 0.9], 2, None) == [1]
+    assert keep([], 4, None) == []
+
+
+def test_the_first_of_equal_responses_is_kept():
+    assert keep([1.0, 1.0, 0.0, 2.0, 5.0, 5.0], 3, None) == [0, 4]
+    assert keep([0.0] * 4, 2, None) == [0, 2]
+
+
+def test_a_threshold_keeps_every_response_at_or_above_it():
+    scores = [0.1, 0.9, 0.5, -3.0, 0.5, 0.49]
+    assert keep(scores, 3, 0.5) == [1, 2, 4]
+    assert keep(scores, 2, 0.5) == [1, 2, 4]  # whatever prompt they belong to
+    assert keep(scores, 3, 0.0) == [0, 1, 2, 4, 5]
+    assert keep(scores, 3, -5.0) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_threshold_above_all_keeps_nothing():
+    assert keep([0.1, 0.9], 2, 1.0) == []
+    assert keep([math.nan], 1, 0.0) == []
+
+
+@pytest.fixture
+def train(tiny_model, tokenizer, tmp_path):
+    def run(policy=None, **settings):
+        arguments = {
+            "learning_rate": 1e-2, "total_steps": 2, "rollout_batch_size": 4, "per_device_train_batch_size": 2,
+            "max_new_tokens": 4, "rejection_samples": 2,
+        }  # fmt: skip
+        prompts = [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
+        return train_rejection(
+            policy or PolicyModel(tiny_model()), tokenizer, AdvantageModel(tiny_model(seed=3).base_model, tokenizer),
+            prompts, PPOArguments(**{**arguments, **settings}), EngineArguments(), tmp_path / "out", seed=1,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(("rollouts", "samples"), [(5, 2), (4, 3), (2, 4), (0, 2)])
+def test_a_rollout_batch_that_does_not_divide_is_an_error_that_names_the_numbers(train, rollouts, samples):
+    message = rf"ppo\.rollout_batch_size {rollouts} must be a multiple of rejection_samples {samples} x 1 ranks"
+    with pytest.raises(ValueError, match=message):
+        train(rollout_batch_size=rollouts, rejection_samples=samples)
+
+
+def weights(policy) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_rounds_imitate_the_best_response_of_each_prompt(train, tiny_model, one_process, monkeypatch):
+    policy = PolicyModel(tiny_model())
+    before, judged, imitated = weights(copy.deepcopy(policy)), [], []
+    score, imitate = AdvantageModel.score_encoded, rejection._imitate
+
+    def watch_scores(self, examples, **settings):
+        scores = score(self, examples, **settings)
+        judged.append((examples, scores.tolist()))
+        return scores
+
+    def watch_imitation(engine, policy, kept, per_device):
+        imitated.append(list(kept))
+        return imitate(engine, policy, kept, per_device)
+
+    monkeypatch.setattr(AdvantageModel, "score_encoded", watch_scores)
+    monkeypatch.setattr(rejection, "_imitate", watch_imitation)
+    result = train(policy)
+    assert len(judged) == len(imitated) == 2
+    for (examples, scores), kept in zip(judged, imitated, strict=True):
+        assert len(examples) == 4 and all(isinstance(e, Encoded) for e in examples)
+        assert kept == [max(zip(scores[s : s + 2], examples[s : s + 2], strict=True), key=lambda x: x[0])[1]
+                        for s in (0, 2)]  # fmt: skip
+        assert examples[0].ids[: examples[0].prompt_length] == examples[1].ids[: examples[1].prompt_length]
+    assert not torch.equal(weights(policy), before)
+    assert result["steps"] == 2 and [row["kept"] for row in result["curve"]] == [0.5, 0.5]
+    assert result["tokens_seen"] == sum(len(e) for examples, _ in judged for e in examples)
+
+
+def test_a_round_in_which_nothing_is_kept_changes_nothing(train, tiny_model, one_process, tmp_path):
+    policy = PolicyModel(tiny_model())
+    before = weights(copy.deepcopy(policy))
+    result = train(policy, rejection_threshold=1e9, total_steps=1)
+    assert torch.equal(weights(policy), before)
+    assert result["curve"][0]["kept"] == 0 and math.isnan(result["curve"][0]["loss"])
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["step"] == 1
