@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT_DIR ?= runs/quickstart
 SEED ?= 0
+# One process a core; a file stays in one process, so that its fixtures are made once.
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 .PHONY: setup quickstart test test-slow lint clean help
 
@@ -33,7 +35,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import difflib
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser
 
 from stable_rlhf import __version__
-from stable_rlhf.train.config import VARIANTS, Recipe
+from stable_rlhf.train.config import VARIANTS, Recipe, check
 
 USAGE = """\
 usage: stable-rlhf COMMAND [options]
@@ -42,74 +47,125 @@ Several processes:
 """
 
 _ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"}
-_EXTRAS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+_LISTS = {"--variants", "--report_to"} | {
+    f"--data.{name}" for name in ("pairs", "prompts", "demonstrations", "eval_main", "eval_forget", "rehearsal",
+                                  "forget_tasks")
+}  # fmt: skip
+# Flags that only one command has. They are not settings of a recipe, so they have a parser of their own.
+_OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "quickstart": [],
     "run": [],
     "sft": [],
     "train-scorer": [
         ("--objective", {"choices": ["am", "rm"], "required": True, "help": "Advantage Model or reward model."}),
-        ("--policy", {"type": str, "default": None, "help": "The policy to be tuned, for importance weights (Eq. 8)."}),
+        ("--policy", {"help": "The policy to be tuned, for importance weights (Eq. 8)."}),
     ],
     "select": [
-        ("--scorer", {"type": str, "required": True, "help": "Folder that train-scorer wrote."}),
+        ("--scorer", {"required": True, "help": "Folder that train-scorer wrote."}),
     ],
     "train-ppo": [
         ("--variant", {"choices": list(VARIANTS), "required": True, "help": "Which policy to train."}),
-        ("--scorer", {"type": str, "required": True, "help": "Folder that train-scorer wrote."}),
-        ("--rehearsal", {"type": str, "default": None, "help": "rehearsal.jsonl.gz that select wrote (am-sr)."}),
+        ("--scorer", {"required": True, "help": "Folder that train-scorer wrote."}),
+        ("--rehearsal", {"help": "rehearsal.jsonl.gz that select wrote (am-sr)."}),
     ],
     "evaluate": [
-        ("--policies", {"type": list[str], "required": True, "help": "name=folder, one or more: [am=DIR, am-sr=DIR]"}),
-        ("--judge_scorer", {"type": str, "default": None, "help": "Scorer folder that judges."}),
+        ("--policies", {"required": True, "nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
+                        "help": "Policies to compare with --model_name_or_path, each with a name: am=DIR am-sr=DIR"}),
+        ("--judge_scorer", {"help": "Scorer folder that judges."}),
     ],
+}  # fmt: skip
+_TYPES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
+    "list": "a list, [a, b]", "dict": "a mapping, {a: 1}",
 }  # fmt: skip
 
 
 class _Parser(ArgumentParser):
-    """Says which setting was probably meant when one is unknown."""
+    """The settings of a recipe as flags, with short help and errors of one line."""
 
-    known: list[str]
+    own: argparse.ArgumentParser
+    given: list[str]
+
+    def known(self) -> list[str]:
+        actions = [*self._actions, *self.own._actions]
+        return [name for action in actions for option in action.option_strings if (name := option.lstrip("-")) != "h"]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(message + self._suggestion(message), hint=f"see `{self.prog} --help`")
+        fail(_plain(message, self.given) + self._suggestion(message), hint=f"see `{self.prog} --help`")
 
     def _suggestion(self, message: str) -> str:
-        unknown = (
-            re.findall(r"--([\w.\-]+)", message) if "nrecognized" in message else re.findall(r"'([\w.]+)'", message)
-        )
-        dotted = [".".join(unknown)] if len(unknown) == 2 else []
-        for name in (*dotted, *unknown):
-            if name in self.known:
-                continue
-            near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.6)
-            if not near:  # perhaps the right name in the wrong section
-                last = {k.rsplit(".", 1)[-1]: k for k in self.known}
-                near = [
-                    last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)
-                ]
-            if near:
-                return f"; did you mean {near[0]!r}?"
+        if "nrecognized" in message:
+            return suggestion(re.findall(r"--([\w.\-]+)", message), self.known())
         return ""
+
+    def format_help(self, formatter: Any = None) -> str:
+        own = self.own._get_formatter()
+        own.start_section("this command")
+        own.add_arguments([a for a in self.own._actions if a.option_strings])
+        own.end_section()
+        section = own.format_help()
+        text = super().format_help(formatter).replace("``", "`")
+        return text.replace("\noptions:\n", f"\n{section}\noptions:\n", 1) if section else text
+
+
+class _OwnParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message, hint=f"see `{self.prog} --help`")
+
+
+def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """The known name that was probably meant, in words, or nothing."""
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        if not near:  # perhaps the right name in the wrong section
+            last = {k.rsplit(".", 1)[-1]: k for k in known}
+            near = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)]
+        if near:
+            return f"; did you mean {near[0]!r}?"
+    return ""
+
+
+def _plain(message: str, given: Sequence[str]) -> str:
+    """jsonargparse's report of a wrong value in one line: which setting, what it takes, what it got."""
+    key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.S)
+    wanted = [w for line in message.splitlines() for w in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", line)]
+    if not (key and value and wanted):
+        return message.strip()
+    words = []
+    for kind in wanted:
+        if kind.startswith("typing.Literal["):
+            words.append("one of " + ", ".join(str(v) for v in ast.literal_eval(kind.removeprefix("typing.Literal"))))
+        else:
+            name = kind.removeprefix("<class '").removesuffix("'>")
+            words.append(_TYPES.get(name, name))
+    flag = f"--{key[1]}"
+    where = flag if any(g == flag or g.startswith(f"{flag}=") for g in given) else f"setting {key[1]!r} of the recipe"
+    return f"{where}: expected {' or '.join(dict.fromkeys(words))}, got {value[1].strip()!r}"
 
 
 def fail(message: str, *, hint: str = "") -> NoReturn:
-    """One clear line on standard error, exit status 2."""
-    print(f"stable-rlhf: error: {message}", file=sys.stderr)
-    if hint:
+    """One clear message on standard error, exit status 2."""
+    rank = os.environ.get("RANK", "0")
+    print(f"stable-rlhf: error: {message}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+    if hint and rank == "0":
         print(f"  {hint}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def build_parser(command: str) -> _Parser:
-    """The parser of one command: its own flags and every setting of a recipe."""
-    parser = _Parser(prog=f"stable-rlhf {command}", description=_describe(command), allow_abbrev=False)
+    """The parser of one command: every setting of a recipe, and in ``own`` the command's flags."""
+    name = f"stable-rlhf {command}"
+    usage = f"{name}{' RECIPE' if command == 'run' else ''} [options]"
+    parser = _Parser(prog=name, usage=usage, description=_describe(command), allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML recipe; flags after it override it.")
-    for flag, options in _EXTRAS[command]:
-        parser.add_argument(flag, **options)
     parser.add_class_arguments(Recipe, None)
-    parser.known = [
-        name for action in parser._actions for option in action.option_strings if (name := option.lstrip("-")) != "h"
-    ]
+    for action in parser._actions:
+        if action.help == "Path to a configuration file.":  # --ppo FILE and the like: nobody needs to know
+            action.help = argparse.SUPPRESS
+    parser.own = _OwnParser(prog=name, add_help=False, allow_abbrev=False)
+    for flag, options in _OWN[command]:
+        parser.own.add_argument(flag, **options)
+    parser.given = []
     return parser
 
 
@@ -121,42 +177,87 @@ def _describe(command: str) -> str:
     return ""
 
 
+def check_recipe(path: str, known: Sequence[str]) -> None:
+    """Refuse what is not a recipe, naming the file and the line or the setting; values are checked by the parser."""
+    if Path(path).is_dir():
+        fail(f"recipe {path!r}: is a folder")
+    try:
+        content = yaml.safe_load(Path(path).read_bytes())
+    except FileNotFoundError:
+        fail(f"recipe {path!r}: no such file")
+    except OSError as error:
+        fail(f"recipe {path!r}: cannot be read: {error.strerror or error}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        fail(f"recipe {path!r}{line}: not YAML: {problem}")
+    if content is None:
+        fail(f"recipe {path!r}: the file is empty")
+    if not isinstance(content, dict):
+        fail(f"recipe {path!r}: expected settings as `name: value`, found {type(content).__name__}")
+    settings, sections = set(known), {k.split(".")[0] for k in known if "." in k}
+    for name, value in content.items():
+        if name in sections and name not in settings - sections:
+            if not isinstance(value, dict):
+                fail(
+                    f"recipe {path!r}: {name!r} is a section of settings (`{name}:` and indented lines), got {value!r}"
+                )
+            unknown = [f"{name}.{key}" for key in value if f"{name}.{key}" not in settings]
+        else:
+            unknown = [] if name in settings else [str(name)]
+        if unknown:
+            names = [k for k in known if k not in ("help", "config", "print_config")]
+            fail(f"recipe {path!r}: unknown setting {unknown[0]!r}{suggestion(unknown[:1], names)}")
+
+
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Hyphens or underscores in flag names, short names of common settings, and the launcher's ``--local_rank``."""
+    """Hyphens or underscores in flag names, short names of common settings, one file where a list is wanted, and no
+    ``--local_rank`` of a launcher."""
     found: list[str] = []
+    wants_list = False
     for argument in argv:
         if not argument.startswith("--") or argument == "--":
-            found.append(argument)
+            found.append(_as_list(argument) if wants_list else argument)
+            wants_list = False
             continue
         name, equals, value = argument.partition("=")
         name = "--" + name[2:].replace("-", "_")
         name = _ALIASES.get(name, name)
+        wants_list = name in _LISTS and not equals
         if name != "--local_rank":
-            found.append(name + equals + value)
+            found.append(name + equals + (_as_list(value) if name in _LISTS and equals else value))
     return found
 
 
-def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Namespace]:
+def _as_list(value: str) -> str:
+    return value if value.lstrip().startswith("[") else json.dumps([part for part in value.split(",") if part])
+
+
+def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
     """A recipe and the command's own flags from its arguments."""
     arguments = normalise(argv)
-    if command == "run":
-        if arguments and arguments[0] not in ("-h", "--help"):
-            if arguments[0].startswith("-"):
-                fail("run needs a recipe first: stable-rlhf run RECIPE.yaml [options]")
-            if not Path(arguments[0]).is_file():
-                fail(f"recipe {arguments[0]!r}: no such file")
-            arguments = ["--config", *arguments]
-        elif not arguments:
-            fail("run needs a recipe: stable-rlhf run RECIPE.yaml [options]")
     parser = build_parser(command)
+    if any(a in ("-h", "--help") for a in arguments):
+        parser.print_help()
+        raise SystemExit(0)
+    if command == "run":
+        if not arguments or arguments[0].startswith("-"):
+            fail("run needs a recipe first: stable-rlhf run RECIPE.yaml [options]", hint="see `stable-rlhf run --help`")
+        arguments = ["--config", *arguments]
+    own, settings = parser.own.parse_known_args(arguments)
+    parser.given = settings
+    for flag, value in pairwise([*settings, ""]):
+        name, equals, inline = flag.partition("=")
+        if name == "--config" and (inline or not equals):
+            check_recipe(inline if equals else value, parser.known())
     if command == "quickstart":
         with resources.as_file(resources.files("stable_rlhf.recipes") / "quickstart.yaml") as recipe:
-            space = parser.parse_args(["--config", str(recipe), *arguments])
+            space = parser.parse_args(["--config", str(recipe), *settings])
     else:
-        space = parser.parse_args(arguments)
+        space = parser.parse_args(settings)
     made = parser.instantiate(space)
-    fields = {name: made[name] for name in Recipe.__dataclass_fields__}
-    return Recipe(**fields), made
+    return Recipe(**{name: made[name] for name in Recipe.__dataclass_fields__}), own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     while arguments and arguments[0].startswith("--local_rank"):
         arguments.pop(0)  # the deepspeed launcher puts it first
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
     command, rest = arguments[0], arguments[1:]
     if command in ("-V", "--version"):
@@ -173,22 +274,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if command == "env":
         return print_environment()
-    if command not in _EXTRAS:
-        near = difflib.get_close_matches(command, [*_EXTRAS, "env"], n=1)
+    if command not in _OWN:
         fail(
-            f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"unknown command {command!r}" + suggestion([command], [*_OWN, "env"]),
             hint="see `stable-rlhf --help`",
         )
-    recipe, space = parse(command, rest)
+    recipe, own = parse(command, rest)
     try:
-        _COMMANDS[command](recipe, space)
-    except (ValueError, OSError) as error:
+        check(recipe)
+        _COMMANDS[command](recipe, own)
+    except KeyboardInterrupt:
+        print("stable-rlhf: interrupted; the same command goes on after the last finished stage", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":
             raise
-        fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
+        _unexpected(error, Path(recipe.output_dir))
 
 
-def _run(recipe: Recipe, space: Namespace) -> None:
+def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
+    """Not a mistake in the input that anybody thought of: keep the traceback beside the run."""
+    if not output_dir.is_dir():
+        raise error
+    path = output_dir / f"error-{os.environ.get('RANK', '0')}.txt"
+    path.write_text("".join(traceback.format_exception(error)))
+    fail(f"{type(error).__name__}: {error}", hint=f"this was not foreseen; the traceback is in {path}")
+
+
+def _run(recipe: Recipe, own: argparse.Namespace) -> None:
     from rich.console import Console
 
     from stable_rlhf.evaluate.report import summary_table
@@ -199,8 +314,17 @@ def _run(recipe: Recipe, space: Namespace) -> None:
     if is_main_process():
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(summary_table(summary))
-        total = sum(s["seconds"] for s in summary["stages"] if not s["skipped"])
-        console.print(f"stages took {total:.0f} s; report: {Path(recipe.output_dir) / 'report.html'}")
+        print(_time_taken(summary["stages"]))
+        print(f"report: {Path(recipe.output_dir) / 'report.html'}")
+
+
+def _time_taken(stages: Sequence[dict[str, Any]]) -> str:
+    """What was done now, and what earlier calls had done."""
+    now, before = ([s for s in stages if s["skipped"] is skipped] for skipped in (False, True))
+    parts = [f"{len(now)} stages took {sum(s['seconds'] for s in now):.0f} s"] if now else []
+    if before:
+        parts.append(f"{len(before)} stages had been finished before, in {sum(s['seconds'] for s in before):.0f} s")
+    return "; ".join(parts)
 
 
 def _policy(recipe: Recipe) -> str:
@@ -209,66 +333,87 @@ def _policy(recipe: Recipe) -> str:
     return recipe.model_name_or_path
 
 
-def _single(name: str, recipe: Recipe, extra: dict[str, Any], run: Any) -> None:
-    """Run one stage in its own output folder and print its result."""
+def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], run: Any) -> None:
+    """Run one stage in its own output folder and print its result.
+
+    ``sections`` of the recipe and ``inputs`` are what the result depends on: only they must be the same for a finished
+    stage to be found again."""
     from stable_rlhf.progress import is_main_process
     from stable_rlhf.train.checkpoint import RunDirectory
     from stable_rlhf.train.engine import start
 
     start(recipe.seed)
-    settings = {**recipe.as_dict(), **extra}
-    settings.pop("output_dir")
+    everything = recipe.as_dict()
+    settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
+    settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
+    settings["made_from"]["model_name_or_path"] = _fingerprint(_policy(recipe))
     stage = RunDirectory(recipe.output_dir).stage(name, settings, run)
     if is_main_process():
         result = {k: v for k, v in stage.result.items() if k != "curve"}
         print(json.dumps({"stage": name, "folder": str(stage.folder), **result}, indent=1))
 
 
-def _sft(recipe: Recipe, space: Namespace) -> None:
+def _fingerprint(path: str) -> str | None:
+    """Which settings an input folder (or the folder of an input file) was made with, when a stage of ours made it."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        return str(json.loads((folder / "stage.json").read_text())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sft(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.train.stages import run_sft
 
     model = _policy(recipe)
-    _single("sft", recipe, {}, lambda folder: run_sft(recipe, model, folder))
+    _single("sft", recipe, "data engine sft", {}, lambda folder: run_sft(recipe, model, folder))
 
 
-def _train_scorer(recipe: Recipe, space: Namespace) -> None:
+def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.train.stages import run_scorer
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
-    extra = {"objective": space.objective, "policy": space.policy}
-    run = lambda folder: run_scorer(recipe, space.objective, backbone, space.policy, folder)  # noqa: E731
-    _single(f"scorer-{space.objective}", recipe, extra, run)
+    inputs = {"objective": own.objective, "policy": own.policy}
+    sections = "scorer_model_name_or_path data engine scorer" + (" ppo" if recipe.scorer.expected_coef else "")
+    run = lambda folder: run_scorer(recipe, own.objective, backbone, own.policy, folder)  # noqa: E731
+    _single(f"scorer-{own.objective}", recipe, sections, inputs, run)
 
 
-def _select(recipe: Recipe, space: Namespace) -> None:
+def _select(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.train.stages import run_select
 
     policy = _policy(recipe)
-    _single("selection", recipe, {"scorer": space.scorer}, lambda f: run_select(recipe, policy, space.scorer, f))
+    run = lambda folder: run_select(recipe, policy, own.scorer, folder)  # noqa: E731
+    _single("selection", recipe, "data ppo select", {"scorer_folder": own.scorer}, run)
 
 
-def _train_ppo(recipe: Recipe, space: Namespace) -> None:
+def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.train.stages import run_ppo
 
     policy = _policy(recipe)
-    rehearsal = Path(space.rehearsal) if space.rehearsal else None
-    extra = {"variant": space.variant, "scorer": space.scorer, "rehearsal": space.rehearsal}
-    run = lambda folder: run_ppo(recipe, space.variant, policy, space.scorer, rehearsal, folder)  # noqa: E731
-    _single(f"ppo-{space.variant}", recipe, extra, run)
+    rehearsal = Path(own.rehearsal) if own.rehearsal else None
+    if own.variant == "am-sr" and rehearsal is None:
+        raise ValueError("--variant am-sr needs --rehearsal, the rehearsal.jsonl.gz that `stable-rlhf select` wrote")
+    inputs = {"variant": own.variant, "scorer_folder": own.scorer, "rehearsal": own.rehearsal}
+    run = lambda folder: run_ppo(recipe, own.variant, policy, own.scorer, rehearsal, folder)  # noqa: E731
+    _single(f"ppo-{own.variant}", recipe, "data engine scorer ppo evaluate", inputs, run)
 
 
-def _evaluate(recipe: Recipe, space: Namespace) -> None:
+def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.train.stages import run_evaluate
 
-    baseline = _policy(recipe)
     policies: dict[str, str] = {}
-    for item in space.policies:
+    for item in [part.strip() for given in own.policies for part in given.strip(" []").split(",")]:
         name, equals, folder = item.partition("=")
         if not equals or not name or not folder:
-            raise ValueError(f"--policies: {item!r} is not name=folder")
+            raise ValueError(f"--policies: {item!r} is not NAME=FOLDER, as in --policies am=runs/am am-sr=runs/am-sr")
+        if name in policies:
+            raise ValueError(f"--policies: the name {name!r} is given twice")
         policies[name] = folder
-    extra = {"policies": policies, "judge_scorer": space.judge_scorer}
-    _single("evaluation", recipe, extra, lambda f: run_evaluate(recipe, baseline, policies, space.judge_scorer, f))
+    baseline = _policy(recipe)
+    inputs: dict[str, Any] = {**{f"policies.{k}": v for k, v in policies.items()}, "judge_scorer": own.judge_scorer}
+    run = lambda folder: run_evaluate(recipe, baseline, policies, own.judge_scorer, folder)  # noqa: E731
+    _single("evaluation", recipe, "data ppo evaluate", inputs, run)
 
 
 def print_environment() -> None:

@@ -12,9 +12,11 @@ from stable_rlhf.ops._policy_loss import linear_logprob, linear_policy_loss, pol
 from stable_rlhf.ops._products import release_workspace
 from stable_rlhf.ops._sequence_ops import gae, masked_whiten, token_rewards
 from stable_rlhf.ops._topk import topk_by_cluster
+from stable_rlhf.ops.head import PolicyHead
 
 __all__ = [
     "AdvantageLossOutput",
+    "PolicyHead",
     "PolicyLossConfig",
     "PolicyLossOutput",
     "advantage_loss",

@@ -11,28 +11,32 @@ The same for every device; the row kernels are `_rows_cpu` (C++) and `kernels.po
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from stable_rlhf.ops._policy_config import PolicyLossConfig
 from stable_rlhf.ops._policy_rows import Rows, RowState, Terms
 from stable_rlhf.ops._products import HeadProducts
+from stable_rlhf.ops._split_vocabulary import SplitVocabulary
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden [A, H], weight, bias
 
 
-def row_kernels(name: str) -> ModuleType:
-    """The row kernels of a backend, "cpu" or "triton"."""
-    if name == "cpu":
-        from stable_rlhf.ops import _rows_cpu
-
-        return _rows_cpu
-    from stable_rlhf.kernels import policy_rows
-
-    return policy_rows
+def row_kernels(backend: str, group: str, width: int, device: torch.device) -> tuple[Any, int]:
+    """The row kernels of a backend, "cpu" or "triton", and the size of the vocabulary, of which `width` tokens are this
+    rank's when `group` names a process group."""
+    kernels = importlib.import_module(
+        "stable_rlhf.ops._rows_cpu" if backend == "cpu" else "stable_rlhf.kernels.policy_rows"
+    )
+    if not group:
+        return kernels, width
+    split = SplitVocabulary(kernels, group, width, device)
+    return split, split.vocabulary
 
 
 def _chunks(count: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[tuple[slice, bool]]:
@@ -46,6 +50,7 @@ def _chunks(count: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[tu
 
 
 def _run(
+    kernels: Any,
     products: HeadProducts,
     count: int,
     workspace_bytes: int,
@@ -53,7 +58,8 @@ def _run(
 ) -> Gradients:
     """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are."""
     buffers = None
-    for part, last in _chunks(count, products.weight.shape[0] * products.bytes_per_logit, workspace_bytes):
+    width = kernels.widest if isinstance(kernels, SplitVocabulary) else products.weight.shape[0]
+    for part, last in _chunks(count, width * products.bytes_per_logit, workspace_bytes):
         if buffers is None:
             buffers = products.buffers(part.stop - part.start)
         rows = part.stop - part.start
@@ -63,11 +69,13 @@ def _run(
         if any(products.needs):
             products.backward(part, gradient if order is None else gradient[: order.numel()], order, last)
     products.finish()
+    if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
+        products.hidden_grad = kernels.sum(products.hidden_grad)
     return products.hidden_grad, products.weight_grad, products.bias_grad
 
 
 def statistics(
-    kernels: ModuleType, products: HeadProducts, rows: Rows, softcap: float | None, workspace_bytes: int
+    kernels: Any, products: HeadProducts, rows: Rows, softcap: float | None, workspace_bytes: int
 ) -> RowState:
     """Log-prob, entropy, max and log_sum of the active rows; one product."""
     state = RowState.of(rows)
@@ -75,12 +83,12 @@ def statistics(
     def work(part: slice, logits: Tensor, gradient: Tensor) -> None:
         kernels.statistics(logits, state.cut(part), softcap)
 
-    _run(products, rows.target.numel(), workspace_bytes, work)
+    _run(kernels, products, rows.target.numel(), workspace_bytes, work)
     return state
 
 
 def policy(
-    kernels: ModuleType,
+    kernels: Any,
     products: HeadProducts,
     rows: Rows,
     terms: Terms,
@@ -96,15 +104,15 @@ def policy(
         )
         return order
 
-    return state, _run(products, rows.target.numel(), workspace_bytes, work)
+    return state, _run(kernels, products, rows.target.numel(), workspace_bytes, work)
 
 
 def given(
-    kernels: ModuleType, products: HeadProducts, state: RowState, softcap: float | None, workspace_bytes: int
+    kernels: Any, products: HeadProducts, state: RowState, softcap: float | None, workspace_bytes: int
 ) -> Gradients:
     """Gradients for the coefficients in `state`, whose statistics are known; the logits are made again."""
 
     def work(part: slice, logits: Tensor, gradient: Tensor) -> None:
         kernels.given(logits, gradient, state.cut(part), softcap)
 
-    return _run(products, state.target.numel(), workspace_bytes, work)
+    return _run(kernels, products, state.target.numel(), workspace_bytes, work)

@@ -13,6 +13,7 @@ from stable_rlhf.ops._checks import FLOATS, check_tensor, statistics_dtype
 from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
 from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
 from stable_rlhf.ops._policy_rows import check_statistics, gather_terms, select_rows, total_loss
+from stable_rlhf.ops._split_vocabulary import group_name
 
 
 def linear_policy_loss(
@@ -62,7 +63,9 @@ def linear_policy_loss(
         grad_tolerance: must be 0 (exact).
         logits_dtype: None or hidden's type: the product's own rounding; float32: logits of a float32 product.
         workspace_bytes: bound on the memory of one chunk of rows' logits and their statistics (one row at least).
-        process_group: must be None.
+        process_group: the ranks over which the vocabulary is split: weight, bias (logits, in `policy_loss`) hold this
+            rank's slice, in rank order; every rank gives the same rows, and results and hidden gradient are those of
+            the whole vocabulary. None: this rank has it all.
 
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
@@ -71,7 +74,7 @@ def linear_policy_loss(
     """
     if grad_tolerance != 0.0:
         raise NotImplementedError(f"grad_tolerance={grad_tolerance}: not yet: only 0, the exact gradient")
-    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, process_group)
+    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
     per_row: dict[str, Any] = {
         "old_logprob": old_logprob,
         "advantage": advantage,
@@ -83,6 +86,7 @@ def linear_policy_loss(
         "rehearsal_denominator": rehearsal_denominator,
     }
     name = _backend_for("linear_policy_loss", hidden)
+    _check_process_group(process_group, name)
     if name == "torch":
         rows = select_rows(target, kind, temperature, weight.shape[0], hidden.device)
         terms = gather_terms(rows, config, statistics_dtype(hidden.dtype), **per_row, **denominators)
@@ -97,7 +101,8 @@ def linear_policy_loss(
     tensors, numbers = _split_denominators(denominators)
     loss, logprob, entropy, metrics, counts, *_ = _policy_ops.linear_policy_loss(
         hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        _policy_ops.pack_config(config), logits_dtype, workspace_bytes, name, _needs(hidden, weight, bias),
+        _policy_ops.pack_config(config), logits_dtype, workspace_bytes, name, group_name(process_group),
+        _needs(hidden, weight, bias),
     )  # fmt: skip
     return _output(loss, logprob, entropy, metrics, counts)
 
@@ -121,7 +126,6 @@ def policy_loss(
 
     The arguments, result and errors are those of `linear_policy_loss`.
     """
-    _check_process_group(process_group)
     check_tensor("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: shape {tuple(logits.shape)} instead of [..., V]")
@@ -137,6 +141,7 @@ def policy_loss(
         "rehearsal_denominator": rehearsal_denominator,
     }
     name = _backend_for("policy_loss", logits)
+    _check_process_group(process_group, name)
     if name == "torch":
         rows = select_rows(target, kind, temperature, logits.shape[-1], logits.device)
         terms = gather_terms(rows, config, statistics_dtype(logits.dtype), **per_row, **denominators)
@@ -149,7 +154,7 @@ def policy_loss(
     tensors, numbers = _split_denominators(denominators)
     loss, logprob, entropy, metrics, counts, _gradient = _policy_ops.policy_loss(
         logits, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        _policy_ops.pack_config(config), name, _needs(logits)[0],
+        _policy_ops.pack_config(config), name, group_name(process_group), _needs(logits)[0],
     )  # fmt: skip
     return _output(loss, logprob, entropy, metrics, counts)
 
@@ -176,8 +181,9 @@ def linear_logprob(
     The arguments and errors are those of `linear_policy_loss`.
     """
     check_softcap(softcap)
-    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, process_group)
+    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
     name = _backend_for("linear_logprob", hidden)
+    _check_process_group(process_group, name)
     if name == "torch":
         rows = select_rows(target, None, temperature, weight.shape[0], hidden.device)
         logprob, row_entropy = linear_statistics(
@@ -189,6 +195,7 @@ def linear_logprob(
     row_temperature, scalar = _split_temperature(temperature)
     logprob, row_entropy, *_ = _policy_ops.linear_logprob(
         hidden, weight, bias, target, row_temperature, scalar, softcap, logits_dtype, workspace_bytes, name,
+        group_name(process_group),
         _needs(hidden, weight, bias),
     )  # fmt: skip
     return logprob, row_entropy if entropy else None
@@ -245,9 +252,7 @@ def _check_linear(
     target: Tensor,
     logits_dtype: torch.dtype | None,
     workspace_bytes: int,
-    process_group: object | None,
 ) -> None:
-    _check_process_group(process_group)
     check_tensor("hidden", hidden)
     if hidden.ndim < 1:
         raise ValueError("hidden: a 0-d tensor instead of [..., H]")
@@ -268,9 +273,15 @@ def _check_linear(
         raise ValueError(f"workspace_bytes: {workspace_bytes} is not positive")
 
 
-def _check_process_group(process_group: object | None) -> None:
-    if process_group is not None:
-        raise NotImplementedError("process_group: not yet: the weight must hold the whole vocabulary")
+def _check_process_group(process_group: object | None, backend: str) -> None:
+    if process_group is None:
+        return
+    if not hasattr(process_group, "group_name"):
+        raise ValueError(
+            f"process_group: expected a torch.distributed process group, got {type(process_group).__name__}"
+        )
+    if backend == "torch":
+        raise NotImplementedError("process_group: not yet on the torch backend (float64, or no fused backend here)")
 
 
 _FUSED: dict[str, Any] = {
@@ -279,4 +290,5 @@ _FUSED: dict[str, Any] = {
     "linear_logprob": _policy_ops.linear_logprob,
 }
 for _name, _op in _FUSED.items():
-    register(_name, {"cpu": _op, "torch": linear_statistics if _name != "policy_loss" else row_statistics})
+    reference = linear_statistics if _name != "policy_loss" else row_statistics
+    register(_name, {"triton": _op, "cpu": _op, "torch": reference})

@@ -91,14 +91,25 @@ def _temperature(value: float, per_row: Tensor | None) -> float | Tensor:
     return value if per_row is None else per_row
 
 
-def hand_over(gradients: list[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
-    """The gradients times the upstream gradient: in place where nobody can ask for them again."""
-    plain = all(g is None or type(g) is Tensor for g in gradients) and type(upstream) is Tensor
-    if not plain or torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if g is None else g * upstream for g in gradients]
-    if upstream.device.type == "cpu" and float(upstream) == 1.0:
-        return gradients
-    return [None if g is None else g.mul_(upstream) for g in gradients]
+def _keep(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large as they are
+    ctx.save_for_backward(*gradients)
+
+
+def _hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | None]:
+    """The kept gradients times the upstream gradient: in place where nobody can ask for them again, so that autograd
+    takes them as they are and no copy is made."""
+    found: list[Tensor | None] = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
+    traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in (*ctx.saved_tensors, upstream))
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if g is None else g * upstream for g in found]
+    if upstream.device.type == "cuda":
+        from stable_rlhf.kernels.policy_rows import scale_
+
+        return [None if g is None else scale_(g, upstream) for g in found]
+    if float(upstream) == 1.0:
+        return found
+    return [None if g is None else g.mul_(upstream) for g in found]
 
 
 # -- linear_policy_loss ------------------------------------------------------------------------------------------------
@@ -124,15 +135,16 @@ def linear_policy_loss(
     logits_dtype: torch.dtype | None,
     workspace_bytes: int,
     backend: str,
+    group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = _unpack_config(config)
-    rows = select_rows(target, kind, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+    kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
+    rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     terms = _terms(
         rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
         [policy_denominator, rehearsal_denominator], denominators,
     )  # fmt: skip
-    kernels = _driver.row_kernels(backend)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
     if any(needs):
         state, made = _driver.policy(kernels, products, rows, terms, settings, workspace_bytes)
@@ -165,12 +177,11 @@ def _(hidden, weight, bias, target, *rest):
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.needs = inputs[-1]
-    ctx.save_for_backward(*output[-3:])
+    _keep(ctx, output[-3:])
 
 
 def _linear_policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    made = [g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-    return (*hand_over(made, upstream), *[None] * 16)
+    return (*_hand_over(ctx, ctx.needs, upstream), *[None] * 17)
 
 
 linear_policy_loss.register_autograd(_linear_policy_backward, setup_context=_keep_gradients)
@@ -195,15 +206,16 @@ def policy_loss(
     denominators: list[float],
     config: list[float],
     backend: str,
+    group: str,
     needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = _unpack_config(config)
-    rows = select_rows(target, kind, _temperature(temperature, row_temperature), logits.shape[-1], logits.device)
+    kernels, vocabulary = _driver.row_kernels(backend, group, logits.shape[-1], logits.device)
+    rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, logits.device)
     terms = _terms(
         rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
         [policy_denominator, rehearsal_denominator], denominators,
     )  # fmt: skip
-    kernels = _driver.row_kernels(backend)
     flat = logits.contiguous().view(-1, logits.shape[-1])
     state = RowState.of(rows)
     gradient = logits.new_empty(0)
@@ -232,11 +244,11 @@ def _(logits, target, *rest):
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(output[-1])
+    _keep(ctx, output[-1:])
 
 
 def _policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    return (*hand_over(list(ctx.saved_tensors), upstream), *[None] * 14)
+    return (*_hand_over(ctx, [True], upstream), *[None] * 15)
 
 
 policy_loss.register_autograd(_policy_backward, setup_context=_keep_gradient)
@@ -257,11 +269,13 @@ def linear_logprob(
     logits_dtype: torch.dtype | None,
     workspace_bytes: int,
     backend: str,
+    group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+    kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
+    rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype)
-    state = _driver.statistics(_driver.row_kernels(backend), products, rows, softcap, workspace_bytes)
+    state = _driver.statistics(kernels, products, rows, softcap, workspace_bytes)
     check_statistics(state.logprob, state.entropy, rows, "hidden, weight or bias")
     return (
         rows.scatter(state.logprob), rows.scatter(state.entropy), rows.scatter(state.max), rows.scatter(state.log_sum)
@@ -290,9 +304,11 @@ def linear_logprob_backward(
     logits_dtype: torch.dtype | None,
     workspace_bytes: int,
     backend: str,
+    group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+    kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
+    rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
     state = RowState.of(rows)
     known = {
@@ -303,7 +319,7 @@ def linear_logprob_backward(
         taken = rows.take(name, value, torch.float32)
         assert taken is not None
         getattr(state, name).copy_(taken)
-    made = _driver.given(_driver.row_kernels(backend), products, state, softcap, workspace_bytes)
+    made = _driver.given(kernels, products, state, softcap, workspace_bytes)
     return _spread(rows, made[0], hidden), _or_empty(made[1], weight), _or_empty(made[2], weight)
 
 
@@ -328,7 +344,7 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.constants[-1]
     made = linear_logprob_backward(logprob_grad, entropy_grad, *ctx.saved_tensors, *ctx.constants)
-    return (*(g if need else None for g, need in zip(made, needs, strict=True)), *[None] * 8)
+    return (*(g if need else None for g, need in zip(made, needs, strict=True)), *[None] * 9)
 
 
 linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_keep_statistics)

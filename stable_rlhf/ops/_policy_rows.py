@@ -243,6 +243,33 @@ def row_losses(
     return term, nll, log_ratio, policy & (surrogate != unclipped)
 
 
+def coefficients(kind: Tensor, logprob: Tensor, terms: Terms, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """d loss / d logprob and d loss / d entropy of each row [A]: the derivatives of `row_losses` over the denominators,
+    for code that runs below autograd."""
+    clamp = config.log_ratio_clamp
+    log_ratio = logprob - terms.old_logprob
+    ratio, advantage = log_ratio.clamp(-clamp, clamp).exp(), terms.advantage
+    held = log_ratio.abs() > clamp
+    held |= (advantage > 0) & (ratio > 1.0 + config.clip_high)
+    held |= (advantage < 0) & (ratio < 1.0 - config.clip_low)
+    if config.dual_clip is not None:
+        held |= (advantage < 0) & (ratio > config.dual_clip)
+    slope = torch.where(held, 0.0, -advantage * ratio)
+    if config.kl_coef != 0.0:
+        assert terms.ref_logprob is not None
+        apart = logprob - terms.ref_logprob
+        steep = {"k1": torch.ones_like(apart), "k2": apart, "k3": -torch.expm1(-apart)}[config.kl_estimator]
+        slope = slope + torch.where(apart.abs() <= clamp, config.kl_coef * steep, 0.0)
+    policy = kind == POLICY
+    by_logprob = torch.where(
+        policy, slope / terms.policy_denominator, -config.rehearsal_coef / terms.rehearsal_denominator
+    )
+    by_entropy = torch.where(policy, -config.entropy_coef / terms.policy_denominator, 0.0)
+    if terms.row_weight is not None:
+        by_logprob, by_entropy = by_logprob * terms.row_weight, by_entropy * terms.row_weight
+    return by_logprob, by_entropy
+
+
 def total_loss(
     rows: Rows, logprob: Tensor, entropy: Tensor, terms: Terms, config: PolicyLossConfig
 ) -> PolicyLossOutput:

@@ -99,6 +99,8 @@ def policy(
     return None if kept is None or found == count else kept[:found]
 
 
-def given(logits: Tensor, gradient: Tensor, state: RowState, softcap: float | None) -> None:
+def given(
+    logits: Tensor, gradient: Tensor, state: RowState, softcap: float | None, *, row: Tensor | None = None
+) -> None:
     """The gradient for the coefficients, max, log_sum and entropy in `state`."""
-    _call(_GIVEN, logits, gradient, state, softcap)
+    _call(_GIVEN, logits, gradient, state, softcap, row=_address(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -142,7 +143,7 @@ class ScorerArguments:
         weight_mode: ``sequence`` is the paper's importance weight; ``length_normalized`` its geometric mean per token.
         max_weight: Each weight is clamped at this value (``null``: the paper's unclamped).
         label_smoothing: Share of each label given to the other side.
-        expected_coef: Weight of a regression of e(x) on r of the pair's responses (Eq. 7); 0 leaves e to the bounds.
+        expected_coef: Weight of regressing e(x) on r of the policy's own samples (Eq. 7); 0 leaves e to the bounds.
         num_trainable_layers: Train only the last blocks and the heads; lower hidden states are cached (unset: all).
         bins: Bins of the calibration error.
     """
@@ -309,3 +310,49 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_AT_LEAST_ONE = (
+    "data.eval_prompts data.max_prompt_length data.max_length world.hidden_size world.num_hidden_layers "
+    "world.num_attention_heads world.comparisons sft.per_device_train_batch_size sft.gradient_accumulation_steps "
+    "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
+    "scorer.num_trainable_layers select.num_clusters select.top_k ppo.total_steps ppo.rollout_batch_size "
+    "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
+    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples"
+)
+_ABOVE_ZERO = (
+    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
+)
+_NOT_NEGATIVE = (
+    "seed data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay world.length_bonus "
+    "sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef "
+    "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
+    "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"
+)
+_SHARES = (
+    "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
+    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing ppo.gamma ppo.lam ppo.top_p ppo.warmup_ratio"
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse numbers that no stage can use, before the first stage starts.
+
+    Raises:
+        ValueError: names the setting, what it takes and what it got.
+    """
+    limits: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+        (_AT_LEAST_ONE, "at least 1", lambda v: v >= 1),
+        (_ABOVE_ZERO, "above 0", lambda v: v > 0),
+        (_NOT_NEGATIVE, "at least 0", lambda v: v >= 0),
+        (_SHARES, "between 0 and 1", lambda v: 0 <= v <= 1),
+    )
+    for names, words, holds in limits:
+        for name in names.split():
+            value: Any = recipe
+            for part in name.split("."):
+                value = getattr(value, part)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {words}, got {value}")
+    if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
+        raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")

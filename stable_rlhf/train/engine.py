@@ -54,14 +54,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def start(seed: int) -> None:
-    """Join the process group (one process without a launcher), quieten DeepSpeed, and seed torch."""
+    """Join the process group (one process without a launcher), quieten the libraries, and seed torch."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     import deepspeed
     from deepspeed.utils import logger
+    from transformers.utils import logging as transformers_logging
 
     logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()  # of loading and saving weights: seconds, between our own lines
     if not torch.cuda.is_available():
         # On the CPU DeepSpeed would compile a shared-memory collective on first use (minutes); gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

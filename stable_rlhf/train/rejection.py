@@ -32,6 +32,18 @@ def keep(scores: Sequence[float], samples: int, threshold: float | None) -> list
     return [max(range(start, start + samples), key=lambda i: (scores[i], -i)) for start in starts]
 
 
+def check_rounds(arguments: PPOArguments) -> int:
+    """Prompts a rank and round; responses must divide into whole prompts."""
+    world = world_size()
+    per_round, left = divmod(arguments.rollout_batch_size, arguments.rejection_samples * world)
+    if left or not per_round:
+        raise ValueError(
+            f"ppo.rollout_batch_size {arguments.rollout_batch_size} must be a multiple of rejection_samples "
+            f"{arguments.rejection_samples} x {world} ranks"
+        )
+    return per_round
+
+
 def train_rejection(
     policy: PolicyModel,
     tokenizer: Any,
@@ -48,12 +60,7 @@ def train_rejection(
     """``total_steps`` rounds of ``rollout_batch_size`` responses, ``rejection_samples`` a prompt; one optimiser step a
     round on what is kept."""
     a, world = arguments, world_size()
-    per_round, left = divmod(a.rollout_batch_size, a.rejection_samples * world)
-    if left or not per_round:
-        raise ValueError(
-            f"ppo.rollout_batch_size {a.rollout_batch_size} must be a multiple of rejection_samples "
-            f"{a.rejection_samples} x {world} ranks"
-        )
+    per_round = check_rounds(a)
     reference = policy.reference().to(policy.trunk.device)
     per_device = a.per_device_train_batch_size
     engine = Engine(

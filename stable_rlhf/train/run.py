@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts
+from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.train import stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe
+from stable_rlhf.train.datasets import locate
 from stable_rlhf.train.engine import barrier, start, world_size
+from stable_rlhf.train.ppo import check_sizes
+from stable_rlhf.train.rejection import check_rounds
 
 _SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am"}
 
@@ -26,6 +32,8 @@ _SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr":
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Run (or finish) a recipe in ``recipe.output_dir``; returns the summary, which is also in ``summary.json``."""
     start(recipe.seed)
+    if not (Path(recipe.output_dir) / "evaluation").exists():
+        check_inputs(recipe)
     run = RunDirectory(recipe.output_dir)
     part = recipe.as_dict()
     common = {"seed": recipe.seed, "engine": part["engine"]}
@@ -108,6 +116,35 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     write_report(summary, run.root)
     barrier()
     return summary
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Find out what a late stage would stop at, before the first stage starts.
+
+    Raises:
+        ValueError: sizes that do not divide, a file that is missing or has bad rows, a package that is not installed.
+    """
+    data = recipe.data
+    if recipe.model_name_or_path is not None:
+        for name in ("pairs", "prompts"):
+            if not getattr(data, name):
+                raise DataError(f"data.{name}: name at least one file")
+        if recipe.evaluate.judge == "scorer" and not data.judge_fraction:
+            raise DataError("evaluate.judge 'scorer' needs pairs of its own: set data.judge_fraction above 0")
+        if not (data.eval_main or data.forget_tasks):
+            raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
+        for names, read in (
+            ([data.prompts, data.eval_main, data.eval_forget], read_prompts),
+            ([data.demonstrations, data.rehearsal], read_demonstrations), ([data.pairs], read_comparisons),
+        ):  # fmt: skip
+            for files in filter(None, names):
+                read(locate(data, files), on_bad_row=data.on_bad_row)
+    if "rejection" in recipe.variants:
+        check_rounds(recipe.ppo)
+    if set(recipe.variants) - {"rejection"}:
+        check_sizes(recipe.ppo)
+    if "am-sr" in recipe.variants:
+        resolve_embedding_model(recipe.select.embedding_model)
 
 
 def world_data(data: DataArguments, folder: Path) -> DataArguments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge
 from stable_rlhf.evaluate.policies import against, mean_kl, respond
 from stable_rlhf.generate import GenerationSettings, generate
-from stable_rlhf.models import FeatureCache, PolicyModel, load_causal_lm, load_tokenizer
+from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
@@ -76,11 +77,12 @@ def run_materialise(recipe: Recipe, folder: Path) -> Result:
 
 def run_sft(recipe: Recipe, model: str, folder: Path, *, early_share: float | None = None) -> Result:
     """Fine-tune ``model`` on the demonstrations."""
-    tokenizer = load_tokenizer(model)
     if not recipe.data.demonstrations:
         raise DataError("data.demonstrations: name at least one prompt/response file")
-    examples, _ = load_demonstrations(recipe.data, recipe.data.demonstrations, tokenizer)
+    tokenizer = load_tokenizer(model)
     policy = load_policy(model)
+    data = replace(recipe.data, max_length=min(recipe.data.max_length, context_length(policy.causal_lm.config)))
+    examples, _ = load_demonstrations(data, data.demonstrations, tokenizer)
     return dict(
         train_sft(
             policy, tokenizer, examples, recipe.sft, recipe.engine, folder,
@@ -128,8 +130,10 @@ def run_scorer(
     chosen: list[Comparison] = rows.train if split == "train" else rows.judge
     if not chosen:
         raise DataError("data.judge_fraction is 0, so there are no pairs to train a judge on")
-    train, long = encode_comparisons(chosen, tokenizer, recipe.data.max_length, recipe.data.max_prompt_length)
-    test, long_test = encode_comparisons(rows.test, tokenizer, recipe.data.max_length, recipe.data.max_prompt_length)
+    trunk = load_causal_lm(backbone).base_model
+    limits = min(recipe.data.max_length, context_length(trunk.config)), recipe.data.max_prompt_length
+    train, long = encode_comparisons(chosen, tokenizer, *limits)
+    test, long_test = encode_comparisons(rows.test, tokenizer, *limits)
     if long or long_test:
         say(f"  {long + long_test} of {len(chosen) + len(rows.test)} comparisons are too long: left out")
     alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
@@ -138,7 +142,7 @@ def run_scorer(
     if alternates or (objective == "am" and arguments.expected_coef):
         _attach(train, policy, tokenizer, recipe, alternates)
     model = AdvantageModel(
-        load_causal_lm(backbone).base_model, tokenizer,
+        trunk, tokenizer,
         ScorerSettings(
             objective=objective, margin=arguments.margin, num_alternates=alternates,
             num_policies=(arguments.num_policies or alternates + 1) if objective == "am" else 1,
@@ -218,7 +222,9 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     if "entropy" in s.criteria:
         for candidate, value in zip(candidates, _entropies(model, rollouts), strict=True):
             candidate["entropy"] = value
-    embeddings = embed_texts([prompt_text(p.row.prompt) for p in prompts], resolve_embedding_model(s.embedding_model))
+    embeddings = embed_texts(
+        [prompt_text(p.row.prompt) for p in prompts], resolve_embedding_model(s.embedding_model), progress=False
+    )
     selection = select_rehearsal(
         candidates, scores, embeddings, num_clusters=s.num_clusters, top_k=s.top_k, criteria=s.criteria,
         method=s.method, spherical=s.spherical, seed=stream_seed(recipe.seed, "clusters") % 2**31,

@@ -1,0 +1,39 @@
+"""The derivatives of the policy loss by log-prob and entropy, which split vocabularies take, against autograd's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stable_rlhf.ops import PolicyLossConfig, _policy_rows
+
+CONFIGS = {
+    "plain": PolicyLossConfig(),
+    "dual clip": PolicyLossConfig(clip_low=0.1, clip_high=0.3, dual_clip=1.2),
+    "k1": PolicyLossConfig(kl_coef=0.2, kl_estimator="k1"),
+    "k2": PolicyLossConfig(kl_coef=0.3, kl_estimator="k2"),
+    "everything": PolicyLossConfig(0.15, 0.25, 1.3, 0.2, "k3", 0.1, 0.5, 2.0, 1.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_coefficients_are_the_derivatives_of_the_loss(name):
+    g = torch.Generator().manual_seed(2)
+    kind, target = torch.randint(0, 3, (60,), generator=g), torch.randint(0, 9, (60,), generator=g)
+    per_row = {
+        key: torch.randn(60, generator=g, dtype=torch.float64)
+        for key in ("old_logprob", "advantage", "ref_logprob", "row_weight")
+    }
+    rows = _policy_rows.select_rows(target, kind, 1.0, 9, torch.device("cpu"))
+    terms = _policy_rows.gather_terms(
+        rows, CONFIGS[name], torch.float64, **per_row, policy_denominator=7.0, rehearsal_denominator=None
+    )
+    logprob = terms.old_logprob + 0.5 * torch.randn(len(rows.kind), generator=g, dtype=torch.float64)
+    logprob[:2] += torch.tensor([30.0, -30.0])  # past the clamp
+    leaves = [logprob.requires_grad_(), torch.rand(len(rows.kind), dtype=torch.float64).requires_grad_()]
+    loss = _policy_rows.total_loss(rows, *leaves, terms, CONFIGS[name]).loss
+    want = torch.autograd.grad(loss, leaves, allow_unused=True)
+    got = _policy_rows.coefficients(rows.kind, logprob.detach(), terms, CONFIGS[name])
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
