@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -20,22 +21,33 @@ pytestmark = [
 
 
 def resources(
-    kernel, pointers: dict[str, str], constants: dict[str, object], capability: int, warps: int, folder: Path
+    kernel,
+    types: dict[str, str],
+    constants: dict[str, object],
+    capability: int,
+    warps: int,
+    folder: Path,
+    aligned: tuple[str, ...] = (),
 ):
-    """Registers, stack, shared and local memory of a kernel compiled for one GPU architecture."""
+    """Registers, stack, shared and local memory of a kernel compiled for one GPU architecture, and its PTX.
+
+    `aligned`: the arguments whose value, or address, is a multiple of 16.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     dump = subprocess.run(
         [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
     ).stdout
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+    return used, compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -45,6 +57,65 @@ def test_gae(capability, dtype, tmp_path, record_property):
 
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("reward", "value", "bootstrap", "advantage", "return")}
     constants = {"GAMMA": 0.99, "DECAY": 0.9, "HAS_BOOTSTRAP": True, "DTYPE": getattr(tl, f"float{dtype[2:]}")}
-    used = resources(_gae_kernel, {**pointers, "bounds_ptr": "*i64"}, constants, capability, 1, tmp_path)
+    used, _ = resources(_gae_kernel, {**pointers, "bounds_ptr": "*i64"}, constants, capability, 1, tmp_path)
+    record_property("resources", used)
+    assert 0 < used["REG"] <= 64 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used
+
+
+ROW_TYPES = {
+    **dict.fromkeys(("target_ptr", "row_ptr", "order_ptr"), "*i64"),
+    "kind_ptr": "*i8",
+    **dict.fromkeys(("logits_stride", "gradient_stride", "vocabulary"), "i32"),
+}
+PLAIN = {"TERMS": True, "KL": 0, "ENTROPY": False, "SOFTCAP": False, "HAS_ORDER": False}
+EVERYTHING = {"TERMS": True, "KL": 3, "ENTROPY": True, "SOFTCAP": True, "HAS_ORDER": False, "HAS_ROW_WEIGHT": True}
+ROW_KERNELS = {  # logits, gradient, which parts
+    "statistics and coefficients": ("bf16", "bf16", {**PLAIN, "STATISTICS": True, "GRADIENT": False}),
+    "gradient of kept rows": ("bf16", "bf16", {**PLAIN, "STATISTICS": False, "GRADIENT": True, "HAS_ORDER": True}),
+    "all from float32 logits": ("fp32", "bf16", {**PLAIN, "STATISTICS": True, "GRADIENT": True}),
+    "all of every option": ("bf16", "bf16", {**EVERYTHING, "STATISTICS": True, "GRADIENT": True}),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ROW_KERNELS)
+def test_policy_rows(name, capability, tmp_path, record_property):
+    """At the launch shape of vocabularies of 128,256, 151,936 and 250,880, which is one and the same."""
+    from stable_rlhf.kernels.policy_rows import _row_kernel, launch_shape
+
+    logits, gradient, parts = ROW_KERNELS[name]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[logits]
+    (block, warps), *others = {
+        launch_shape(vocabulary, dtype, parts["SOFTCAP"]) for vocabulary in (128256, 151936, 250880)
+    }
+    assert not others
+    types = {
+        argument: ROW_TYPES.get(argument, "*fp32" if argument.endswith("_ptr") else "fp32")
+        for argument in _row_kernel.arg_names
+        if argument.islower()
+    } | {"logits_ptr": f"*{logits}", "gradient_ptr": f"*{gradient}"}
+    off = {argument: False for argument in _row_kernel.arg_names if argument.startswith("HAS_")}
+    constants = {**off, **parts, "BLOCK": block, "LANES": 16 // dtype.itemsize}
+    aligned = ("logits_ptr", "gradient_ptr", "logits_stride", "gradient_stride", "vocabulary")
+    used, ptx = resources(_row_kernel, types, constants, capability, warps, tmp_path, aligned)
+    record_property("resources", {"block": block, "warps": warps, **used})
+    assert used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used
+    # Two programs fit a multiprocessor of 65,536 registers, so that one works while the other waits.
+    assert 0 < used["REG"] * 32 * warps <= 65536 // 2, used
+    assert re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx), "logits are not read 16 bytes at a time"
+    # z is rounded before the maximum is subtracted: no fused multiply and subtract.
+    assert re.search(r"fma\.rn\.f32[^;]*, 0f00000000;", ptx)
+    if gradient == "bf16" and parts["GRADIENT"]:
+        assert "cvt.rn.bf16x2.f32" in ptx and re.search(r"st\.global(\.\w+)*\.v[24]\.b32", ptx)
+
+
+@pytest.mark.parametrize("name", ["_order_kernel", "_scale_kernel"])
+def test_small_policy_kernels(name, tmp_path, record_property):
+    from stable_rlhf.kernels import policy_rows
+
+    kernel = getattr(policy_rows, name)
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"count": "i32", "order_ptr": "*i64", "found_ptr": "*i32"}
+    types = {argument: types[argument] for argument in kernel.arg_names if argument != "BLOCK"}
+    used, _ = resources(kernel, types, {"BLOCK": 1024}, 90, 4, tmp_path)
     record_property("resources", used)
     assert 0 < used["REG"] <= 64 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used

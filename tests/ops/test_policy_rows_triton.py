@@ -1,0 +1,482 @@
+"""The Triton row kernel of the policy losses: in the interpreter against float64 and the C++ kernel, and on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_policy_loss import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, naive_row, relative
+
+import stable_rlhf.ops as ops
+from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops._policy_rows import RowState, Terms
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
+cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
+CONFIGS = {**CONFIGS, "k1": PolicyLossConfig(kl_coef=0.3, kl_estimator="k1")}
+HALVES = (torch.bfloat16, torch.float16)
+SETTINGS = {"clip": PolicyLossConfig(0.05, 0.05), "everything": CONFIGS["everything"]}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is that process")
+def test_in_the_interpreter():
+    """A process of its own: triton reads TRITON_INTERPRET when its kernels are defined."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def rounding_of_a_gpu(monkeypatch):
+    """The interpreter cuts float32 to bfloat16 off; GPUs round to nearest (the compiled test looks for that)."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    other = interpreter._convert_float
+
+    def convert(data, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
+        return other(data, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    with np.errstate(all="ignore"):  # infinity minus infinity is looked at, and then left out
+        yield
+
+
+def kernels():
+    from stable_rlhf.kernels import policy_rows
+
+    return policy_rows
+
+
+def make_rows(rows: int, vocabulary: int, config: PolicyLossConfig, dtype=torch.float32, seed=0, spread=3.0):
+    """Logits [rows, vocabulary], an untouched state, kinds and terms."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(rows, vocabulary, generator=g)).to(dtype)
+    target = torch.randint(0, vocabulary, (rows,), generator=g)
+    inverse = 0.5 + torch.rand(rows, generator=g)
+    here = torch.log_softmax(logits.float() * inverse[:, None], -1).gather(1, target[:, None])[:, 0]
+    terms = Terms(
+        old_logprob=here + 0.4 * torch.randn(rows, generator=g),
+        advantage=torch.randn(rows, generator=g),
+        ref_logprob=here + 0.4 * torch.randn(rows, generator=g) if config.kl_coef else None,
+        row_weight=0.2 + torch.rand(rows, generator=g),
+        policy_denominator=torch.tensor(3.7),
+        rehearsal_denominator=torch.tensor(5.3),
+    )
+    kind = torch.randint(1, 3, (rows,), generator=g, dtype=torch.int8) if rows > 1 else torch.ones(1, dtype=torch.int8)
+    return logits, new_state(target, inverse), kind, terms
+
+
+def new_state(target, inverse):
+    return RowState(target.clone(), inverse.clone(), *(torch.full_like(inverse, math.nan) for _ in range(6)))
+
+
+def fresh(state: RowState) -> RowState:
+    return new_state(state.target, state.inverse_temperature)
+
+
+def exact(logits, state, kind, terms, config):
+    """Log-probs, entropies and the gradient of the loss with respect to the logits, in float64."""
+    leaf = logits.double().requires_grad_()
+    zeros = torch.zeros(len(kind))
+    loss, logprob, entropy, _ = naive_loss(
+        leaf, state.target, kind, old=terms.old_logprob.double(), adv=terms.advantage.double(),
+        ref=(zeros if terms.ref_logprob is None else terms.ref_logprob).double(), row_weight=terms.row_weight.double(),
+        temperature=1.0 / state.inverse_temperature.double(), config=config,
+        denominators=(float(terms.policy_denominator), float(terms.rehearsal_denominator)),
+    )  # fmt: skip
+    loss.backward()
+    return torch.tensor(logprob).double(), torch.tensor(entropy).double(), leaf.grad
+
+
+def check(state, gradient, want, order=None):
+    """float32 results are right to 1e-5; 16-bit gradients as near as the exact one rounded, times 1.25."""
+    logprob, entropy, exact_gradient = want
+    torch.testing.assert_close(state.logprob.double(), logprob, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+    if order is not None:
+        dropped = torch.ones(len(logprob), dtype=torch.bool)
+        dropped[order] = False
+        assert order.unique().numel() == order.numel() and not exact_gradient[dropped].any()
+        exact_gradient, gradient = exact_gradient[order], gradient[: order.numel()]
+    rounding = relative(exact_gradient.to(gradient.dtype), exact_gradient)
+    assert relative(gradient, exact_gradient) <= 1.25 * rounding + 1e-5
+
+
+SHAPES = [
+    (1, 1, torch.float32),
+    (3, 2, torch.bfloat16),
+    (3, 7, torch.float16),
+    (17, 33, torch.float32),
+    (3, 1000, torch.bfloat16),
+    (1, 4099, torch.bfloat16),
+    (3, 4099, torch.float32),
+    (3, 4099, torch.float16),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "vocabulary", "dtype"), SHAPES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_shapes_and_types(name, rows, vocabulary, dtype):
+    config = SETTINGS[name]
+    logits, state, kind, terms = make_rows(rows, vocabulary, config, dtype)
+    want = exact(logits, state, kind, terms, config)
+    order = kernels().policy(logits, logits, state, kind, terms, config)
+    check(state, logits, want, order)
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "weighted"), [*((name, True) for name in CONFIGS), ("plain", False)])
+def test_every_option(name, weighted):
+    config = CONFIGS[name]
+    logits, state, kind, terms = make_rows(9, 41, config, seed=1)
+    want = exact(logits, state, kind, terms if weighted else with_weight(terms, torch.ones(9)), config)
+    gradient = torch.full_like(logits, math.nan)
+    before = logits.clone()
+    terms = terms if weighted else with_weight(terms, None)
+    assert kernels().policy(logits, gradient, state, kind, terms, config, compact=False) is None
+    check(state, gradient, want)
+    zero = (state.coefficient == 0) & (state.entropy_coefficient == 0)
+    assert torch.equal(logits, before) and not gradient[zero].any()
+
+
+def with_weight(terms, weight):
+    return dataclasses.replace(terms, row_weight=weight)
+
+
+@interpreted
+@cpp
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_like_the_cpp_kernel(name, dtype):
+    from stable_rlhf.ops import _rows_cpu
+
+    config = SETTINGS[name]
+    made = []
+    for module in (_rows_cpu, kernels()):
+        logits, state, kind, terms = make_rows(9, 1000, config, dtype, seed=2)
+        order = module.policy(logits, logits, state, kind, terms, config, compact=name == "clip")
+        made.append((logits, state, order))
+    (cpp_gradient, cpp_state, cpp_order), (gradient, state, order) = made
+    for field in dataclasses.fields(RowState):
+        torch.testing.assert_close(
+            getattr(state, field.name), getattr(cpp_state, field.name), rtol=1e-6, atol=1e-6, msg=field.name
+        )
+    if name == "clip":
+        assert torch.equal(order, cpp_order) and order.numel() < 9
+    kept = 9 if order is None else order.numel()
+    assert relative(gradient[:kept], cpp_gradient[:kept]) <= (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+def test_dropped_rows_leave_no_gap(logits_dtype):
+    """In place (bfloat16), and from float32 logits to a bfloat16 gradient."""
+    config = SETTINGS["clip"]
+    logits, state, kind, terms = make_rows(17, 33, config, logits_dtype, seed=3)
+    want = exact(logits, state, kind, terms, config)
+    gradient = logits if logits_dtype == torch.bfloat16 else torch.full_like(logits, math.nan, dtype=torch.bfloat16)
+    before = gradient.clone()
+    order = kernels().policy(logits, gradient, state, kind, terms, config)
+    dropped = (state.coefficient == 0).tolist()
+    assert 0 < sum(dropped) < 17 and order.tolist() == moved(dropped)
+    assert order.tolist() != sorted(order.tolist())  # some row did move
+    check(state, gradient, want, order)
+    torch.testing.assert_close(gradient[len(order) :], before[len(order) :], rtol=0, atol=0, equal_nan=True)
+
+
+def moved(dropped: list[bool]) -> list[int]:
+    found = dropped.count(False)
+    late = iter([i for i in range(found, len(dropped)) if not dropped[i]])
+    return [next(late) if dropped[i] else i for i in range(found)]
+
+
+@interpreted
+@pytest.mark.parametrize("count", [1, 5, 1024, 3001])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_kept_rows(count, share):
+    g = torch.Generator().manual_seed(count)
+    state = new_state(torch.zeros(count, dtype=torch.int64), torch.ones(count))
+    dropped = torch.rand(count, generator=g) < share
+    either = torch.rand(count, generator=g) < 0.5
+    state.coefficient[:] = torch.where(~dropped & either, 1.5, 0.0)
+    state.entropy_coefficient[:] = torch.where(~dropped & ~either, math.nan, -0.0)
+    order = kernels().kept_rows(state)
+    assert (order is None) == (not dropped.any())
+    if order is not None:
+        assert order.tolist() == moved(dropped.tolist())
+
+
+@interpreted
+def test_all_rows_dropped_and_no_rows():
+    config = PolicyLossConfig(0.0, 0.0)
+    logits, state, _, terms = make_rows(3, 9, config)
+    kind = torch.ones(3, dtype=torch.int8)
+    above = dataclasses.replace(terms, old_logprob=torch.full((3,), -50.0), advantage=torch.ones(3))
+    before = logits.clone()
+    assert kernels().policy(logits, logits, state, kind, above, config).numel() == 0 and torch.equal(logits, before)
+    assert kernels().policy(logits, logits, state, kind, above, config, compact=False) is None and not logits.any()
+    none = slice(0, 0)
+    empty, no_state, no_terms = logits[none], fresh(state).cut(none), terms.cut(none)
+    assert kernels().policy(empty, empty, no_state, kind[none], no_terms, config) is None
+    kernels().statistics(empty, no_state, None)
+    kernels().given(empty, empty, no_state, None)
+
+
+@interpreted
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize(("low", "high", "dual"), [(0.2, 0.2, None), (0.1, 0.3, 1.5)])
+def test_clip_edges(advantage, low, high, dual):
+    config = PolicyLossConfig(low, high, dual)
+    edges = [1 - low, 1 + high, dual or 3.0]
+    ratios = torch.tensor([0.5, 1.0, 5.0, *(edge * (1 + s) for edge in edges for s in (-1e-5, 1e-5))]).double()
+    rows = len(ratios)
+    logits = torch.randn(1, 7, generator=torch.Generator().manual_seed(0)).repeat(rows, 1)
+    state = new_state(torch.full((rows,), 2), torch.ones(rows))
+    logprob = torch.log_softmax(logits.double(), -1)[:, 2]
+    terms = Terms((logprob - ratios.log()).float(), torch.full((rows,), advantage), None, None, *torch.ones(2).unbind())
+    kernels().policy(logits, logits, state, torch.ones(rows, dtype=torch.int8), terms, config, compact=False)
+    clipped = (ratios > 1 + high) if advantage > 0 else (ratios < 1 - low) | (ratios > (dual or math.inf))
+    want = torch.where(clipped, 0.0, -advantage * ratios)
+    torch.testing.assert_close(state.coefficient.double(), want, rtol=1e-5, atol=0)
+    assert torch.equal(state.coefficient == 0, clipped) and not state.entropy_coefficient.any()
+
+
+@interpreted
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_blocks_of_every_kind(softcap, monkeypatch):
+    """Many blocks, few, part of one; a rest is in most other tests."""
+    config = PolicyLossConfig(softcap=softcap, entropy_coef=0.1)
+    logits, state, kind, terms = make_rows(2, 768, config, seed=4)
+    want = exact(logits, state, kind, terms, config)
+    for shape in ("64,1", "256,1", "1024,2"):
+        monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", shape)
+        gradient, part_state = torch.empty_like(logits), fresh(state)
+        kernels().policy(logits, gradient, part_state, kind, terms, config)
+        check(part_state, gradient, want)
+
+
+@interpreted
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_slices_of_the_vocabulary(softcap, monkeypatch):
+    """Statistics of slices join to those of the whole; given these, each slice's gradient is the whole one's."""
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    logits, state, _, _ = make_rows(5, 300, PolicyLossConfig(), seed=5)
+    whole, mean = fresh(state), torch.empty(5)
+    kernels().statistics(logits, whole, softcap, weighted=mean)
+    torch.testing.assert_close(whole.entropy, whole.log_sum - mean)
+    joined = fresh(state)
+    parts = []
+    for begin, end in ((0, 130), (130, 131), (131, 300)):
+        part = fresh(state)
+        part.target -= begin
+        weighted, target_logit = torch.empty(5), torch.empty(5)
+        kernels().statistics(logits[:, begin:end], part, softcap, weighted=weighted, target_logit=target_logit)
+        here = (part.target >= 0) & (part.target < end - begin)
+        assert not part.logprob[~here].any() and not target_logit[~here].any()
+        torch.testing.assert_close(target_logit[here] - part.log_sum[here], part.logprob[here])
+        parts.append((part, weighted, target_logit + torch.where(here, part.max, 0.0)))
+    top = torch.stack([p.max for p, *_ in parts]).amax(0)
+    sums = torch.stack([(p.log_sum + p.max - top).exp() for p, *_ in parts])
+    assert torch.equal(top, whole.max)
+    torch.testing.assert_close(sums.sum(0).log(), whole.log_sum)
+    torch.testing.assert_close(sum(z for *_, z in parts) - top - whole.log_sum, whole.logprob, rtol=1e-5, atol=1e-5)
+    means = torch.stack([w + p.max - top for p, w, _ in parts])
+    torch.testing.assert_close((sums * means).sum(0) / sums.sum(0), mean, rtol=1e-5, atol=1e-5)
+
+    whole.coefficient[:], whole.entropy_coefficient[:] = torch.randn(5), torch.randn(5)
+    gradient = torch.empty_like(logits)
+    kernels().given(logits, gradient, whole, softcap)
+    for begin, end in ((0, 130), (130, 131), (131, 300)):
+        joined = dataclasses.replace(whole, target=whole.target - begin)
+        part = torch.empty(5, end - begin)
+        kernels().given(logits[:, begin:end], part, joined, softcap)
+        torch.testing.assert_close(part, gradient[:, begin:end], rtol=1e-6, atol=1e-7)
+
+
+@interpreted
+def test_chosen_rows():
+    """Active row i is row `row[i]` of logits and gradient; no other row is touched."""
+    row = torch.tensor([4, 0, 3])
+    config = SETTINGS["everything"]
+    logits, state, kind, terms = make_rows(3, 20, config, seed=8)
+    want = exact(logits, state, kind, terms, config)
+    spread = torch.full((6, 20), math.nan)
+    spread[row] = logits
+    gradient = torch.full((6, 20), math.nan)
+    kernels().policy(spread, gradient, state, kind, terms, config, row=row, compact=False)
+    check(state, gradient[row], want)
+    again = torch.full((6, 20), math.nan)
+    kernels().given(spread, again, state, config.softcap, row=row)
+    torch.testing.assert_close(again, gradient, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert again[[1, 2, 5]].isnan().all()
+    only = fresh(state)
+    kernels().statistics(spread, only, config.softcap, row=row)
+    assert torch.equal(only.logprob, state.logprob) and torch.equal(only.entropy, state.entropy)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [1e4, -1e4, None])
+def test_extreme_logits(offset, dtype, monkeypatch):
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    logits, state, _, terms = make_rows(4, 150, PolicyLossConfig(), dtype, seed=6)
+    logits = (1e4 * logits.sign()).to(dtype) if offset is None else (logits.float() + offset).to(dtype)
+    state.inverse_temperature[:] = 1.0
+    kind, config = torch.full((4,), 2, dtype=torch.int8), PolicyLossConfig(rehearsal_coef=1.0)
+    want = exact(logits, state, kind, terms, config)
+    kernels().policy(logits, logits, state, kind, terms, config)
+    check(state, logits, want)
+
+
+@interpreted
+def test_target_of_probability_one():
+    """1 - p keeps its digits where p rounds to 1."""
+    logits = torch.zeros(1, 40)
+    logits[0, 3] = 24.0
+    want = naive_row(logits[0].double(), 3, 1.0, None)[0].exp() - 1  # about -1.5e-9
+    state = new_state(torch.tensor([3]), torch.ones(1))
+    terms = Terms(torch.zeros(1), torch.zeros(1), None, None, torch.ones(()), torch.ones(()))
+    kind = torch.full((1,), 2, dtype=torch.int8)
+    kernels().policy(logits, logits, state, kind, terms, PolicyLossConfig(rehearsal_coef=1.0))
+    assert float(logits[0, 3]) == pytest.approx(float(want), abs=6e-8)
+    assert float(logits[0, 4]) == pytest.approx(math.exp(-24.0), rel=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_non_finite_logits_are_not_hidden(value, dtype, monkeypatch):
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    places = [0, 1, 63, 64, 127, 128, 149]
+    logits = torch.zeros(len(places) + 2, 150, dtype=dtype)
+    for i, place in enumerate(places):
+        logits[i, place] = value
+    logits[-2] = value
+    state = new_state(torch.zeros(len(logits), dtype=torch.int64), torch.ones(len(logits)))
+    kernels().statistics(logits, state, None)
+    finite = torch.isfinite(state.logprob) & torch.isfinite(state.entropy)
+    assert finite.tolist() == [False] * (len(places) + 1) + [True]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nothing_beyond_the_row_is_touched(in_place, dtype):
+    config = SETTINGS["everything"]
+    made, state, kind, terms = make_rows(3, 37, config, dtype, seed=7)
+    want = exact(made, state, kind, terms, config)
+    wide = torch.full((3, 50), math.nan, dtype=dtype)
+    wide[:, :37] = made
+    out = wide if in_place else torch.full((3, 41), math.nan, dtype=dtype)
+    kernels().policy(wide[:, :37], out[:, :37], state, kind, terms, config)
+    check(state, out[:, :37], want)
+    assert out[:, 37:].isnan().all() and wide[:, 37:].isnan().all()
+
+
+def run_all(case, name, config, **options):
+    with ops.backend(name):
+        leaves, out = fused_of(case, config, **options)
+        (2.0 * out.loss).backward()
+        given = {key: case[key] for key in PER_ROW}
+        logits = torch.nn.functional.linear(case["hidden"], case["weight"], case["bias"]).detach().requires_grad_()
+        direct = ops.policy_loss(
+            logits, case["target"], case["kind"], temperature=case["temperature"], config=config, **given
+        )
+        direct.loss.backward()
+        heads = [case[key].clone().requires_grad_() for key in ("hidden", "weight", "bias")]
+        logprob, entropy = ops.linear_logprob(
+            *heads[:2], case["target"], bias=heads[2], temperature=case["temperature"], softcap=config.softcap,
+            entropy=True, **options,
+        )  # fmt: skip
+        (logprob.sin().sum() + entropy.cos().sum()).backward()
+    return {
+        "loss": out.loss, "logprob": out.logprob, "entropy": out.entropy, **out.metrics,
+        "direct loss": direct.loss, "direct gradient": logits.grad, "token logprob": logprob, "token entropy": entropy,
+        **{f"gradient {key}": leaf.grad for key, leaf in leaves.items()},
+        **{f"token gradient {i}": head.grad for i, head in enumerate(heads)},
+    }  # fmt: skip
+
+
+def compare(case, config, device, tolerance, **options):
+    got = run_all({k: v.to(device) for k, v in case.items()}, "triton", config, **options)
+    want = run_all({k: v.double() if v.is_floating_point() else v for k, v in case.items()}, "torch", config)
+    plain = run_all(case, "torch", config) if case["hidden"].element_size() == 2 else None
+    for key, value in got.items():
+        allowed = tolerance + (1.25 * relative(plain[key].detach(), want[key].detach()) if plain else 0.0)
+        assert relative(value.detach().cpu(), want[key].detach()) <= allowed, key
+
+
+@interpreted
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations(name, dtype):
+    """Chunks, ignored rows, all three gradients, an upstream gradient of 2."""
+    case = make_case(11, 41, dtype=dtype)
+    case["target"][0], case["kind"][0] = 3, 1
+    compare(case, SETTINGS[name], "cpu", 1e-5, workspace_bytes=4 * 41 * 4)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_one_kind_of_rows(kind):
+    case = make_case(3, 7, kinds=(kind,))
+    results = {name: run_all(case, name, CONFIGS["plain"]) for name in ("triton", "torch")}
+    for key, value in results["triton"].items():
+        torch.testing.assert_close(value, results["torch"][key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_scale(dtype):
+    x = torch.randn(3, 3001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scaled = x.clone()
+    assert kernels().scale_(scaled, torch.tensor(1.0)) is scaled and torch.equal(scaled, x)
+    kernels().scale_(scaled, torch.tensor(0.3))
+    torch.testing.assert_close(scaled, (0.3 * x.float()).to(dtype), rtol=1e-7, atol=0)
+    kernels().scale_(scaled.t(), torch.tensor(0.0))
+    assert not scaled.any()
+    assert kernels().scale_(torch.empty(0), torch.tensor(2.0)).numel() == 0
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 7), (63, 1000), (40, 50257), (9, 128256)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+class TestGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_operations(self, name, rows, vocabulary, dtype):
+        case = make_case(rows, vocabulary, width=16, dtype=dtype, kinds=(1, 2) if rows > 1 else (1,))
+        case["target"] = case["target"].clamp(min=0) if rows == 1 else case["target"]
+        compare(case, CONFIGS[name], "cuda", 1e-5, workspace_bytes=rows * vocabulary * 2)
+
+    def test_extreme_logits_with_temperature(self, rows, vocabulary, dtype):
+        """A product fused with the subtraction of the maximum would be off by 5e-4 here."""
+        g = torch.Generator().manual_seed(0)
+        logits = (
+            1e4 * torch.randn(rows, vocabulary, generator=g).sign() + torch.randn(rows, vocabulary, generator=g)
+        ).to(dtype)
+        state = new_state(logits.float().argmax(-1), 0.5 + torch.rand(rows, generator=g))
+        z = logits.float() * state.inverse_temperature[:, None]
+        on_gpu = RowState(*(getattr(state, field.name).cuda() for field in dataclasses.fields(state)))
+        kernels().statistics(logits.cuda(), on_gpu, None)
+        want = torch.log_softmax(z.double(), -1).amax(-1)
+        torch.testing.assert_close(on_gpu.logprob.cpu().double(), want, rtol=1e-5, atol=1e-5)
