@@ -95,6 +95,28 @@ void bind_rows(py::module_& m) {
         py::arg("entropy") = 0, py::arg("max") = 0, py::arg("log_sum") = 0, py::arg("weighted") = 0,
         py::arg("target_logit") = 0, py::arg("kept") = 0, py::arg("num_threads") = 1, py::arg("isa") = "",
         py::call_guard<py::gil_scoped_release>());
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();
+    m.def("select_columns",  // thresholds of 0: only the peaks
+          [](int type, Address gradient, int64_t stride, int64_t count, int64_t vocabulary, Address inverse_scale,
+             Address thresholds, int num_thresholds, Address peaks, Address masses, int num_threads) {
+              const Columns call{static_cast<LogitsType>(type), at<const void>(gradient), stride,
+                                 count,                         vocabulary,               at<const float>(inverse_scale),
+                                 at<const float>(thresholds),   num_thresholds,           at<float>(peaks),
+                                 at<float>(masses),             num_threads};
+              if (num_thresholds == 0) {
+                  column_peaks(call);
+              } else {
+                  dropped_masses(call);
+              }
+          },
+          without_gil);
+    m.def("gather_columns",
+          [](Address gradient, int64_t stride, int bytes, Address rows, int64_t num_rows, Address columns,
+             int64_t num_columns, Address out, int num_threads) {
+              gather_columns(at<const void>(gradient), stride, bytes, at<const int64_t>(rows), num_rows,
+                             at<const int64_t>(columns), num_columns, at<void>(out), num_threads);
+          },
+          without_gil);
     m.def("rows_isas", [] {
         py::list names;
         for (const char* const* name = rows_isas(); *name; ++name) names.append(*name);

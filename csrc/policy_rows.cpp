@@ -7,19 +7,35 @@
 
 namespace stable_rlhf {
 
-namespace rows_baseline { void run_rows(const Rows& call, int64_t begin, int64_t end); }
+namespace rows_baseline {
+void run_rows(const Rows& call, int64_t begin, int64_t end);
+void run_peaks(const Columns& call, int64_t begin, int64_t end);
+void run_masses(const Columns& call, int64_t begin, int64_t end);
+}
 #if defined(__x86_64__)
-namespace rows_avx2 { void run_rows(const Rows& call, int64_t begin, int64_t end); }
-namespace rows_avx512 { void run_rows(const Rows& call, int64_t begin, int64_t end); }
+namespace rows_avx2 {
+void run_rows(const Rows& call, int64_t begin, int64_t end);
+void run_peaks(const Columns& call, int64_t begin, int64_t end);
+void run_masses(const Columns& call, int64_t begin, int64_t end);
+}
+namespace rows_avx512 {
+void run_rows(const Rows& call, int64_t begin, int64_t end);
+void run_peaks(const Columns& call, int64_t begin, int64_t end);
+void run_masses(const Columns& call, int64_t begin, int64_t end);
+}
 #endif
 
 namespace {
 
-using RunRows = void (*)(const Rows&, int64_t, int64_t);
+struct Functions {
+    void (*rows)(const Rows&, int64_t, int64_t);
+    void (*peaks)(const Columns&, int64_t, int64_t);
+    void (*masses)(const Columns&, int64_t, int64_t);
+};
 
 struct Choice {
     const char* names[4];
-    RunRows functions[4];
+    Functions functions[4];
     int count;
 };
 
@@ -31,15 +47,15 @@ const Choice& choices() {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
             c.names[c.count] = "avx512";
-            c.functions[c.count++] = rows_avx512::run_rows;
+            c.functions[c.count++] = {rows_avx512::run_rows, rows_avx512::run_peaks, rows_avx512::run_masses};
         }
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
             c.names[c.count] = "avx2";
-            c.functions[c.count++] = rows_avx2::run_rows;
+            c.functions[c.count++] = {rows_avx2::run_rows, rows_avx2::run_peaks, rows_avx2::run_masses};
         }
 #endif
         c.names[c.count] = "baseline";
-        c.functions[c.count++] = rows_baseline::run_rows;
+        c.functions[c.count++] = {rows_baseline::run_rows, rows_baseline::run_peaks, rows_baseline::run_masses};
         return c;
     }();
     return found;
@@ -51,9 +67,9 @@ const char* const* rows_isas() { return choices().names; }
 
 int64_t rows(const Rows& call, const char* isa) {
     const Choice& choice = choices();
-    RunRows run = isa[0] == '\0' ? choice.functions[0] : nullptr;
+    auto run = isa[0] == '\0' ? choice.functions[0].rows : nullptr;
     for (int i = 0; i < choice.count; ++i) {
-        if (std::strcmp(isa, choice.names[i]) == 0) run = choice.functions[i];
+        if (std::strcmp(isa, choice.names[i]) == 0) run = choice.functions[i].rows;
     }
     if (run == nullptr) return -1;
     parallel_for(call.count, 4, call.num_threads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
@@ -82,6 +98,44 @@ int64_t rows(const Rows& call, const char* isa) {
         }
     });
     return kept;
+}
+
+void column_peaks(const Columns& call) {
+    const auto run = choices().functions[0].peaks;
+    parallel_for(call.vocabulary, 1024, call.num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at += 1024) run(call, at, std::min(at + 1024, end));
+    });
+}
+
+void dropped_masses(const Columns& call) {
+    const auto run = choices().functions[0].masses;
+    parallel_for(call.count, 2, call.num_threads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+}
+
+namespace {
+
+template <typename T>
+void gather(const T* gradient, int64_t stride, const int64_t* rows, int64_t num_rows, const int64_t* columns,
+            int64_t num_columns, T* out, int num_threads) {
+    parallel_for(num_rows, 2, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const T* row = gradient + rows[i] * stride;
+            for (int64_t j = 0; j < num_columns; ++j) out[i * num_columns + j] = row[columns[j]];
+        }
+    });
+}
+
+}  // namespace
+
+void gather_columns(const void* gradient, int64_t stride, int bytes, const int64_t* rows, int64_t num_rows,
+                    const int64_t* columns, int64_t num_columns, void* out, int num_threads) {
+    if (bytes == 4) {
+        gather(static_cast<const uint32_t*>(gradient), stride, rows, num_rows, columns, num_columns,
+               static_cast<uint32_t*>(out), num_threads);
+    } else {
+        gather(static_cast<const uint16_t*>(gradient), stride, rows, num_rows, columns, num_columns,
+               static_cast<uint16_t*>(out), num_threads);
+    }
 }
 
 }  // namespace stable_rlhf

@@ -62,6 +62,27 @@ struct Rows {
 // rows_isas().
 int64_t rows(const Rows& call, const char* isa);
 
+// Gradient rows for bounded-error column selection: `inverse_scale` [count] makes |gradient| a share of a row's mass.
+struct Columns {
+    LogitsType type;
+    const void* gradient;
+    int64_t stride, count, vocabulary;
+    const float* inverse_scale;
+    const float* thresholds;  // [num_thresholds], at most kMaxThresholds
+    int num_thresholds;
+    float* peaks;             // [vocabulary]: largest share of each column over the rows
+    float* masses;            // [count, num_thresholds]: share of each row in columns whose peak is below a threshold
+    int num_threads;
+};
+constexpr int kMaxThresholds = 8;
+
+void column_peaks(const Columns& call);
+void dropped_masses(const Columns& call);
+
+// out[i, j] = gradient[rows[i], columns[j]], for elements of `bytes` (2 or 4).
+void gather_columns(const void* gradient, int64_t stride, int bytes, const int64_t* rows, int64_t num_rows,
+                    const int64_t* columns, int64_t num_columns, void* out, int num_threads);
+
 // Names of the instruction sets this processor can run, the best first; null-terminated.
 const char* const* rows_isas();
 

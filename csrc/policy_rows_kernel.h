@@ -387,5 +387,70 @@ void run_rows(const Rows& call, int64_t begin, int64_t end) {
     }
 }
 
+inline Floats size_of(Floats x) { return x < Floats{} ? -x : x; }
+
+// Columns [begin, end); `end - begin` is at most kBlock.
+template <typename T>
+void peaks_of(const Columns& call, int64_t begin, int64_t end) {
+    alignas(64) float peak[kBlock];
+    for (int64_t j = 0; j < end - begin; ++j) peak[j] = 0.0f;
+    for (int64_t i = 0; i < call.count; ++i) {
+        const T* row = static_cast<const T*>(call.gradient) + i * call.stride + begin;
+        const Floats scale = splat(call.inverse_scale[i]);
+        int64_t j = 0;
+        for (; j + kWidth <= end - begin; j += kWidth) {
+            store(peak + j, larger(load(peak + j), size_of(load(row + j)) * scale));
+        }
+        for (; j < end - begin; ++j) {
+            const float share = (widen(row[j]) < 0 ? -widen(row[j]) : widen(row[j])) * call.inverse_scale[i];
+            peak[j] = share > peak[j] ? share : peak[j];
+        }
+    }
+    memcpy(call.peaks + begin, peak, (end - begin) * sizeof(float));
+}
+
+template <typename T>
+void masses_of(const Columns& call, int64_t i) {
+    const T* row = static_cast<const T*>(call.gradient) + i * call.stride;
+    double total[kMaxThresholds] = {};
+    for (int64_t begin = 0; begin < call.vocabulary; begin += kBlock) {
+        const int64_t end = begin + kBlock < call.vocabulary ? begin + kBlock : call.vocabulary;
+        Floats sum[kMaxThresholds] = {};
+        int64_t j = begin;
+        for (; j + kWidth <= end; j += kWidth) {
+            const Floats peak = load(call.peaks + j), share = size_of(load(row + j));
+            for (int t = 0; t < call.num_thresholds; ++t) sum[t] += peak < splat(call.thresholds[t]) ? share : Floats{};
+        }
+        for (int t = 0; t < call.num_thresholds; ++t) total[t] += double(horizontal_sum(sum[t]));
+        for (; j < end; ++j) {
+            const float x = widen(row[j]);
+            for (int t = 0; t < call.num_thresholds; ++t) {
+                if (call.peaks[j] < call.thresholds[t]) total[t] += x < 0 ? -x : x;
+            }
+        }
+    }
+    for (int t = 0; t < call.num_thresholds; ++t) {
+        call.masses[i * call.num_thresholds + t] = float(total[t] * double(call.inverse_scale[i]));
+    }
+}
+
+void run_peaks(const Columns& call, int64_t begin, int64_t end) {
+    switch (call.type) {
+        case LogitsType::f32: peaks_of<float>(call, begin, end); break;
+        case LogitsType::bf16: peaks_of<BFloat16>(call, begin, end); break;
+        case LogitsType::f16: peaks_of<Float16>(call, begin, end); break;
+    }
+}
+
+void run_masses(const Columns& call, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        switch (call.type) {
+            case LogitsType::f32: masses_of<float>(call, i); break;
+            case LogitsType::bf16: masses_of<BFloat16>(call, i); break;
+            case LogitsType::f16: masses_of<Float16>(call, i); break;
+        }
+    }
+}
+
 }  // namespace ROWS_NAMESPACE
 }  // namespace stable_rlhf

@@ -22,6 +22,10 @@ from jsonargparse import ArgumentParser
 from stable_rlhf import __version__
 from stable_rlhf.train.config import VARIANTS, Recipe, check
 
+# Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
+# small steps ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 USAGE = """\
 usage: stable-rlhf COMMAND [options]
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_rlhf.ops._columns import CHUNK_ROWS, Selection, select_columns
 from stable_rlhf.ops._policy_config import PolicyLossConfig
 from stable_rlhf.ops._policy_rows import Rows, RowState, Terms
 from stable_rlhf.ops._products import HeadProducts
@@ -39,11 +40,11 @@ def row_kernels(backend: str, group: str, width: int, device: torch.device) -> t
     return split, split.vocabulary
 
 
-def _chunks(count: int, bytes_per_row: int, workspace_bytes: int) -> Iterator[tuple[slice, bool]]:
-    """Chunks of equal size that fit the workspace, each with whether it is the last."""
+def _chunks(count: int, most: int) -> Iterator[tuple[slice, bool]]:
+    """Chunks of equal size and at most `most` rows, each with whether it is the last."""
     if count == 0:
         return
-    number = math.ceil(count / max(1, workspace_bytes // bytes_per_row))
+    number = math.ceil(count / most)
     size = math.ceil(count / number)
     for begin in range(0, count, size):
         yield slice(begin, min(begin + size, count)), begin + size >= count
@@ -55,19 +56,28 @@ def _run(
     count: int,
     workspace_bytes: int,
     work: Callable[[slice, Tensor, Tensor], Tensor | None],
+    select: Callable[[slice, Tensor, Tensor | None], Selection] | None = None,
 ) -> Gradients:
-    """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are."""
+    """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are;
+    `select(part, gradient, order)` which of their columns count."""
     buffers = None
     width = kernels.widest if isinstance(kernels, SplitVocabulary) else products.weight.shape[0]
-    for part, last in _chunks(count, width * products.bytes_per_logit, workspace_bytes):
+    most = max(1, workspace_bytes // (width * products.bytes_per_logit))
+    for part, last in _chunks(count, min(most, CHUNK_ROWS) if select is not None else most):
         if buffers is None:
             buffers = products.buffers(part.stop - part.start)
         rows = part.stop - part.start
         logits, gradient = (buffer[:rows] for buffer in buffers)
         products.logits(part, logits)
         order = work(part, logits, gradient)
-        if any(products.needs):
-            products.backward(part, gradient if order is None else gradient[: order.numel()], order, last)
+        if not any(products.needs):
+            continue
+        if order is not None:
+            gradient = gradient[: order.numel()]
+        if select is None:
+            products.backward(part, gradient, order, last)
+        else:
+            products.backward_columns(part, gradient, order, last, select(part, gradient, order))
     products.finish()
     if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
         products.hidden_grad = kernels.sum(products.hidden_grad)
@@ -94,8 +104,10 @@ def policy(
     terms: Terms,
     config: PolicyLossConfig,
     workspace_bytes: int,
+    grad_tolerance: float = 0.0,
 ) -> tuple[RowState, Gradients]:
-    """Statistics of the active rows and the gradients of the loss; three products."""
+    """Statistics of the active rows and the gradients of the loss; three products, the last two over some columns only
+    when there is a tolerance (`_columns`)."""
     state = RowState.of(rows)
 
     def work(part: slice, logits: Tensor, gradient: Tensor) -> Tensor | None:
@@ -104,7 +116,16 @@ def policy(
         )
         return order
 
-    return state, _run(kernels, products, rows.target.numel(), workspace_bytes, work)
+    def select(part: slice, gradient: Tensor, order: Tensor | None) -> Selection:
+        chunk = state.cut(part)
+        scale, target = chunk.coefficient.abs() * chunk.inverse_temperature, chunk.target - offset
+        if order is not None:
+            scale, target = scale[order], target[order]
+        return select_columns(gradient, scale, target, grad_tolerance)
+
+    offset = kernels.offset if isinstance(kernels, SplitVocabulary) else 0
+    chosen = select if grad_tolerance > 0.0 else None
+    return state, _run(kernels, products, rows.target.numel(), workspace_bytes, work, chosen)
 
 
 def given(

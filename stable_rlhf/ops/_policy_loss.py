@@ -60,7 +60,10 @@ def linear_policy_loss(
         temperature: positive, a float or one for each row [...].
         policy_denominator, rehearsal_denominator: what the sum over each kind is divided by, a positive float or 0-d
             tensor; None: the number of such rows in this call.
-        grad_tolerance: must be 0 (exact).
+        grad_tolerance: tau; 0 is exact. Otherwise, chunk by chunk, vocabulary columns that hold next to nothing are
+            left out of both backward products: a row's gradient by its logits is off by at most tau |c| / temperature
+            in L1 norm (c = d loss / d log pi of the row), so its hidden gradient by at most that times the largest norm
+            of a weight row. Weight rows that no chunk needed get an exactly zero gradient. The torch backend is exact.
         logits_dtype: None or hidden's type: the product's own rounding; float32: logits of a float32 product.
         workspace_bytes: bound on the memory of one chunk of rows' logits and their statistics (one row at least).
         process_group: the ranks over which the vocabulary is split: weight, bias (logits, in `policy_loss`) hold this
@@ -72,8 +75,8 @@ def linear_policy_loss(
         NotImplementedError: an option this version does not have yet.
         RuntimeError: the backend forced by `backend(name)` does not exist or cannot run.
     """
-    if grad_tolerance != 0.0:
-        raise NotImplementedError(f"grad_tolerance={grad_tolerance}: not yet: only 0, the exact gradient")
+    if not 0.0 <= grad_tolerance < 1.0:
+        raise ValueError(f"grad_tolerance: {grad_tolerance} is outside [0, 1)")
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
     per_row: dict[str, Any] = {
         "old_logprob": old_logprob,
@@ -101,7 +104,7 @@ def linear_policy_loss(
     tensors, numbers = _split_denominators(denominators)
     loss, logprob, entropy, metrics, counts, *_ = _policy_ops.linear_policy_loss(
         hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        _policy_ops.pack_config(config), logits_dtype, workspace_bytes, name, group_name(process_group),
+        _policy_ops.pack_config(config), logits_dtype, workspace_bytes, grad_tolerance, name, group_name(process_group),
         _needs(hidden, weight, bias),
     )  # fmt: skip
     return _output(loss, logprob, entropy, metrics, counts)

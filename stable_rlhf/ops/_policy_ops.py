@@ -134,6 +134,7 @@ def linear_policy_loss(
     config: list[float],
     logits_dtype: torch.dtype | None,
     workspace_bytes: int,
+    grad_tolerance: float,
     backend: str,
     group: str,
     needs: list[bool],
@@ -147,7 +148,7 @@ def linear_policy_loss(
     )  # fmt: skip
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
     if any(needs):
-        state, made = _driver.policy(kernels, products, rows, terms, settings, workspace_bytes)
+        state, made = _driver.policy(kernels, products, rows, terms, settings, workspace_bytes, grad_tolerance)
     else:
         state = _driver.statistics(kernels, products, rows, settings.softcap, workspace_bytes)
         made = (None, None, None)
@@ -181,7 +182,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 
 def _linear_policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    return (*_hand_over(ctx, ctx.needs, upstream), *[None] * 17)
+    return (*_hand_over(ctx, ctx.needs, upstream), *[None] * 18)
 
 
 linear_policy_loss.register_autograd(_linear_policy_backward, setup_context=_keep_gradients)

@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
+from stable_rlhf.ops._columns import Selection, gather_columns
+
 SLICE_BYTES = 32 << 20  # a slice of a weight or of its gradient that is held in another type for a moment
 
 _held = threading.local()
@@ -125,24 +127,64 @@ class HeadProducts:
         if self.needs[1]:
             self._add_weight(x, gradient, first, last)
         if self.needs[2]:
-            column_sums = gradient.sum(0, dtype=torch.float32)
-            self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
+            self._add_bias(gradient, last)
+
+    def backward_columns(
+        self, part: slice, gradient: Tensor, order: Tensor | None, last: bool, selection: Selection
+    ) -> None:
+        """`backward` where only some columns of some rows count."""
+        index = order if order is not None else torch.arange(gradient.shape[0], device=gradient.device)
+        columns, everyone = selection.columns, selection.dense.numel() == gradient.shape[0]
+        dense = gradient if everyone else gradient.index_select(0, selection.dense)
+        few = gather_columns(gradient, selection)  # [bounded, columns]
+        wide = torch.float32 if self.sliced else self.dtype
+        weight = self.weight.index_select(0, columns).to(wide)  # [columns, H]
+        x = self.hidden[part].index_select(0, index).to(wide)
+        if self.needs[0]:
+            assert self.hidden_grad is not None
+            out = self.hidden_grad[part].zero_()
+            out.index_copy_(0, index[selection.bounded], torch.mm(few, weight).to(out.dtype))
+            if dense.shape[0]:
+                out.index_copy_(0, index[selection.dense], self._through_weight(dense).to(out.dtype))
+        if self.needs[1]:
+            if part.start == 0:
+                kept_as = self.dtype if self.dtype.itemsize > 2 else torch.float32
+                self.weight_grad = torch.zeros(self.weight.shape, dtype=kept_as, device=x.device)
+            total = self.weight_grad
+            assert total is not None
+            total.index_add_(0, columns, torch.mm(few.t(), x.index_select(0, selection.bounded)).to(total.dtype))
+            if dense.shape[0]:
+                x = x.index_select(0, selection.dense)
+                for rows in self._slices():
+                    total[rows] += torch.mm(dense[:, rows].t(), x)
             if last:
-                assert self.bias is not None
-                self.bias_grad = self.bias_grad.to(self.bias.dtype)
+                self.weight_grad = total.to(self.dtype)
+        if self.needs[2]:
+            self._add_bias(gradient, last)
+
+    def _through_weight(self, gradient: Tensor) -> Tensor:
+        """gradient W, in float32 where the products are sliced."""
+        if not self.sliced:
+            return torch.mm(gradient, self.weight)
+        made = torch.zeros(gradient.shape[0], self.weight.shape[1])
+        for columns in self._slices():
+            made.addmm_(gradient[:, columns], self.weight[columns].float())
+        return made
+
+    def _add_bias(self, gradient: Tensor, last: bool) -> None:
+        column_sums = gradient.sum(0, dtype=torch.float32)
+        self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
+        if last:
+            assert self.bias is not None
+            self.bias_grad = self.bias_grad.to(self.bias.dtype)
 
     def _add_hidden(self, part: slice, gradient: Tensor, order: Tensor | None) -> None:
         assert self.hidden_grad is not None
         out = self.hidden_grad[part]
-        if self.sliced:
-            made = torch.zeros(gradient.shape[0], out.shape[1])
-            for columns in self._slices():
-                made.addmm_(gradient[:, columns], self.weight[columns].float())
-        elif order is None:
+        if order is None and not self.sliced:
             torch.mm(gradient, self.weight, out=out)
             return
-        else:
-            made = torch.mm(gradient, self.weight)
+        made = self._through_weight(gradient)
         if order is None:
             out.copy_(made)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -32,6 +33,10 @@ _SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr":
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Run (or finish) a recipe in ``recipe.output_dir``; returns the summary, which is also in ``summary.json``."""
     start(recipe.seed)
+    if recipe.model_name_or_path is None and "OMP_NUM_THREADS" not in os.environ:
+        # The world's model is too small to share out: beside other work on the same cores two threads ran its SFT many
+        # times slower than one, waiting for each other.
+        torch.set_num_threads(1)
     if not (Path(recipe.output_dir) / "evaluation").exists():
         check_inputs(recipe)
     run = RunDirectory(recipe.output_dir)

@@ -293,7 +293,21 @@ def test_the_operators_pass_torchs_own_checks():
     bias = torch.randn(19, requires_grad=True)
     config = _policy_ops.pack_config(call["config"])
     per_row = (call["old_logprob"], call["advantage"], None, None, None, None, None)
-    linear = (*leaves, bias, call["target"], call["kind"], *per_row, 1.0, [0.0, 0.0], config, None, 1 << 20, "cpu", "")
+    linear = (
+        *leaves,
+        bias,
+        call["target"],
+        call["kind"],
+        *per_row,
+        1.0,
+        [0.0, 0.0],
+        config,
+        None,
+        1 << 20,
+        0.0,
+        "cpu",
+        "",
+    )
     torch.library.opcheck(_policy_ops.linear_policy_loss, (*linear, [True, True, True]))
     logits = torch.randn(12, 19, requires_grad=True)
     args = (logits, call["target"], call["kind"], *per_row, 1.0, [0.0, 0.0], config, "cpu", "", True)

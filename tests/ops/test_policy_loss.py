@@ -574,7 +574,7 @@ BAD = [
     ({"rehearsal_denominator": torch.tensor([1.0, 2.0])}, ValueError, "rehearsal_denominator: shape"),
     ({"workspace_bytes": 0}, ValueError, "workspace_bytes: 0"),
     ({"hidden": torch.full((4, 3), math.inf)}, ValueError, "hidden, weight or bias: non-finite logits at row 0"),
-    ({"grad_tolerance": 1e-3}, NotImplementedError, "grad_tolerance=0.001: not yet"),
+    ({"grad_tolerance": 1.0}, ValueError, "grad_tolerance: 1.0 is outside"),
     ({"process_group": object()}, ValueError, "process_group: expected a torch.distributed process group"),
     ({"logits_dtype": torch.float64}, NotImplementedError, "logits_dtype=torch.float64: not yet"),
 ]
