@@ -17,7 +17,7 @@ def peaked(rows=300, vocabulary=4001, width=48, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocabulary, width, generator=g) / width**0.5
     target = torch.randint(0, 400, (rows,), generator=g)
-    hidden = 16 * weight[target] + torch.randn(rows, width, generator=g)
+    hidden = 22 * weight[target] + torch.randn(rows, width, generator=g)
     return {
         "hidden": hidden.to(dtype),
         "weight": weight.to(dtype),

@@ -1,0 +1,297 @@
+"""What every benchmark here shares: interleaved timing, peak memory, the record of the machine, JSON.
+
+Contenders take turns within each round, so that noise of the machine (another process, a clock that changes) hits all
+of them alike; the median over rounds is what counts, the smallest and the spread say how far to trust it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, says much that nobody asked
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 1 << 20
+FEWEST_ROUNDS = 3
+
+Step = Callable[[], Any]
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one contender, one value a round; or why there are none."""
+
+    samples: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.samples) if self.samples else None
+
+    @property
+    def spread(self) -> float | None:
+        """Distance between the quartiles over the median; None with fewer than four rounds."""
+        if len(self.samples) < 4:
+            return None
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / statistics.median(self.samples)
+
+    def record(self) -> dict[str, Any]:
+        if not self.samples:
+            return {"failure": self.failure}
+        return {
+            "median_ms": self.median,
+            "min_ms": min(self.samples),
+            "spread": self.spread,
+            "rounds": len(self.samples),
+            "samples_ms": self.samples,
+        }
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Stopwatch:
+    """One timed call: CUDA events after a flush of the L2 cache, `perf_counter` on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flush: Tensor | None = None
+        if device.type == "cuda":
+            # Twice the cache, so that no contender finds its inputs where another one left them.
+            size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+            self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def __call__(self, step: Step) -> float:
+        """Milliseconds. The result of `step` is dropped outside the timed part."""
+        if self.flush is None:
+            begin = time.perf_counter()
+            kept = step()
+            elapsed = 1e3 * (time.perf_counter() - begin)
+            del kept
+            return elapsed
+        self.flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        kept = step()
+        end.record()
+        end.synchronize()
+        del kept
+        return float(start.elapsed_time(end))
+
+
+def measure(
+    steps: dict[str, Step],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int,
+    limit: float,
+    budget: float,
+    report: Callable[[str], None] = lambda text: None,
+) -> dict[str, Timing]:
+    """Times every step in turn, round by round.
+
+    Args:
+        steps: by name; each makes its result from nothing, and returns it.
+        rounds: timed rounds; a slow contender leaves once it has used `budget` seconds and has three samples.
+        warmup: untimed calls of each before the first round (at least the one that `limit` judges).
+        limit: a contender whose call takes longer than this many seconds is dropped. The first call of all may spend
+            its time on compilation: a second one is then given before the verdict.
+        budget: seconds for one contender over all rounds.
+        report: called with one line for each contender that is dropped.
+    """
+    watch = Stopwatch(device)
+    timings = {name: Timing() for name in steps}
+    alive: dict[str, Step] = {}
+    for name, step in steps.items():
+        try:
+            took = watch(step) / 1e3
+            if took > limit:
+                took = watch(step) / 1e3
+            if took > limit:
+                timings[name].failure = f"> {limit:g} s"
+            else:
+                for _ in range(warmup - 1 if took * warmup < budget else 0):
+                    watch(step)
+                alive[name] = step
+        except Exception as error:  # a contender that fails must not take the others with it
+            timings[name].failure = describe(error)
+        if timings[name].failure:
+            report(f"{name}: {timings[name].failure}")
+            free_memory(device)
+    names = list(alive)
+    collecting = gc.isenabled()
+    for number in range(rounds):
+        gc.collect()
+        gc.disable()
+        try:
+            # Every round starts with another contender: nobody always runs after the same neighbour.
+            first = number % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                timing = timings[name]
+                if len(timing.samples) >= FEWEST_ROUNDS and sum(timing.samples) > 1e3 * budget:
+                    continue
+                try:
+                    timing.samples.append(watch(alive[name]))
+                except Exception as error:
+                    timing.samples.clear()
+                    timing.failure = describe(error)
+                    report(f"{name}: {timing.failure}")
+        finally:
+            if collecting:
+                gc.enable()
+        names = [name for name in names if timings[name].failure is None]
+    return timings
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most that one call holds at a time, its result included, beyond what was there before.
+
+    On the CPU the sum of PyTorch's own allocations: scratch memory inside a library (oneDNN's packed operands) does not
+    show.
+    """
+    free_memory(device)
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = step()
+        synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = step()
+    del kept
+    results: Any = profile.profiler
+    now = peak = 0
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":  # bytes allocated, negative where they were given back
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+# -- the record of the machine -----------------------------------------------------------------------------------------
+
+PACKAGES = (
+    "stable-rlhf", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl",
+    "quack-kernels", "deepspeed",
+)  # fmt: skip
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets that decide how fast matrix products are."""
+    checks = {
+        "avx2": "_is_avx2_supported",
+        "avx512": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx_tile": "_is_amx_tile_supported",
+        "amx_fp16": "_is_amx_fp16_supported",
+    }
+    # Private names of torch: one that another version lacks is left out.
+    return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: device, versions, commit (`BENCH_COMMIT` where there is no git folder)."""
+    changed = _output_of("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    record: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.type,
+        "cpu": _processor(),
+        "cpu_features": cpu_features(),
+        "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "commit": _output_of("git", "rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
+        "tree_is_dirty": None if changed is None else bool(changed),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / (1 << 30), 1),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return record
+
+
+def new_result(folder: Path, name: str) -> Path:
+    """The path folder/name-TIME.json; never one that exists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, number = folder / f"{name}-{stamp}.json", 2
+    while path.exists():
+        path, number = folder / f"{name}-{stamp}-{number}.json", number + 1
+    return path
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Whole or not at all: a run that is stopped leaves what it had before."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
