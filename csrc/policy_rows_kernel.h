@@ -217,7 +217,8 @@ inline Floats block_z(const T* logits, int64_t count, const RowShape& shape, flo
 
 struct RowStatistics {
     float max;        // of z
-    double sum;       // of exp(z - max)
+    double ones;      // how many z are the largest
+    double rest;      // sum of exp(z - max) over the others: added to 1 in float32 it would lose what a peaked row is about
     double weighted;  // of exp(z - max) (z - max)
     float target;     // z of the target
 };
@@ -225,7 +226,7 @@ struct RowStatistics {
 template <typename T, bool kSoftcap>
 RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target, const RowShape& shape) {
     alignas(64) float z[kBlock];
-    RowStatistics found{-__builtin_huge_valf(), 0.0, 0.0, 0.0f};
+    RowStatistics found{-__builtin_huge_valf(), 0.0, 0.0, 0.0, 0.0f};
     bool first = true;
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
@@ -235,19 +236,24 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
             if (!first) {
                 const double step = double(found.max) - double(largest);
                 const double factor = exp(step);
-                found.weighted = (found.weighted + found.sum * step) * factor;
-                found.sum *= factor;
+                const double sum = found.ones + found.rest;
+                found.weighted = (found.weighted + sum * step) * factor;
+                found.rest = sum * factor;
+                found.ones = 0.0;
             }
             found.max = largest;
             first = false;
         }
         const Floats max = splat(found.max);
         Floats sum0{}, sum1{}, weighted0{}, weighted1{};
+        Ints ones{};  // comparisons are -1 where true
         const int64_t whole = (count + kWidth - 1) / kWidth * kWidth;
         int64_t i = 0;
         for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
             const Floats a = load(z + i) - max, b = load(z + i + kWidth) - max;
-            const Floats ea = exp_nonpositive(a), eb = exp_nonpositive(b);
+            const Ints top_a = a == Floats{}, top_b = b == Floats{};
+            const Floats ea = top_a ? Floats{} : exp_nonpositive(a), eb = top_b ? Floats{} : exp_nonpositive(b);
+            ones -= top_a + top_b;
             sum0 += ea;
             sum1 += eb;
             weighted0 += ea * a;
@@ -255,11 +261,14 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
         }
         if (i < whole) {
             const Floats a = load(z + i) - max;
-            const Floats ea = exp_nonpositive(a);
+            const Ints top = a == Floats{};
+            const Floats ea = top ? Floats{} : exp_nonpositive(a);
+            ones -= top;
             sum0 += ea;
             weighted0 += ea * a;
         }
-        found.sum += double(horizontal_sum(sum0 + sum1));
+        for (int k = 0; k < kWidth; ++k) found.ones += ones[k];
+        found.rest += double(horizontal_sum(sum0 + sum1));
         found.weighted += double(horizontal_sum(weighted0 + weighted1));
     }
     return found;
@@ -274,10 +283,11 @@ void row_gradient(const T* logits, T* gradient, int64_t vocabulary, int64_t targ
     const Floats scale = splat(shape.inverse_temperature), minus_c = splat(-c), minus_e = splat(-e);
     const Floats centre = splat(entropy - log_sum);  // log p + H = (z - max) + centre
     const bool here = target >= 0 && target < vocabulary;
-    const float raw_target = here ? widen(logits[target]) : 0.0f;
+    float target_z = 0.0f;  // the very z that max and log_sum were made from: another rounding would swamp 1 - p
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
         block_z<T, kSoftcap>(logits + begin, count, shape, z);
+        if (target >= begin && target < begin + count) target_z = z[target - begin];
         for (int64_t i = 0; i < count; i += kWidth) {
             const Floats x = load(z + i), a = x - shift;
             const Floats p = exp_nonpositive(a) * inverse_sum;
@@ -300,13 +310,12 @@ void row_gradient(const T* logits, T* gradient, int64_t vocabulary, int64_t targ
     }
     if (!here) return;
     // The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1.
-    double slope = shape.inverse_temperature, zt = raw_target;
+    double slope = shape.inverse_temperature;
     if (kSoftcap) {
-        const double t = tanh(double(raw_target) * shape.inverse_softcap);
-        zt = double(shape.softcap) * t;
+        const double t = double(target_z) * shape.inverse_softcap / shape.inverse_temperature;
         slope *= 1.0 - t * t;
     }
-    const double logprob = zt * shape.inverse_temperature - double(max) - double(log_sum);
+    const double logprob = double(target_z) - double(max) - double(log_sum);
     double g = -double(c) * expm1(logprob);
     if (kEntropy) g -= double(e) * exp(logprob) * (logprob + double(entropy));
     narrow(float(g * slope), gradient + target);
@@ -350,8 +359,8 @@ void run_row(const Rows& call, int64_t i) {
     if (call.mode != RowsMode::given) {
         const RowStatistics s = row_statistics<T, kSoftcap>(logits, call.vocabulary, target, shape);
         const bool here = target >= 0 && target < call.vocabulary;
-        const double log_sum = log(s.sum), apart = double(s.target) - double(s.max);
-        const double mean = s.weighted / s.sum;
+        const double log_sum = log1p(s.rest + (s.ones - 1.0)), apart = double(s.target) - double(s.max);
+        const double mean = s.weighted / (s.ones + s.rest);
         const float logprob = here ? float(apart - log_sum) : 0.0f;
         call.logprob[i] = logprob;
         call.entropy[i] = float(log_sum - mean);

@@ -51,10 +51,11 @@ def _softcapped(x, softcap):
 
 @triton.jit
 def _add_block(
-    logits, column, vocabulary, scale, softcap, top, total, weighted, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
+    logits, column, vocabulary, scale, softcap, top, ones, rest, weighted, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
 ):
     """One block [R, L] of a row added to the running statistics [R], which hold one maximum for every L elements: no
-    thread waits for another before the row's end."""
+    thread waits for another before the row's end. The maxima themselves are counted (`ones`), the others' exponentials
+    summed (`rest`): added to 1 in float32 these would lose what a peaked row is about."""
     if MASKED:
         inside = column < vocabulary
         x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
@@ -67,17 +68,20 @@ def _add_block(
         z = tl.where(inside, z, float("-inf"))
     raised = tl.maximum(top, tl.max(z, 1))
     d = z - raised[:, None]
-    e = _exp(d)
+    largest = d == 0.0
+    e = tl.where(largest, 0.0, _exp(d))
     product = e * d
     if MASKED:
         e = tl.where(inside, e, 0.0)
         product = tl.where(inside, product, 0.0)
-    # Only statistics of nothing sum to 0. Asking for that, not for top = -inf, lets the NaN of an infinite logit pass.
-    step = tl.where(total == 0.0, 0.0, top - raised)
+    # Only statistics of nothing have no maximum. Asking for that, not for top = -inf, lets the NaN of an infinite logit
+    # pass.
+    step = tl.where(ones == 0.0, 0.0, top - raised)
     factor = _exp(step)
-    weighted = (weighted + total * step) * factor + tl.sum(product, 1)
-    total = total * factor + tl.sum(e, 1)
-    return raised, total, weighted
+    weighted = (weighted + (ones + rest) * step) * factor + tl.sum(product, 1)
+    rest = tl.where(step < 0.0, (ones + rest) * factor, rest) + tl.sum(e, 1)
+    ones = tl.where(step < 0.0, 0.0, ones) + tl.sum(largest.to(tl.float32), 1)
+    return raised, ones, rest, weighted
 
 
 @triton.jit
@@ -229,21 +233,26 @@ def _row_kernel(
 
     if STATISTICS:
         top_lane = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
-        total_lane = tl.zeros((BLOCK // LANES,), tl.float32)
+        ones_lane = tl.zeros((BLOCK // LANES,), tl.float32)
+        rest_lane = tl.zeros((BLOCK // LANES,), tl.float32)
         weighted_lane = tl.zeros((BLOCK // LANES,), tl.float32)
         for begin in range(0, whole, BLOCK):
-            top_lane, total_lane, weighted_lane = _add_block(
-                logits, begin + lanes, vocabulary, scale, softcap, top_lane, total_lane, weighted_lane, SOFTCAP, False
-            )
+            top_lane, ones_lane, rest_lane, weighted_lane = _add_block(
+                logits, begin + lanes, vocabulary, scale, softcap, top_lane, ones_lane, rest_lane, weighted_lane,
+                SOFTCAP, False,
+            )  # fmt: skip
         if whole < vocabulary:
-            top_lane, total_lane, weighted_lane = _add_block(
-                logits, whole + lanes, vocabulary, scale, softcap, top_lane, total_lane, weighted_lane, SOFTCAP, True
-            )
+            top_lane, ones_lane, rest_lane, weighted_lane = _add_block(
+                logits, whole + lanes, vocabulary, scale, softcap, top_lane, ones_lane, rest_lane, weighted_lane,
+                SOFTCAP, True,
+            )  # fmt: skip
         top = tl.max(top_lane, 0)
-        step = tl.where(total_lane == 0.0, 0.0, top_lane - top)
+        step = tl.where(ones_lane == 0.0, 0.0, top_lane - top)
         factor = _exp(step)
-        total = tl.sum(total_lane * factor, 0).to(tl.float64)
-        mean = tl.sum((weighted_lane + total_lane * step) * factor, 0).to(tl.float64) / total
+        ones = tl.sum(tl.where(step == 0.0, ones_lane, 0.0), 0).to(tl.float64)
+        rest = tl.sum((tl.where(step == 0.0, 0.0, ones_lane) + rest_lane) * factor, 0).to(tl.float64)
+        total = ones + rest
+        mean = tl.sum((weighted_lane + (ones_lane + rest_lane) * step) * factor, 0).to(tl.float64) / total
         log_total = tl.log(total)
         apart = target_z - top.to(tl.float64)
         log_sum = log_total.to(tl.float32)

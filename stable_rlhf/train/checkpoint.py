@@ -103,6 +103,7 @@ class RunDirectory:
         barrier()
         began = time.monotonic()
         result = run(working)
+        barrier()  # another rank may still be reading what it loads back from there
         seconds = time.monotonic() - began
         if is_main_process():
             record = {"name": name, "fingerprint": fingerprint, **key, "seconds": seconds, "result": result}
