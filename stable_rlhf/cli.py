@@ -344,11 +344,14 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
     stage to be found again."""
     from stable_rlhf.progress import is_main_process
     from stable_rlhf.train.checkpoint import RunDirectory
+    from stable_rlhf.train.datasets import contents
     from stable_rlhf.train.engine import start
 
     start(recipe.seed)
     everything = recipe.as_dict()
     settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
+    if "data" in settings:
+        settings["data"] |= {"contents": contents(recipe.data)}
     settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
     settings["made_from"]["model_name_or_path"] = _fingerprint(_policy(recipe))
     stage = RunDirectory(recipe.output_dir).stage(name, settings, run)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stable_rlhf.ops._backend import extension
 
-CHUNK_ROWS = 128  # fewer rows share fewer columns, more rows make better products
+CHUNK_ROWS = 256  # fewer rows keep fewer columns, more rows make better products
 _STEPS = (1.0, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # thresholds, in units of the tolerance
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

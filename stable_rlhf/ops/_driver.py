@@ -56,14 +56,14 @@ def _run(
     count: int,
     workspace_bytes: int,
     work: Callable[[slice, Tensor, Tensor], Tensor | None],
-    select: Callable[[slice, Tensor, Tensor | None], Selection] | None = None,
+    select: Callable[[Tensor, Tensor], Selection] | None = None,
 ) -> Gradients:
     """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are;
-    `select(part, gradient, order)` which of their columns count."""
+    `select(rows, gradient)` which columns of a block of them count."""
     buffers = None
     width = kernels.widest if isinstance(kernels, SplitVocabulary) else products.weight.shape[0]
     most = max(1, workspace_bytes // (width * products.bytes_per_logit))
-    for part, last in _chunks(count, min(most, CHUNK_ROWS) if select is not None else most):
+    for part, last in _chunks(count, most):
         if buffers is None:
             buffers = products.buffers(part.stop - part.start)
         rows = part.stop - part.start
@@ -76,8 +76,14 @@ def _run(
             gradient = gradient[: order.numel()]
         if select is None:
             products.backward(part, gradient, order, last)
-        else:
-            products.backward_columns(part, gradient, order, last, select(part, gradient, order))
+            continue
+        places = torch.arange(rows, device=gradient.device) if order is None else order
+        if products.hidden_grad is not None:
+            products.hidden_grad[part] = 0.0
+        for begin in range(0, gradient.shape[0], CHUNK_ROWS):
+            block = slice(begin, begin + CHUNK_ROWS)
+            chosen = part.start + places[block]
+            products.backward_columns(chosen, gradient[block], select(chosen, gradient[block]))
     products.finish()
     if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
         products.hidden_grad = kernels.sum(products.hidden_grad)
@@ -116,12 +122,9 @@ def policy(
         )
         return order
 
-    def select(part: slice, gradient: Tensor, order: Tensor | None) -> Selection:
-        chunk = state.cut(part)
-        scale, target = chunk.coefficient.abs() * chunk.inverse_temperature, chunk.target - offset
-        if order is not None:
-            scale, target = scale[order], target[order]
-        return select_columns(gradient, scale, target, grad_tolerance)
+    def select(places: Tensor, gradient: Tensor) -> Selection:
+        scale = state.coefficient[places].abs() * state.inverse_temperature[places]
+        return select_columns(gradient, scale, state.target[places] - offset, grad_tolerance)
 
     offset = kernels.offset if isinstance(kernels, SplitVocabulary) else 0
     chosen = select if grad_tolerance > 0.0 else None

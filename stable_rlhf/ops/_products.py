@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._columns import Selection, gather_columns
+from stable_rlhf.ops._columns import CHUNK_ROWS, Selection, gather_columns
 
 SLICE_BYTES = 32 << 20  # a slice of a weight or of its gradient that is held in another type for a moment
 
@@ -78,6 +78,7 @@ class HeadProducts:
         self.hidden_grad = torch.empty_like(hidden) if needs[0] else None
         self.weight_grad: Tensor | None = None
         self.bias_grad: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     @property
     def bytes_per_logit(self) -> int:
@@ -127,40 +128,50 @@ class HeadProducts:
         if self.needs[1]:
             self._add_weight(x, gradient, first, last)
         if self.needs[2]:
-            self._add_bias(gradient, last)
+            self._add_bias(gradient)
 
-    def backward_columns(
-        self, part: slice, gradient: Tensor, order: Tensor | None, last: bool, selection: Selection
-    ) -> None:
-        """`backward` where only some columns of some rows count."""
-        index = order if order is not None else torch.arange(gradient.shape[0], device=gradient.device)
-        columns, everyone = selection.columns, selection.dense.numel() == gradient.shape[0]
-        dense = gradient if everyone else gradient.index_select(0, selection.dense)
+    def backward_columns(self, rows: Tensor, gradient: Tensor, selection: Selection) -> None:
+        """Adds some gradient rows, of which only some columns count; `rows` [m] are their places in `hidden`.
+
+        Rows that need every column wait until there are many of them, because a few cost nearly as much as many."""
         few = gather_columns(gradient, selection)  # [bounded, columns]
         wide = torch.float32 if self.sliced else self.dtype
-        weight = self.weight.index_select(0, columns).to(wide)  # [columns, H]
-        x = self.hidden[part].index_select(0, index).to(wide)
+        places = rows[selection.bounded]
         if self.needs[0]:
             assert self.hidden_grad is not None
-            out = self.hidden_grad[part].zero_()
-            out.index_copy_(0, index[selection.bounded], torch.mm(few, weight).to(out.dtype))
-            if dense.shape[0]:
-                out.index_copy_(0, index[selection.dense], self._through_weight(dense).to(out.dtype))
+            made = torch.mm(few, self.weight.index_select(0, selection.columns).to(wide))
+            self.hidden_grad.index_copy_(0, places, made.to(self.dtype))
         if self.needs[1]:
-            if part.start == 0:
-                kept_as = self.dtype if self.dtype.itemsize > 2 else torch.float32
-                self.weight_grad = torch.zeros(self.weight.shape, dtype=kept_as, device=x.device)
-            total = self.weight_grad
-            assert total is not None
-            total.index_add_(0, columns, torch.mm(few.t(), x.index_select(0, selection.bounded)).to(total.dtype))
-            if dense.shape[0]:
-                x = x.index_select(0, selection.dense)
-                for rows in self._slices():
-                    total[rows] += torch.mm(dense[:, rows].t(), x)
-            if last:
-                self.weight_grad = total.to(self.dtype)
+            made = torch.mm(few.t(), self.hidden.index_select(0, places).to(wide))
+            total = self._weight_sum()
+            total.index_add_(0, selection.columns, made.to(total.dtype))
+        if selection.dense.numel():
+            self._waiting.append((gradient.index_select(0, selection.dense), rows[selection.dense]))
+            if sum(len(places) for _, places in self._waiting) >= CHUNK_ROWS:
+                self.backward_waiting()
         if self.needs[2]:
-            self._add_bias(gradient, last)
+            self._add_bias(gradient)
+
+    def backward_waiting(self) -> None:
+        """Adds the rows that wait for the whole vocabulary."""
+        if not self._waiting:
+            return
+        gradient, places = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
+        if self.needs[0]:
+            assert self.hidden_grad is not None
+            self.hidden_grad.index_copy_(0, places, self._through_weight(gradient).to(self.dtype))
+        if self.needs[1]:
+            x = self.hidden.index_select(0, places).to(gradient.dtype)
+            total = self._weight_sum()
+            for rows in self._slices():
+                total[rows] += torch.mm(gradient[:, rows].t(), x)
+
+    def _weight_sum(self) -> Tensor:
+        """The weight's gradient so far, in float32."""
+        if self.weight_grad is None:
+            self.weight_grad = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        return self.weight_grad
 
     def _through_weight(self, gradient: Tensor) -> Tensor:
         """gradient W, in float32 where the products are sliced."""
@@ -171,12 +182,9 @@ class HeadProducts:
             made.addmm_(gradient[:, columns], self.weight[columns].float())
         return made
 
-    def _add_bias(self, gradient: Tensor, last: bool) -> None:
+    def _add_bias(self, gradient: Tensor) -> None:
         column_sums = gradient.sum(0, dtype=torch.float32)
         self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
-        if last:
-            assert self.bias is not None
-            self.bias_grad = self.bias_grad.to(self.bias.dtype)
 
     def _add_hidden(self, part: slice, gradient: Tensor, order: Tensor | None) -> None:
         assert self.hidden_grad is not None
@@ -218,7 +226,12 @@ class HeadProducts:
             self.weight_grad = self.weight_grad.to(weight.dtype)
 
     def finish(self) -> None:
-        """Zeros where no chunk was added."""
+        """What is left after the last chunk: rows that wait, zeros where there was none, sums in their own type."""
+        self.backward_waiting()
+        if self.weight_grad is not None:
+            self.weight_grad = self.weight_grad.to(self.dtype)
+        if self.bias_grad is not None and self.bias is not None:
+            self.bias_grad = self.bias_grad.to(self.bias.dtype)
         if self.needs[1] and self.weight_grad is None:
             self.weight_grad = torch.zeros_like(self.weight)
         if self.needs[2] and self.bias_grad is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,20 @@ def locate(arguments: DataArguments, names: Sequence[str]) -> list[Path]:
     if arguments.data_dir and not root.is_dir():
         raise DataError(f"data.data_dir {arguments.data_dir!r} is not a folder")
     return [root / name for name in names]
+
+
+def contents(arguments: DataArguments) -> dict[str, str]:
+    """A digest of each data file that the settings name, so that a changed file counts as a changed setting."""
+    names = [
+        *arguments.pairs, *arguments.prompts, *arguments.demonstrations, *arguments.eval_main, *arguments.eval_forget,
+        *arguments.rehearsal,
+    ]  # fmt: skip
+    found = {}
+    for name, path in zip(names, locate(arguments, names), strict=True):
+        if path.is_file():  # what is missing, the reader reports
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return found
 
 
 def _report(what: str, result: ReadResult[Any]) -> None:

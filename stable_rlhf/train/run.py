@@ -22,7 +22,7 @@ from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.train import stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe
-from stable_rlhf.train.datasets import locate
+from stable_rlhf.train.datasets import contents, locate
 from stable_rlhf.train.engine import barrier, start, world_size
 from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
@@ -56,6 +56,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         )
         initial, inputs = model.folder, [model]
     settings_data = {**part["data"]}
+    if recipe.model_name_or_path is not None:  # the world's own files follow from its stage
+        settings_data["contents"] = contents(recipe.data)
     if data.demonstrations:
         early = recipe.world.early_share if recipe.model_name_or_path is None else None
         sft = run.stage(

@@ -9,7 +9,7 @@ import pytest
 from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.records import DataError
 from stable_rlhf.train.config import DataArguments
-from stable_rlhf.train.datasets import load_demonstrations, load_preferences, load_prompts, locate
+from stable_rlhf.train.datasets import contents, load_demonstrations, load_preferences, load_prompts, locate
 
 TASKS = ("reverse", "upper", "count")
 
@@ -238,3 +238,12 @@ def test_evaluation_prompts_never_train(tmp_path, tokenizer, capsys):
     splits = load_prompts(DataArguments(data_dir=str(tmp_path), **files), tokenizer, 0)
     assert {p.row.prompt for p in splits.train} == {r["prompt"] for r in rows[5:]}
     assert "5 of 12 training prompts are in an evaluation set too" in capsys.readouterr().err
+
+
+def test_a_changed_file_has_another_digest(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    arguments = DataArguments(data_dir=str(tmp_path), pairs=["a.jsonl"], prompts=["missing.jsonl"])
+    first = contents(arguments)
+    assert list(first) == ["a.jsonl"] and contents(arguments) == first
+    (tmp_path / "a.jsonl").write_text("{ }\n")
+    assert contents(arguments) != first
