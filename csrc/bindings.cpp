@@ -97,12 +97,22 @@ void bind_rows(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
     const auto without_gil = py::call_guard<py::gil_scoped_release>();
     m.def("select_columns",  // thresholds of 0: only the peaks
-          [](int type, Address gradient, int64_t stride, int64_t count, int64_t vocabulary, Address inverse_scale,
-             Address thresholds, int num_thresholds, Address peaks, Address masses, int num_threads) {
-              const Columns call{static_cast<LogitsType>(type), at<const void>(gradient), stride,
-                                 count,                         vocabulary,               at<const float>(inverse_scale),
-                                 at<const float>(thresholds),   num_thresholds,           at<float>(peaks),
-                                 at<float>(masses),             num_threads};
+          [](int type, Address gradient, Address rows, int64_t stride, int64_t count, int64_t vocabulary,
+             Address inverse_scale, Address thresholds, int num_thresholds, Address peaks, Address masses,
+             int num_threads) {
+              Columns call{};
+              call.type = static_cast<LogitsType>(type);
+              call.gradient = at<const void>(gradient);
+              call.rows = at<const int64_t>(rows);
+              call.stride = stride;
+              call.count = count;
+              call.vocabulary = vocabulary;
+              call.inverse_scale = at<const float>(inverse_scale);
+              call.thresholds = at<const float>(thresholds);
+              call.num_thresholds = num_thresholds;
+              call.peaks = at<float>(peaks);
+              call.masses = at<float>(masses);
+              call.num_threads = num_threads;
               if (num_thresholds == 0) {
                   column_peaks(call);
               } else {

@@ -66,6 +66,7 @@ int64_t rows(const Rows& call, const char* isa);
 struct Columns {
     LogitsType type;
     const void* gradient;
+    const int64_t* rows;      // [count] which gradient rows
     int64_t stride, count, vocabulary;
     const float* inverse_scale;
     const float* thresholds;  // [num_thresholds], at most kMaxThresholds

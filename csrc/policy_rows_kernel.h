@@ -404,7 +404,7 @@ void peaks_of(const Columns& call, int64_t begin, int64_t end) {
     alignas(64) float peak[kBlock];
     for (int64_t j = 0; j < end - begin; ++j) peak[j] = 0.0f;
     for (int64_t i = 0; i < call.count; ++i) {
-        const T* row = static_cast<const T*>(call.gradient) + i * call.stride + begin;
+        const T* row = static_cast<const T*>(call.gradient) + call.rows[i] * call.stride + begin;
         const Floats scale = splat(call.inverse_scale[i]);
         int64_t j = 0;
         for (; j + kWidth <= end - begin; j += kWidth) {
@@ -420,7 +420,7 @@ void peaks_of(const Columns& call, int64_t begin, int64_t end) {
 
 template <typename T>
 void masses_of(const Columns& call, int64_t i) {
-    const T* row = static_cast<const T*>(call.gradient) + i * call.stride;
+    const T* row = static_cast<const T*>(call.gradient) + call.rows[i] * call.stride;
     double total[kMaxThresholds] = {};
     for (int64_t begin = 0; begin < call.vocabulary; begin += kBlock) {
         const int64_t end = begin + kBlock < call.vocabulary ? begin + kBlock : call.vocabulary;

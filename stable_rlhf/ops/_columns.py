@@ -26,67 +26,68 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Selection:
-    """Of a chunk's gradient rows, `bounded` go through `columns` only, `dense` through all; indices, ascending."""
+    """Of some gradient rows, `bounded` go through `columns` only, `dense` through all; all three are indices."""
 
     columns: Tensor
     bounded: Tensor
     dense: Tensor
 
 
-def select_columns(gradient: Tensor, scale: Tensor, target: Tensor, tolerance: float) -> Selection:
-    """What the backward products need of `gradient` [m, V]: all of it, where leaving columns out would save little.
+def select_columns(gradient: Tensor, rows: Tensor, scale: Tensor, target: Tensor, tolerance: float) -> Selection:
+    """What the backward products need of some `rows` [m] of `gradient` [n, V]: everything, where dropping saves little.
 
     Args:
         scale: [m] |c| / temperature of each row.
         target: [m] the row's target; outside [0, V): it lies in another slice of the vocabulary.
     """
-    rows, vocabulary = gradient.shape
+    count, vocabulary = rows.numel(), gradient.shape[1]
     thresholds = torch.tensor([tolerance * step for step in _STEPS], device=gradient.device)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0).float().contiguous()
-    peaks = _peaks(gradient, inverse)
+    peaks = _peaks(gradient, rows, inverse)
     here = target[(target >= 0) & (target < vocabulary)]
     peaks[here] = torch.inf
-    holds = (_masses(gradient, inverse, peaks, thresholds) <= tolerance) & (scale > 0)[:, None]  # [m, thresholds]
+    holds = (_masses(gradient, rows, inverse, peaks, thresholds) <= tolerance) & (scale > 0)[:, None]  # [m, thresholds]
     kept = (peaks[:, None] >= thresholds).sum(0)  # [thresholds]
     bounded = holds.sum(0)
-    work = kept * bounded + vocabulary * (rows - bounded)
+    work = kept * bounded + vocabulary * (count - bounded)
     best = int(work.argmin())
-    if int(work[best]) > 0.9 * rows * vocabulary:
-        everyone = torch.arange(rows, device=gradient.device)
-        return Selection(everyone[:0], everyone[:0], everyone)
+    if int(work[best]) > 0.9 * count * vocabulary:
+        return Selection(rows[:0], rows[:0], rows)
     fine = holds[:, best]
-    chosen = (peaks >= thresholds[best], fine, ~fine)
-    return Selection(*(torch.nonzero(mask).squeeze(1) for mask in chosen))
+    return Selection(torch.nonzero(peaks >= thresholds[best]).squeeze(1), rows[fine], rows[~fine])
 
 
 def _native(gradient: Tensor) -> bool:
     return gradient.device.type == "cpu" and extension() is not None and gradient.dtype in _TYPES
 
 
-def _peaks(gradient: Tensor, inverse: Tensor) -> Tensor:
+def _peaks(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Largest share of each column [V] float32."""
     if not _native(gradient):
-        return (gradient.float().abs() * inverse[:, None]).amax(0)
+        return (gradient[rows].float().abs() * inverse[:, None]).amax(0)
     peaks = torch.empty(gradient.shape[1])
-    _call(gradient, inverse, None, peaks, None)
+    _call(gradient, rows, inverse, None, peaks, None)
     return peaks
 
 
-def _masses(gradient: Tensor, inverse: Tensor, peaks: Tensor, thresholds: Tensor) -> Tensor:
+def _masses(gradient: Tensor, rows: Tensor, inverse: Tensor, peaks: Tensor, thresholds: Tensor) -> Tensor:
     """Share of each row in the columns below each threshold: [m, thresholds] float32."""
     if not _native(gradient):
         below = (peaks[:, None] < thresholds).float()  # [V, thresholds]
-        return (gradient.float().abs() @ below) * inverse[:, None]
-    masses = torch.empty(gradient.shape[0], thresholds.numel())
-    _call(gradient, inverse, thresholds, peaks, masses)
+        return (gradient[rows].float().abs() @ below) * inverse[:, None]
+    masses = torch.empty(rows.numel(), thresholds.numel())
+    _call(gradient, rows, inverse, thresholds, peaks, masses)
     return masses
 
 
-def _call(gradient: Tensor, inverse: Tensor, thresholds: Tensor | None, peaks: Tensor, masses: Tensor | None) -> None:
+def _call(
+    gradient: Tensor, rows: Tensor, inverse: Tensor, thresholds: Tensor | None, peaks: Tensor, masses: Tensor | None
+) -> None:
     module = extension()
     assert module is not None
     module.select_columns(
-        _TYPES[gradient.dtype], gradient.data_ptr(), gradient.stride(0), *gradient.shape, inverse.data_ptr(),
+        _TYPES[gradient.dtype], gradient.data_ptr(), rows.data_ptr(), gradient.stride(0), rows.numel(), gradient.shape[1],
+        inverse.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(), 0 if thresholds is None else thresholds.numel(),
         peaks.data_ptr(), 0 if masses is None else masses.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

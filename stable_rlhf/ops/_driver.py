@@ -56,10 +56,10 @@ def _run(
     count: int,
     workspace_bytes: int,
     work: Callable[[slice, Tensor, Tensor], Tensor | None],
-    select: Callable[[Tensor, Tensor], Selection] | None = None,
+    select: Callable[[Tensor, Tensor], Iterator[Selection]] | None = None,
 ) -> Gradients:
     """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are;
-    `select(rows, gradient)` which columns of a block of them count."""
+    `select(rows, gradient)`, block by block, which of their columns count."""
     buffers = None
     width = kernels.widest if isinstance(kernels, SplitVocabulary) else products.weight.shape[0]
     most = max(1, workspace_bytes // (width * products.bytes_per_logit))
@@ -80,10 +80,10 @@ def _run(
         places = torch.arange(rows, device=gradient.device) if order is None else order
         if products.hidden_grad is not None:
             products.hidden_grad[part] = 0.0
-        for begin in range(0, gradient.shape[0], CHUNK_ROWS):
-            block = slice(begin, begin + CHUNK_ROWS)
-            chosen = part.start + places[block]
-            products.backward_columns(chosen, gradient[block], select(chosen, gradient[block]))
+        for selection in select(part.start + places, gradient):
+            products.backward_columns(part.start + places, gradient, selection)
+        if products.needs[2]:
+            products.add_bias(gradient)
     products.finish()
     if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
         products.hidden_grad = kernels.sum(products.hidden_grad)
@@ -122,9 +122,12 @@ def policy(
         )
         return order
 
-    def select(places: Tensor, gradient: Tensor) -> Selection:
-        scale = state.coefficient[places].abs() * state.inverse_temperature[places]
-        return select_columns(gradient, scale, state.target[places] - offset, grad_tolerance)
+    def select(places: Tensor, gradient: Tensor) -> Iterator[Selection]:
+        # Rows that are alike in confidence need columns that are alike in number.
+        for block in torch.argsort(state.entropy[places], stable=True).split(CHUNK_ROWS):
+            rows_of_block = places[block]
+            scale = state.coefficient[rows_of_block].abs() * state.inverse_temperature[rows_of_block]
+            yield select_columns(gradient, block, scale, state.target[rows_of_block] - offset, grad_tolerance)
 
     offset = kernels.offset if isinstance(kernels, SplitVocabulary) else 0
     chosen = select if grad_tolerance > 0.0 else None

@@ -128,10 +128,10 @@ class HeadProducts:
         if self.needs[1]:
             self._add_weight(x, gradient, first, last)
         if self.needs[2]:
-            self._add_bias(gradient)
+            self.add_bias(gradient)
 
     def backward_columns(self, rows: Tensor, gradient: Tensor, selection: Selection) -> None:
-        """Adds some gradient rows, of which only some columns count; `rows` [m] are their places in `hidden`.
+        """Adds the selected gradient rows and columns; `rows` [m] are the places of all gradient rows in `hidden`.
 
         Rows that need every column wait until there are many of them, because a few cost nearly as much as many."""
         few = gather_columns(gradient, selection)  # [bounded, columns]
@@ -149,8 +149,6 @@ class HeadProducts:
             self._waiting.append((gradient.index_select(0, selection.dense), rows[selection.dense]))
             if sum(len(places) for _, places in self._waiting) >= CHUNK_ROWS:
                 self.backward_waiting()
-        if self.needs[2]:
-            self._add_bias(gradient)
 
     def backward_waiting(self) -> None:
         """Adds the rows that wait for the whole vocabulary."""
@@ -182,7 +180,8 @@ class HeadProducts:
             made.addmm_(gradient[:, columns], self.weight[columns].float())
         return made
 
-    def _add_bias(self, gradient: Tensor) -> None:
+    def add_bias(self, gradient: Tensor) -> None:
+        """Adds a chunk's gradient rows to the bias's gradient."""
         column_sums = gradient.sum(0, dtype=torch.float32)
         self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
 

@@ -49,7 +49,7 @@ def test_the_documented_bound_holds_for_every_row(tolerance, softcap, monkeypatc
 
     def spy(*args):
         found = select(*args)
-        kept.append((found.columns.numel() * found.bounded.numel() + 4001 * found.dense.numel(), args[0].shape[0]))
+        kept.append((found.columns.numel() * found.bounded.numel() + 4001 * found.dense.numel(), args[1].numel()))
         return found
 
     monkeypatch.setattr("stable_rlhf.ops._driver.select_columns", spy)
@@ -103,11 +103,16 @@ def test_the_cpp_selection_equals_pytorchs(dtype, monkeypatch):
     scale, target = torch.rand(17, generator=g), torch.randint(0, 3000, (17,), generator=g)
     inverse = 1 / scale
     thresholds = torch.tensor([0.1, 1e-3, 1e-4])
-    peaks, selection = _columns._peaks(gradient, inverse), _columns.select_columns(gradient, scale, target, 0.05)
-    masses, few = _columns._masses(gradient, inverse, peaks, thresholds), _columns.gather_columns(gradient, selection)
+    rows = torch.randperm(17, generator=g)
+    peaks = _columns._peaks(gradient, rows, inverse)
+    selection = _columns.select_columns(gradient, rows, scale, target, 0.05)
+    masses = _columns._masses(gradient, rows, inverse, peaks, thresholds)
+    few = _columns.gather_columns(gradient, selection)
     monkeypatch.setattr(_columns, "_native", lambda gradient: False)
-    torch.testing.assert_close(peaks, _columns._peaks(gradient, inverse), rtol=1e-6, atol=0)
-    torch.testing.assert_close(masses, _columns._masses(gradient, inverse, peaks, thresholds), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(peaks, _columns._peaks(gradient, rows, inverse), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        masses, _columns._masses(gradient, rows, inverse, peaks, thresholds), rtol=1e-5, atol=1e-7
+    )
     assert torch.equal(few, _columns.gather_columns(gradient, selection)) and 0 < few.numel() < gradient.numel()
 
 
