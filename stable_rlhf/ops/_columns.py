@@ -86,8 +86,8 @@ def _call(
     module = extension()
     assert module is not None
     module.select_columns(
-        _TYPES[gradient.dtype], gradient.data_ptr(), rows.data_ptr(), gradient.stride(0), rows.numel(), gradient.shape[1],
-        inverse.data_ptr(),
+        _TYPES[gradient.dtype], gradient.data_ptr(), rows.data_ptr(), gradient.stride(0), rows.numel(),
+        gradient.shape[1], inverse.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(), 0 if thresholds is None else thresholds.numel(),
         peaks.data_ptr(), 0 if masses is None else masses.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
