@@ -480,24 +480,15 @@ def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
 # Published data.
 
 
-@pytest.fixture(scope="module")
-def published() -> Path:
-    given_dir = os.environ.get("STABLE_RLHF_DATA")
-    folder = Path(given_dir) if given_dir else Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no published data: STABLE_RLHF_DATA is not set to a folder and {folder} is not there")
-    return folder
-
-
-def test_published_pairs(published: Path) -> None:
-    result = read_comparisons(published / "pairs.jsonl.gz")
+def test_published_pairs(data_dir: Path) -> None:
+    result = read_comparisons(data_dir / "pairs.jsonl.gz")
     assert (len(result.rows), len(result.skipped)) == (2450, 0)
     assert all(row.task and row.pairs == ((0, 1),) and row.meta["source"] for row in result.rows)
     assert sum("agreement" in row.meta for row in result.rows) == 836
 
 
-def test_published_transcripts(published: Path) -> None:
-    rows = read_comparisons(published / "hh-rlhf-harmless-base.jsonl.gz").rows
+def test_published_transcripts(data_dir: Path) -> None:
+    rows = read_comparisons(data_dir / "hh-rlhf-harmless-base.jsonl.gz").rows
     assert len(rows) == 2312
     for row in rows:
         assert isinstance(row.prompt, list)
@@ -507,10 +498,10 @@ def test_published_transcripts(published: Path) -> None:
     assert sum(any("\n\nAssistant:" in text for text in row.responses) for row in rows) == 0
 
 
-def test_published_prompts_and_demonstrations(published: Path) -> None:
-    prompts = read_prompts(published / "prompts.jsonl.gz").rows
+def test_published_prompts_and_demonstrations(data_dir: Path) -> None:
+    prompts = read_prompts(data_dir / "prompts.jsonl.gz").rows
     assert len(prompts) == 7885
     assert all(row.task for row in prompts)
-    demonstrations = read_demonstrations(published / "gsm8k-train.jsonl.gz").rows
+    demonstrations = read_demonstrations(data_dir / "gsm8k-train.jsonl.gz").rows
     assert len(demonstrations) == 7473
     assert all("####" in row.response for row in demonstrations)
