@@ -54,7 +54,6 @@ class HeadProducts:
         bias: [V] or None.
         logits_dtype: float32 for logits that are not rounded to 16 bits; None: the inputs' type.
         needs: which gradients to make: of hidden, weight, bias.
-        num_chunks: how often `backward` will be called.
     """
 
     def __init__(

@@ -117,7 +117,11 @@ def test_as_good_as_plain_pytorch(drawn):
             # Where every logit is exact in 16 bits plain PyTorch can be lucky: a rounding of the result is always ours.
             assert distance(value, truth) <= 1.25 * distance(theirs, truth) + unit * size + 1e-6
     for name in want.metrics:
-        assert float(got.metrics[name]) == pytest.approx(float(plain.metrics[name]), rel=0.1, abs=0.05), name
+        value, theirs, truth = (float(out.metrics[name]) for out in (got, plain, want))
+        if dtype == torch.float32:
+            assert value == pytest.approx(truth, rel=1e-4, abs=1e-5), name
+        else:  # a row at a clip's edge may fall to either side
+            assert value == pytest.approx(theirs, rel=0.1, abs=0.05), name
     inactive = call["target"] == -100
     if call["kind"] is not None:
         inactive |= call["kind"] == 0
