@@ -331,6 +331,20 @@ def test_chosen_rows():
 
 
 @interpreted
+def test_int32_offsets_past_two_to_the_31_elements(monkeypatch):
+    """The third row starts beyond 2^31 elements, in and out. Pages that nobody touches cost no memory."""
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    logits, state, kind, terms = make_rows(3, 90, SETTINGS["clip"], torch.bfloat16, seed=9)
+    few, want = fresh(state), torch.empty_like(logits)
+    kernels().policy(logits, want, few, kind, terms, SETTINGS["clip"], compact=False)
+    far = torch.empty(2**31 + 200, dtype=torch.bfloat16).as_strided((3, 90), (2**30 + 7, 1))
+    assert 2 * far.stride(0) > 2**31
+    far.copy_(logits)
+    kernels().policy(far, far, state, kind, terms, SETTINGS["clip"], compact=False)
+    assert torch.equal(far, want) and torch.equal(state.logprob, few.logprob)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [1e4, -1e4, None])
 def test_extreme_logits(offset, dtype, monkeypatch):
