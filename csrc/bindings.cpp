@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "advantage.h"
+#include "isa.h"
 #include "ops.h"
 #include "policy_rows.h"
 
@@ -81,7 +83,7 @@ void bind_rows(py::module_& m) {
             call.kept = at<int64_t>(kept);
             call.num_threads = num_threads;
             const int64_t found = stable_rlhf::rows(call, isa.c_str());
-            if (found < 0) throw std::runtime_error("this processor cannot run the row kernel for '" + isa + "'");
+            if (found < 0) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
             return found;
         },
         py::kw_only(), py::arg("mode"), py::arg("type"), py::arg("logits"), py::arg("gradient") = 0,
@@ -127,17 +129,67 @@ void bind_rows(py::module_& m) {
                              at<const int64_t>(columns), num_columns, at<void>(out), num_threads);
           },
           without_gil);
-    m.def("rows_isas", [] {
-        py::list names;
-        for (const char* const* name = rows_isas(); *name; ++name) names.append(*name);
-        return names;
-    });
+}
+
+// Addresses of 0 are absent arrays; see advantage.h for what each argument is.
+template <typename T>
+void bind_advantage(py::module_& m, const char* name) {
+    using namespace stable_rlhf;
+    using Address = std::uintptr_t;
+    m.def(
+        name,
+        [](int64_t responses, int64_t prompts, int64_t pairs, int64_t policies, int64_t alternates, int64_t tokens,
+           Address reward, Address expected, int prompt_rule, Address prompt, Address pair, bool bounds, Address margin,
+           T all_margin, Address rank_margin, T all_rank_margin, Address smoothing, T all_smoothing, Address weight,
+           T all_weight, Address logprob, Address alt_logprob, Address cu_seqlens, bool length_normalized,
+           double max_log_weight, Address loss, Address score, Address gradient, Address expected_gradient,
+           Address statistics, int num_threads, const std::string& isa) {
+            Advantage<T> call{};
+            call.responses = responses;
+            call.prompts = prompts;
+            call.pairs = pairs;
+            call.policies = policies;
+            call.alternates = alternates;
+            call.reward = at<const T>(reward);
+            call.expected = at<const T>(expected);
+            call.prompt_rule = static_cast<PromptRule>(prompt_rule);
+            call.prompt = at<const int64_t>(prompt);
+            call.pair = at<const int64_t>(pair);
+            call.bounds = bounds;
+            call.margin = {at<const T>(margin), all_margin};
+            call.rank_margin = {at<const T>(rank_margin), all_rank_margin};
+            call.label_smoothing = {at<const T>(smoothing), all_smoothing};
+            call.pair_weight = {at<const T>(weight), all_weight};
+            call.tokens = tokens;
+            call.logprob = at<const T>(logprob);
+            call.alt_logprob = at<const T>(alt_logprob);
+            call.cu_seqlens = at<const int64_t>(cu_seqlens);
+            call.length_normalized = length_normalized;
+            call.max_log_weight = max_log_weight;
+            call.loss = at<T>(loss);
+            call.score = at<T>(score);
+            call.gradient = at<T>(gradient);
+            call.expected_gradient = at<T>(expected_gradient);
+            call.statistics = at<T>(statistics);
+            call.num_threads = num_threads;
+            const int status = advantage(call, isa.c_str());
+            if (status < 0) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
+            return status == 0;
+        },
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of stable_rlhf";
+    m.def("isa_names", [] {
+        py::list names;
+        for (const char* const* name = stable_rlhf::isa_names(); *name; ++name) names.append(*name);
+        return names;
+    });
+    bind_advantage<float>(m, "advantage_f32");
+    bind_advantage<double>(m, "advantage_f64");
     bind_all<float>(m, "f32");
     bind_all<double>(m, "f64");
     bind_rows(m);

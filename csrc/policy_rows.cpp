@@ -1,78 +1,17 @@
-// Picks the instruction set at run time, shares rows out to threads, and closes the gaps that dropped rows leave.
+// Shares rows out to threads, and closes the gaps that dropped rows leave.
 #include "policy_rows.h"
 
 #include <cstring>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace stable_rlhf {
 
-namespace rows_baseline {
-void run_rows(const Rows& call, int64_t begin, int64_t end);
-void run_peaks(const Columns& call, int64_t begin, int64_t end);
-void run_masses(const Columns& call, int64_t begin, int64_t end);
-}
-#if defined(__x86_64__)
-namespace rows_avx2 {
-void run_rows(const Rows& call, int64_t begin, int64_t end);
-void run_peaks(const Columns& call, int64_t begin, int64_t end);
-void run_masses(const Columns& call, int64_t begin, int64_t end);
-}
-namespace rows_avx512 {
-void run_rows(const Rows& call, int64_t begin, int64_t end);
-void run_peaks(const Columns& call, int64_t begin, int64_t end);
-void run_masses(const Columns& call, int64_t begin, int64_t end);
-}
-#endif
-
-namespace {
-
-struct Functions {
-    void (*rows)(const Rows&, int64_t, int64_t);
-    void (*peaks)(const Columns&, int64_t, int64_t);
-    void (*masses)(const Columns&, int64_t, int64_t);
-};
-
-struct Choice {
-    const char* names[4];
-    Functions functions[4];
-    int count;
-};
-
-const Choice& choices() {
-    static const Choice found = [] {
-        Choice c{};
-#if defined(__x86_64__)
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            c.names[c.count] = "avx512";
-            c.functions[c.count++] = {rows_avx512::run_rows, rows_avx512::run_peaks, rows_avx512::run_masses};
-        }
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-            c.names[c.count] = "avx2";
-            c.functions[c.count++] = {rows_avx2::run_rows, rows_avx2::run_peaks, rows_avx2::run_masses};
-        }
-#endif
-        c.names[c.count] = "baseline";
-        c.functions[c.count++] = {rows_baseline::run_rows, rows_baseline::run_peaks, rows_baseline::run_masses};
-        return c;
-    }();
-    return found;
-}
-
-}  // namespace
-
-const char* const* rows_isas() { return choices().names; }
-
 int64_t rows(const Rows& call, const char* isa) {
-    const Choice& choice = choices();
-    auto run = isa[0] == '\0' ? choice.functions[0].rows : nullptr;
-    for (int i = 0; i < choice.count; ++i) {
-        if (std::strcmp(isa, choice.names[i]) == 0) run = choice.functions[i].rows;
-    }
-    if (run == nullptr) return -1;
-    parallel_for(call.count, 4, call.num_threads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+    const Kernels* const found = kernels(isa);
+    if (found == nullptr) return -1;
+    parallel_for(call.count, 4, call.num_threads, [&](int64_t begin, int64_t end) { found->rows(call, begin, end); });
     if (call.mode == RowsMode::statistics) return 0;
     if (call.mode == RowsMode::given || call.kept == nullptr) return call.count;
 
@@ -101,14 +40,14 @@ int64_t rows(const Rows& call, const char* isa) {
 }
 
 void column_peaks(const Columns& call) {
-    const auto run = choices().functions[0].peaks;
+    const auto run = kernels("")->peaks;
     parallel_for(call.vocabulary, 1024, call.num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; at += 1024) run(call, at, std::min(at + 1024, end));
     });
 }
 
 void dropped_masses(const Columns& call) {
-    const auto run = choices().functions[0].masses;
+    const auto run = kernels("")->masses;
     parallel_for(call.count, 2, call.num_threads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
 }
 

@@ -58,8 +58,8 @@ struct Rows {
     int num_threads;
 };
 
-// Runs one chunk and returns the number of gradient rows that count; -1 when the processor lacks `isa`. `isa`: "" for the best this processor has, or one of
-// rows_isas().
+// Runs one chunk and returns the number of gradient rows that count; -1 when the processor lacks `isa` ("" for the best
+// this processor has, or one of isa_names()).
 int64_t rows(const Rows& call, const char* isa);
 
 // Gradient rows for bounded-error column selection: `inverse_scale` [count] makes |gradient| a share of a row's mass.
@@ -83,8 +83,5 @@ void dropped_masses(const Columns& call);
 // out[i, j] = gradient[rows[i], columns[j]], for elements of `bytes` (2 or 4).
 void gather_columns(const void* gradient, int64_t stride, int bytes, const int64_t* rows, int64_t num_rows,
                     const int64_t* columns, int64_t num_columns, void* out, int num_threads);
-
-// Names of the instruction sets this processor can run, the best first; null-terminated.
-const char* const* rows_isas();
 
 }  // namespace stable_rlhf

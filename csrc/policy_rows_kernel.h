@@ -1,61 +1,12 @@
-// The row kernel, written once on the compiler's vector types. A translation unit that includes this file has chosen an
-// instruction set by pragma and defines ROWS_NAMESPACE and ROWS_WIDTH (float lanes).
-//
-// No standard-library templates in here: compiled for one instruction set, they could be merged by the linker with
-// those of another.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
+// The row kernel, written once for every instruction set (simd.h).
 #include "policy_rows.h"
-
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "simd.h"
 
 namespace stable_rlhf {
-namespace ROWS_NAMESPACE {
+namespace SIMD_NAMESPACE {
 
-constexpr int kWidth = ROWS_WIDTH;
 constexpr int kBlock = 1024;  // floats held in the first cache between two passes over a block
 static_assert(kBlock % kWidth == 0, "a block holds whole vectors");
-
-typedef float Floats __attribute__((vector_size(sizeof(float) * kWidth)));
-typedef int32_t Ints __attribute__((vector_size(sizeof(int32_t) * kWidth)));
-
-inline Floats splat(float x) { return x - Floats{}; }
-inline Ints bits(Floats x) { return (Ints)x; }  // vector casts keep the bits
-inline Floats from_bits(Ints x) { return (Floats)x; }
-inline Floats load(const float* p) {
-    Floats x;
-    memcpy(&x, p, sizeof(x));
-    return x;
-}
-inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
-// The second operand wins where one is NaN.
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// exp(x) for x <= 0 (and a little above), to about one unit in the last place; 0 below -87.3; NaN stays NaN.
-inline Floats exp_nonpositive(Floats x) {
-    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const Ints flushed = x < splat(-87.3f);
-    const Floats shifted = x * splat(1.44269504088896341f) + magic;
-    const Floats n = shifted - magic;
-    Floats r = x - n * splat(0.693359375f);
-    r = r - n * splat(-2.12194440e-4f);
-    Floats p = splat(1.9875691500e-4f);
-    p = p * r + splat(1.3981999507e-3f);
-    p = p * r + splat(8.3334519073e-3f);
-    p = p * r + splat(4.1665795894e-2f);
-    p = p * r + splat(1.6666665459e-1f);
-    p = p * r + splat(5.0000001201e-1f);
-    p = p * (r * r) + r + splat(1.0f);
-    const Ints power = bits(shifted) - bits(magic);
-    const Floats y = from_bits(bits(p) + (power << 23));
-    return flushed ? Floats{} : y;
-}
 
 inline Floats tanh_of(Floats x) {
     const Floats size = x < Floats{} ? -x : x;
@@ -142,7 +93,7 @@ inline void store(BFloat16* p, Floats x) {
     const Halves half = __builtin_convertvector(value, Halves);
     memcpy(p, &half, sizeof(half));
 }
-#ifdef ROWS_F16C
+#ifdef SIMD_F16C
 inline Floats load(const Float16* p) {
     Floats x;
     for (int i = 0; i < kWidth; i += 8) {
@@ -171,17 +122,6 @@ inline void store(Float16* p, Floats x) {
     for (int i = 0; i < kWidth; ++i) narrow(x[i], p + i);
 }
 #endif
-
-inline float horizontal_max(Floats x) {
-    float y = x[0];
-    for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
-    return y;
-}
-inline float horizontal_sum(Floats x) {
-    float y = x[0];
-    for (int i = 1; i < kWidth; ++i) y += x[i];
-    return y;
-}
 
 struct RowShape {
     float inverse_temperature;
@@ -461,5 +401,5 @@ void run_masses(const Columns& call, int64_t begin, int64_t end) {
     }
 }
 
-}  // namespace ROWS_NAMESPACE
+}  // namespace SIMD_NAMESPACE
 }  // namespace stable_rlhf

@@ -5,7 +5,7 @@ Each works alone, in any trainer; `backend` forces an implementation where the d
 
 from __future__ import annotations
 
-from stable_rlhf.ops._advantage_loss import AdvantageLossOutput, advantage_loss, advantage_score
+from stable_rlhf.ops._advantage_loss import AdvantageLoss, AdvantageLossOutput, advantage_loss, advantage_score
 from stable_rlhf.ops._backend import backend, backend_report
 from stable_rlhf.ops._policy_config import PolicyLossConfig, PolicyLossOutput
 from stable_rlhf.ops._policy_loss import linear_logprob, linear_policy_loss, policy_loss
@@ -15,6 +15,7 @@ from stable_rlhf.ops._topk import topk_by_cluster
 from stable_rlhf.ops.head import PolicyHead
 
 __all__ = [
+    "AdvantageLoss",
     "AdvantageLossOutput",
     "PolicyHead",
     "PolicyLossConfig",

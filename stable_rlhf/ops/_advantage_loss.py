@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from stable_rlhf.ops._backend import choose, register
-from stable_rlhf.ops._checks import (
-    INTEGERS,
-    check_choice,
-    check_cu_seqlens,
-    check_finite,
-    check_tensor,
-    check_values,
-    first_true,
-    statistics_dtype,
-)
+from stable_rlhf.ops import _advantage_ops, _advantage_reference
+from stable_rlhf.ops._advantage_reference import GIVEN, HALVES, OF_PAIRS, SAME_INDEX, Arguments
+from stable_rlhf.ops._backend import traced_choice
+from stable_rlhf.ops._checks import INTEGERS, check_choice, check_tensor, statistics_dtype
 
 WEIGHT_MODES = ("length_normalized", "sequence")
 
@@ -91,58 +83,75 @@ def advantage_loss(
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
     """
-    score, weights, policies = _score(
-        "advantage_loss",
-        reward,
-        expected,
-        _default_prompt(reward, expected, pairs, prompt),
-        num_policies,
-        None,
-        logprob,
-        alt_logprob,
-        cu_seqlens,
-        weight_mode,
-        max_weight,
-    )
-    dtype, device = score.dtype, score.device
-    chosen, rejected = _pairs(reward, pairs).unbind(1)
-    count = chosen.numel()
-    smoothing = _per("label_smoothing", label_smoothing, count, score)
-    if check_values(device) and bool(((smoothing < 0) | (smoothing > 1)).any()):
-        raise ValueError("label_smoothing: has values outside [0, 1]")
-    weight = _per("pair_weight", 1.0 if pair_weight is None else pair_weight, count, score)
-
-    difference = score[chosen] - score[rejected]
-    shifted = difference - _per("rank_margin", rank_margin, count, score)
-    ranking = -(1.0 - smoothing) * F.logsigmoid(shifted) - smoothing * F.logsigmoid(-shifted)
-    if margin is None:
-        upper = lower = torch.zeros_like(difference)
-        violations = score.new_zeros(())
+    responses = _check_reward(reward)
+    if pairs is not None:
+        pairs = _indices("pairs", pairs, reward)
+        if pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ValueError(f"pairs: shape {tuple(pairs.shape)} instead of [M, 2]")
+        count = pairs.shape[0]
+    elif responses % 2:
+        raise ValueError(f"pairs: required for an odd number of responses ({responses})")
     else:
-        bound = _per("margin", margin, reward.numel(), score)
-        upper = -F.logsigmoid(bound[chosen] - score[chosen])
-        lower = -F.logsigmoid(bound[rejected] + score[rejected])
-        past = (score[chosen] > bound[chosen]).sum() + (score[rejected] < -bound[rejected]).sum()
-        violations = past.to(dtype) / max(2 * count, 1)
-    terms = [(weight * term).sum() / max(count, 1) for term in (ranking, upper, lower)]
-    with torch.no_grad():
-        accuracy = ((difference > 0).to(dtype) + 0.5 * (difference == 0).to(dtype)).sum() / max(count, 1)
-        if weights is None:
-            size, flips = torch.full((), float(reward.numel()), dtype=dtype, device=device), score.new_zeros(())
-        else:
-            size = _effective_sample_size(weights)
-            flips = (weights.exp().sum(0) > policies).to(dtype).sum() / max(reward.numel(), 1)
-    return AdvantageLossOutput(
-        loss=terms[0] + terms[1] + terms[2],
-        score=score.detach(),
-        ranking_loss=terms[0].detach(),
-        upper_bound_loss=terms[1].detach(),
-        lower_bound_loss=terms[2].detach(),
-        accuracy=accuracy,
-        effective_sample_size=size.to(dtype),
-        sign_flip_share=flips,
-        bound_violation_share=violations,
-    )
+        count = responses // 2
+    rule = GIVEN
+    if expected is not None and prompt is None:
+        rule = HALVES if pairs is None else OF_PAIRS
+        if isinstance(expected, Tensor) and expected.ndim == 1 and expected.shape[0] != count:
+            raise ValueError(f"expected: {expected.shape[0]} values for {count} pairs, and no prompt given")
+        if 2 * count != responses:
+            raise ValueError("prompt: required unless every response is in exactly one pair")
+    call = _arguments(
+        reward, expected, prompt, rule, num_policies, None, logprob, alt_logprob, cu_seqlens, weight_mode, max_weight,
+        pairs=pairs,
+        margin=None if margin is None else _per("margin", margin, responses, reward),
+        rank_margin=_per("rank_margin", rank_margin, count, reward),
+        label_smoothing=_per("label_smoothing", label_smoothing, count, reward),
+        pair_weight=1.0 if pair_weight is None else _per("pair_weight", pair_weight, count, reward),
+    )  # fmt: skip
+    if isinstance(call.label_smoothing, float) and not 0.0 <= call.label_smoothing <= 1.0:
+        raise ValueError("label_smoothing: has values outside [0, 1]")
+    backend = traced_choice("advantage_loss", reward.device.type)
+    if backend == "torch":
+        loss, score, statistics = _advantage_reference.loss(call)
+    else:
+        loss, score, statistics = _advantage_ops.loss(call, backend)
+    return AdvantageLossOutput(loss, score, *statistics.unbind(0))
+
+
+class AdvantageLoss(nn.Module):
+    """`advantage_loss` with its settings kept, for a trainer that builds its loss once.
+
+    Args:
+        margin, rank_margin, label_smoothing, num_policies, weight_mode, max_weight: as in `advantage_loss`. A call may
+            give each of them anew.
+
+    Raises:
+        ValueError: an unknown weight_mode here; everything else when it is called.
+    """
+
+    def __init__(
+        self,
+        margin: float | None = 2.5,
+        *,
+        rank_margin: float = 0.0,
+        label_smoothing: float = 0.0,
+        num_policies: int | None = None,
+        weight_mode: str = "length_normalized",
+        max_weight: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        check_choice("weight_mode", weight_mode, WEIGHT_MODES)
+        self.settings: dict[str, Any] = {
+            "margin": margin, "rank_margin": rank_margin, "label_smoothing": label_smoothing,
+            "num_policies": num_policies, "weight_mode": weight_mode, "max_weight": max_weight,
+        }  # fmt: skip
+
+    def forward(self, reward: Tensor, expected: Tensor | None = None, **arguments: Any) -> AdvantageLossOutput:
+        """`advantage_loss(reward, expected, **arguments)`, with the settings where the call says nothing else."""
+        return advantage_loss(reward, expected, **{**self.settings, **arguments})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
 def advantage_score(
@@ -177,26 +186,31 @@ def advantage_score(
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong.
     """
-    return _score(
-        "advantage_score",
-        reward,
-        expected,
-        prompt,
-        num_policies,
-        num_alternates,
-        logprob,
-        alt_logprob,
-        cu_seqlens,
-        weight_mode,
-        max_weight,
-    )[0]
+    responses = _check_reward(reward)
+    if expected is not None and prompt is None and isinstance(expected, Tensor) and expected.numel() != responses:
+        raise ValueError(f"expected: {expected.numel()} values for {responses} responses, and no prompt given")
+    call = _arguments(
+        reward, expected, prompt, SAME_INDEX if prompt is None else GIVEN, num_policies, num_alternates, logprob,
+        alt_logprob, cu_seqlens, weight_mode, max_weight,
+    )  # fmt: skip
+    backend = traced_choice("advantage_score", reward.device.type)
+    if backend == "torch":
+        return _advantage_reference.score(call)
+    return _advantage_ops.score(call, backend)
 
 
-def _score(
-    op: str,
+def _check_reward(reward: Tensor) -> int:
+    check_tensor("reward", reward)
+    if reward.ndim != 1:
+        raise ValueError(f"reward: shape {tuple(reward.shape)} instead of [R]")
+    return reward.shape[0]
+
+
+def _arguments(
     reward: Tensor,
     expected: Tensor | None,
     prompt: Tensor | None,
+    prompt_rule: int,
     num_policies: int | None,
     num_alternates: int | None,
     logprob: Tensor | None,
@@ -204,169 +218,71 @@ def _score(
     cu_seqlens: Tensor | None,
     weight_mode: str,
     max_weight: float | None,
-) -> tuple[Tensor, Tensor | None, int]:
-    """Score [R], log w [K, R] (None without alternates) and N."""
-    check_tensor("reward", reward)
-    if reward.ndim != 1:
-        raise ValueError(f"reward: shape {tuple(reward.shape)} instead of [R]")
-    device, responses = reward.device, reward.numel()
-    dtypes = [reward.dtype]
-    if check_values(device):
-        check_finite("reward", reward.detach())
+    **by_pair: Any,
+) -> Arguments:
+    """Checks all that needs no tensor's values; those are looked at where they are read anyway."""
+    device, dtype = reward.device, statistics_dtype(reward.dtype)
     if expected is not None:
         check_tensor("expected", expected, device=device)
         if expected.ndim != 1:
             raise ValueError(f"expected: shape {tuple(expected.shape)} instead of [P]")
-        if check_values(device):
-            check_finite("expected", expected.detach())
-        dtypes.append(expected.dtype)
-        if prompt is None:
-            if expected.numel() != responses:
-                raise ValueError(f"expected: {expected.numel()} values for {responses} responses, and no prompt given")
-            prompt = torch.arange(responses, device=device)
-        prompt = _indices("prompt", prompt, (responses,), expected.numel(), device)
+        dtype = statistics_dtype(reward.dtype, expected.dtype)
+        expected = expected.to(dtype)
+        if prompt is not None:
+            prompt = _indices("prompt", prompt, reward)
+            if prompt.shape != reward.shape:
+                raise ValueError(f"prompt: shape {tuple(prompt.shape)} instead of {tuple(reward.shape)}")
     elif prompt is not None:
         raise ValueError("prompt: given without expected")
-    weights = _log_weights(responses, device, logprob, alt_logprob, cu_seqlens, weight_mode, max_weight)
-    known = 0 if weights is None else weights.shape[0]
+    check_choice("weight_mode", weight_mode, WEIGHT_MODES)
+    if max_weight is not None and not max_weight > 0.0:
+        raise ValueError(f"max_weight: {max_weight} is not positive")
+    known = 0
+    if alt_logprob is None:
+        for name, value in (("logprob", logprob), ("cu_seqlens", cu_seqlens)):
+            if value is not None:
+                raise ValueError(f"{name}: given without alt_logprob")
+    else:
+        if logprob is None or cu_seqlens is None:
+            raise ValueError(f"{'logprob' if logprob is None else 'cu_seqlens'}: required with alt_logprob")
+        check_tensor("logprob", logprob, device=device)
+        if logprob.ndim != 1:
+            raise ValueError(f"logprob: shape {tuple(logprob.shape)} instead of [T]")
+        check_tensor("alt_logprob", alt_logprob, device=device)
+        if alt_logprob.ndim != 2 or alt_logprob.shape[1] != logprob.shape[0]:
+            raise ValueError(f"alt_logprob: shape {tuple(alt_logprob.shape)} instead of [K, {logprob.shape[0]}]")
+        cu_seqlens = _indices("cu_seqlens", cu_seqlens, reward)
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] != reward.shape[0] + 1:
+            raise ValueError(
+                f"cu_seqlens: {cu_seqlens.numel()} entries instead of {reward.shape[0] + 1} "
+                f"for {reward.shape[0]} responses"
+            )
+        known = alt_logprob.shape[0]
+        logprob, alt_logprob = logprob.detach(), alt_logprob.detach()
     if num_alternates is None:
         num_alternates = known
-    elif weights is not None and num_alternates != known:
+    elif known and num_alternates != known:
         raise ValueError(f"num_alternates: {num_alternates}, but alt_logprob holds {known}")
     policies = num_alternates + 1 if num_policies is None else num_policies
     if num_alternates < 0:
         raise ValueError(f"num_alternates: K = {num_alternates} is negative")
     if policies < max(num_alternates, 1):
         raise ValueError(f"num_policies: N = {policies} is less than 1 or than the K = {num_alternates} alternates")
-    dtype = statistics_dtype(*dtypes)
-    e = reward.new_zeros(responses) if expected is None else expected[prompt]
-    run = choose(op, device)
-    return run(reward.to(dtype), e.to(dtype), weights, policies, num_alternates), weights, policies
+    return Arguments(
+        reward.to(dtype), expected, prompt, prompt_rule, policies, num_alternates, logprob, alt_logprob, cu_seqlens,
+        weight_mode == "length_normalized", max_weight, **by_pair,
+    )  # fmt: skip
 
 
-def _score_torch(reward: Tensor, expected: Tensor, weights: Tensor | None, policies: int, alternates: int) -> Tensor:
-    share = (policies - alternates) / policies
-    if weights is None:
-        return share * (reward - expected)
-    return reward * (1.0 - weights.exp().sum(0).to(reward.dtype) / policies) - share * expected
+def _indices(name: str, value: Tensor, like: Tensor) -> Tensor:
+    return check_tensor(name, value, device=like.device, dtypes=INTEGERS).to(torch.int64)
 
 
-@torch.no_grad()
-def _log_weights(
-    responses: int,
-    device: torch.device,
-    logprob: Tensor | None,
-    alt_logprob: Tensor | None,
-    cu_seqlens: Tensor | None,
-    weight_mode: str,
-    max_weight: float | None,
-) -> Tensor | None:
-    """log w_k [K, R], clamped, in float64; None without alternates (or with K = 0 of them).
-
-    log w_k = sum_t (log pi(y_t) - log pi'_k(y_t)): differences first, for exp(sum log pi) alone underflows.
-    """
-    check_choice("weight_mode", weight_mode, WEIGHT_MODES)
-    if max_weight is not None and not max_weight > 0.0:
-        raise ValueError(f"max_weight: {max_weight} is not positive")
-    if alt_logprob is None:
-        for name, value in (("logprob", logprob), ("cu_seqlens", cu_seqlens)):
-            if value is not None:
-                raise ValueError(f"{name}: given without alt_logprob")
-        return None
-    if logprob is None or cu_seqlens is None:
-        raise ValueError(f"{'logprob' if logprob is None else 'cu_seqlens'}: required with alt_logprob")
-    check_tensor("logprob", logprob, device=device)
-    if logprob.ndim != 1:
-        raise ValueError(f"logprob: shape {tuple(logprob.shape)} instead of [T]")
-    tokens = logprob.numel()
-    check_tensor("alt_logprob", alt_logprob, device=device)
-    if alt_logprob.ndim != 2 or alt_logprob.shape[1] != tokens:
-        raise ValueError(f"alt_logprob: shape {tuple(alt_logprob.shape)} instead of [K, {tokens}]")
-    bounds = check_cu_seqlens(cu_seqlens, tokens, device)
-    if bounds.numel() != responses + 1:
-        raise ValueError(f"cu_seqlens: {bounds.numel()} entries instead of {responses + 1} for {responses} responses")
-    if check_values(device):
-        check_finite("logprob", logprob)
-        check_finite("alt_logprob", alt_logprob)
-    alternates = alt_logprob.shape[0]
-    if alternates == 0:
-        return None
-    lengths = bounds.diff()
-    ratio = logprob.double() - alt_logprob.double()  # [K, T]; float64: a sum of thousands of terms, and a small array
-    owner = torch.repeat_interleave(torch.arange(responses, device=device), lengths, output_size=tokens)
-    weights = ratio.new_zeros(alternates, responses).index_add_(1, owner, ratio)
-    if weight_mode == "length_normalized":
-        weights = weights / lengths.clamp(min=1)
-    if max_weight is not None:
-        weights = weights.clamp(max=math.log(max_weight))
-    # exp of more than 88 is infinite in float32, and so would the loss be.
-    if check_values(device) and bool((weights > 80.0).any()):
-        worst = int(weights.amax(0).argmax())
-        raise ValueError(
-            f"logprob: response {worst} is exp({float(weights.max()):.1f}) times as likely as under an alternate, "
-            "its weight overflows; set max_weight"
-        )
-    return weights
-
-
-def _effective_sample_size(weights: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2 over the responses, averaged over the alternates; from log w [K, R]."""
-    if weights.shape[1] == 0:
-        return weights.new_zeros(())
-    return (2.0 * weights.logsumexp(1) - (2.0 * weights).logsumexp(1)).exp().mean()
-
-
-def _default_prompt(
-    reward: Tensor, expected: Tensor | None, pairs: Tensor | None, prompt: Tensor | None
-) -> Tensor | None:
-    """Each response's prompt where the caller named none: pair i has prompt i."""
-    if expected is None or prompt is not None:
-        return prompt
-    both = _pairs(reward, pairs)
-    if expected.ndim == 1 and expected.numel() != both.shape[0]:
-        raise ValueError(f"expected: {expected.numel()} values for {both.shape[0]} pairs, and no prompt given")
-    if both.numel() != reward.numel() or both.unique().numel() != both.numel():
-        raise ValueError("prompt: required unless every response is in exactly one pair")
-    owner = torch.empty(reward.numel(), dtype=torch.int64, device=reward.device)
-    numbers = torch.arange(both.shape[0], device=reward.device)
-    owner[both[:, 0]] = numbers
-    owner[both[:, 1]] = numbers
-    return owner
-
-
-def _pairs(reward: Tensor, pairs: Tensor | None) -> Tensor:
-    """[M, 2] int64, checked; by default the first half of the responses against the second."""
-    check_tensor("reward", reward)
-    responses = reward.numel()
-    if pairs is None:
-        if responses % 2:
-            raise ValueError(f"pairs: required for an odd number of responses ({responses})")
-        return torch.arange(responses, device=reward.device).reshape(2, -1).T
-    if isinstance(pairs, Tensor) and (pairs.ndim != 2 or pairs.shape[1] != 2):
-        raise ValueError(f"pairs: shape {tuple(pairs.shape)} instead of [M, 2]")
-    return _indices("pairs", pairs, None, responses, reward.device)
-
-
-def _indices(name: str, value: Tensor, shape: tuple[int, ...] | None, limit: int, device: torch.device) -> Tensor:
-    check_tensor(name, value, shape=shape, device=device, dtypes=INTEGERS)
-    if check_values(device):
-        outside = ((value < 0) | (value >= limit)).reshape(-1)
-        if bool(outside.any()):
-            position = first_true(outside)
-            raise ValueError(f"{name}: {int(value.reshape(-1)[position])} is outside [0, {limit})")
-    return value.to(torch.int64)
-
-
-def _per(name: str, value: float | Tensor, count: int, like: Tensor) -> Tensor:
-    """`value` as a tensor [count] of like's type: a number for all, or one for each."""
+def _per(name: str, value: float | Tensor, count: int, like: Tensor) -> float | Tensor:
+    """`value` as a float for all, or as a tensor [count]."""
     if isinstance(value, Tensor) and value.ndim > 0:
-        value = check_tensor(name, value, shape=(count,), device=like.device).detach().to(like.dtype)
-    else:
-        value = torch.full((count,), float(value), dtype=like.dtype, device=like.device)
-    if check_values(like.device):
-        check_finite(name, value)
+        return check_tensor(name, value, shape=(count,), device=like.device).detach()
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: non-finite value {value}")
     return value
-
-
-register("advantage_loss", {"torch": _score_torch})
-register("advantage_score", {"torch": _score_torch})

@@ -93,6 +93,12 @@ def selected(op: str, device: torch.device) -> str:
     return preferred if preferred in implementations and _obstacle(preferred, device) is None else "torch"
 
 
+@torch.compiler.assume_constant_result
+def traced_choice(op: str, device: str) -> str:
+    """`selected` for a device type, a constant where torch.compile traces through it."""
+    return selected(op, torch.device(device))
+
+
 def choose(op: str, device: torch.device) -> Callable[..., Any]:
     """The implementation of `op` for tensors of `device`.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.ops import _policy_ops
-from stable_rlhf.ops._backend import register, selected
+from stable_rlhf.ops._backend import register, traced_choice
 from stable_rlhf.ops._checks import FLOATS, check_tensor, statistics_dtype
 from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
 from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
@@ -204,14 +204,9 @@ def linear_logprob(
     return logprob, row_entropy if entropy else None
 
 
-@torch.compiler.assume_constant_result
-def _backend_name(op: str, device: str) -> str:
-    return selected(op, torch.device(device))
-
-
 def _backend_for(op: str, value: Tensor) -> str:
     """The backend of `op`; the fused ones keep statistics in float32, so float64 is PyTorch's."""
-    return "torch" if value.dtype == torch.float64 else _backend_name(op, value.device.type)
+    return "torch" if value.dtype == torch.float64 else traced_choice(op, value.device.type)
 
 
 def _needs(*inputs: Tensor | None) -> list[bool]:

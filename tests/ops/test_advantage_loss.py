@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
+from stable_rlhf.ops._backend import extension
 
 
 def log_sigmoid(x: float) -> float:
@@ -299,12 +300,20 @@ BAD = [
     ({**ALT, "cu_seqlens": torch.tensor([0, 2, 1, 3, 4])}, "cu_seqlens: decreases after entry 1"),
     ({**ALT, "weight_mode": "token"}, "weight_mode: 'token'"),
     ({**ALT, "max_weight": 0.0}, "max_weight: 0.0"),
+    ({**ALT, "logprob": torch.tensor([0.0, 0.0, math.inf, 0.0])}, "logprob: non-finite value inf at position 2"),
+    ({"label_smoothing": torch.tensor([0.0, -0.1])}, r"label_smoothing: has values outside"),
+    ({"margin": torch.tensor([1.0, math.inf, 1.0, 1.0])}, "margin: non-finite value inf at position 1"),
+    ({"rank_margin": torch.tensor([math.nan, 0.0])}, "rank_margin: non-finite"),
+    ({"prompt": torch.tensor([0, 1, 0, 1]), "expected": torch.zeros(2), "pairs": torch.tensor([[0, -1]])}, "pairs: -1"),
 ]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[b[1] for b in BAD])
-def test_bad_arguments(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments(changes, message, backend):
+    if backend == "cpu" and extension() is None:
+        pytest.skip("installed without the C++ module")
+    with pytest.raises(ValueError, match=message), ops.backend(backend):
         ops.advantage_loss(**{"reward": torch.arange(4.0), **changes})
 
 

@@ -62,6 +62,37 @@ def test_gae(capability, dtype, tmp_path, record_property):
     assert 0 < used["REG"] <= 64 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used
 
 
+ADVANTAGE_PARTS = {
+    "no alternates": {"WEIGHED": False, "EXPECTED": False, "LISTED": False, "RULE": 0},
+    "default pairs": {"WEIGHED": True, "EXPECTED": True, "LISTED": False, "RULE": 1},
+    "rankings": {"WEIGHED": True, "EXPECTED": True, "LISTED": True, "RULE": 0},
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("part", ADVANTAGE_PARTS)
+def test_advantage(capability, part, tmp_path, record_property):
+    from stable_rlhf.kernels.advantage import TILE, _advantage_kernel
+
+    whole = ("prompt", "pairs", "cu", "totals", "owner")
+    double = ("partial", "weight_sum")
+    names = [name for name in _advantage_kernel.arg_names if name.endswith("_ptr")]
+    types = dict.fromkeys(names, "*fp32")
+    types |= {f"{name}_ptr": "*i64" for name in whole} | {f"{name}_ptr": "*fp64" for name in double}
+    types |= {"counter_ptr": "*i32"} | dict.fromkeys(
+        ("responses", "prompts", "pairs", "tokens", "policies", "K"), "i32"
+    )
+    types |= dict.fromkeys(("margin", "shift", "smoothing", "pair_weight"), "fp32")
+    constants = {
+        "LOSS": True, "NORMALIZED": True, "MAX_LOG_WEIGHT": 0.0, "BOUNDS": True, "MARGINS": True, "SHIFTS": True,
+        "SMOOTHINGS": False, "PAIR_WEIGHTS": True, "DTYPE": tl.float32, "TILE": TILE, "BLOCK": 512,
+        **ADVANTAGE_PARTS[part],
+    }  # fmt: skip
+    used, _ = resources(_advantage_kernel, types, constants, capability, 8, tmp_path)
+    record_property("resources", used)
+    assert 0 < used["REG"] <= 96 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 4096, used
+
+
 ROW_TYPES = {
     **dict.fromkeys(("target_ptr", "row_ptr", "order_ptr"), "*i64"),
     "kind_ptr": "*i8",

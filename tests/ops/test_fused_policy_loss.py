@@ -17,7 +17,7 @@ from stable_rlhf.ops._backend import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 
-ISAS = extension().rows_isas() if extension() is not None else []
+ISAS = extension().isa_names() if extension() is not None else []
 INPUTS = ("hidden", "weight", "bias")
 PER_ROW = ("old_logprob", "advantage", "ref_logprob", "row_weight")
 

@@ -1,4 +1,4 @@
-// The row kernel for AVX2 with FMA and F16C (x86-64 from 2013 on).
+// The kernels for AVX2 with FMA and F16C (x86-64 from 2013 on).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -10,9 +10,10 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define ROWS_NAMESPACE rows_avx2
-#define ROWS_WIDTH 8
-#define ROWS_F16C
+#define SIMD_NAMESPACE avx2
+#define SIMD_WIDTH 8
+#define SIMD_F16C
+#include "advantage_kernel.h"
 #include "policy_rows_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// The row kernel for AVX-512 (F, BW, DQ, VL).
+// The kernels for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -10,9 +10,10 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
-#define ROWS_NAMESPACE rows_avx512
-#define ROWS_WIDTH 16
-#define ROWS_F16C
+#define SIMD_NAMESPACE avx512
+#define SIMD_WIDTH 16
+#define SIMD_F16C
+#include "advantage_kernel.h"
 #include "policy_rows_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,0 +1,66 @@
+#include "isa.h"
+
+#include <cstring>
+
+#define DECLARE_KERNELS(name)                                           \
+    namespace name {                                                    \
+    void run_rows(const Rows& call, int64_t begin, int64_t end);        \
+    void run_peaks(const Columns& call, int64_t begin, int64_t end);    \
+    void run_masses(const Columns& call, int64_t begin, int64_t end);   \
+    double difference_sum(const float* a, const float* b, int64_t n);   \
+    void pair_terms(const PairBlock<float>& block);                     \
+    }
+#define KERNELS_OF(name) \
+    Kernels { #name, name::run_rows, name::run_peaks, name::run_masses, name::difference_sum, name::pair_terms }
+
+namespace stable_rlhf {
+
+DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+DECLARE_KERNELS(avx2)
+DECLARE_KERNELS(avx512)
+#endif
+
+namespace {
+
+struct Choice {
+    const char* names[4];  // null-terminated
+    Kernels kernels[3];
+    int count;
+};
+
+const Choice& choices() {
+    static const Choice found = [] {
+        Choice c{};
+        const auto add = [&c](const Kernels& kernels) {
+            c.names[c.count] = kernels.name;
+            c.kernels[c.count++] = kernels;
+        };
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            add(KERNELS_OF(avx512));
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(KERNELS_OF(avx2));
+#endif
+        add(KERNELS_OF(baseline));
+        return c;
+    }();
+    return found;
+}
+
+}  // namespace
+
+const char* const* isa_names() { return choices().names; }
+
+const Kernels* kernels(const char* isa) {
+    const Choice& choice = choices();
+    if (isa[0] == '\0') return &choice.kernels[0];
+    for (int i = 0; i < choice.count; ++i) {
+        if (std::strcmp(isa, choice.names[i]) == 0) return &choice.kernels[i];
+    }
+    return nullptr;
+}
+
+}  // namespace stable_rlhf

@@ -1,0 +1,24 @@
+// The kernels that are compiled once for each instruction set, and the choice among them at run time.
+#pragma once
+
+#include "advantage.h"
+#include "policy_rows.h"
+
+namespace stable_rlhf {
+
+struct Kernels {
+    const char* name;
+    void (*rows)(const Rows&, int64_t begin, int64_t end);
+    void (*peaks)(const Columns&, int64_t begin, int64_t end);
+    void (*masses)(const Columns&, int64_t begin, int64_t end);
+    double (*difference_sum)(const float* a, const float* b, int64_t n);
+    void (*pair_terms)(const PairBlock<float>&);
+};
+
+// The kernels for an instruction set, the best this processor has for ""; null when it lacks that one.
+const Kernels* kernels(const char* isa);
+
+// Names of the instruction sets this processor can run, the best first; null-terminated.
+const char* const* isa_names();
+
+}  // namespace stable_rlhf

@@ -1,0 +1,5 @@
+// The kernels for any processor: four lanes, which are SSE2 on x86-64 and NEON on ARM.
+#define SIMD_NAMESPACE baseline
+#define SIMD_WIDTH 4
+#include "advantage_kernel.h"
+#include "policy_rows_kernel.h"

@@ -1,0 +1,71 @@
+// Vectors of floats on the compiler's vector types, for the kernels that are compiled once for each instruction set. A
+// translation unit that includes this file has chosen an instruction set by pragma and defines SIMD_NAMESPACE and
+// SIMD_WIDTH (float lanes).
+//
+// No standard-library templates in here or in what includes it: compiled for one instruction set, they could be merged
+// by the linker with those of another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+namespace stable_rlhf {
+namespace SIMD_NAMESPACE {
+
+constexpr int kWidth = SIMD_WIDTH;
+
+typedef float Floats __attribute__((vector_size(sizeof(float) * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(sizeof(int32_t) * kWidth)));
+
+inline Floats splat(float x) { return x - Floats{}; }
+inline Ints bits(Floats x) { return (Ints)x; }  // vector casts keep the bits
+inline Floats from_bits(Ints x) { return (Floats)x; }
+inline Floats load(const float* p) {
+    Floats x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
+// The second operand wins where one is NaN.
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0 (and a little above), to about one unit in the last place; 0 below -87.3; NaN stays NaN.
+inline Floats exp_nonpositive(Floats x) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const Ints flushed = x < splat(-87.3f);
+    const Floats shifted = x * splat(1.44269504088896341f) + magic;
+    const Floats n = shifted - magic;
+    Floats r = x - n * splat(0.693359375f);
+    r = r - n * splat(-2.12194440e-4f);
+    Floats p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * (r * r) + r + splat(1.0f);
+    const Ints power = bits(shifted) - bits(magic);
+    const Floats y = from_bits(bits(p) + (power << 23));
+    return flushed ? Floats{} : y;
+}
+
+inline float horizontal_max(Floats x) {
+    float y = x[0];
+    for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
+    return y;
+}
+inline float horizontal_sum(Floats x) {
+    float y = x[0];
+    for (int i = 1; i < kWidth; ++i) y += x[i];
+    return y;
+}
+
+}  // namespace SIMD_NAMESPACE
+}  // namespace stable_rlhf
