@@ -115,8 +115,9 @@ def compare(call, backend, dtype=torch.float32):
         assert value.dtype == dtype and not value.requires_grad
     # What reaches e(x) is a sum over responses that may cancel: their gradients are its measure.
     size = max((float(truth.abs().max()) for truth in want_grads.values() if truth.numel()), default=0.0)
+    unit = 1e-16  # integers stand for the sums in Triton: the smallest one, for a loss of order 1
     for name, truth in want_grads.items():
-        torch.testing.assert_close(grads[name].double(), truth, rtol=near["rtol"], atol=near["rtol"] * size)
+        torch.testing.assert_close(grads[name].double(), truth, rtol=near["rtol"], atol=near["rtol"] * size + unit)
 
 
 OPTIONS = {
