@@ -19,74 +19,74 @@ bool limits_fit(const int64_t* cu_seqlens, int64_t num_sequences, int64_t tokens
     return fit;
 }
 
-// Sequences are walked from their ends. Each step of the recurrence waits for the one before it, so one thread walks
-// several sequences at a time; what does not wait is done in whole vectors, a stretch of kStretch tokens before and after.
+// Sequences go in groups of about so many tokens, whose arrays stay in the second cache between the three passes below.
+constexpr int64_t kGroup = 8192;
 constexpr int kLanes = 8;
-constexpr int kStretch = 128;
 
+// What is left of a sequence, walked from its end.
 template <typename T>
 struct Lane {
-    int64_t begin;  // of the sequence
-    int64_t end;    // of what is left of it
-    T next_value;
+    T* begin;
+    T* end;
     T running;
 };
 
-template <typename T>
-struct GaeCall {
-    const T* reward;
-    const T* value;
-    T gamma;
-    T decay;
-    T* advantage;
-    T* returns;
-};
-
+// Takes `lanes` sequences `length` tokens further: each step waits for the one before it, but not for its neighbours.
 template <int lanes, typename T>
-void recur(Lane<T>* lane, T (*stretch)[kStretch], int length, T decay) {
+void recur(Lane<T>* lane, int64_t length, T decay) {
     T running[lanes];
-    for (int i = 0; i < lanes; ++i) running[i] = lane[i].running;
-    for (int j = length - 1; j >= 0; --j) {
+    T* at[lanes];
+    for (int i = 0; i < lanes; ++i) {
+        running[i] = lane[i].running;
+        at[i] = lane[i].end - 1;
+    }
+    for (int64_t j = 0; j > -length; --j) {
         for (int i = 0; i < lanes; ++i) {
-            running[i] = stretch[i][j] + decay * running[i];
-            stretch[i][j] = running[i];
+            running[i] = at[i][j] + decay * running[i];
+            at[i][j] = running[i];
         }
     }
-    for (int i = 0; i < lanes; ++i) lane[i].running = running[i];
+    for (int i = 0; i < lanes; ++i) {
+        lane[i].running = running[i];
+        lane[i].end -= length;
+    }
 }
 
-// Takes `lanes` lanes `length` tokens further. The order of operations is the PyTorch reference's: the same bits.
+// Turns the deltas of the sequences [s, past) into advantages, in place. Returns whether these are finite.
 template <typename T>
-void advance(const GaeCall<T>& call, Lane<T>* lane, int lanes, int length, T (*stretch)[kStretch]) {
-    for (int i = 0; i < lanes; ++i) {
-        const int64_t at = lane[i].end - length;
-        const T* reward = call.reward + at;
-        const T* value = call.value + at;
-        T* delta = stretch[i];
-        const T gamma = call.gamma;
-        for (int j = 0; j < length - 1; ++j) delta[j] = (reward[j] + gamma * value[j + 1]) - value[j];
-        delta[length - 1] = (reward[length - 1] + gamma * lane[i].next_value) - value[length - 1];
-        lane[i].next_value = value[0];
-    }
-    switch (lanes) {
-        case 8: recur<8>(lane, stretch, length, call.decay); break;
-        case 7: recur<7>(lane, stretch, length, call.decay); break;
-        case 6: recur<6>(lane, stretch, length, call.decay); break;
-        case 5: recur<5>(lane, stretch, length, call.decay); break;
-        case 4: recur<4>(lane, stretch, length, call.decay); break;
-        case 3: recur<3>(lane, stretch, length, call.decay); break;
-        case 2: recur<2>(lane, stretch, length, call.decay); break;
-        default: recur<1>(lane, stretch, length, call.decay); break;
-    }
-    for (int i = 0; i < lanes; ++i) {
-        lane[i].end -= length;
-        const T* value = call.value + lane[i].end;
-        T* advantage = call.advantage + lane[i].end;
-        T* returns = call.returns + lane[i].end;
-        for (int j = 0; j < length; ++j) {
-            advantage[j] = stretch[i][j];
-            returns[j] = stretch[i][j] + value[j];
+bool recur_all(T* advantage, const int64_t* cu_seqlens, int64_t s, int64_t past, T decay) {
+    Lane<T> lane[kLanes];
+    int lanes = 0;
+    bool sound = true;
+    while (true) {
+        for (; lanes < kLanes && s < past; ++s) {
+            if (cu_seqlens[s] == cu_seqlens[s + 1]) continue;
+            lane[lanes++] = {advantage + cu_seqlens[s], advantage + cu_seqlens[s + 1], T(0)};
         }
+        if (lanes == 0) return sound;
+        int64_t length = lane[0].end - lane[0].begin;
+        for (int i = 1; i < lanes; ++i) length = std::min<int64_t>(length, lane[i].end - lane[i].begin);
+        switch (lanes) {
+            case 8: recur<8>(lane, length, decay); break;
+            case 7: recur<7>(lane, length, decay); break;
+            case 6: recur<6>(lane, length, decay); break;
+            case 5: recur<5>(lane, length, decay); break;
+            case 4: recur<4>(lane, length, decay); break;
+            case 3: recur<3>(lane, length, decay); break;
+            case 2: recur<2>(lane, length, decay); break;
+            default: recur<1>(lane, length, decay); break;
+        }
+        int left = 0;
+        for (int i = 0; i < lanes; ++i) {
+            if (lane[i].end > lane[i].begin) {
+                lane[left++] = lane[i];
+            } else {
+                // Infinity and NaN survive every later step, a product with 0 included: one look at the first token is
+                // a look at all of the sequence.
+                sound &= std::isfinite(lane[i].running);
+            }
+        }
+        lanes = left;
     }
 }
 
@@ -100,36 +100,26 @@ SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, c
     for (int64_t s = 0; bootstrap_value && s < num_sequences; ++s) {
         if (!std::isfinite(bootstrap_value[s])) finite = false;  // those of empty sequences reach no result
     }
-    const GaeCall<T> call{reward, value, gamma, decay, advantage, returns};
-    // Work is shared by tokens: a block's sequences are those that begin in it, however long they are.
+    // Work is shared by tokens: a block's sequences are those that begin in it, however long they are. Sums are in the
+    // order of the PyTorch reference: the same bits.
     parallel_for(tokens, kGrain, num_threads, [&](int64_t from, int64_t to) {
         const int64_t* last = cu_seqlens + num_sequences;
         int64_t s = std::lower_bound(cu_seqlens, last, from) - cu_seqlens;
         const int64_t past = std::lower_bound(cu_seqlens, last, to) - cu_seqlens;
-        Lane<T> lane[kLanes];
-        T stretch[kLanes][kStretch];
-        int lanes = 0;
         bool sound = true;
-        while (true) {
-            for (; lanes < kLanes && s < past; ++s) {
-                if (cu_seqlens[s] == cu_seqlens[s + 1]) continue;
-                lane[lanes++] = {cu_seqlens[s], cu_seqlens[s + 1], bootstrap_value ? bootstrap_value[s] : T(0), T(0)};
+        while (s < past) {
+            int64_t next = s + 1;
+            while (next < past && cu_seqlens[next + 1] - cu_seqlens[s] <= kGroup) ++next;
+            const int64_t begin = cu_seqlens[s], end = cu_seqlens[next];
+            for (int64_t t = begin; t < end - 1; ++t) advantage[t] = (reward[t] + gamma * value[t + 1]) - value[t];
+            for (int64_t i = s; i < next; ++i) {
+                const int64_t t = cu_seqlens[i + 1] - 1;
+                const T after = bootstrap_value ? bootstrap_value[i] : T(0);
+                if (t >= cu_seqlens[i]) advantage[t] = (reward[t] + gamma * after) - value[t];
             }
-            if (lanes == 0) break;
-            int64_t length = kStretch;
-            for (int i = 0; i < lanes; ++i) length = std::min(length, lane[i].end - lane[i].begin);
-            advance(call, lane, lanes, static_cast<int>(length), stretch);
-            int left = 0;
-            for (int i = 0; i < lanes; ++i) {
-                if (lane[i].end > lane[i].begin) {
-                    lane[left++] = lane[i];
-                } else {
-                    // Infinity and NaN survive every later step, a product with 0 included: one look at the first
-                    // token is a look at all of the sequence.
-                    sound &= std::isfinite(lane[i].running);
-                }
-            }
-            lanes = left;
+            sound &= recur_all(advantage, cu_seqlens, s, next, decay);
+            for (int64_t t = begin; t < end; ++t) returns[t] = advantage[t] + value[t];
+            s = next;
         }
         if (!sound) finite = false;
     });
@@ -138,26 +128,38 @@ SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, c
 
 namespace {
 
-// exp(x) - 1 - x, the k3 estimator at x = -log_ratio. Near 0 both subtractions cancel: there the series, with every
-// term that counts for |x| < 1 (relative error below 1e-7 and 1e-15).
-template <typename T>
-T exp_remainder_near(T x) {
-    constexpr int terms = sizeof(T) == 4 ? 11 : 19;
-    T sum = 1;
-    for (int i = terms; i > 2; --i) sum = T(1) + x * (T(1) / T(i)) * sum;
-    return T(0.5) * x * x * sum;
+// Four lanes on the compiler's vector types: SSE2 on x86-64, NEON on ARM.
+constexpr int kWidth = 4;
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+template <int terms, typename T>
+struct InverseFactorials {
+    T of[terms + 1]{};
+    constexpr InverseFactorials() {
+        double factorial = 1;
+        for (int i = 1; i <= terms; ++i) of[i] = static_cast<T>(1 / (factorial *= i));
+    }
+};
+
+// exp(x) - 1 - x near 0, where both subtractions cancel: the series, with every term that counts for |x| < 1 (relative
+// error below 1e-7 in float, 1e-15 in double).
+template <int terms, typename T, typename X>
+X exp_remainder_near(X x) {
+    constexpr InverseFactorials<terms, T> inverse_factorial;
+    X sum = x * inverse_factorial.of[terms] + inverse_factorial.of[terms - 1];
+    for (int i = terms - 2; i > 1; --i) sum = sum * x + inverse_factorial.of[i];
+    return x * x * sum;
 }
 
-// Without branches or calls, so that compilers make vectors of it. Infinite from 88.73 on, as exp is.
-inline float exp_of(float x) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    x = x < -100.0f ? -100.0f : x;    // far below what counts beside -1 - x
-    x = x > 100.0f ? 100.0f : x;
-    const float shifted = x * 1.44269504088896341f + magic;
-    const float n = shifted - magic;
-    float r = x - n * 0.693359375f;
+// exp for |x| up to 200, infinite from 88.73 on, 0 below -87.3.
+Floats exp_of(Floats x) {
+    const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const Floats shifted = x * 1.44269504088896341f + magic;
+    const Floats n = shifted - magic;
+    Floats r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+    Floats p = Floats{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -165,33 +167,54 @@ inline float exp_of(float x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     // 2^n in two factors, for n runs beyond the exponents of one.
-    const int32_t whole = static_cast<int32_t>(n);
-    const int32_t half = whole >> 1;
-    const uint32_t raw[2] = {static_cast<uint32_t>(half + 127) << 23, static_cast<uint32_t>(whole - half + 127) << 23};
-    float power[2];
-    std::memcpy(power, raw, sizeof(power));
-    return p * power[0] * power[1];
+    const Ints whole = (Ints)shifted - (Ints)magic;
+    const Ints half = whole >> 1;
+    const Floats y = p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
+    return x < -87.3f ? Floats{} : y;
 }
-inline double exp_of(double x) { return std::exp(x); }
 
-template <int estimator, typename T>
-bool kl_rewards(const T* logprob, const T* ref_logprob, int64_t n, T scale, T clamp, T* reward) {
-    int unsound = 0;
+// kl[t] = exp(-d) - 1 + d, the k3 estimator.
+void k3(const double* d, int64_t n, double* kl) {
     for (int64_t t = 0; t < n; ++t) {
-        T d = logprob[t] - ref_logprob[t];
-        // Looked at before the clamp, which would hide an infinity.
-        unsound |= !(std::abs(d) <= std::numeric_limits<T>::max());
-        d = d < -clamp ? -clamp : d;
-        d = d > clamp ? clamp : d;
-        T kl = d;
-        if (estimator == 2) kl = T(0.5) * d * d;
-        if (estimator == 3) {
-            const T x = -d;
-            const T far = exp_of(x) - T(1) - x;
-            const T near = exp_remainder_near(x);
-            kl = std::abs(x) < T(1) ? near : far;
+        kl[t] = std::abs(d[t]) < 1 ? exp_remainder_near<19, double>(-d[t]) : std::exp(-d[t]) - 1 + d[t];
+    }
+}
+void k3(const float* d, int64_t n, float* kl) {
+    for (int64_t t = 0; t < n; t += kWidth) {
+        const size_t bytes = sizeof(float) * std::min<int64_t>(kWidth, n - t);
+        Floats x{};
+        std::memcpy(&x, d + t, bytes);
+        x = -x;
+        // Beyond 200 the exponential is infinite, or nothing beside -1 - x.
+        Floats bounded = x > 200.0f ? Floats{} + 200.0f : x;
+        bounded = bounded < -200.0f ? Floats{} - 200.0f : bounded;
+        const Floats far = exp_of(bounded) - 1.0f - x;
+        const Floats near = exp_remainder_near<11, float>(x);
+        const Floats y = (x < 1.0f) & (x > -1.0f) ? near : far;
+        std::memcpy(kl + t, &y, bytes);
+    }
+}
+
+template <typename T>
+bool kl_rewards(const T* logprob, const T* ref_logprob, int64_t n, T scale, int estimator, T clamp, T* reward) {
+    constexpr int64_t stretch = 256;  // in the first cache between the loops, each of which makes vectors
+    int unsound = 0;
+    for (int64_t from = 0; from < n; from += stretch) {
+        const int64_t length = std::min(stretch, n - from);
+        T d[stretch];
+        for (int64_t t = 0; t < length; ++t) {
+            d[t] = logprob[from + t] - ref_logprob[from + t];
+            // Looked at before the clamp, which would hide an infinity.
+            unsound |= !(std::abs(d[t]) <= std::numeric_limits<T>::max());
+            d[t] = d[t] < -clamp ? -clamp : d[t];
+            d[t] = d[t] > clamp ? clamp : d[t];
         }
-        reward[t] = kl * scale;
+        if (estimator == 2) {
+            for (int64_t t = 0; t < length; ++t) d[t] = T(0.5) * d[t] * d[t];
+        } else if (estimator == 3) {
+            k3(d, length, d);
+        }
+        for (int64_t t = 0; t < length; ++t) reward[from + t] = d[t] * scale;
     }
     return !unsound;
 }
@@ -204,9 +227,9 @@ SequenceStatus token_rewards(const T* logprob, const T* ref_logprob, const T* sc
                              int num_threads, T* reward) {
     if (!limits_fit(cu_seqlens, num_sequences, tokens, 1)) return SequenceStatus::bad_limits;
     std::atomic<bool> finite{true};
-    const auto rewards = kl_estimator == 1 ? kl_rewards<1, T> : kl_estimator == 2 ? kl_rewards<2, T> : kl_rewards<3, T>;
     parallel_for(tokens, kGrain, num_threads, [&](int64_t from, int64_t to) {
-        bool sound = rewards(logprob + from, ref_logprob + from, to - from, -kl_coef, clamp, reward + from);
+        bool sound =
+            kl_rewards(logprob + from, ref_logprob + from, to - from, -kl_coef, kl_estimator, clamp, reward + from);
         // The sequences whose last token, cu_seqlens[s + 1] - 1, lies in this block.
         const int64_t* ends = cu_seqlens + 1;
         for (int64_t s = std::upper_bound(ends, ends + num_sequences, from) - ends; s < num_sequences && ends[s] <= to;

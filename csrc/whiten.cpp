@@ -1,6 +1,6 @@
 // Mean, spread and scaling of masked values, in float64.
 #include <cmath>
-#include <vector>
+#include <cstring>
 
 #include "parallel.h"
 #include "sequence_ops.h"
@@ -9,7 +9,46 @@ namespace stable_rlhf {
 namespace {
 
 constexpr int64_t kBlock = 4096;
-constexpr int kWidth = 8;  // sums side by side, so that they make vectors: compilers may not reorder one sum
+constexpr int kWidth = 4;
+
+// Four lanes on the compiler's vector types, two registers of SSE2 or NEON; passed by address, for compilers warn of
+// values wider than a register.
+typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+typedef int64_t Choices __attribute__((vector_size(8 * kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+
+// The first n of four elements.
+template <typename T>
+void load(const T* x, int64_t n, Doubles* out) {
+    typedef T Values __attribute__((vector_size(sizeof(T) * kWidth)));
+    Values values{};
+    std::memcpy(&values, x, n == kWidth ? sizeof(values) : n * sizeof(T));
+    *out = __builtin_convertvector(values, Doubles);
+}
+
+template <typename T>
+void store(const Doubles& y, int64_t n, T* out) {
+    typedef T Values __attribute__((vector_size(sizeof(T) * kWidth)));
+    const Values values = __builtin_convertvector(y, Values);
+    std::memcpy(out, &values, n == kWidth ? sizeof(values) : n * sizeof(T));
+}
+
+// All bits where one of the first n elements counts.
+template <bool masked>
+void choose(const uint8_t* mask, int64_t at, int64_t n, Choices* out) {
+    Bytes bytes{};
+    if (masked) {
+        std::memcpy(&bytes, mask + at, n == kWidth ? sizeof(bytes) : n);
+    } else if (n == kWidth) {
+        bytes = bytes + 1;
+    } else {
+        std::memset(&bytes, 1, n);
+    }
+    *out = __builtin_convertvector(bytes, Choices) != 0;
+}
+
+// A choice, not a product: what lies under the mask may be NaN.
+inline void keep(const Choices& choices, Doubles* x) { *x = (Doubles)((Choices)*x & choices); }
 
 // Moments of a block, from distances to its first element: sum of squares and squared sum then cancel no more than
 // log2(kBlock) bits in the worst case (the first element is the far one), and a constant gives exactly 0.
@@ -20,39 +59,45 @@ Moments block_moments(const T* x, const uint8_t* mask, int64_t n) {
         while (first < n && !mask[first]) ++first;
     }
     if (first == n) return {0, 0, 0};
-    const T origin = x[first];
-    double sum[kWidth] = {}, square[kWidth] = {};
-    int32_t count[kWidth] = {};
-    const auto add = [&](int64_t at, int j) {
-        // A choice, not a product: what lies under the mask may be NaN.
-        const T chosen = !masked || mask[at] ? x[at] : origin;
-        const double d = static_cast<double>(chosen) - static_cast<double>(origin);
-        sum[j] += d;
-        square[j] += d * d;
-        if (masked) count[j] += mask[at] != 0;
+    const double origin = x[first];
+    Doubles sum{}, square{};
+    Choices count{};
+    const auto add = [&](int64_t at, int64_t width) {
+        Doubles d;
+        Choices choices;
+        load(x + at, width, &d);
+        choose<masked>(mask, at, width, &choices);
+        d = d - origin;
+        keep(choices, &d);
+        sum += d;
+        square += d * d;
+        count -= choices;
     };
     int64_t at = first;
-    for (; at + kWidth <= n; at += kWidth) {
-        for (int j = 0; j < kWidth; ++j) add(at + j, j);
-    }
-    for (int j = 0; at < n; ++at, ++j) add(at, j);
-    double total = 0, squares = 0, number = masked ? 0 : static_cast<double>(n);
-    for (int j = 0; j < kWidth; ++j) {
-        total += sum[j];
-        squares += square[j];
-        if (masked) number += count[j];
-    }
-    const double square_sum = squares - total * (total / number);
+    for (; at + kWidth <= n; at += kWidth) add(at, kWidth);
+    if (at < n) add(at, n - at);
+    const double total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const double squares = (square[0] + square[1]) + (square[2] + square[3]);
+    const double number = static_cast<double>(count[0] + count[1] + count[2] + count[3]);
+    const double distances = squares - total * (total / number);
     // Rounding may leave less than nothing.
-    return {number, origin + total / number, square_sum < 0 ? 0 : square_sum};
+    return {number, origin + total / number, distances < 0 ? 0 : distances};
 }
 
 template <bool masked, typename T>
 void scale_block(const T* x, const uint8_t* mask, int64_t n, double mean, double factor, double back, T* out) {
-    for (int64_t i = 0; i < n; ++i) {
-        const T scaled = static_cast<T>((static_cast<double>(x[i]) - mean) * factor + back);
-        out[i] = !masked || mask[i] ? scaled : T(0);
-    }
+    const auto scale = [&](int64_t at, int64_t width) {
+        Doubles scaled;
+        Choices choices;
+        load(x + at, width, &scaled);
+        choose<masked>(mask, at, width, &choices);
+        scaled = (scaled - mean) * factor + back;
+        keep(choices, &scaled);
+        store(scaled, width, out + at);
+    };
+    int64_t at = 0;
+    for (; at + kWidth <= n; at += kWidth) scale(at, kWidth);
+    if (at < n) scale(at, n - at);
 }
 
 }  // namespace
