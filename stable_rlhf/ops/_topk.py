@@ -92,4 +92,15 @@ def _topk_cpu(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tens
     return kept if count == kept.numel() else kept[:count].clone()
 
 
-register("topk_by_cluster", {"torch": _topk_torch, "cpu": _topk_cpu})
+def _topk_triton(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
+    from stable_rlhf.kernels.topk import topk_by_cluster as kernel
+
+    kept = None
+    # The kernel's keys hold 32 bits of a score.
+    if score.dtype == torch.float32 and score.numel() < _MOST_ROWS and k > 0:
+        kept = kernel(score.contiguous(), cluster.contiguous(), num_clusters, k)
+    # The reference says what is wrong.
+    return _topk_torch(score, cluster, num_clusters, k) if kept is None else kept
+
+
+register("topk_by_cluster", {"torch": _topk_torch, "cpu": _topk_cpu, "triton": _topk_triton})

@@ -68,9 +68,7 @@ def test_unknown_name():
 
 
 def test_a_backend_that_an_operation_lacks():
-    with ops.backend("triton"), pytest.raises(RuntimeError, match=r"topk_by_cluster has no backend 'triton'; it has"):
-        ops.topk_by_cluster(torch.ones(1), torch.zeros(1, dtype=torch.int64), 1, 1)
-    with ops.backend("cpu"), pytest.raises(RuntimeError, match="advantage_loss has no backend 'cpu'"):
+    with ops.backend("cpu"), pytest.raises(RuntimeError, match="advantage_loss has no backend 'cpu'; it has"):
         ops.advantage_loss(torch.ones(2), margin=None)
 
 
@@ -83,7 +81,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
 def test_default_by_device(monkeypatch):
     for device, op, expected in (
         ("meta", "gae", "torch"),
-        ("cuda", "topk_by_cluster", "torch"),
+        ("cuda", "topk_by_cluster", "triton"),
         ("cuda", "gae", "triton"),
     ):
         assert _backend.selected(op, torch.device(device)) == expected
