@@ -93,7 +93,7 @@ def _keep_kernel(score_ptr, cluster_ptr, prefix_ptr, kept_ptr, n, num_clusters, 
 
 
 def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor | None:
-    """Ascending indices, int64, of the k best rows of each cluster; None where a score is NaN or a cluster out of range.
+    """Ascending indices of the k best rows of each cluster; None where a score is NaN or a cluster out of range.
 
     Args:
         score: [n] contiguous float32, n below 2^31.

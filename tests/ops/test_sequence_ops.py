@@ -168,7 +168,7 @@ def test_overflow_is_no_error_and_bootstraps_of_empty_sequences_are_checked(name
         assert advantage.tolist() == [math.inf, math.inf, float(huge[0])]
         apart = ops.token_rewards(huge, -huge, torch.zeros(1), torch.tensor([0, 3]), kl_coef=1.0)
         assert apart.tolist() == [-20.0] * 3
-        with pytest.raises(ValueError, match="^bootstrap_value: non-finite value nan at position 1"):
+        with pytest.raises(ValueError, match=r"^bootstrap_value: non-finite value nan at position 1"):
             bootstrap = torch.tensor([0.0, math.nan])
             ops.gae(huge, huge, torch.tensor([0, 3, 3]), bootstrap_value=bootstrap)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on packed sequences and of the selection: in the interpreter against the references, and on a GPU."""
+"""The Triton kernels of the small operations: in the interpreter against the references, and on a GPU."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_topk_of_other_types_and_bad_values(where):
             ops.topk_by_cluster(score, torch.tensor([0, -7, 1], device=DEVICE), 2, 1)
         with pytest.raises(ValueError, match=r"^cluster: 0 at index 0 is outside \[0, 0\)"):
             ops.topk_by_cluster(score, cluster, 0, 1)
-        with pytest.raises(ValueError, match="^score: NaN at index 2"):
+        with pytest.raises(ValueError, match=r"^score: NaN at index 2"):
             ops.topk_by_cluster(torch.tensor([1.0, 2.0, math.nan], device=DEVICE), cluster, 2, 1)
 
 
@@ -180,9 +180,9 @@ def test_topk_of_other_types_and_bad_values(where):
 def test_bad_values_are_named_on_the_cpu():
     bad, good, cu_seqlens = torch.tensor([0.0, math.inf]), torch.zeros(2), torch.tensor([0, 2])
     with ops.backend("triton"):
-        with pytest.raises(ValueError, match="^value: non-finite value inf at position 1"):
+        with pytest.raises(ValueError, match=r"^value: non-finite value inf at position 1"):
             ops.gae(good, bad, cu_seqlens)
-        with pytest.raises(ValueError, match="^ref_logprob: non-finite value inf at position 1"):
+        with pytest.raises(ValueError, match=r"^ref_logprob: non-finite value inf at position 1"):
             ops.token_rewards(good, bad, good[:1], cu_seqlens, kl_coef=0.1)
-        with pytest.raises(ValueError, match="^x: non-finite value inf at position 1"):
+        with pytest.raises(ValueError, match=r"^x: non-finite value inf at position 1"):
             ops.masked_whiten(bad)
