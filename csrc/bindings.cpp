@@ -6,8 +6,9 @@
 
 #include "advantage.h"
 #include "isa.h"
-#include "ops.h"
 #include "policy_rows.h"
+#include "sequence_ops.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -16,27 +17,6 @@ namespace {
 template <typename T>
 T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-template <typename T>
-void bind_all(py::module_& m, const char* suffix) {
-    using namespace stable_rlhf;
-    using Address = std::uintptr_t;
-    const auto without_gil = py::call_guard<py::gil_scoped_release>();
-    m.def((std::string("gae_") + suffix).c_str(),
-          [](Address reward, Address value, Address cu_seqlens, Address bootstrap_value, int64_t num_sequences, T gamma,
-             T decay, int num_threads, Address advantage, Address returns) {
-              gae<T>(at<const T>(reward), at<const T>(value), at<const int64_t>(cu_seqlens),
-                     at<const T>(bootstrap_value), num_sequences, gamma, decay, num_threads, at<T>(advantage),
-                     at<T>(returns));
-          },
-          without_gil);
-    m.def((std::string("topk_by_cluster_") + suffix).c_str(),
-          [](Address score, Address cluster, int64_t n, int64_t num_clusters, int64_t k, int num_threads, Address out) {
-              return topk_by_cluster<T>(at<const T>(score), at<const int64_t>(cluster), n, num_clusters, k, num_threads,
-                                        at<int64_t>(out));
-          },
-          without_gil);
 }
 
 // Addresses of 0 are absent arrays; see policy_rows.h for what each argument is.
@@ -179,6 +159,55 @@ void bind_advantage(py::module_& m, const char* name) {
         py::call_guard<py::gil_scoped_release>());
 }
 
+// The operations on packed sequences and the selection, for one type of numbers; see their headers.
+template <typename T>
+void bind_sequences(py::module_& m, const std::string& suffix) {
+    using namespace stable_rlhf;
+    using Address = std::uintptr_t;
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();
+    m.def(("gae_" + suffix).c_str(),
+          [](Address reward, Address value, Address cu_seqlens, Address bootstrap_value, int64_t num_sequences,
+             int64_t tokens, T gamma, T decay, int num_threads, Address advantage, Address returns) {
+              return static_cast<int>(gae<T>(at<const T>(reward), at<const T>(value), at<const int64_t>(cu_seqlens),
+                                             at<const T>(bootstrap_value), num_sequences, tokens, gamma, decay,
+                                             num_threads, at<T>(advantage), at<T>(returns)));
+          },
+          without_gil);
+    m.def(("token_rewards_" + suffix).c_str(),
+          [](Address logprob, Address ref_logprob, Address score, Address cu_seqlens, int64_t num_sequences,
+             int64_t tokens, T kl_coef, int kl_estimator, T clamp, int num_threads, Address reward) {
+              return static_cast<int>(token_rewards<T>(at<const T>(logprob), at<const T>(ref_logprob),
+                                                       at<const T>(score), at<const int64_t>(cu_seqlens),
+                                                       num_sequences, tokens, kl_coef, kl_estimator, clamp,
+                                                       num_threads, at<T>(reward)));
+          },
+          without_gil);
+    m.def(("masked_moments_" + suffix).c_str(), [](Address x, Address mask, int64_t n, int num_threads) {
+        Moments found{};
+        {
+            py::gil_scoped_release without;
+            found = masked_moments<T>(at<const T>(x), at<const uint8_t>(mask), n, num_threads);
+        }
+        return py::make_tuple(found.count, found.mean, found.square);
+    });
+    m.def(("masked_scale_" + suffix).c_str(),
+          [](Address x, Address mask, int64_t n, double mean, double variance, bool shift_mean, int num_threads,
+             Address out) {
+              masked_scale<T>(at<const T>(x), at<const uint8_t>(mask), n, mean, variance, shift_mean, num_threads,
+                              at<T>(out));
+          },
+          without_gil);
+    m.def(("topk_by_cluster_" + suffix).c_str(),
+          [](Address score, Address cluster, bool narrow, int64_t n, int64_t num_clusters, int64_t k, int num_threads,
+             Address out) {
+              return narrow ? topk_by_cluster(at<const T>(score), at<const int32_t>(cluster), n, num_clusters, k,
+                                              num_threads, at<int64_t>(out))
+                            : topk_by_cluster(at<const T>(score), at<const int64_t>(cluster), n, num_clusters, k,
+                                              num_threads, at<int64_t>(out));
+          },
+          without_gil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -190,7 +219,7 @@ PYBIND11_MODULE(_C, m) {
     });
     bind_advantage<float>(m, "advantage_f32");
     bind_advantage<double>(m, "advantage_f64");
-    bind_all<float>(m, "f32");
-    bind_all<double>(m, "f64");
     bind_rows(m);
+    bind_sequences<float>(m, "f32");
+    bind_sequences<double>(m, "f64");
 }

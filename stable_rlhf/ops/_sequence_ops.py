@@ -6,6 +6,8 @@ Packed layout everywhere: the tokens of S sequences lie behind one another, sequ
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,8 @@ from stable_rlhf.ops._checks import (
     first_true,
     statistics_dtype,
 )
+
+_FINE = 0  # SequenceStatus of csrc/sequence_ops.h
 
 
 def log_ratio_kl(log_ratio: Tensor, estimator: str) -> Tensor:
@@ -65,25 +69,35 @@ def gae(
     if reward.ndim != 1:
         raise ValueError(f"reward: shape {tuple(reward.shape)} instead of [T]")
     check_tensor("value", value, shape=tuple(reward.shape), device=reward.device)
-    bounds = check_cu_seqlens(cu_seqlens, reward.numel(), reward.device)
+    bounds = check_cu_seqlens(cu_seqlens, reward.numel(), reward.device, read=False)
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{name}: {number} is outside [0, 1]")
-    dtype = statistics_dtype(reward.dtype, value.dtype)
     if bootstrap_value is not None:
         check_tensor("bootstrap_value", bootstrap_value, shape=(bounds.numel() - 1,), device=reward.device)
-    for name, values in (("reward", reward), ("value", value), ("bootstrap_value", bootstrap_value)):
-        if values is not None and check_values(reward.device):
-            check_finite(name, values)
-    if bootstrap_value is not None:
-        bootstrap_value = bootstrap_value.to(dtype).contiguous()
-    run = choose("gae", reward.device)
-    return run(reward.to(dtype).contiguous(), value.to(dtype).contiguous(), bounds, gamma, lam, bootstrap_value)
+    return choose("gae", reward.device)(reward, value, bounds, gamma, lam, bootstrap_value)
+
+
+def _gae_inputs(
+    reward: Tensor, value: Tensor, bounds: Tensor, bootstrap_value: Tensor | None, *, check: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs contiguous and in the type of the results, their values checked before where asked for."""
+    if check:
+        check_cu_seqlens(bounds, reward.numel(), reward.device, read=True)
+        for name, values in (("reward", reward), ("value", value), ("bootstrap_value", bootstrap_value)):
+            if values is not None:
+                check_finite(name, values)
+    dtype = statistics_dtype(reward.dtype, value.dtype)
+    last = None if bootstrap_value is None else bootstrap_value.to(dtype).contiguous()
+    return reward.to(dtype).contiguous(), value.to(dtype).contiguous(), bounds.contiguous(), last
 
 
 def _gae_torch(
     reward: Tensor, value: Tensor, bounds: Tensor, gamma: float, lam: float, bootstrap_value: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    reward, value, bounds, bootstrap_value = _gae_inputs(
+        reward, value, bounds, bootstrap_value, check=check_values(reward.device)
+    )
     lengths = bounds.diff()
     advantage = torch.zeros_like(reward)
     longest = int(lengths.max()) if lengths.numel() else 0
@@ -104,21 +118,24 @@ def _gae_cpu(
 ) -> tuple[Tensor, Tensor]:
     module = extension()
     assert module is not None
-    kernel = module.gae_f64 if reward.dtype == torch.float64 else module.gae_f32
-    bounds = bounds.contiguous()
-    advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
-    kernel(
-        reward.data_ptr(),
-        value.data_ptr(),
-        bounds.data_ptr(),
-        0 if bootstrap_value is None else bootstrap_value.data_ptr(),
-        bounds.numel() - 1,
+    rewards, values, limits, last = _gae_inputs(reward, value, bounds, bootstrap_value, check=False)
+    kernel = module.gae_f64 if rewards.dtype == torch.float64 else module.gae_f32
+    advantage, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    status = kernel(
+        rewards.data_ptr(),
+        values.data_ptr(),
+        limits.data_ptr(),
+        0 if last is None else last.data_ptr(),
+        limits.numel() - 1,
+        rewards.numel(),
         gamma,
         gamma * lam,
         torch.get_num_threads(),
         advantage.data_ptr(),
         returns.data_ptr(),
     )
+    if status != _FINE:  # find what to name; sound inputs whose sums overflow keep their infinities
+        _gae_inputs(reward, value, bounds, bootstrap_value, check=True)
     return advantage, returns
 
 
@@ -127,6 +144,9 @@ def _gae_triton(
 ) -> tuple[Tensor, Tensor]:
     from stable_rlhf.kernels.sequence_ops import gae as kernel
 
+    reward, value, bounds, bootstrap_value = _gae_inputs(
+        reward, value, bounds, bootstrap_value, check=check_values(reward.device)
+    )
     return kernel(reward, value, bounds, gamma, lam, bootstrap_value)
 
 
@@ -144,18 +164,25 @@ def masked_whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the valid tokens, of every rank of `group` when one is given.
 
-    The variance is the population's (divided by the count), in two passes and in float64, so one token gives 0 and a
-    constant gives 0. Every rank of the group must call this, also one without a valid token.
+    The variance is the population's (divided by the count), in float64 and from distances to the mean, so one token
+    gives 0 and a constant gives 0. Every rank of the group must call this, also one without a valid token: they
+    exchange count, mean and squared distances once and merge them in the order of their ranks (Chan, Golub and LeVeque
+    1979), so that all use the same numbers.
 
     Args:
         x: any shape, floating point.
-        mask: x's shape, bool or numbers that are 0 where a token does not count; None: all count.
+        mask: x's shape, bool or numbers that are 0 where a token does not count; None: all count. What lies under the
+            mask may be anything, NaN included.
         group: process group; `torch.distributed.group.WORLD` for all ranks, None for this process alone.
         shift_mean: False keeps the mean: only the spread is normalised.
         eps: added to the variance.
 
     Returns:
         x's shape, float32 (float64 for float64 input), exactly 0 where the mask is 0.
+
+    Raises:
+        ValueError: names the argument whose shape, type, device or value is wrong. A non-finite value on one rank is an
+            error on all of them.
     """
     check_tensor("x", x)
     if mask is not None:
@@ -166,25 +193,104 @@ def masked_whiten(
             device=x.device,
             dtypes=(torch.bool, torch.int64, torch.int32, torch.int8, torch.uint8, torch.float32),
         )
+    return choose("masked_whiten", x.device)(x, mask, group, shift_mean, eps)
+
+
+def _gathered(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The moments of every rank, [ranks, 3], from those of this one: count, mean, sum of squared distances."""
+    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, moments.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def _merged(moments: Tensor) -> Tensor:
+    """Count, mean and sum of squared distances of the union of parts, [3], from [parts, 3]."""
+    count, mean, square = moments.unbind(1)
+    # From the mean of the largest part: parts of one constant give this constant, to the bit.
+    origin = mean.take(count.argmax())
+    total = count.sum()
+    middle = origin + (count * (mean - origin)).sum() / total.clamp(min=1.0)
+    return torch.stack([total, middle, (square + count * (mean - middle) ** 2).sum()])
+
+
+def _check_whiten(x: Tensor, mask: Tensor | None, means: Tensor) -> None:
+    """Names the value that made a mean not finite, or the rank that has it; finite values whose sum overflowed pass."""
+    if bool(means.isfinite().all()):
+        return
+    check_finite("x", x if mask is None else torch.where(mask != 0, x, 0.0))
+    for rank, mean in enumerate(means.tolist()):
+        if not math.isfinite(mean) and means.numel() > 1:
+            raise ValueError(f"x: a valid value of rank {rank} of the group is not finite")
+
+
+def _whiten_torch(
+    x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None, shift_mean: bool, eps: float
+) -> Tensor:
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
     # `where`, not a product: what lies under the mask may be NaN.
     wide = torch.where(valid, x.double(), zero)
+    count = valid.sum().double()
+    mean = wide.sum() / count.clamp(min=1.0)
+    square = torch.where(valid, wide - mean, zero).square().sum()
+    moments = torch.stack([count, mean, square])
+    parts = moments[None] if group is None else _gathered(moments, group)
     if check_values(x.device):
-        check_finite("x", wide)
-    totals = torch.stack([wide.sum(), valid.sum().double()])
-    if group is not None:
-        dist.all_reduce(totals, group=group)
-    count = totals[1].clamp(min=1.0)
-    mean = totals[0] / count
-    centred = torch.where(valid, wide - mean, zero)
-    square = (centred * centred).sum()
-    if group is not None:
-        dist.all_reduce(square, group=group)
-    scaled = centred * torch.rsqrt(square / count + eps)
+        _check_whiten(x, mask, parts[:, 1])
+    count, mean, square = _merged(parts)
+    scaled = torch.where(valid, wide - mean, zero) * torch.rsqrt(square / count.clamp(min=1.0) + eps)
     if not shift_mean:
         scaled = torch.where(valid, scaled + mean, zero)
     return scaled.to(statistics_dtype(x.dtype))
+
+
+def _whiten_inputs(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Contiguous, x in the type of the result and the mask in bytes."""
+    if mask is not None and mask.dtype.itemsize > 1:
+        mask = mask != 0
+    return (
+        x.to(statistics_dtype(x.dtype)).contiguous(),
+        None if mask is None else mask.contiguous().view(torch.uint8),
+    )
+
+
+def _whiten_cpu(
+    x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None, shift_mean: bool, eps: float
+) -> Tensor:
+    module = extension()
+    assert module is not None
+    suffix = "f64" if x.dtype == torch.float64 else "f32"
+    values, valid = _whiten_inputs(x, mask)
+    arguments = values.data_ptr(), 0 if valid is None else valid.data_ptr(), values.numel()
+    threads = torch.get_num_threads()
+    count, mean, square = getattr(module, f"masked_moments_{suffix}")(*arguments, threads)
+    if group is not None:
+        parts = _gathered(torch.tensor([count, mean, square], dtype=torch.float64), group)
+        _check_whiten(x, mask, parts[:, 1])
+        count, mean, square = _merged(parts).tolist()
+    elif not math.isfinite(mean):
+        _check_whiten(x, mask, torch.tensor([mean]))
+    out = torch.empty_like(values)
+    variance = square / max(count, 1.0) + eps
+    getattr(module, f"masked_scale_{suffix}")(*arguments, mean, variance, shift_mean, threads, out.data_ptr())
+    return out
+
+
+def _whiten_triton(
+    x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None, shift_mean: bool, eps: float
+) -> Tensor:
+    from stable_rlhf.kernels import sequence_ops as kernels
+
+    values, valid = _whiten_inputs(x, mask)
+    parts = kernels.masked_moments(values, valid)
+    if group is not None:
+        parts = _gathered(_merged(parts), group)
+    if check_values(x.device):
+        _check_whiten(x, mask, parts[:, 1] if group is not None else parts[:, 1].sum()[None])
+    return kernels.masked_scale(values, valid, parts, shift_mean, eps)
+
+
+register("masked_whiten", {"torch": _whiten_torch, "cpu": _whiten_cpu, "triton": _whiten_triton})
 
 
 @torch.no_grad()
@@ -200,14 +306,15 @@ def token_rewards(
 ) -> Tensor:
     """The reward of every response token (arXiv 2309.10202, eq. 2).
 
-    reward_t = -kl_coef kl(log pi(y_t) - log pi_init(y_t)), plus the sequence's score on its last token.
+    reward_t = -kl_coef kl(d_t), d_t = log pi(y_t) - log pi_init(y_t), plus the sequence's score on its last token.
+    k1: kl = d; k2: kl = d^2 / 2; k3: kl = exp(-d) - 1 + d, of which the kernels keep the digits near d = 0.
 
     Args:
         logprob, ref_logprob: [T] packed response tokens under the sampling policy and the initial one.
         score: [S], one score for each sequence.
         cu_seqlens: [S + 1]; every sequence has at least one token, for its score needs a place.
         kl_coef: beta, at least 0.
-        kl_estimator: "k1" (the paper), "k2" or "k3"; see `log_ratio_kl`.
+        kl_estimator: "k1" (the paper), "k2" or "k3".
         clamp: bound on the absolute log-ratio.
 
     Returns:
@@ -221,23 +328,78 @@ def token_rewards(
         raise ValueError(f"logprob: shape {tuple(logprob.shape)} instead of [T]")
     device = logprob.device
     check_tensor("ref_logprob", ref_logprob, shape=tuple(logprob.shape), device=device)
-    bounds = check_cu_seqlens(cu_seqlens, logprob.numel(), device)
+    bounds = check_cu_seqlens(cu_seqlens, logprob.numel(), device, read=False)
     check_tensor("score", score, shape=(bounds.numel() - 1,), device=device)
     check_choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
     if kl_coef < 0:
         raise ValueError(f"kl_coef: {kl_coef} is negative")
     if clamp <= 0:
         raise ValueError(f"clamp: {clamp} is not positive")
-    empty = bounds.diff() == 0
-    if check_values(device) and bool(empty.any()):
-        raise ValueError(f"cu_seqlens: sequence {first_true(empty)} is empty, there is no token to carry its score")
-    for name, values in (("logprob", logprob), ("ref_logprob", ref_logprob), ("score", score)):
-        if check_values(device):
+    return choose("token_rewards", device)(logprob, ref_logprob, score, bounds, kl_coef, kl_estimator, clamp)
+
+
+def _rewards_inputs(
+    logprob: Tensor, ref_logprob: Tensor, score: Tensor, bounds: Tensor, *, check: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The inputs contiguous and in the type of the results, their values checked before where asked for."""
+    if check:
+        check_cu_seqlens(bounds, logprob.numel(), logprob.device, read=True)
+        empty = bounds.diff() == 0
+        if bool(empty.any()):
+            raise ValueError(f"cu_seqlens: sequence {first_true(empty)} is empty, there is no token to carry its score")
+        for name, values in (("logprob", logprob), ("ref_logprob", ref_logprob), ("score", score)):
             check_finite(name, values)
     dtype = statistics_dtype(logprob.dtype, ref_logprob.dtype, score.dtype)
-    log_ratio = (logprob.to(dtype) - ref_logprob.to(dtype)).clamp(-clamp, clamp)
-    reward = log_ratio_kl(log_ratio, kl_estimator) * -kl_coef
+    first, second, third = (x.to(dtype).contiguous() for x in (logprob, ref_logprob, score))
+    return first, second, third, bounds.contiguous()
+
+
+def _rewards_torch(
+    logprob: Tensor, ref_logprob: Tensor, score: Tensor, bounds: Tensor, kl_coef: float, estimator: str, clamp: float
+) -> Tensor:
+    logprob, ref_logprob, score, bounds = _rewards_inputs(
+        logprob, ref_logprob, score, bounds, check=check_values(logprob.device)
+    )
+    reward = log_ratio_kl((logprob - ref_logprob).clamp(-clamp, clamp), estimator) * -kl_coef
     if logprob.numel():
         # An unread empty sequence must not put its score on the token before it.
-        reward.index_add_(0, (bounds[1:] - 1).clamp(min=0), score.to(dtype).masked_fill(empty, 0.0))
+        reward.index_add_(0, (bounds[1:] - 1).clamp(min=0), score.masked_fill(bounds.diff() == 0, 0.0))
     return reward
+
+
+def _rewards_cpu(
+    logprob: Tensor, ref_logprob: Tensor, score: Tensor, bounds: Tensor, kl_coef: float, estimator: str, clamp: float
+) -> Tensor:
+    module = extension()
+    assert module is not None
+    policy, initial, scores, limits = _rewards_inputs(logprob, ref_logprob, score, bounds, check=False)
+    kernel = module.token_rewards_f64 if policy.dtype == torch.float64 else module.token_rewards_f32
+    reward = torch.empty_like(policy)
+    status = kernel(
+        policy.data_ptr(),
+        initial.data_ptr(),
+        scores.data_ptr(),
+        limits.data_ptr(),
+        limits.numel() - 1,
+        policy.numel(),
+        kl_coef,
+        int(estimator[1]),
+        clamp,
+        torch.get_num_threads(),
+        reward.data_ptr(),
+    )
+    if status != _FINE:  # find what to name; finite inputs whose difference overflows were clamped as they should be
+        _rewards_inputs(logprob, ref_logprob, score, bounds, check=True)
+    return reward
+
+
+def _rewards_triton(
+    logprob: Tensor, ref_logprob: Tensor, score: Tensor, bounds: Tensor, kl_coef: float, estimator: str, clamp: float
+) -> Tensor:
+    from stable_rlhf.kernels.sequence_ops import token_rewards as kernel
+
+    inputs = _rewards_inputs(logprob, ref_logprob, score, bounds, check=check_values(logprob.device))
+    return kernel(*inputs, kl_coef, estimator, clamp)
+
+
+register("token_rewards", {"torch": _rewards_torch, "cpu": _rewards_cpu, "triton": _rewards_triton})

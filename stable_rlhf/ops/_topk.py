@@ -8,9 +8,15 @@ from torch import Tensor
 from stable_rlhf.ops._backend import choose, extension, register
 from stable_rlhf.ops._checks import FLOATS, INTEGERS, check_tensor, first_true
 
+_MOST_ROWS = 1 << 31  # the kernels' row numbers have 32 bits; more rows go to PyTorch
 
+
+@torch.no_grad()
 def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
     """Indices of the k highest scores of each cluster (arXiv 2309.10202, section 3.2).
+
+    Row i is kept when fewer than k rows j of its cluster are better: score_j > score_i, or score_j = score_i and j < i.
+    The result is the same for any number of threads and on every backend.
 
     Args:
         score: [n] floating point; infinities are allowed, NaN is not.
@@ -32,20 +38,25 @@ def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -
         raise ValueError(f"k: {k} is negative")
     if num_clusters < 0:
         raise ValueError(f"num_clusters: {num_clusters} is negative")
-    # The number of kept rows is data: a synchronisation is due anyway, so values are always checked.
+    if score.dtype in (torch.bfloat16, torch.float16):
+        score = score.float()  # exact
+    k = min(k, score.numel())
+    return choose("topk_by_cluster", score.device)(score, cluster, num_clusters, k)
+
+
+def _check_rows(score: Tensor, cluster: Tensor, num_clusters: int) -> None:
+    """The number of kept rows is data: a synchronisation is due anyway, so values are checked on every device."""
     if bool(score.isnan().any()):
         raise ValueError(f"score: NaN at index {first_true(score.isnan())}")
     outside = (cluster < 0) | (cluster >= num_clusters)
     if bool(outside.any()):
         index = first_true(outside)
         raise ValueError(f"cluster: {int(cluster[index])} at index {index} is outside [0, {num_clusters})")
-    score = score.detach()
-    if score.dtype in (torch.bfloat16, torch.float16):
-        score = score.float()  # exact
-    return choose("topk_by_cluster", score.device)(score, cluster.to(torch.int64), num_clusters, k)
 
 
 def _topk_torch(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
+    cluster = cluster.to(torch.int64)
+    _check_rows(score, cluster, num_clusters)
     # Two stable sorts, the less important key first: by score, then by cluster. Adding 0 turns -0.0 into 0.0, which
     # a radix sort would tell apart.
     by_score = torch.sort(score + 0.0, descending=True, stable=True).indices
@@ -59,12 +70,37 @@ def _topk_torch(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Te
 def _topk_cpu(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
     module = extension()
     assert module is not None
+    if score.numel() >= _MOST_ROWS:
+        return _topk_torch(score, cluster, num_clusters, k)
     kernel = module.topk_by_cluster_f64 if score.dtype == torch.float64 else module.topk_by_cluster_f32
-    score, cluster = score.contiguous(), cluster.contiguous()
-    kept = torch.empty(score.numel(), dtype=torch.int64)
-    threads = torch.get_num_threads()
-    count = kernel(score.data_ptr(), cluster.data_ptr(), score.numel(), num_clusters, k, threads, kept.data_ptr())
-    return kept[:count].clone()
+    narrow = cluster.dtype == torch.int32
+    score, cluster = score.contiguous(), (cluster if narrow else cluster.to(torch.int64)).contiguous()
+    # Never more than this: memory that is not written costs nothing.
+    kept = torch.empty(min(score.numel(), k * num_clusters), dtype=torch.int64)
+    count = kernel(
+        score.data_ptr(),
+        cluster.data_ptr(),
+        narrow,
+        score.numel(),
+        num_clusters,
+        k,
+        torch.get_num_threads(),
+        kept.data_ptr(),
+    )
+    if count < 0:  # the reference says what is wrong
+        return _topk_torch(score, cluster, num_clusters, k)
+    return kept if count == kept.numel() else kept[:count].clone()
 
 
-register("topk_by_cluster", {"torch": _topk_torch, "cpu": _topk_cpu})
+def _topk_triton(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
+    from stable_rlhf.kernels.topk import topk_by_cluster as kernel
+
+    kept = None
+    # The kernel's keys hold 32 bits of a score.
+    if score.dtype == torch.float32 and score.numel() < _MOST_ROWS and k > 0:
+        kept = kernel(score.contiguous(), cluster.contiguous(), num_clusters, k)
+    # The reference says what is wrong.
+    return _topk_torch(score, cluster, num_clusters, k) if kept is None else kept
+
+
+register("topk_by_cluster", {"torch": _topk_torch, "cpu": _topk_cpu, "triton": _topk_triton})

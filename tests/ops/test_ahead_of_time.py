@@ -50,16 +50,54 @@ def resources(
     return used, compiled.asm["ptx"]
 
 
+SEQUENCES = {"bounds_ptr": "*i64", "n": "i64", "num_parts": "i32", "mask_ptr": "*u8", "parts_ptr": "*fp64"}
+BLOCK = {"BLOCK": 1024}
+SEQUENCE_KERNELS = {
+    "gae": ("_gae_kernel", {"GAMMA": 0.99, "DECAY": 0.9, "HAS_BOOTSTRAP": True, **BLOCK}),
+    "rewards k1": ("_rewards_kernel", {"CLAMP": 20.0, "ESTIMATOR": 1, "TERMS": 11, **BLOCK}),
+    "rewards k3": ("_rewards_kernel", {"CLAMP": 20.0, "ESTIMATOR": 3, "TERMS": 19, **BLOCK}),
+    "moments": ("_moments_kernel", {"HAS_MASK": True, **BLOCK}),
+    "scale": ("_scale_kernel", {"EPS": 1e-8, "HAS_MASK": True, "SHIFT_MEAN": True, "PARTS": 512, **BLOCK}),
+}
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
-def test_gae(capability, dtype, tmp_path, record_property):
-    from stable_rlhf.kernels.sequence_ops import _gae_kernel
+@pytest.mark.parametrize("name", SEQUENCE_KERNELS)
+def test_sequence_kernels(name, dtype, capability, tmp_path, record_property):
+    from stable_rlhf.kernels import sequence_ops
 
-    pointers = {f"{name}_ptr": f"*{dtype}" for name in ("reward", "value", "bootstrap", "advantage", "return")}
-    constants = {"GAMMA": 0.99, "DECAY": 0.9, "HAS_BOOTSTRAP": True, "DTYPE": getattr(tl, f"float{dtype[2:]}")}
-    used, _ = resources(_gae_kernel, {**pointers, "bounds_ptr": "*i64"}, constants, capability, 1, tmp_path)
+    kernel, constants = SEQUENCE_KERNELS[name]
+    kernel = getattr(sequence_ops, kernel)
+    if "DTYPE" in kernel.arg_names:
+        constants = {**constants, "DTYPE": getattr(tl, f"float{dtype[2:]}")}
+    types = {argument: f"*{dtype}" if argument.endswith("_ptr") else "fp32" for argument in kernel.arg_names}
+    types = {argument: SEQUENCES.get(argument, types[argument]) for argument in types if argument not in constants}
+    used, _ = resources(kernel, types, constants, capability, 4, tmp_path)
     record_property("resources", used)
-    assert 0 < used["REG"] <= 64 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used
+    # At 128 registers four programs of four warps fit a multiprocessor; a scan of pairs of float64 comes near.
+    assert 0 < used["REG"] <= 128 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 4096, used
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_topk_kernels(bits, capability, tmp_path, record_property):
+    from stable_rlhf.kernels import topk
+
+    types = {"score_ptr": "*fp32", "cluster_ptr": "*i64", "prefix_ptr": "*i64", "wanted_ptr": "*i64", "kept_ptr": "*i1"}
+    types |= {"bad_ptr": "*i32", "counts_ptr": "*i32", "n": "i32", "num_clusters": "i32", "k": "i32"}
+    for kernel, shifts, warps in (
+        (topk._count_kernel, (64 - bits, 0), 4),
+        (topk._digit_kernel, (64 - bits, 0), 1),
+        (topk._keep_kernel, (None,), 4),
+    ):
+        for shift in shifts:
+            constants = {"SHIFT": shift, "BITS": bits, **BLOCK}
+            constants = {argument: constants[argument] for argument in kernel.arg_names if argument.isupper()}
+            own = {argument: types[argument] for argument in kernel.arg_names if argument.islower()}
+            used, _ = resources(kernel, own, constants, capability, warps, tmp_path)
+            record_property("resources", {"kernel": kernel.__name__, **used})
+            assert 0 < used["REG"] <= 96 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 4096, used
 
 
 ADVANTAGE_PARTS = {

@@ -70,6 +70,47 @@ def test_strided_input(name):
         assert ops.topk_by_cluster(score, cluster, 1, 2).tolist() == [4, 5]
 
 
+@pytest.mark.skipif(extension() is None, reason="no C++ module")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("order", "clusters", "k"),
+    [("random", 300, 9), ("rising", 300, 9), ("falling", 300, 9), ("few values", 11, 500), ("random", 1, 1 << 40),
+     ("random", 40_000, 2), ("few values", 300, 0), ("few values", 1, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranges_of_threads_are_merged(order, clusters, k, dtype, threads):
+    """Enough rows that every thread has a range; buffers that fill, and thresholds that rise."""
+    n, g = 400_003, torch.Generator().manual_seed(1)
+    score = torch.randn(n, generator=g, dtype=torch.float64).to(dtype)
+    if order == "few values":
+        score = score.round()
+    elif order != "random":
+        score = score.sort(descending=order == "falling").values
+    cluster = torch.randint(0, clusters, (n,), generator=g)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = ops.topk_by_cluster(score, cluster, clusters, k)
+    finally:
+        torch.set_num_threads(before)
+    with ops.backend("torch"):
+        assert torch.equal(got, ops.topk_by_cluster(score, cluster, clusters, k))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("k", [0, 1, 5])
+@pytest.mark.parametrize("place", [0, 70_000, 199_999])
+def test_bad_rows_anywhere(name, k, place):
+    score, cluster = torch.arange(200_000.0).flip(0), torch.zeros(200_000, dtype=torch.int32)
+    with ops.backend(name):
+        score[place] = math.nan
+        with pytest.raises(ValueError, match=f"^score: NaN at index {place}$"):
+            ops.topk_by_cluster(score, cluster, 1, k)
+        score[place], cluster[place] = 0.0, 1
+        with pytest.raises(ValueError, match=f"^cluster: 1 at index {place} is outside"):
+            ops.topk_by_cluster(score, cluster, 1, k)
+
+
 S, C = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 1])
 BAD = [
     ((torch.tensor([1.0, math.nan, math.nan]), C, 2, 1), "score: NaN at index 1"),

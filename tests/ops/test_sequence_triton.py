@@ -1,0 +1,188 @@
+"""The Triton kernels of the small operations: in the interpreter against the references, and on a GPU."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import stable_rlhf.ops as ops
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
+on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+# The same tests in both places.
+anywhere = [pytest.param("here", marks=interpreted), pytest.param("gpu", marks=[pytest.mark.gpu, on_gpu])]
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+LENGTHS = {
+    "mixed": [3, 0, 1, 2050, 0, 1024, 1025, 1],
+    "one token": [1],
+    "no sequence": [],
+    "only empty": [0, 0],
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is that process")
+def test_in_the_interpreter():
+    """A process of its own: triton reads TRITON_INTERPRET when its kernels are defined."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a kernel should fill holds NaN, so that what it leaves out is seen."""
+    real = torch.empty_like
+
+    def empty_like(x, **options):
+        made = real(x, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+
+
+def normal(*shape, dtype, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def both(op, *arguments, **options):
+    """The results of Triton and, in float64 on the CPU, of the reference."""
+
+    def moved(x, device, wide):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return (x.double() if wide and x.is_floating_point() else x).to(device)
+
+    with ops.backend("triton"):
+        got = op(
+            *(moved(x, DEVICE, False) for x in arguments), **{n: moved(x, DEVICE, False) for n, x in options.items()}
+        )
+    with ops.backend("torch"):
+        want = op(*(moved(x, "cpu", True) for x in arguments), **{n: moved(x, "cpu", True) for n, x in options.items()})
+    return got, want
+
+
+def close(got, want, dtype):
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.cpu().double(), want, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("gamma", "lam", "bootstrapped"), [(0.97, 0.9, True), (1.0, 0.95, False), (0.0, 1.0, True)])
+def test_gae(where, dtype, lengths, gamma, lam, bootstrapped):
+    reward, value = (normal(sum(lengths), dtype=dtype, seed=seed) for seed in (0, 1))
+    last = normal(len(lengths), dtype=dtype, seed=2) if bootstrapped else None
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    got, want = both(ops.gae, reward, value, cu_seqlens, gamma=gamma, lam=lam, bootstrap_value=last)
+    for result, expected in zip(got, want, strict=True):
+        close(result, expected, dtype)
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_token_rewards(where, dtype, estimator):
+    lengths = [3, 1, 2050, 1024]
+    logprob = normal(sum(lengths), dtype=dtype, seed=3)
+    apart = normal(sum(lengths), dtype=dtype, seed=4) * 10.0 ** -(torch.arange(sum(lengths)) % 6).to(dtype)
+    cu_seqlens, score = torch.tensor([0, *lengths]).cumsum(0), normal(len(lengths), dtype=dtype, seed=5)
+    options = {"kl_coef": 0.1, "kl_estimator": estimator, "clamp": 2.0}
+    got, want = both(ops.token_rewards, logprob, logprob + apart, score, cu_seqlens, **options)
+    close(got, want, dtype)
+    empty = torch.zeros(0, dtype=dtype)
+    assert both(ops.token_rewards, empty, empty, empty, torch.tensor([0]), **options)[0].shape == (0,)
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_k3_near_zero(where, dtype):
+    d = torch.tensor([1e-3, -1e-4, 1e-6, -0.99, 1.01, 0.5], dtype=dtype)
+    zeros, cu_seqlens = torch.zeros(6, dtype=dtype), torch.tensor([0, 6])
+    with ops.backend("triton"):
+        got = ops.token_rewards(
+            *(x.to(DEVICE) for x in (d, zeros, zeros[:1], cu_seqlens)), kl_coef=1.0, kl_estimator="k3"
+        )
+    for found, x in zip(got.cpu().tolist(), d.double().tolist(), strict=True):
+        series = math.fsum((-x) ** i / math.factorial(i) for i in range(2, 30))
+        assert found == pytest.approx(-series, rel=5e-7 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n", [1, 5000])
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("mask_type", [None, torch.bool, torch.int64])
+def test_whiten(where, dtype, n, shift_mean, mask_type, monkeypatch):
+    from stable_rlhf.kernels import sequence_ops
+
+    monkeypatch.setattr(sequence_ops, "_MOST_PARTS", 3)  # programs then have several blocks
+    x = 3 * normal(n, dtype=dtype, seed=6) + 100
+    mask = None if mask_type is None else (normal(n, dtype=dtype, seed=7) < 0.3).to(mask_type)
+    if mask is not None:
+        x[mask == 0] = math.nan
+    got, want = both(ops.masked_whiten, x, mask, shift_mean=shift_mean, eps=1e-3)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-6)
+    assert got.dtype == dtype
+
+
+@pytest.mark.parametrize("where", anywhere)
+def test_whiten_of_nothing_and_of_constants(where):
+    constant = torch.full((2500,), 0.1, device=DEVICE)
+    with ops.backend("triton"):
+        assert ops.masked_whiten(torch.zeros(0, device=DEVICE)).shape == (0,)
+        assert not ops.masked_whiten(constant).any()
+        assert not ops.masked_whiten(constant, torch.zeros(2500, device=DEVICE)).any()
+        assert not ops.masked_whiten(constant, (torch.arange(2500, device=DEVICE) == 2000)).any()
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize(
+    ("n", "clusters", "k"), [(2500, 7, 9), (1500, 12, 5), (1100, 1, 2000), (1, 1, 1), (0, 3, 2), (5, 2, 0)]
+)
+@pytest.mark.parametrize(("bits", "ties"), [(8, False), (8, True), (4, True)])
+def test_topk(where, bits, n, clusters, k, ties, monkeypatch):
+    from stable_rlhf.kernels import topk
+
+    monkeypatch.setattr(topk, "_MOST_COUNTS", 1 << 24 if bits == 8 else 1)
+    score = normal(n, dtype=torch.float32, seed=8)
+    if ties:
+        score = torch.tensor([-math.inf, -2.0, -0.0, 0.0, 1.0, math.inf])[(score.abs() * 1e4).long() % 6]
+    cluster = torch.randint(0, clusters, (n,), generator=torch.Generator().manual_seed(9), dtype=torch.int32)
+    got, want = both(ops.topk_by_cluster, score, cluster, clusters + 1, k)
+    assert got.cpu().tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("where", anywhere)
+def test_topk_of_other_types_and_bad_values(where):
+    score, cluster = torch.tensor([1.0, 3.0, 3.0], device=DEVICE), torch.tensor([0, 1, 1], device=DEVICE)
+    with ops.backend("triton"):
+        for dtype in (torch.float64, torch.bfloat16):
+            assert ops.topk_by_cluster(score.to(dtype), cluster.to(torch.uint8), 2, 1).tolist() == [0, 1]
+        with pytest.raises(ValueError, match=r"^cluster: -7 at index 1 is outside \[0, 2\)"):
+            ops.topk_by_cluster(score, torch.tensor([0, -7, 1], device=DEVICE), 2, 1)
+        with pytest.raises(ValueError, match=r"^cluster: 0 at index 0 is outside \[0, 0\)"):
+            ops.topk_by_cluster(score, cluster, 0, 1)
+        with pytest.raises(ValueError, match=r"^score: NaN at index 2"):
+            ops.topk_by_cluster(torch.tensor([1.0, 2.0, math.nan], device=DEVICE), cluster, 2, 1)
+
+
+@interpreted
+def test_bad_values_are_named_on_the_cpu():
+    bad, good, cu_seqlens = torch.tensor([0.0, math.inf]), torch.zeros(2), torch.tensor([0, 2])
+    with ops.backend("triton"):
+        with pytest.raises(ValueError, match=r"^value: non-finite value inf at position 1"):
+            ops.gae(good, bad, cu_seqlens)
+        with pytest.raises(ValueError, match=r"^ref_logprob: non-finite value inf at position 1"):
+            ops.token_rewards(good, bad, good[:1], cu_seqlens, kl_coef=0.1)
+        with pytest.raises(ValueError, match=r"^x: non-finite value inf at position 1"):
+            ops.masked_whiten(bad)
