@@ -53,8 +53,10 @@ inline LogSigmoid log_sigmoid(Floats x) {
     const Floats size = x < Floats{} ? -x : x;
     const Floats e = exp_nonpositive(-size);
     const Floats one = splat(1.0f);
-    // log1p(e) = 2 atanh(e / (2 + e)): the argument is at most 1/3, nine terms leave 1e-9 of the result.
-    const Floats s = e / (splat(2.0f) + e), s2 = s * s;
+    // log1p(e) = 2 atanh(e / (2 + e)): the argument is at most 1/3, nine terms leave 1e-9 of the result. One division
+    // serves both quotients.
+    const Floats low = one + e, high = low + one, shared = one / (low * high), inverse = high * shared;
+    const Floats s = e * low * shared, s2 = s * s;
     Floats p = splat(2.0f / 17);
     p = p * s2 + splat(2.0f / 15);
     p = p * s2 + splat(2.0f / 13);
@@ -64,7 +66,6 @@ inline LogSigmoid log_sigmoid(Floats x) {
     p = p * s2 + splat(2.0f / 5);
     p = p * s2 + splat(2.0f / 3);
     p = p * s2 + splat(2.0f);
-    const Floats inverse = one / (one + e);
     const Ints negative = x < Floats{};
     return {p * s, negative ? inverse : e * inverse, negative ? e * inverse : inverse};
 }

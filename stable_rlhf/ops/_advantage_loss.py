@@ -21,22 +21,47 @@ class AdvantageLossOutput(NamedTuple):
 
     loss: 0-d, differentiable in reward and expected.
     score: [R] a(x, y) of every response, detached.
-    ranking_loss, upper_bound_loss, lower_bound_loss: the three terms; they add up to the loss.
-    accuracy: share of pairs whose chosen response scores higher, ties counted half.
-    effective_sample_size: (sum w)^2 / sum w^2 over the responses, averaged over the K alternates; R without alternates.
-    sign_flip_share: share of responses with sum_k w_k > N, whose reward counts with the wrong sign.
-    bound_violation_share: share of the pairs' scores past their bound (a_c > m, or a_r < -m); 0 without bounds.
+    figures: [7], the properties below in their order; each is 0-d.
     """
 
     loss: Tensor
     score: Tensor
-    ranking_loss: Tensor
-    upper_bound_loss: Tensor
-    lower_bound_loss: Tensor
-    accuracy: Tensor
-    effective_sample_size: Tensor
-    sign_flip_share: Tensor
-    bound_violation_share: Tensor
+    figures: Tensor
+
+    @property
+    def ranking_loss(self) -> Tensor:
+        """The first of the three terms, which add up to the loss."""
+        return self.figures[0]
+
+    @property
+    def upper_bound_loss(self) -> Tensor:
+        """The term of a_c below its margin; 0 without bounds."""
+        return self.figures[1]
+
+    @property
+    def lower_bound_loss(self) -> Tensor:
+        """The term of a_r above minus its margin; 0 without bounds."""
+        return self.figures[2]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of pairs whose chosen response scores higher, ties counted half."""
+        return self.figures[3]
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """(sum w)^2 / sum w^2 over the responses, averaged over the K alternates; R without alternates."""
+        return self.figures[4]
+
+    @property
+    def sign_flip_share(self) -> Tensor:
+        """Share of responses with sum_k w_k > N, whose reward counts with the wrong sign."""
+        return self.figures[5]
+
+    @property
+    def bound_violation_share(self) -> Tensor:
+        """Share of the pairs' scores past their bound (a_c > m, or a_r < -m); 0 without bounds."""
+        return self.figures[6]
 
 
 def advantage_loss(
@@ -112,10 +137,8 @@ def advantage_loss(
         raise ValueError("label_smoothing: has values outside [0, 1]")
     backend = traced_choice("advantage_loss", reward.device.type)
     if backend == "torch":
-        loss, score, statistics = _advantage_reference.loss(call)
-    else:
-        loss, score, statistics = _advantage_ops.loss(call, backend)
-    return AdvantageLossOutput(loss, score, *statistics.unbind(0))
+        return AdvantageLossOutput(*_advantage_reference.loss(call))
+    return AdvantageLossOutput(*_advantage_ops.loss(call, backend))
 
 
 class AdvantageLoss(nn.Module):
@@ -227,7 +250,8 @@ def _arguments(
         if expected.ndim != 1:
             raise ValueError(f"expected: shape {tuple(expected.shape)} instead of [P]")
         dtype = statistics_dtype(reward.dtype, expected.dtype)
-        expected = expected.to(dtype)
+        if expected.dtype != dtype:
+            expected = expected.to(dtype)
         if prompt is not None:
             prompt = _indices("prompt", prompt, reward)
             if prompt.shape != reward.shape:
@@ -268,8 +292,10 @@ def _arguments(
         raise ValueError(f"num_alternates: K = {num_alternates} is negative")
     if policies < max(num_alternates, 1):
         raise ValueError(f"num_policies: N = {policies} is less than 1 or than the K = {num_alternates} alternates")
+    if reward.dtype != dtype:
+        reward = reward.to(dtype)
     return Arguments(
-        reward.to(dtype), expected, prompt, prompt_rule, policies, num_alternates, logprob, alt_logprob, cu_seqlens,
+        reward, expected, prompt, prompt_rule, policies, num_alternates, logprob, alt_logprob, cu_seqlens,
         weight_mode == "length_normalized", max_weight, **by_pair,
     )  # fmt: skip
 

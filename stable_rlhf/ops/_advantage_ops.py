@@ -121,16 +121,16 @@ def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
     """None when some value is out of range or not finite: the reference knows how to say which."""
     module = extension()
     assert module is not None
-    reward, dtype = call.reward.contiguous(), call.reward.dtype
-    responses = reward.shape[0]
+    dtype, responses = call.reward.dtype, call.reward.shape[0]
     prompts = 0 if call.expected is None else call.expected.shape[0]
-    kept = []  # the temporary tensors, until the kernel is done
+    kept: list[Tensor] = []  # temporary tensors, until the kernel is done
 
     def address(value: Tensor | None, of: torch.dtype = dtype) -> int:
         if value is None:
             return 0
-        value = value.to(of).contiguous()
-        kept.append(value)
+        if value.dtype != of or not value.is_contiguous():
+            value = value.to(of).contiguous()
+            kept.append(value)
         return value.data_ptr()
 
     def per_item(value: float | Tensor | None) -> tuple[int, float]:
@@ -142,7 +142,7 @@ def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
     kernel = module.advantage_f32 if dtype == torch.float32 else module.advantage_f64
     fine = kernel(
         responses, prompts, call.pair_count if pairs else -1, call.num_policies, call.num_alternates,
-        0 if call.logprob is None else call.logprob.shape[0], reward.data_ptr(), address(call.expected),
+        0 if call.logprob is None else call.logprob.shape[0], address(call.reward), address(call.expected),
         call.prompt_rule, address(call.prompt, torch.int64), address(call.pairs, torch.int64), call.margin is not None,
         *per_item(call.margin), *per_item(call.rank_margin), *per_item(call.label_smoothing),
         *per_item(call.pair_weight), address(call.logprob), address(call.alt_logprob),
