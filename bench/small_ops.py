@@ -1,4 +1,4 @@
-"""The small operations: GAE, whitening, token rewards, selection, beside loops, libraries and the bytes they move.
+"""The small operations (GAE, whitening, token rewards, selection) beside loops, libraries and the bytes they move.
 
 Every contender's output is compared with the reference before anything is timed. Contenders take turns; the median
 over the rounds counts. The floor of a case is the time of moving its bytes once (inputs read, outputs written) at the

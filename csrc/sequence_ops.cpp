@@ -144,12 +144,14 @@ struct InverseFactorials {
 
 // exp(x) - 1 - x near 0, where both subtractions cancel: the series, with every term that counts for |x| < 1 (relative
 // error below 1e-7 in float, 1e-15 in double).
-template <int terms, typename T, typename X>
-X exp_remainder_near(X x) {
+template <int terms, int count, typename T, typename X>
+void exp_remainder_near(const X* x, X* y) {
     constexpr InverseFactorials<terms, T> inverse_factorial;
-    X sum = x * inverse_factorial.of[terms] + inverse_factorial.of[terms - 1];
-    for (int i = terms - 2; i > 1; --i) sum = sum * x + inverse_factorial.of[i];
-    return x * x * sum;
+    for (int i = 0; i < count; ++i) y[i] = x[i] * inverse_factorial.of[terms] + inverse_factorial.of[terms - 1];
+    for (int term = terms - 2; term > 1; --term) {
+        for (int i = 0; i < count; ++i) y[i] = y[i] * x[i] + inverse_factorial.of[term];
+    }
+    for (int i = 0; i < count; ++i) y[i] = x[i] * x[i] * y[i];
 }
 
 // exp for |x| up to 200, infinite from 88.73 on, 0 below -87.3.
@@ -176,22 +178,35 @@ Floats exp_of(Floats x) {
 // kl[t] = exp(-d) - 1 + d, the k3 estimator.
 void k3(const double* d, int64_t n, double* kl) {
     for (int64_t t = 0; t < n; ++t) {
-        kl[t] = std::abs(d[t]) < 1 ? exp_remainder_near<19, double>(-d[t]) : std::exp(-d[t]) - 1 + d[t];
+        const double x = -d[t];
+        double near;
+        exp_remainder_near<19, 1, double>(&x, &near);
+        kl[t] = std::abs(x) < 1 ? near : std::exp(x) - 1 - x;
     }
 }
 void k3(const float* d, int64_t n, float* kl) {
-    for (int64_t t = 0; t < n; t += kWidth) {
-        const size_t bytes = sizeof(float) * std::min<int64_t>(kWidth, n - t);
-        Floats x{};
-        std::memcpy(&x, d + t, bytes);
-        x = -x;
-        // Beyond 200 the exponential is infinite, or nothing beside -1 - x.
-        Floats bounded = x > 200.0f ? Floats{} + 200.0f : x;
-        bounded = bounded < -200.0f ? Floats{} - 200.0f : bounded;
-        const Floats far = exp_of(bounded) - 1.0f - x;
-        const Floats near = exp_remainder_near<11, float>(x);
-        const Floats y = (x < 1.0f) & (x > -1.0f) ? near : far;
-        std::memcpy(kl + t, &y, bytes);
+    constexpr int pair = 2;  // whose chains of operations overlap
+    for (int64_t t = 0; t < n; t += pair * kWidth) {
+        const size_t bytes = sizeof(float) * std::min<int64_t>(pair * kWidth, n - t);
+        Floats x[pair]{}, y[pair];
+        std::memcpy(x, d + t, bytes);
+        for (int i = 0; i < pair; ++i) x[i] = -x[i];
+        exp_remainder_near<11, pair, float>(x, y);
+        Ints beyond[pair], any{};
+        for (int i = 0; i < pair; ++i) {
+            beyond[i] = (x[i] >= 1.0f) | (x[i] <= -1.0f);
+            any |= beyond[i];
+        }
+        if (any[0] | any[1] | any[2] | any[3]) {  // log-ratios are mostly small
+            for (int i = 0; i < pair; ++i) {
+                // Beyond 200 the exponential is infinite, or nothing beside -1 - x.
+                Floats bounded = x[i] > 200.0f ? Floats{} + 200.0f : x[i];
+                bounded = bounded < -200.0f ? Floats{} - 200.0f : bounded;
+                const Floats far = exp_of(bounded) - 1.0f - x[i];
+                y[i] = beyond[i] ? far : y[i];
+            }
+        }
+        std::memcpy(kl + t, y, bytes);
     }
 }
 
