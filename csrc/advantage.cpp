@@ -36,6 +36,7 @@ void pair_terms(const PairBlock<double>& block) {
     for (int64_t i = 0; i < block.count; ++i) {
         const double c = block.chosen[i], r = block.rejected[i], alpha = block.smoothing[i], weight = block.weight[i];
         const double z = (c - r) - block.shift[i];
+        block.counts[0] += 2 * (c > r) + (c == r);
         const LogSigmoid at = log_sigmoid(z);
         block.sums[0] += weight * (at.smooth + (1 - alpha) * ramp(-z) + alpha * ramp(z));
         double slope_c = alpha * at.rising - (1 - alpha) * at.falling, slope_r = -slope_c;
@@ -46,6 +47,7 @@ void pair_terms(const PairBlock<double>& block) {
             block.sums[2] += weight * (low.smooth + ramp(-below));
             slope_c += high.falling;
             slope_r -= low.falling;
+            block.counts[1] += (above < 0) + (below < 0);
         }
         block.chosen_slope[i] = weight * slope_c;
         block.rejected_slope[i] = weight * slope_r;
@@ -238,17 +240,18 @@ int advantage(const Advantage<T>& call, const char* isa) {
             }
         });
     }
-    T poison = T(0);  // stays 0 as long as every score is finite
-    for (int64_t r = 0; r < R; ++r) poison += call.score[r] - call.score[r];
-    bool doubtful = !(poison == T(0));
+    int odd = 0;
+    for (int64_t r = 0; r < R; ++r) odd |= !is_finite(call.score[r]);
+    bool doubtful = odd != 0;
     if (call.pairs < 0) return doubtful;
 
     constexpr int64_t kBlock = 256;
     alignas(64) T chosen[kBlock], rejected[kBlock], shift[kBlock], smoothing[kBlock], pair_weight[kBlock];
     alignas(64) T upper[kBlock], lower[kBlock], chosen_slope[kBlock], rejected_slope[kBlock];
     int64_t chosen_at[kBlock], rejected_at[kBlock];
-    std::fill(call.gradient, call.gradient + R, T(0));
-    // Numbers that hold for all are laid out once; padding keeps the weight 0 and leaves a whole block's rest alone.
+    // Halves write every one; a list (which has no address when it is empty) adds to them.
+    if (call.pair || 2 * M != R) std::fill(call.gradient, call.gradient + R, T(0));
+    // Numbers that hold for all are laid out once.
     std::fill(shift, shift + kBlock, call.rank_margin.all);
     std::fill(smoothing, smoothing + kBlock, call.label_smoothing.all);
     std::fill(pair_weight, pair_weight + kBlock, call.pair_weight.all);
@@ -260,16 +263,16 @@ int advantage(const Advantage<T>& call, const char* isa) {
         for (int64_t i = 0; i < count; ++i) doubtful |= !is_finite(out[i]);
     };
     double sums[3] = {0, 0, 0};
-    int64_t wins = 0, violations = 0;  // wins in halves
+    int64_t counts[2] = {0, 0};  // wins in halves, violations
     for (int64_t start = 0; start < M; start += kBlock) {
         const int64_t count = std::min(kBlock, M - start);
         const int64_t padded = (count + kPairPadding - 1) / kPairPadding * kPairPadding;
         lay_out(call.rank_margin, start, count, shift);
         lay_out(call.label_smoothing, start, count, smoothing);
         lay_out(call.pair_weight, start, count, pair_weight);
-        for (int64_t i = 0; i < count; ++i) {
-            doubtful |= !(smoothing[i] >= T(0) && smoothing[i] <= T(1));
-        }
+        int outside = 0;
+        for (int64_t i = 0; i < count; ++i) outside |= !(smoothing[i] >= T(0)) | !(smoothing[i] <= T(1));
+        doubtful |= outside != 0;
         if (call.pair) {
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t c = call.pair[2 * (start + i)], r = call.pair[2 * (start + i) + 1];
@@ -291,13 +294,12 @@ int advantage(const Advantage<T>& call, const char* isa) {
                 std::copy_n(call.margin.values + M + start, count, lower);
             }
         }
-        for (int64_t i = 0; i < count; ++i) wins += 2 * (chosen[i] > rejected[i]) + (chosen[i] == rejected[i]);
-        if (call.bounds) {
-            for (int64_t i = 0; i < count; ++i) violations += (chosen[i] > upper[i]) + (rejected[i] < -lower[i]);
-        }
-        for (T* values : {chosen, rejected, pair_weight}) std::fill(values + count, values + padded, T(0));
-        pair_terms<T>(*chosen_kernels, {padded, chosen, rejected, shift, smoothing, pair_weight,
-                                        call.bounds ? upper : nullptr, lower, chosen_slope, rejected_slope, sums});
+        // Padding: pairs of weight 0 that neither win nor pass a bound.
+        for (T* values : {chosen, pair_weight}) std::fill(values + count, values + padded, T(0));
+        for (T* values : {rejected, upper, lower}) std::fill(values + count, values + padded, T(1));
+        pair_terms<T>(*chosen_kernels,
+                      {padded, chosen, rejected, shift, smoothing, pair_weight, call.bounds ? upper : nullptr, lower,
+                       chosen_slope, rejected_slope, sums, counts});
         if (call.pair) {
             for (int64_t i = 0; i < count; ++i) {
                 call.gradient[chosen_at[i]] += chosen_slope[i];
@@ -332,10 +334,10 @@ int advantage(const Advantage<T>& call, const char* isa) {
     doubtful |= !is_finite(loss);
     *call.loss = static_cast<T>(loss);
     for (int i = 0; i < 3; ++i) call.statistics[i] = static_cast<T>(sums[i] / pairs);
-    call.statistics[3] = static_cast<T>(0.5 * static_cast<double>(wins) / pairs);
+    call.statistics[3] = static_cast<T>(0.5 * static_cast<double>(counts[0]) / pairs);
     call.statistics[4] = static_cast<T>(weighed ? effective_sample_size(log_weight, weight, R, K) : R);
     call.statistics[5] = static_cast<T>(static_cast<double>(flips) / static_cast<double>(std::max<int64_t>(R, 1)));
-    call.statistics[6] = static_cast<T>(static_cast<double>(violations) / (2.0 * pairs));
+    call.statistics[6] = static_cast<T>(static_cast<double>(counts[1]) / (2.0 * pairs));
     return doubtful;
 }
 

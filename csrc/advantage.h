@@ -48,7 +48,7 @@ struct Advantage {
 template <typename T>
 int advantage(const Advantage<T>& call, const char* isa);
 
-// `count` pairs side by side; every array is padded with pairs of weight 0 to a multiple of kPairPadding.
+// `count` pairs side by side, a multiple of kPairPadding.
 template <typename T>
 struct PairBlock {
     int64_t count;
@@ -57,6 +57,7 @@ struct PairBlock {
     const T *upper, *lower;                // margins of the chosen and the rejected response; null: no bounds
     T *chosen_slope, *rejected_slope;      // out: d (weight * term) / d score
     double* sums;                          // [3] added to: weight * (ranking, upper bound, lower bound)
+    int64_t* counts;                       // [2] added to: wins, two for each and one for a tie; scores past a bound
 };
 constexpr int64_t kPairPadding = 16;
 

@@ -74,11 +74,13 @@ inline Floats ramp(Floats x) { return x < Floats{} ? Floats{} : x; }
 
 void pair_terms(const PairBlock<float>& block) {
     Doubles ranking{}, upper{}, lower{};
+    Ints wins{}, past{};  // a true comparison is -1
     for (int64_t i = 0; i < block.count; i += kWidth) {
         const Floats c = load(block.chosen + i), r = load(block.rejected + i);
         const Floats alpha = load(block.smoothing + i), weight = load(block.weight + i);
         const Floats z = (c - r) - load(block.shift + i);
         const LogSigmoid at = log_sigmoid(z);
+        wins -= (c > r) + (c > r) + (c == r);
         const Floats rest = splat(1.0f) - alpha;
         // By its two sides, so that neither a hard pair nor a smoothed easy one loses digits to the other.
         add(&ranking, weight * (at.smooth + rest * ramp(-z) + alpha * ramp(z)));
@@ -90,9 +92,14 @@ void pair_terms(const PairBlock<float>& block) {
             add(&lower, weight * (low.smooth + ramp(-below)));
             slope_c = slope_c + high.falling;
             slope_r = slope_r - low.falling;
+            past -= (above < Floats{}) + (below < Floats{});
         }
         store(block.chosen_slope + i, weight * slope_c);
         store(block.rejected_slope + i, weight * slope_r);
+    }
+    for (int i = 0; i < kWidth; ++i) {
+        block.counts[0] += wins[i];
+        block.counts[1] += past[i];
     }
     block.sums[0] += total(ranking);
     block.sums[1] += total(upper);
