@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(recipe)
         _COMMANDS[command](recipe, own)
     except KeyboardInterrupt:
-        print("stable-rlhf: interrupted; the same command goes on after the last finished stage", file=sys.stderr)
+        print("stable-rlhf: interrupted; the same command goes on where it stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":

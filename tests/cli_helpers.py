@@ -7,9 +7,11 @@ import functools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +73,18 @@ class Server:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
 
-    def __call__(self, *arguments: str | Path, cwd: Path, **extra: str) -> Done:
+    def __call__(self, *arguments: str | Path, cwd: Path, kill_after: float | None = None, **extra: str) -> Done:
+        """``kill_after``: SIGKILL the call after so many seconds, if it still runs then (its code is then -9)."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            call = {"argv": list(map(str, arguments)), "cwd": str(cwd), "out": str(out), "err": str(err), "env": extra}
+            call: dict[str, Any] = {
+                "argv": list(map(str, arguments)),
+                "cwd": str(cwd),
+                "out": str(out),
+                "err": str(err),
+                "env": extra,
+            }
+            call["kill_after"] = kill_after
             assert self.process.stdin and self.process.stdout
             self.process.stdin.write(json.dumps(call) + "\n")
             self.process.stdin.flush()
@@ -128,7 +138,16 @@ def _serve() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        _, status = os.waitpid(child, 0)
+        ended, status = 0, 0
+        if call["kill_after"] is not None:
+            until = time.monotonic() + call["kill_after"]
+            while not ended and time.monotonic() < until:
+                time.sleep(0.005)
+                ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended:
+                os.kill(child, signal.SIGKILL)
+        if not ended:
+            _, status = os.waitpid(child, 0)
         replies.write(f"{os.waitstatus_to_exitcode(status)}\n")
         replies.flush()
 

@@ -16,6 +16,8 @@ from stable_rlhf.train.engine import barrier, gather_objects
 
 _MARKER = "run.json"
 _STAGE = "stage.json"
+_ATTEMPT = "attempt.json"  # which settings an unfinished stage has
+SNAPSHOTS = "checkpoints"  # of a stage that trains; see snapshots.py
 _FORMAT = 1
 
 
@@ -40,7 +42,8 @@ class RunDirectory:
 
     Each stage is written to ``<name>.tmp`` and renamed when it is done, with ``stage.json`` (settings, result,
     seconds) inside. A stage with the same settings and the same input stages is not redone; one with other
-    settings is an error.
+    settings is an error. An unfinished stage is begun again, or, where it left snapshots and its settings are the same,
+    finds them in its folder.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
@@ -96,10 +99,14 @@ class RunDirectory:
         say(f"[{name}]")
         working = self.root / f"{name}.tmp"
         if is_main_process():
-            if working.exists():
-                say(f"  an earlier attempt at {name} did not finish: starting it again")
-                shutil.rmtree(working)
-            working.mkdir(parents=True)
+            if _may_go_on(working, fingerprint):
+                say(f"  an earlier attempt at {name} did not finish: its checkpoints are there")
+            else:
+                if working.exists():
+                    say(f"  an earlier attempt at {name} did not finish: starting it again")
+                    shutil.rmtree(working)
+                working.mkdir(parents=True)
+                (working / _ATTEMPT).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
         barrier()
         began = time.monotonic()
         result = run(working)
@@ -108,6 +115,8 @@ class RunDirectory:
         if is_main_process():
             record = {"name": name, "fingerprint": fingerprint, **key, "seconds": seconds, "result": result}
             (working / _STAGE).write_text(json.dumps(record, indent=1) + "\n")
+            shutil.rmtree(working / SNAPSHOTS, ignore_errors=True)
+            (working / _ATTEMPT).unlink()
             working.rename(folder)
         barrier()
         say(f"[{name}] {seconds:.0f} s")
@@ -135,6 +144,15 @@ class RunDirectory:
                 changed.append("its input stages")
             return None, f"stage {name} was made with other settings ({', '.join(changed) or 'unknown'}); {remedy}"
         return known, None
+
+
+def _may_go_on(working: Path, fingerprint: str) -> bool:
+    """Whether an unfinished stage was begun with the same settings and left something to go on from."""
+    try:
+        same = json.loads((working / _ATTEMPT).read_text())["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return same and any((working / SNAPSHOTS).glob("step-*"))
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -77,6 +77,22 @@ class EngineArguments:
 
 
 @dataclass
+class CheckpointArguments:
+    """Snapshots inside a training stage. Finished stages are kept anyway; these shorten what a kill costs.
+
+    Args:
+        save_steps: Write a snapshot after every so many steps of a stage (0: none).
+        save_total_limit: Keep this many of them while the stage runs; a finished stage keeps none.
+        resume_from_checkpoint: ``auto`` goes on from the newest good one of an unfinished stage, ``none`` begins the
+            stage again, a folder is that snapshot.
+    """
+
+    save_steps: int = 100
+    save_total_limit: int = 2
+    resume_from_checkpoint: str = "auto"
+
+
+@dataclass
 class WorldArguments:
     """The generated skill world (quickstart): a small model, its training text, and pairs with true log-probs.
 
@@ -284,6 +300,7 @@ class Recipe:
         report_to: ``tensorboard`` and/or nothing; metrics.jsonl is always written.
         data: Files.
         engine: DeepSpeed.
+        checkpoint: Snapshots inside a stage.
         world: The generated skill world; used when model_name_or_path is unset.
         sft: Supervised fine-tuning.
         scorer: Reward and Advantage Model.
@@ -301,6 +318,7 @@ class Recipe:
     report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
     data: DataArguments = field(default_factory=DataArguments)
     engine: EngineArguments = field(default_factory=EngineArguments)
+    checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
     world: WorldArguments = field(default_factory=WorldArguments)
     sft: SFTArguments = field(default_factory=SFTArguments)
     scorer: ScorerArguments = field(default_factory=ScorerArguments)
@@ -318,13 +336,14 @@ _AT_LEAST_ONE = (
     "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
     "scorer.num_trainable_layers select.num_clusters select.top_k ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
-    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples"
+    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
 )
 _ABOVE_ZERO = (
     "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
 )
 _NOT_NEGATIVE = (
-    "seed data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay world.length_bonus "
+    "seed checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay "
+    "world.length_bonus "
     "sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef "
     "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
     "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stable_rlhf.train.config import EngineArguments
+
+_TAG = "engine"
 
 
 def rank() -> int:
@@ -203,6 +206,17 @@ class Engine:
         return deepspeed.zero.GatheredParameters(
             [p for p in self.module.parameters() if hasattr(p, "ds_id")], enabled=self.zero_stage == 3
         )
+
+    def save(self, folder: Path) -> None:
+        """Write what trains (weights, optimiser, schedule) to ``folder``; every rank calls this."""
+        self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Take up what :meth:`save` wrote, on the same number of ranks and with the same ZeRO stage."""
+        # Frozen weights are not in it, hence not strict. The files are this run's own: DeepSpeed unpickles them.
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        if path is None:
+            raise ValueError(f"checkpoint {str(folder)!r}: DeepSpeed could not load it")
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the module keeps its weights (ZeRO 0 to 2)."""

@@ -30,9 +30,10 @@ from stable_rlhf.ppo.update import mix, mixed_loss
 from stable_rlhf.progress import progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.config import EngineArguments, PPOArguments
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments
 from stable_rlhf.train.engine import Engine, rank, sum_over_ranks, world_size
 from stable_rlhf.train.sft import save_policy
+from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
 
 
@@ -219,14 +220,22 @@ class PPOTrainer:
         *,
         name: str = "PPO",
         report_to: Sequence[str] = (),
+        checkpoint: CheckpointArguments | None = None,
         gold: Callable[[PromptRow, str], float] | None = None,
     ) -> dict[str, Any]:
         """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
         the policy."""
-        a, tracker, tokens = self.arguments, Tracker(folder, report_to), 0.0
+        a, snapshots = self.arguments, Snapshots(folder, self.engine, checkpoint)
+        done, carried = snapshots.restore()
+        tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)
+        if self.moments is not None and done:
+            self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]
         batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
         with progress(name, total=a.total_steps, unit="steps") as bar:
+            bar.advance(done)
             for step, indices in enumerate(batches):
+                if step < done:
+                    continue
                 began = time.monotonic()
                 shares = micro_steps(list(range(len(indices))), a.per_device_train_batch_size, rank(), world_size())
                 places = [place for share in shares for place in share]
@@ -255,6 +264,9 @@ class PPOTrainer:
                     metrics["gold"] = golden / n
                 tracker.log(step + 1, metrics)
                 bar.advance(note=f"score {score / n:.3f} kl {kl_sum / n:.3f}")
+                moments = self.moments
+                carried = {"tokens": tokens, "moments": [moments.count, moments.mean, moments.m2] if moments else None}
+                snapshots.save(step + 1, carried, last=a.total_steps)
         save_policy(self.engine, self.policy, self.tokenizer, folder)
         tracker.close()
         self.engine.close()

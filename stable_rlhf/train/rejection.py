@@ -16,10 +16,11 @@ from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.progress import progress
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.config import EngineArguments, PPOArguments
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments
 from stable_rlhf.train.engine import Engine, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.sft import nll_step, save_policy
+from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
 
 
@@ -55,6 +56,7 @@ def train_rejection(
     *,
     seed: int,
     report_to: Sequence[str] = (),
+    checkpoint: CheckpointArguments | None = None,
     gold: Callable[[PromptRow, str], float] | None = None,
 ) -> dict[str, Any]:
     """``total_steps`` rounds of ``rollout_batch_size`` responses, ``rejection_samples`` a prompt; one optimiser step a
@@ -69,10 +71,15 @@ def train_rejection(
     )  # fmt: skip
     scorer.to(policy.trunk.device).eval()
     settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p)
-    tracker, tokens = Tracker(folder, report_to), 0.0
+    snapshots = Snapshots(folder, engine, checkpoint)
+    done, carried = snapshots.restore()
+    tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)
     rounds = shuffled_steps(len(prompts), per_round * world, a.total_steps, stream_seed(seed, "prompts"))
     with progress("rejection sampling", total=a.total_steps, unit="rounds") as bar:
+        bar.advance(done)
         for step, indices in enumerate(rounds):
+            if step < done:
+                continue
             began = time.monotonic()
             places = micro_steps(list(range(len(indices))), per_round, rank(), world)[0]
             mine = [prompts[indices[p]] for p in places for _ in range(a.rejection_samples)]
@@ -99,6 +106,7 @@ def train_rejection(
                 metrics["gold"] = golden / n
             tracker.log(step + 1, metrics)
             bar.advance(note=f"score {score / n:.3f}")
+            snapshots.save(step + 1, {"tokens": tokens}, last=a.total_steps)
     save_policy(engine, policy, tokenizer, folder)
     tracker.close()
     engine.close()

@@ -17,8 +17,9 @@ from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
-from stable_rlhf.train.config import EngineArguments, ScorerArguments
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, ScorerArguments
 from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
+from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
 
 
@@ -169,6 +170,7 @@ def train_scorer(
     *,
     seed: int,
     report_to: Sequence[str] = (),
+    checkpoint: CheckpointArguments | None = None,
     cache: FeatureCache | None = None,
 ) -> dict[str, float]:
     """Train ``model`` on ``train`` and save it to ``folder``."""
@@ -186,11 +188,16 @@ def train_scorer(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
-    tracker = Tracker(folder, report_to)
-    tokens = 0
+    snapshots = Snapshots(folder, engine, checkpoint)
+    done, carried = snapshots.restore()
+    tracker = Tracker(folder, report_to, after=done)
+    tokens = carried.get("tokens", 0)
     name = "reward model" if model.settings.objective == "rm" else "Advantage Model"
     with progress(name, total=steps, unit="steps") as bar:
+        bar.advance(done)
         for step, indices in enumerate(shuffled_steps(len(train), global_batch, steps, seed), start=1):
+            if step <= done:
+                continue
             sums = [0.0] * 6
             for micro in micro_steps(indices, per_device, rank(), world_size()):
                 batch = [train[i] for i in micro]
@@ -221,6 +228,7 @@ def train_scorer(
                 metrics["expected_error"] = expected_error
             tracker.log(step, metrics)
             bar.advance(note=f"loss {loss_sum:.3f}")
+            snapshots.save(step, {"tokens": tokens}, last=steps)
     with engine.whole_weights():
         if is_main_process():
             model.save_pretrained(folder)

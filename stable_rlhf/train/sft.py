@@ -13,8 +13,9 @@ from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.progress import is_main_process, progress
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
-from stable_rlhf.train.config import EngineArguments, SFTArguments
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, SFTArguments
 from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
+from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
 
 _NLL = PolicyLossConfig(rehearsal_coef=1.0)  # an SFT token is a rehearsal token of weight one
@@ -49,6 +50,7 @@ def train_sft(
     *,
     seed: int,
     report_to: Sequence[str] = (),
+    checkpoint: CheckpointArguments | None = None,
     early_share: float | None = None,
 ) -> dict[str, float]:
     """Train ``policy`` and save it to ``folder``; with ``early_share``, also the policy after that share of the steps,
@@ -62,11 +64,16 @@ def train_sft(
         micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
-    tracker, cache = Tracker(folder, report_to), FeatureCache()
+    snapshots = Snapshots(folder, engine, checkpoint)
+    done, carried = snapshots.restore()
+    tracker, cache = Tracker(folder, report_to, after=done), FeatureCache()
     early = round(early_share * steps) if early_share is not None else 0
-    tokens = loss = 0.0
+    tokens, loss = carried.get("tokens", 0.0), 0.0
     with progress("SFT", total=steps, unit="steps") as bar:
+        bar.advance(done)
         for step, indices in enumerate(shuffled_steps(len(examples), global_batch, steps, seed), start=1):
+            if step <= done:
+                continue
             rows = [[examples[i] for i in m] for m in micro_steps(indices, per_device, rank(), world_size())]
             loss = nll_step(engine, policy, rows, cache)
             tokens += sum(len(examples[i]) for i in indices)
@@ -74,6 +81,7 @@ def train_sft(
             bar.advance(note=f"loss {loss:.3f}")
             if step == early:
                 save_policy(engine, policy, tokenizer, folder / "early")
+            snapshots.save(step, {"tokens": tokens}, last=steps)
     save_policy(engine, policy, tokenizer, folder)
     tracker.close()
     engine.close()

@@ -86,7 +86,7 @@ def run_sft(recipe: Recipe, model: str, folder: Path, *, early_share: float | No
     return dict(
         train_sft(
             policy, tokenizer, examples, recipe.sft, recipe.engine, folder,
-            seed=recipe.seed, report_to=recipe.report_to, early_share=early_share,
+            seed=recipe.seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, early_share=early_share,
         )
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def run_scorer(
     result: Result = dict(
         train_scorer(
             model, train, arguments, recipe.engine, folder, seed=stream_seed(recipe.seed, "scorer", split),
-            report_to=recipe.report_to, cache=cache,
+            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache,
         )
     )  # fmt: skip
     # Scores are taken from what was saved: what a user loads is what is measured.
@@ -279,7 +279,7 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     if variant == "rejection":
         return train_rejection(
             model, tokenizer, judge, prompts, arguments, recipe.engine, folder,
-            seed=seed, report_to=recipe.report_to, gold=gold,
+            seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold,
         )  # fmt: skip
     old = []
     if variant == "am-sr":
@@ -299,7 +299,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     trainer = PPOTrainer(
         model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed
     )
-    return trainer.train(prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, gold=gold)
+    return trainer.train(
+        prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold
+    )
 
 
 def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:
