@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":
             raise
-        if isinstance(error, (ValueError, OSError, ImportError)):
+        if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
         _unexpected(error, Path(recipe.output_dir))
 

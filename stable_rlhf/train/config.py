@@ -93,6 +93,19 @@ class CheckpointArguments:
 
 
 @dataclass
+class GuardArguments:
+    """The stability guard of PPO: it warns about clipping, entropy, length, gradients; about the KL it can also stop.
+
+    Args:
+        max_kl: KL to the initial policy, in nats a response, that is too much (unset: no limit).
+        on_kl: ``warn`` and go on, or ``stop``: the policy of that moment is saved, and the stage stays unfinished.
+    """
+
+    max_kl: float | None = None
+    on_kl: Literal["warn", "stop"] = "warn"
+
+
+@dataclass
 class WorldArguments:
     """The generated skill world (quickstart): a small model, its training text, and pairs with true log-probs.
 
@@ -301,6 +314,7 @@ class Recipe:
         data: Files.
         engine: DeepSpeed.
         checkpoint: Snapshots inside a stage.
+        guard: What PPO is watched for.
         world: The generated skill world; used when model_name_or_path is unset.
         sft: Supervised fine-tuning.
         scorer: Reward and Advantage Model.
@@ -319,6 +333,7 @@ class Recipe:
     data: DataArguments = field(default_factory=DataArguments)
     engine: EngineArguments = field(default_factory=EngineArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
+    guard: GuardArguments = field(default_factory=GuardArguments)
     world: WorldArguments = field(default_factory=WorldArguments)
     sft: SFTArguments = field(default_factory=SFTArguments)
     scorer: ScorerArguments = field(default_factory=ScorerArguments)
@@ -338,9 +353,7 @@ _AT_LEAST_ONE = (
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
 )
-_ABOVE_ZERO = (
-    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
-)
+_ABOVE_ZERO = "guard.max_kl sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
 _NOT_NEGATIVE = (
     "seed checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay "
     "world.length_bonus "

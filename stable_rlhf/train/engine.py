@@ -178,7 +178,16 @@ class Engine:
         self.deepspeed.eval()
 
     def backward(self, loss: Tensor) -> None:
-        """One micro-step: exactly one ``backward`` before each ``step``."""
+        """One micro-step: exactly one ``backward`` before each ``step``.
+
+        Raises:
+            FloatingPointError: the loss is not finite on some rank; this step has not touched the weights.
+        """
+        if sum_over_ranks([float(not torch.isfinite(loss))])[0]:
+            raise FloatingPointError(
+                f"the loss is not finite (rank {rank()}: {float(loss.detach()):g}); the weights are those of the step "
+                "before. Look at the last rows of metrics.jsonl; lower learning_rate, or set max_grad_norm"
+            )
         self.deepspeed.backward(loss * (world_size() * self.accumulation))
 
     def step(self) -> None:

@@ -30,8 +30,9 @@ from stable_rlhf.ppo.update import mix, mixed_loss
 from stable_rlhf.progress import progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments
 from stable_rlhf.train.engine import Engine, rank, sum_over_ranks, world_size
+from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.train.sft import save_policy
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
@@ -211,6 +212,14 @@ class PPOTrainer:
         count = self.arguments.per_device_rehearsal_batch_size * world_size()
         return [self.rehearsal[i] for i in torch.randint(len(self.rehearsal), (count,), generator=generator).tolist()]
 
+    def watch(self, guard: StabilityGuard, step: int, metrics: dict[str, float], folder: Path) -> None:
+        """Let the guard look; when it stops the run, the policy of this moment is kept in ``folder/stopped``."""
+        try:
+            guard.look(step, metrics)
+        except KLTooHigh:
+            save_policy(self.engine, self.policy, self.tokenizer, folder / "stopped")
+            raise
+
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def train(
@@ -221,11 +230,13 @@ class PPOTrainer:
         name: str = "PPO",
         report_to: Sequence[str] = (),
         checkpoint: CheckpointArguments | None = None,
+        guard_arguments: GuardArguments | None = None,
         gold: Callable[[PromptRow, str], float] | None = None,
     ) -> dict[str, Any]:
         """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
         the policy."""
         a, snapshots = self.arguments, Snapshots(folder, self.engine, checkpoint)
+        guard = StabilityGuard(guard_arguments or GuardArguments())
         done, carried = snapshots.restore()
         tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)
         if self.moments is not None and done:
@@ -263,6 +274,7 @@ class PPOTrainer:
                 if gold:
                     metrics["gold"] = golden / n
                 tracker.log(step + 1, metrics)
+                self.watch(guard, step + 1, metrics, folder)
                 bar.advance(note=f"score {score / n:.3f} kl {kl_sum / n:.3f}")
                 moments = self.moments
                 carried = {"tokens": tokens, "moments": [moments.count, moments.mean, moments.m2] if moments else None}

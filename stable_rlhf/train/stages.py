@@ -300,8 +300,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
         model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed
     )
     return trainer.train(
-        prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold
-    )
+        prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
+        guard_arguments=recipe.guard, gold=gold,
+    )  # fmt: skip
 
 
 def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:
