@@ -353,11 +353,12 @@ _AT_LEAST_ONE = (
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
 )
-_ABOVE_ZERO = "guard.max_kl sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
+_ABOVE_ZERO = (
+    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
+)
 _NOT_NEGATIVE = (
     "seed checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay "
-    "world.length_bonus "
-    "sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef "
+    "guard.max_kl world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef "
     "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
     "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
