@@ -94,9 +94,13 @@ def _choose_backend(backend: str, devices: Sequence[int] | None, spherical: bool
     """The backend that "auto" stands for, or the one asked for; a ValueError where it cannot serve."""
     flash = importlib.util.find_spec("flash_kmeans") is not None
     if backend == "auto":
-        backend = "cpu" if devices is None else "flash-kmeans" if flash and len(devices) == 1 and not spherical else "faiss"
+        backend = (
+            "cpu" if devices is None else "flash-kmeans" if flash and len(devices) == 1 and not spherical else "faiss"
+        )
     if backend == "cpu" and devices is not None:
-        raise ValueError(f"devices {list(devices)}: the cpu backend uses none; choose 'auto', 'faiss' or 'flash-kmeans'")
+        raise ValueError(
+            f"devices {list(devices)}: the cpu backend uses none; choose 'auto', 'faiss' or 'flash-kmeans'"
+        )
     if backend == "flash-kmeans":
         if not flash:
             raise ValueError("backend 'flash-kmeans' needs the package flash-kmeans: pip install flash-kmeans")
