@@ -234,8 +234,8 @@ def cluster_embeddings(
         or "random" (rows drawn uniformly, faiss's own default, prone to poor minima).
     train_rows: None trains on every row. An integer trains on a seeded sample of at most that many (at least one a
         cluster); all rows are assigned either way, and `Clusters.trained_on` says what it was.
-    backend: "cpu" is the package's own Lloyd over blocks of rows; it never holds more than blocks in memory, however many
-        rows there are. "faiss" runs on the CPU or on the `devices`; "flash-kmeans" on one CUDA device; both hold the
+    backend: "cpu" is the package's own Lloyd over blocks of rows; it holds no more than blocks of rows in memory,
+        however many there are. "faiss" runs on the CPU or on the `devices`; "flash-kmeans" on one CUDA device; both hold the
         training rows in memory as float32, and so does a mixture (float64): give `train_rows` for large n. "auto" is
         "cpu" without `devices`, and with them flash-kmeans where it is installed and serves, else faiss.
     devices: GPU numbers for KMeans; None is the CPU. No other GPU is touched.
@@ -278,9 +278,8 @@ def cluster_embeddings(
             notes.append(f"trained on a sample of {len(train)} of {n} rows")
         distinct = _first_distinct(train, num_clusters)
         if len(distinct) < num_clusters:
-            notes.append(
-                f"{num_clusters} clusters asked for, but only {len(distinct)} distinct rows: {len(distinct)} clusters made"
-            )
+            made = len(distinct)
+            notes.append(f"{num_clusters} clusters asked for, but only {made} distinct rows: {made} clusters made")
             logger.warning(notes[-1])
             num_clusters = len(distinct)
         if init == "random":

@@ -242,8 +242,8 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
     """Places of `num_clusters` first centroids by k-means++ over at most max(16,384, 32 c) rows, int64 [c].
 
     Each centroid is drawn with probability proportional to the squared distance D^2 from those before it. Drawing one
-    at a time reads all rows c times. Here a batch of proposals is drawn from the distribution before the batch, and each
-    is accepted with probability (its D^2 by now) / (its D^2 when drawn): exactly the right distribution, for the price
+    at a time reads all rows c times. Here a batch of proposals is drawn from the distribution before the batch; each is
+    accepted with probability (its D^2 by now) / (its D^2 when drawn): exactly the right distribution, for the price
     of one matrix product a batch.
 
     distinct: places of `num_clusters` rows of which no two are equal, used where distances of the rest are all 0.

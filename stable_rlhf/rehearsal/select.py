@@ -6,7 +6,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,14 @@ class Selection:
         "value": what it was ranked by, "criteria": every criterion known of it}.
     indices: int64 [kept], places of the kept candidates, ascending.
     clusters: the clusters the candidates fell into.
-    cluster_stats: per cluster {"size", "kept", "example", "example_value", "mean_score", "kept_mean_score", "tasks"}; the
-        example is the start of the best kept prompt (empty where none is kept), means are over all its candidates and
-        over the kept ones (None without any), tasks count all its candidates.
+    cluster_stats: per cluster {"size", "kept", "example", "example_value", "mean_score", "kept_mean_score",
+        "tasks"}; the example is the start of the best kept prompt (empty where none is kept), means are over all its
+        candidates and over the kept ones (None without any), tasks count all its candidates.
     map: [x, y, cluster, 1 if kept] of at most 1,500 candidates, the two first principal components of the embeddings;
         empty when the embeddings are not known.
+    values: every criterion that is known of all candidates, float64 [n] each.
+    value: float64 [n], what they were ranked by.
+    task_of: the task of every candidate, "(none)" where it has none.
     left_out: int64 [candidates that a threshold refused], int64 [near-duplicates passed over], ascending places.
     empty_clusters: the clusters without a candidate.
     tasks: per task {"candidates", "kept"}; rows without a task count under "(none)"; empty if no row has one.
@@ -52,9 +55,10 @@ class Selection:
     empty_clusters: list[int]
     tasks: dict[str, dict[str, int]]
     settings: dict[str, Any]
-    left_out: tuple[np.ndarray, np.ndarray] = field(
-        default_factory=lambda: (np.zeros(0, np.int64), np.zeros(0, np.int64))
-    )
+    values: dict[str, np.ndarray]
+    value: np.ndarray
+    task_of: list[str]
+    left_out: tuple[np.ndarray, np.ndarray]
 
     def summary(self) -> dict[str, Any]:
         """All figures as plain JSON values; the rows themselves are not in it."""
@@ -109,7 +113,9 @@ def check_criteria(argument: str, given: Mapping[str, float]) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(CRITERIA)}"
             raise ValueError(f"{argument}: unknown criterion {name!r}{hint}")
         if not math.isfinite(number):
-            raise ValueError(f"{argument}: {'weight' if argument == 'criteria' else 'limit'} of {name!r} is {number}")
+            raise ValueError(
+                f"{argument}: {'weight' if argument.endswith('criteria') else 'limit'} of {name!r} is {number}"
+            )
 
 
 def _mixed(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -177,8 +183,8 @@ def _near_duplicates(
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose` kept: places of the kept rows (int64, ascending), rank of every row in its cluster (int64 [n], 1 the
-    best), places that a threshold refused, and near-duplicates passed over (int64, ascending)."""
+    """What `choose` kept: places of the kept rows (int64, ascending), rank of every row in its cluster (int64 [n], 1 is
+    the best), places that a threshold refused, and near-duplicates passed over (int64, ascending)."""
 
     indices: np.ndarray
     ranks: np.ndarray
@@ -200,8 +206,8 @@ def choose(
 
     value: float64 [n], larger is better; ties go to the lower index. cluster: int64 [n] in [0, num_clusters).
     allowed: bool [n], rows that may be kept; None is all. Ranks count every row all the same.
-    near_duplicate: with `embeddings` [n, d], which may be a memory map: a row whose cosine with a better one kept of its
-        cluster is above this is passed over, and the next best takes its place.
+    near_duplicate: with `embeddings` [n, d], which may be a memory map: a row whose cosine with a better one kept of
+        its cluster is above this is passed over, and the next best takes its place.
     """
     import torch
 
@@ -280,8 +286,8 @@ def select_rehearsal(
     candidates: n rows with "prompt", "response" and, where known, "task", "entropy" (mean nats a token of the initial
         policy), "satisfaction" (a rate in [0, 1]) and "length" (tokens; counted in characters where no row has it).
     scores: [n], the scorer's value of each candidate (numpy, list or tensor).
-    groups: the prompts' embeddings [n, d], in memory or a memory map, clustered here into `num_clusters` with `seed` and
-        the further keywords of `cluster_embeddings` (method, niter, spherical, ...); or finished `Clusters` of the
+    groups: the prompts' embeddings [n, d], in memory or a memory map, clustered here into `num_clusters` with `seed`
+        and the further keywords of `cluster_embeddings` (method, niter, spherical, ...); or finished `Clusters` of the
         candidates, with `embeddings` for the map and for near-duplicates.
     criteria: weights, default {"score": 1.0}. A single criterion ranks by its own values. Several are mixed as
         sum_j weight_j * sign_j * (v_j - mean_j) / std_j with mean and population deviation over all n candidates;
@@ -389,6 +395,9 @@ def select_rehearsal(
             "inertia": clusters.inertia,
             "notes": list(clusters.notes),
         },
+        values=values,
+        value=value,
+        task_of=names,
         left_out=(choice.refused, choice.duplicates),
     )
 

@@ -1,8 +1,8 @@
 """Embeddings on disk: made in shards that survive a kill, kept as one memory-mapped file with a manifest.
 
-While it grows, a folder holds ``job.json`` (what is embedded, and how) and ``shards/``: one ``.npy`` a shard and, once that
-is safely written, one ``.json`` with its checksum. Both are written to a temporary name and renamed, so what has its
-final name is whole. The finished folder holds ``embeddings.npy`` in the order of the texts and ``manifest.json``.
+While it grows, a folder holds ``job.json`` (what is embedded, and how) and ``shards/``: one ``.npy`` a shard and, once
+that is safely written, one ``.json`` with its checksum. Both are written to a temporary name and renamed, so what has
+its final name is whole. The finished folder holds ``embeddings.npy`` in the order of the texts and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def _revision(name: str) -> str:
     folder = Path(name)
     if folder.is_dir():
         digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")):  # fmt: skip
+        parts = (".json", ".safetensors", ".bin", ".txt", ".model")
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in parts):
             digest.update(f"{path.relative_to(folder)}\0{_digest(path)}\n".encode())
         return f"files:{digest.hexdigest()}"
     from transformers import AutoConfig
@@ -268,7 +269,8 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: damaged; delete the folder {folder} and embed again") from None
         if key != job["key"]:
-            what = [f"{k} {known.get(k)!r} -> {job[k]!r}" for k in job if k not in ("key", "shard_rows", "format") and known.get(k) != job[k]]  # fmt: skip
+            names = [k for k in job if k not in ("key", "shard_rows", "format") and known.get(k) != job[k]]
+            what = [f"{k} {known.get(k)!r} -> {job[k]!r}" for k in names]
             raise ValueError(
                 f"{folder} holds embeddings of another input ({', '.join(what) or 'other texts or row ids'}); "
                 "choose another folder or delete this one"
@@ -329,17 +331,22 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def join_ranks() -> tuple[int, int]:
+    """Rank and number of the launcher's processes, (0, 1) without one; they are joined by gloo where nobody did so yet.
+
+    torch.distributed is touched only under a launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
 class _Ranks:
-    """The processes of a launcher, one where there is none. torch.distributed is touched only under a launcher."""
-
     def __init__(self) -> None:
-        self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
-        if self.size > 1:
-            import torch.distributed as dist
-
-            if not dist.is_initialized():
-                dist.init_process_group("gloo")
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = join_ranks()
 
     def device(self) -> str | None:
         """This rank's own GPU; None (the encoder's choice) without a launcher or a GPU."""
