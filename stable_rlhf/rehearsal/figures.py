@@ -66,7 +66,7 @@ def cluster_sizes(selection: dict[str, Any]) -> bytes:
         ax.set_xticks(place if few else [])
         ax.set_xticklabels([str(number) for number, _ in clusters] if few else [])
         ax.grid(axis="x", visible=False)
-        ax.legend(loc="upper right")
+        legend_below(figure, ax, 2)
         return png(figure)
 
 

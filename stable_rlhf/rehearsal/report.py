@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stable_rlhf.rehearsal import figures
-from stable_rlhf.rehearsal.select import NO_TASK, Selection
+from stable_rlhf.rehearsal.select import EXAMPLE_CHARACTERS, NO_TASK, Selection
 from stable_rlhf.rehearsal.sweep import skill_purity
 
 MAP_POINTS = 1500
@@ -153,7 +153,7 @@ def render_selection(
     clusters = [
         {
             "number": number, "size": row["size"], "kept": row["kept"], "mean": _number(row["mean_score"]),
-            "kept_mean": _number(row["kept_mean_score"]), "example": row["example"],
+            "kept_mean": _number(row["kept_mean_score"]), "example": row["example"] + ("…" if len(row["example"]) == EXAMPLE_CHARACTERS else ""),
             "tasks": ", ".join(
                 f"{name} {count}" for name, count in sorted(row["tasks"].items(), key=lambda kv: (-kv[1], kv[0]))[:3]
             ) if tasks else "–",

@@ -19,7 +19,7 @@ from stable_rlhf.rehearsal.embed import prompt_text
 CRITERIA: dict[str, int] = {"score": 1, "entropy": -1, "satisfaction": 1, "length": 1}
 NO_TASK = "(none)"
 MAP_POINTS = 1500
-_EXAMPLE_CHARACTERS = 200
+EXAMPLE_CHARACTERS = 200
 _ROWS_PER_COMPARISON = 512
 
 
@@ -363,7 +363,7 @@ def select_rehearsal(
             {
                 "size": len(inside),
                 "kept": len(stay),
-                "example": "" if best is None else prompt_text(candidates[best]["prompt"])[:_EXAMPLE_CHARACTERS],
+                "example": "" if best is None else prompt_text(candidates[best]["prompt"])[:EXAMPLE_CHARACTERS],
                 "example_value": None if best is None else float(value[best]),
                 "mean_score": float(values["score"][inside].mean()) if len(inside) else None,
                 "kept_mean_score": float(values["score"][stay].mean()) if len(stay) else None,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.progress import progress, say
+from stable_rlhf.progress import Bar, progress, say
 from stable_rlhf.rehearsal.embed import checked_texts, load_encoder, resolve_embedding_model
 
 Encoder = Callable[[list[str]], np.ndarray]
@@ -28,6 +28,7 @@ Encoder = Callable[[list[str]], np.ndarray]
 FORMAT = 1
 DTYPES = ("float32", "float16")
 _READ_BYTES = 1 << 24
+_TEXTS_PER_CALL = 512
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def embed_to_folder(
     device: str | None = None,
     compute_dtype: str = "auto",
     dtype: str = "float32",
-    shard_rows: int = 8192,
+    shard_rows: int = 4096,
     encoder: Encoder | None = None,
 ) -> Embeddings:
     """Embed `texts` into `folder`, or finish what an earlier call began there; nothing finished is done again.
@@ -112,7 +113,7 @@ def embed_to_folder(
     row_ids: a name of each row, kept in the manifest.
     dtype: of the file, "float32" or "float16" (half the disk; unit vectors lose about 3e-4 of their length).
     shard_rows: texts of one shard, the most work that a kill can cost on each rank. An unfinished folder keeps its own.
-    encoder: used instead of loading `model`, which then only names it. Called with one shard's texts, longest first.
+    encoder: used instead of loading `model`, which then only names it. Called with up to 512 texts, longest first.
 
     Raises:
         ValueError: bad arguments; a folder with something else in it, or in use by another process; an encoder whose
@@ -155,8 +156,7 @@ def embed_to_folder(
                 with progress("embedding", total=sum(len(shards[k]) for k in mine), unit="texts") as bar:
                     for k in mine:
                         assert encoder is not None
-                        _write_shard(folder, k, _encoded(encoder, [texts[i] for i in shards[k]], dtype, shards[k]))
-                        bar.advance(len(shards[k]))
+                        _write_shard(folder, k, _encoded(encoder, texts, shards[k], dtype, bar))
             with ranks.together():
                 if ranks.rank == 0:
                     ids = None if row_ids is None else list(row_ids)
@@ -167,17 +167,22 @@ def embed_to_folder(
         return open_embeddings(folder)
 
 
-def _encoded(encoder: Encoder, texts: list[str], dtype: str, places: np.ndarray) -> np.ndarray:
-    found = np.asarray(encoder(texts))
-    if found.ndim != 2 or len(found) != len(texts):
-        raise ValueError(f"encoder: returned shape {list(found.shape)} for {len(texts)} texts, expected [texts, width]")
-    stored = found.astype(dtype)
-    finite = np.isfinite(stored).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"encoder: text {places[int(np.argmin(finite))]} has an embedding that is not finite in {dtype}"
-        )
-    return stored
+def _encoded(encoder: Encoder, texts: Sequence[str], places: np.ndarray, dtype: str, bar: Bar) -> np.ndarray:
+    """The embeddings of the texts at `places`, asked for in parts so that progress shows."""
+    parts = []
+    for start in range(0, len(places), _TEXTS_PER_CALL):
+        part = places[start : start + _TEXTS_PER_CALL]
+        found = np.asarray(encoder([texts[i] for i in part]))
+        if found.ndim != 2 or len(found) != len(part):
+            raise ValueError(f"encoder: returned shape {list(found.shape)} for {len(part)} texts, not [texts, width]")
+        with np.errstate(over="ignore"):  # found out below
+            stored = found.astype(dtype)
+        finite = np.isfinite(stored).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"encoder: the embedding of text {part[int(np.argmin(finite))]} is not finite in {dtype}")
+        parts.append(stored)
+        bar.advance(len(part))
+    return np.concatenate(parts)
 
 
 def _shards(texts: Sequence[str], shard_rows: int) -> list[np.ndarray]:
