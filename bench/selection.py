@@ -11,7 +11,6 @@ Times are wall seconds and the process's CPU seconds: on a machine that others u
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def speed(rounds: int, counts: list[int]) -> dict[str, Any]:
         for number in range(rounds):
             names = list(steps)
             for name in names[number % 4 :] + names[: number % 4]:
-                wall, cpu, inertia = timed(lambda name=name, number=number: steps[name](number))
+                wall, cpu, inertia = timed(partial(steps[name], number))
                 samples[name].append((wall, cpu, inertia))
                 print(f"c {c} {name}: {wall:.2f} s wall, {cpu:.2f} s cpu, inertia {inertia:.1f}", flush=True)
         rows = {
@@ -185,15 +185,14 @@ def disk(sizes: list[int], folder: str | None, c: int, train_rows: int) -> dict[
 
 
 def purity(prompts: Path, model: str, embeddings: str | None) -> dict[str, Any]:
-    from stable_rlhf.rehearsal import cluster_embeddings, embed_to_folder, skill_purity
+    from stable_rlhf.data import read_prompts
+    from stable_rlhf.rehearsal import cluster_embeddings, embed_to_folder, prompt_text, skill_purity
 
-    opened = gzip.open(prompts, "rt") if prompts.suffix == ".gz" else prompts.open()
-    with opened as file:
-        rows = [json.loads(line) for line in file]
-    skills = np.array([row["skill"] for row in rows])
+    rows = read_prompts(prompts).rows
+    skills = np.array([str(row.task) for row in rows])
     folder = Path(embeddings or tempfile.mkdtemp())
     # Raw states once; unit rows are those, scaled.
-    raw = embed_to_folder([row["prompt"] for row in rows], folder, model, normalize=False).array
+    raw = embed_to_folder([prompt_text(row.prompt) for row in rows], folder, model, normalize=False).array
     unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     largest = np.unique(skills, return_counts=True)
     rest = skills != largest[0][largest[1].argmax()]

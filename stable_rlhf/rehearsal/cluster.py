@@ -235,9 +235,9 @@ def cluster_embeddings(
     train_rows: None trains on every row. An integer trains on a seeded sample of at most that many (at least one a
         cluster); all rows are assigned either way, and `Clusters.trained_on` says what it was.
     backend: "cpu" is the package's own Lloyd over blocks of rows; it holds no more than blocks of rows in memory,
-        however many there are. "faiss" runs on the CPU or on the `devices`; "flash-kmeans" on one CUDA device; both hold
-        the training rows in memory as float32, and so does a mixture (float64): give `train_rows` for large n. "auto" is
-        "cpu" without `devices`, and with them flash-kmeans where it is installed and serves, else faiss.
+        however many there are. "faiss" runs on the CPU or on the `devices`, "flash-kmeans" on one CUDA device; they
+        hold the training rows in memory as float32, and a mixture holds them as float64: give `train_rows` for large n.
+        "auto" is "cpu" without `devices`, and with them flash-kmeans where it is installed and serves, else faiss.
     devices: GPU numbers for KMeans; None is the CPU. No other GPU is touched.
     threads: of the cpu backend; None takes as many as BLAS may use.
 

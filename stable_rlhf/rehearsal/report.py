@@ -55,6 +55,10 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _cut(example: str) -> str:
+    return example + "…" if len(example) == EXAMPLE_CHARACTERS else example
+
+
 def _in_words(criteria: dict[str, float]) -> str:
     words = {"score": "score", "entropy": "low entropy", "satisfaction": "satisfaction rate", "length": "length"}
     parts = [(words[name], weight) for name, weight in criteria.items() if weight]
@@ -153,7 +157,7 @@ def render_selection(
     clusters = [
         {
             "number": number, "size": row["size"], "kept": row["kept"], "mean": _number(row["mean_score"]),
-            "kept_mean": _number(row["kept_mean_score"]), "example": row["example"] + ("…" if len(row["example"]) == EXAMPLE_CHARACTERS else ""),
+            "kept_mean": _number(row["kept_mean_score"]), "example": _cut(row["example"]),
             "tasks": ", ".join(
                 f"{name} {count}" for name, count in sorted(row["tasks"].items(), key=lambda kv: (-kv[1], kv[0]))[:3]
             ) if tasks else "–",
