@@ -251,7 +251,9 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
     n = len(rows)
     count = min(n, max(INIT_ROWS, 32 * num_clusters))
     places = np.arange(n) if count == n else np.sort(generator.choice(n, count, replace=False))
-    sample = rows.of(rows.take(places))
+    around = rows.take(places)
+    # Distances come from products here: an offset that all rows share would drown them in rounding.
+    sample = rows.of(around - around.mean(axis=0, dtype=np.float64).astype(np.float32))
     lengths = squared_lengths(sample).astype(np.float64)
     nearest = np.full(count, np.inf)
     chosen: list[int] = []

@@ -20,6 +20,9 @@ from stable_rlhf.rehearsal.select import Selection, select_rehearsal, top_up
 from stable_rlhf.rehearsal.store import embed_to_folder, embedding_key
 from stable_rlhf.rehearsal.sweep import sweep_clusters
 
+_CLUSTERING = ("method", "niter", "spherical", "init", "train_rows", "backend", "devices", "threads")
+_NOT_IN_KEY = ("batch_size", "device", "shard_rows", "encoder")  # they do not say what the embeddings are
+
 
 def read_candidates(paths: Paths, *, on_bad_row: OnBadRow = "error") -> tuple[list[dict[str, Any]], np.ndarray]:
     """Scored candidates and their scores, float64 [n], from JSON lines (docs/data.md).
@@ -79,7 +82,7 @@ def select_to_folder(
     folder = Path(folder)
     texts = [prompt_text(row["prompt"]) for row in candidates]
     chosen = {"model": embedding_model, **(embedding or {})}
-    key = embedding_key(texts, {k: v for k, v in chosen.items() if k not in ("batch_size", "device", "shard_rows")})
+    key = embedding_key(texts, {k: v for k, v in chosen.items() if k not in _NOT_IN_KEY})
     kept_in = Path(embeddings_folder) if embeddings_folder is not None else folder / "embeddings"
     embeddings = embed_to_folder(texts, kept_in / key[:12], embedding_model, **(embedding or {}))
     selection = select_rehearsal(
@@ -89,7 +92,7 @@ def select_to_folder(
         say(f"  {note}")
     rows = top_up(selection.rows, outside, seed=seed)
     if is_main_process():
-        clustering = {k: v for k, v in selecting.items() if k in CLUSTERING}
+        clustering = {k: v for k, v in selecting.items() if k in _CLUSTERING}
         swept = sweep_clusters(
             embeddings.array, sweep, value=selection.value, budget=len(selection.rows), seed=seed, **clustering
         ) if sweep else None  # fmt: skip
@@ -104,9 +107,6 @@ def select_to_folder(
         )  # fmt: skip
         (folder / "report.html").write_text(page)
     return selection
-
-
-CLUSTERING = ("method", "niter", "spherical", "init", "train_rows", "backend", "devices", "threads")
 
 
 def select_file(

@@ -32,8 +32,8 @@ class Selection:
         "value": what it was ranked by, "criteria": every criterion known of it}.
     indices: int64 [kept], places of the kept candidates, ascending.
     clusters: the clusters the candidates fell into.
-    cluster_stats: per cluster {"size", "kept", "example", "example_value", "mean_score", "kept_mean_score",
-        "tasks"}; the example is the start of the best kept prompt (empty where none is kept), means are over all its
+    cluster_stats: per cluster {"size", "kept", "example", "mean_score", "kept_mean_score", "tasks"}; the
+        example is the start of the best kept prompt (empty where none is kept), means are over all its
         candidates and over the kept ones (None without any), tasks count all its candidates.
     map: [x, y, cluster, 1 if kept] of at most 1,500 candidates, the two first principal components of the embeddings;
         empty when the embeddings are not known.
@@ -364,7 +364,6 @@ def select_rehearsal(
                 "size": len(inside),
                 "kept": len(stay),
                 "example": "" if best is None else prompt_text(candidates[best]["prompt"])[:EXAMPLE_CHARACTERS],
-                "example_value": None if best is None else float(value[best]),
                 "mean_score": float(values["score"][inside].mean()) if len(inside) else None,
                 "kept_mean_score": float(values["score"][stay].mean()) if len(stay) else None,
                 "tasks": dict(sorted(Counter(_task(candidates[i]) for i in inside).items())),
