@@ -38,7 +38,7 @@ whole runs
 single stages
   sft            supervised fine-tuning of a policy
   train-scorer   reward model or Advantage Model (--objective rm|am)
-  select         rehearsal data: embed, cluster, keep the best of each cluster
+  select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
   train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr)
   evaluate       policies against SFT: win, lose, tie on a main and a forget set
 

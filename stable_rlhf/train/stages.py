@@ -193,9 +193,10 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
 
 def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result:
     """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster."""
-    from stable_rlhf.rehearsal import select_to_folder
+    from stable_rlhf.rehearsal import resolve_embedding_model, select_to_folder
 
     s = recipe.select
+    resolve_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     if s.max_candidates and s.max_candidates < len(prompts):
