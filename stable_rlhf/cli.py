@@ -394,13 +394,16 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.datasets import digests
+    from stable_rlhf.train.datasets import digests, locate
     from stable_rlhf.train.stages import run_select, run_select_file
 
     if (own.scorer is None) == (own.candidates is None):
         raise ValueError("select: give either --scorer (and a policy to answer --data.prompts) or --candidates FILE")
     if own.candidates is not None:
         files = [part.strip() for given in own.candidates for part in given.strip(" []").split(",")]
+        missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
+        if missing:
+            raise ValueError(f"{missing[0]}: no such file")
         inputs = {"candidates": digests(recipe.data, files)}
         run = lambda folder: run_select_file(recipe, files, folder)  # noqa: E731
         _single("selection", recipe, "data select", inputs, run, engine=False)
