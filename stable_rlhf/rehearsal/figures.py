@@ -32,7 +32,9 @@ def selection_map(selection: dict[str, Any]) -> bytes:
         )  # fmt: skip
         numbers, counts = np.unique(cluster, return_counts=True)
         for number in numbers[np.argsort(-counts, kind="stable")][:_NAMED]:
-            x, y = np.median(points[cluster == number, :2], axis=0)
+            inside = points[cluster == number, :2]
+            # At the member nearest to the middle: the middle itself of a cluster in two parts belongs to others.
+            x, y = inside[((inside - np.median(inside, axis=0)) ** 2).sum(axis=1).argmin()]
             ax.text(
                 x, y, str(number), ha="center", va="center", weight="bold", color=INK,
                 path_effects=[withStroke(linewidth=3, foreground="white")],
@@ -88,7 +90,7 @@ def criteria_histograms(values: dict[str, np.ndarray], kept: np.ndarray) -> byte
 
 
 def coverage(tasks: dict[str, dict[str, int]]) -> bytes:
-    """Candidates and kept rows of each labelled skill, most frequent first, on a logarithmic scale."""
+    """Candidates and kept rows of each labelled skill, most frequent first."""
     names = sorted(tasks, key=lambda name: (-tasks[name]["candidates"], name))
     shown = names[:MAX_LABELS]
     place = np.arange(len(shown))
@@ -98,13 +100,16 @@ def coverage(tasks: dict[str, dict[str, int]]) -> bytes:
         ax.barh(place, [tasks[n]["kept"] for n in shown], height=0.8, color=KEPT, label="kept")
         for at, name in zip(place, shown, strict=True):
             ax.text(
-                tasks[name]["candidates"] * 1.06, at, f"{tasks[name]['kept']} of {tasks[name]['candidates']}",
+                tasks[name]["candidates"] * 1.02, at, f"{tasks[name]['kept']} of {tasks[name]['candidates']}",
                 va="center", fontsize=8,
             )  # fmt: skip
         ax.set_yticks(place, [plain(name, 30) for name in shown])
-        ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="rows (logarithmic)")
-        ax.set_xscale("symlog", linthresh=1)
-        ax.set_xlim(0, max(tasks[n]["candidates"] for n in shown) * 4)
+        most = max(tasks[name]["candidates"] for name in shown)
+        uneven = most > 100
+        if uneven:
+            ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(0, most * (4 if uneven else 1.15))
+        ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="rows (logarithmic)" if uneven else "rows")
         more = f", the {len(shown)} most frequent shown" if len(names) > len(shown) else ""
         ax.set_title(f"{sum(t['kept'] > 0 for t in tasks.values())} of {len(names)} skills have a kept row{more}")
         ax.grid(axis="y", visible=False)

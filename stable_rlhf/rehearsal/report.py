@@ -55,6 +55,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _plain_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {number:g}" for name, number in value.items()) or "–"
+    return "–" if value is None else f"{value:,.6g}" if isinstance(value, float) else str(value)
+
+
 def _cut(example: str) -> str:
     return example + "…" if len(example) == EXAMPLE_CHARACTERS else example
 
@@ -164,10 +170,10 @@ def render_selection(
         }
         for number, row in order[:CLUSTERS]
     ]  # fmt: skip
-    facts += [(name, settings[name]) for name in (
+    facts += [(name.replace("_", " "), _plain_value(settings[name])) for name in (
         "method", "backend", "iterations", "trained_on", "inertia", "top_k", "criteria", "minimum", "maximum",
         "near_duplicate", "seed")]  # fmt: skip
-    facts += [(f"embedding {k}", (embedding or {}).get(k)) for k in (
+    facts += [(f"embedding {k}", _plain_value((embedding or {}).get(k))) for k in (
         "model", "revision", "normalized", "pooling", "dtype", "dimensions", "checksum") if embedding]  # fmt: skip
     environment = Environment(
         loader=PackageLoader("stable_rlhf.rehearsal", "."), autoescape=True, undefined=StrictUndefined,
