@@ -206,7 +206,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 PACKAGES = (
     "stable-rlhf", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl",
-    "quack-kernels", "deepspeed",
+    "quack-kernels", "deepspeed", "faiss-cpu", "scikit-learn", "sentence-transformers",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ whole runs
 single stages
   sft            supervised fine-tuning of a policy
   train-scorer   reward model or Advantage Model (--objective rm|am)
-  select         rehearsal data: embed, cluster, keep the best of each cluster
+  select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
   train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr)
   evaluate       policies against SFT: win, lose, tie on a main and a forget set
 
@@ -65,7 +65,9 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--policy", {"help": "The policy to be tuned, for importance weights (Eq. 8)."}),
     ],
     "select": [
-        ("--scorer", {"required": True, "help": "Folder that train-scorer wrote."}),
+        ("--scorer", {"help": "Folder that train-scorer wrote: it scores what the policy answers to --data.prompts."}),
+        ("--candidates", {"nargs": "+", "action": "extend", "metavar": "FILE",
+                          "help": "Answers with a score, in place of --scorer and a policy (docs/data.md)."}),
     ],
     "train-ppo": [
         ("--variant", {"choices": list(VARIANTS), "required": True, "help": "Which policy to train."}),
@@ -337,23 +339,28 @@ def _policy(recipe: Recipe) -> str:
     return recipe.model_name_or_path
 
 
-def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], run: Any) -> None:
+def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], run: Any, *, engine: bool = True) -> None:
     """Run one stage in its own output folder and print its result.
 
     ``sections`` of the recipe and ``inputs`` are what the result depends on: only they must be the same for a finished
-    stage to be found again."""
+    stage to be found again. ``engine``: whether the stage has a policy and needs DeepSpeed."""
     from stable_rlhf.progress import is_main_process
+    from stable_rlhf.rehearsal.store import join_ranks
     from stable_rlhf.train.checkpoint import RunDirectory
     from stable_rlhf.train.datasets import contents
     from stable_rlhf.train.engine import start
 
-    start(recipe.seed)
+    if engine:
+        start(recipe.seed)
+    else:
+        join_ranks()
     everything = recipe.as_dict()
     settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
     if "data" in settings:
         settings["data"] |= {"contents": contents(recipe.data)}
     settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
-    settings["made_from"]["model_name_or_path"] = _fingerprint(_policy(recipe))
+    if engine:
+        settings["made_from"]["model_name_or_path"] = _fingerprint(_policy(recipe))
     stage = RunDirectory(recipe.output_dir).stage(name, settings, run)
     if is_main_process():
         result = {k: v for k, v in stage.result.items() if k != "curve"}
@@ -387,8 +394,20 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.stages import run_select
+    from stable_rlhf.train.datasets import digests, locate
+    from stable_rlhf.train.stages import run_select, run_select_file
 
+    if (own.scorer is None) == (own.candidates is None):
+        raise ValueError("select: give either --scorer (and a policy to answer --data.prompts) or --candidates FILE")
+    if own.candidates is not None:
+        files = [part.strip() for given in own.candidates for part in given.strip(" []").split(",")]
+        missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
+        if missing:
+            raise ValueError(f"{missing[0]}: no such file")
+        inputs = {"candidates": digests(recipe.data, files)}
+        run = lambda folder: run_select_file(recipe, files, folder)  # noqa: E731
+        _single("selection", recipe, "data select", inputs, run, engine=False)
+        return
     policy = _policy(recipe)
     run = lambda folder: run_select(recipe, policy, own.scorer, folder)  # noqa: E731
     _single("selection", recipe, "data ppo select", {"scorer_folder": own.scorer}, run)

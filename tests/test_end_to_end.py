@@ -348,7 +348,8 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
                   "--output-dir", "other", "--evaluate.tie_margin", "1000")  # fmt: skip
     assert again["policies"]["am-sr"]["forget"]["tie"] == 1.0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "evaluation", "ppo-am-sr", "ppo-rejection", "run.json", "scorer-am", "scorer-rm", "selection", "sft",
+        "embeddings", "evaluation", "ppo-am-sr", "ppo-rejection", "run.json", "scorer-am", "scorer-rm", "selection",
+        "sft",
     ]  # fmt: skip
 
 

@@ -1,20 +1,18 @@
 """Pictures of a run, each a function of figures in ``summary`` that returns PNG bytes.
 
 One palette (Okabe and Ito's, safe for colour-blind readers) throughout: a scorer or variant has one colour everywhere.
-matplotlib is imported when a picture is drawn, with the Agg canvas, and no global state of it is touched.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES
 from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
+from stable_rlhf.pictures import FAINT, INK, legend_below, picture, plain, png
 
 COLOURS = {
     "rm": "#D55E00",
@@ -25,55 +23,9 @@ COLOURS = {
 }
 WIN, TIE, LOSE = "#1B7837", "#D9D9D9", "#762A83"
 CHOSEN, REJECTED = "#009E73", "#CC79A7"
-INK, FAINT = "#222222", "#B8B8B8"
 IDEAL = {"color": INK, "linestyle": "--", "linewidth": 1.2, "label": "ideal"}
-DPI = 150  # 9 inches wide: 1350 px, shown at 900
 MAX_RIDGES = 12
 MAX_TASK_LABELS = 24
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E8E8E8",
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-}
-
-
-@contextmanager
-def _picture(
-    columns: int, rows: int = 1, size: tuple[float, float] = (9, 4), **kwargs: Any
-) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes [rows, columns] under the house style."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
-
-
-def _png(figure: Any, dpi: int = DPI) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _plain(text: str, limit: int = 22) -> str:
-    """A label from the data: one line, shortened, and never read as TeX."""
-    line = " ".join(str(text).split())
-    return (line if len(line) <= limit else line[: limit - 1] + "…").replace("$", r"\$")
-
-
-def _legend_below(figure: Any, axes: Any, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _scorers(scorers: dict[str, Any]) -> list[str]:
@@ -103,18 +55,18 @@ def _draw_reliability(axes: Any, key: str, part: dict[str, Any]) -> None:
 def reliability(scorers: dict[str, Any]) -> bytes:
     """Reliability diagrams side by side; bars are accuracy per confidence bin, whiskers 95 % Wilson intervals."""
     keys = _scorers(scorers)
-    with _picture(len(keys), size=(9, 4), sharey=True) as (figure, axes):
+    with picture(len(keys), size=(9, 4), sharey=True) as (figure, axes):
         for ax, key in zip(axes[0], keys, strict=True):
             _draw_reliability(ax, key, scorers[key])
         for ax in axes[0][1:]:
             ax.set_ylabel("")
-        return _png(figure)
+        return png(figure)
 
 
 def difference(scorers: dict[str, Any]) -> bytes:
     """Accuracy against score difference beside 1/(1 + e^−Δ), one panel per scorer as their scales differ (Fig. 2)."""
     keys = _scorers(scorers)
-    with _picture(len(keys), size=(9, 3.8), sharey=True) as (figure, axes):
+    with picture(len(keys), size=(9, 3.8), sharey=True) as (figure, axes):
         for ax, key in zip(axes[0], keys, strict=True):
             rows = scorers[key]["difference_curve"]
             x = np.array([row["difference"] for row in rows])
@@ -144,7 +96,7 @@ def difference(scorers: dict[str, Any]) -> bytes:
             ax.set_title(SCORER_NAMES[key])
             ax.legend(loc="lower right")
         axes[0][0].set_ylabel("share ranked right")
-        return _png(figure)
+        return png(figure)
 
 
 def _edges(values: np.ndarray, bins: int = 40) -> np.ndarray:
@@ -157,7 +109,7 @@ def _edges(values: np.ndarray, bins: int = 40) -> np.ndarray:
 def densities(scorers: dict[str, Any]) -> bytes:
     """Score densities of chosen and rejected responses per scorer (Fig. 3)."""
     keys = _scorers(scorers)
-    with _picture(len(keys), size=(9, 3.6)) as (figure, axes):
+    with picture(len(keys), size=(9, 3.6)) as (figure, axes):
         for ax, key in zip(axes[0], keys, strict=True):
             chosen, rejected = np.asarray(scorers[key]["chosen"]), np.asarray(scorers[key]["rejected"])
             edges = _edges(np.concatenate([chosen, rejected]))
@@ -174,8 +126,8 @@ def densities(scorers: dict[str, Any]) -> bytes:
                 ax.axvline(values.mean(), color=colour, linewidth=1.6)
             ax.set(xlabel="score", title=SCORER_NAMES[key], yticks=[])
         axes[0][0].set_ylabel("density (lines: means)")
-        _legend_below(figure, axes[0][0], 2)
-        return _png(figure)
+        legend_below(figure, axes[0][0], 2)
+        return png(figure)
 
 
 def _largest_tasks(part: dict[str, Any], limit: int) -> list[str]:
@@ -188,7 +140,7 @@ def task_densities(scorers: dict[str, Any]) -> bytes:
     """Score densities of the 12 largest tasks, one ridge each, ordered by the first scorer's mean (Fig. 1a)."""
     keys = _scorers(scorers)
     tasks = _largest_tasks(scorers[keys[0]], MAX_RIDGES)
-    with _picture(len(keys), size=(9, 1.3 + 0.42 * len(tasks)), sharey=True) as (figure, axes):
+    with picture(len(keys), size=(9, 1.3 + 0.42 * len(tasks)), sharey=True) as (figure, axes):
         for ax, key in zip(axes[0], keys, strict=True):
             part = scorers[key]
             label = np.asarray(part["pair_tasks"], dtype=object)
@@ -204,8 +156,8 @@ def task_densities(scorers: dict[str, Any]) -> bytes:
                 ax.fill_between(middle, height, height + curve, color=COLOURS[key], alpha=0.55, linewidth=0)
                 ax.plot([values.mean()] * 2, [height, height + 0.9], color=INK, linewidth=1.4)
             ax.set(xlabel="score (black: mean of the task)", title=SCORER_NAMES[key], ylim=(-0.1, len(tasks) + 0.05))
-            ax.set_yticks(range(len(tasks)), [_plain(task) for task in tasks])
-        return _png(figure)
+            ax.set_yticks(range(len(tasks)), [plain(task) for task in tasks])
+        return png(figure)
 
 
 def per_task(scorers: dict[str, Any]) -> bytes:
@@ -214,7 +166,7 @@ def per_task(scorers: dict[str, Any]) -> bytes:
     first = scorers[keys[0]]["tasks"]
     names = sorted(first, key=lambda name: (first[name]["mean"], name))
     place, width = np.arange(len(names)), 0.8 / len(keys)
-    with _picture(1, rows=3, size=(9, 7), sharex=True) as (figure, axes):
+    with picture(1, rows=3, size=(9, 7), sharex=True) as (figure, axes):
         for k, key in enumerate(keys):
             tasks = scorers[key]["tasks"]
             means = np.array([tasks[name]["mean"] for name in names])
@@ -235,14 +187,12 @@ def per_task(scorers: dict[str, Any]) -> bytes:
             ax.grid(axis="x", visible=False)
         last = axes[-1, 0]
         if len(names) <= MAX_TASK_LABELS:
-            last.set_xticks(
-                place, [_plain(name, 16) for name in names], rotation=35, ha="right", rotation_mode="anchor"
-            )
+            last.set_xticks(place, [plain(name, 16) for name in names], rotation=35, ha="right", rotation_mode="anchor")
         else:
             last.set_xticks([])
             last.set_xlabel(f"{len(names)} tasks, ordered by the mean of the {SCORER_NAMES[keys[0]].lower()}")
-        _legend_below(figure, axes[0, 0], len(keys))
-        return _png(figure)
+        legend_below(figure, axes[0, 0], len(keys))
+        return png(figure)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -264,7 +214,7 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
         ("length", "Length of responses", "tokens"),
     ]
     panels = [p for p in panels if any(row.get(p[0]) is not None for v in variants for row in policies[v]["curve"])]
-    with _picture(2, rows=(len(panels) + 1) // 2, size=(9, 0.7 + 2.7 * ((len(panels) + 1) // 2))) as (figure, axes):
+    with picture(2, rows=(len(panels) + 1) // 2, size=(9, 0.7 + 2.7 * ((len(panels) + 1) // 2))) as (figure, axes):
         for ax, (key, title, unit) in zip(axes.ravel(), panels, strict=False):
             for variant in variants:
                 rows = [row for row in policies[variant]["curve"] if row.get(key) is not None]
@@ -287,8 +237,8 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
             ax.set(xlabel="PPO step", ylabel=unit)
         for ax in axes.ravel()[len(panels) :]:
             ax.set_visible(False)
-        _legend_below(figure, axes[0, 0], 5)
-        return _png(figure)
+        legend_below(figure, axes[0, 0], 5)
+        return png(figure)
 
 
 def _draw_outcomes(axes: Any, policies: dict[str, Any], variants: Sequence[str], on: str) -> None:
@@ -317,11 +267,11 @@ def outcomes(policies: dict[str, Any]) -> bytes:
     """Win, tie and lose shares against SFT of each variant, main and forget set side by side (Table 2)."""
     variants = _variants(policies)
     sets = [on for on in ("main", "forget") if any(policies[variant].get(on) for variant in variants)]
-    with _picture(len(sets), size=(9, 1.6 + 0.45 * len(variants)), sharey=True) as (figure, axes):
+    with picture(len(sets), size=(9, 1.6 + 0.45 * len(variants)), sharey=True) as (figure, axes):
         for ax, on in zip(axes[0], sets, strict=True):
             _draw_outcomes(ax, policies, variants, on)
         _outcome_legend(figure)
-        return _png(figure)
+        return png(figure)
 
 
 def _outcome_legend(figure: Any, **where: Any) -> None:
@@ -331,65 +281,21 @@ def _outcome_legend(figure: Any, **where: Any) -> None:
     figure.legend(handles=patches, **({"loc": "outside lower center", "ncols": 3} | where))
 
 
-def selection_map(selection: dict[str, Any]) -> bytes:
-    """Candidates in two dimensions, coloured by cluster, the kept ones ringed."""
-    import matplotlib
-
-    points = np.asarray(selection["map"], dtype=float)
-    cluster, kept = points[:, 2].astype(int), points[:, 3] > 0
-    palette = matplotlib.colormaps["tab20"](np.arange(20))
-    with _picture(1, size=(9, 5.6)) as (figure, axes):
-        ax = axes[0, 0]
-        small = float(np.clip(12000 / len(points), 6, 30))
-        ax.scatter(points[~kept, 0], points[~kept, 1], s=small, c=palette[cluster[~kept] % 20], alpha=0.4, linewidths=0)
-        ax.scatter(
-            points[kept, 0],
-            points[kept, 1],
-            s=small * 1.6,
-            c=palette[cluster[kept] % 20],
-            edgecolors=INK,
-            linewidths=1.1,
-        )
-        ax.scatter([], [], s=30, color=FAINT, label="candidate (colour: its cluster)")
-        ax.scatter([], [], s=48, color=FAINT, edgecolors=INK, linewidths=1.1, label="kept for rehearsal")
-        ax.set(xlabel="first direction of the embeddings", ylabel="second direction", xticks=[], yticks=[])
-        ax.set_title(f"{int(kept.sum())} of {len(points)} candidates shown are kept, from {len(set(cluster))} clusters")
-        _legend_below(figure, ax, 2)
-        return _png(figure)
-
-
-def cluster_sizes(selection: dict[str, Any]) -> bytes:
-    """Candidates in each cluster, largest first, and how many of them are kept."""
-    clusters = sorted(selection["clusters"], key=lambda row: -row["size"])
-    place = np.arange(len(clusters))
-    with _picture(1, size=(9, 3.2)) as (figure, axes):
-        ax = axes[0, 0]
-        ax.bar(place, [row["size"] for row in clusters], width=0.85, color=FAINT, label="candidates")
-        ax.bar(place, [row["kept"] for row in clusters], width=0.85, color=COLOURS["am-sr"], label="kept")
-        ax.set(xlabel="clusters, largest first", ylabel="responses", xlim=(-0.7, len(clusters) - 0.3))
-        ax.set_title(f"Sizes of the {len(clusters)} clusters")
-        ax.set_xticks(place if len(clusters) <= 30 else [])
-        ax.set_xticklabels([str(k + 1) for k in place] if len(clusters) <= 30 else [])
-        ax.grid(axis="x", visible=False)
-        ax.legend(loc="upper right")
-        return _png(figure)
-
-
 def stage_seconds(stages: Sequence[dict[str, Any]]) -> bytes:
     """Seconds of each stage, in the order they ran."""
     seconds = [float(stage["seconds"]) for stage in stages]
     longest = max([*seconds, 1e-9])
-    with _picture(1, size=(9, 1 + 0.32 * len(stages))) as (figure, axes):
+    with picture(1, size=(9, 1 + 0.32 * len(stages))) as (figure, axes):
         ax = axes[0, 0]
         ax.barh(range(len(stages)), seconds, color="#6C8EBF", height=0.7)
         for place, (stage, value) in enumerate(zip(stages, seconds, strict=True)):
             note = "done before" if stage.get("skipped") else f"{value:.1f} s"
             ax.text(value + longest * 0.01, place, note, va="center", fontsize=9)
-        ax.set_yticks(range(len(stages)), [_plain(stage["name"], 28) for stage in stages])
+        ax.set_yticks(range(len(stages)), [plain(stage["name"], 28) for stage in stages])
         ax.set_ylim(len(stages) - 0.4, -0.6)
         ax.set(xlim=(0, longest * 1.12), xlabel="seconds", title=f"{sum(seconds):.0f} seconds in all")
         ax.grid(axis="y", visible=False)
-        return _png(figure)
+        return png(figure)
 
 
 def overview(summary: dict[str, Any]) -> bytes:
@@ -404,7 +310,7 @@ def overview(summary: dict[str, Any]) -> bytes:
     if not panels:
         raise ValueError("summary has neither scorers nor policies: nothing to draw")
     ratios = [1.0] * len(keys) + ([1.55] if on else [])
-    with _picture(len(panels), size=(12, 5), gridspec_kw={"width_ratios": ratios}) as (figure, axes):
+    with picture(len(panels), size=(12, 5), gridspec_kw={"width_ratios": ratios}) as (figure, axes):
         for ax, key in zip(axes[0], keys, strict=False):
             _draw_reliability(ax, key, scorers[key])
         if len(keys) > 1:
@@ -413,7 +319,7 @@ def overview(summary: dict[str, Any]) -> bytes:
             _draw_outcomes(axes[0][-1], policies, variants, on)
             axes[0][-1].set_title("Against SFT: " + axes[0][-1].get_title().lower())
             _outcome_legend(figure, loc="outside lower right")
-        return _png(figure, dpi=100)
+        return png(figure, dpi=100)
 
 
 def has_tasks(scorers: dict[str, Any]) -> bool:

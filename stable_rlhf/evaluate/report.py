@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stable_rlhf.evaluate import figures
 from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES, findings, verdict
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
+from stable_rlhf.rehearsal import figures as selection_figures
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -329,7 +330,7 @@ def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
     if selection.get("map"):
         pictures.append(
             _picture(
-                lambda: figures.selection_map(selection),
+                lambda: selection_figures.selection_map(selection),
                 "What is kept for rehearsal",
                 "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster "
                 "are rehearsed during PPO.",
@@ -338,7 +339,7 @@ def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
     if selection.get("clusters"):
         pictures.append(
             _picture(
-                lambda: figures.cluster_sizes(selection),
+                lambda: selection_figures.cluster_sizes(selection),
                 "Cluster sizes",
                 "Keeping the same number from every cluster gives rare kinds of prompts a place.",
             )

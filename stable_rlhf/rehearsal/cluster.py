@@ -1,17 +1,22 @@
-"""Clusters of prompt embeddings: KMeans by faiss, or a Gaussian mixture."""
+"""Clusters of prompt embeddings: KMeans on the CPU or on GPUs, or a Gaussian mixture; the rows may lie on disk."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from stable_rlhf.progress import progress
+from stable_rlhf.rehearsal import kmeans
+
 METHODS = ("kmeans", "gmm")
-INITS = ("kmeans++", "afkmc2", "random")
-_ROWS_PER_CHECK = 65_536
+BACKENDS = ("auto", "cpu", "faiss", "flash-kmeans")
+INITS = ("kmeans++", "random")
+_ROWS_PER_SEARCH = 65_536
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +30,11 @@ class Clusters:
     sizes: int64 [c], rows in each cluster; 0 is possible.
     inertia: sum over all n rows of the squared Euclidean distance to the centroid of their cluster (of the rows scaled
         to unit length when spherical), whatever the method.
-    trained_on: rows the centroids were computed from; n unless `max_points_per_centroid` cut it.
+    trained_on: rows the centroids were computed from; n unless `train_rows` cut it.
     method: "kmeans" or "gmm".
     notes: what the caller did not ask for but got (fewer clusters, a subsample, no convergence), one sentence each.
+    backend: "cpu", "faiss" or "flash-kmeans".
+    iterations: of Lloyd's algorithm, on the CPU until nothing changed.
     """
 
     assignment: np.ndarray
@@ -37,35 +44,71 @@ class Clusters:
     trained_on: int
     method: str
     notes: tuple[str, ...] = ()
+    backend: str = "cpu"
+    iterations: int = 0
 
     @property
     def num_clusters(self) -> int:
         return len(self.sizes)
 
 
-def _checked(embeddings: np.ndarray) -> np.ndarray:
-    """The rows as contiguous float32 [n, d], or a ValueError that names what is wrong."""
+def _check_shape(embeddings: np.ndarray) -> None:
     if not isinstance(embeddings, np.ndarray):
         raise ValueError(f"embeddings must be a numpy array [n, d], got {type(embeddings).__name__}")
     if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
         raise ValueError(f"embeddings must be floating point [n, d], got {embeddings.dtype} {list(embeddings.shape)}")
     if 0 in embeddings.shape:
         raise ValueError(f"embeddings: nothing to cluster, shape {embeddings.shape}")
-    for start in range(0, len(embeddings), _ROWS_PER_CHECK):
-        finite = np.isfinite(embeddings[start : start + _ROWS_PER_CHECK]).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"embeddings: row {start + int(np.argmin(finite))} holds NaN or infinite values")
-    return np.ascontiguousarray(embeddings, dtype=np.float32)
 
 
-def _count_distinct(rows: np.ndarray, up_to: int) -> int:
-    """min(number of distinct rows, up_to); stops as soon as it knows, which is early unless rows repeat a lot."""
+def _check_finite(embeddings: np.ndarray, squared: np.ndarray) -> None:
+    """Raise for the first row whose squared length is not finite."""
+    bad = np.flatnonzero(~np.isfinite(squared))
+    if not len(bad):
+        return
+    if not np.isfinite(embeddings[bad[0]]).all():
+        raise ValueError(f"embeddings: row {bad[0]} holds NaN or infinite values")
+    raise ValueError(f"embeddings: row {bad[0]} is too long, its squared length overflows float32")
+
+
+def _first_distinct(rows: kmeans.Rows, wanted: int) -> np.ndarray:
+    """Places of the first rows of which no two are equal, at most `wanted`; early, unless rows repeat a lot."""
     seen: set[bytes] = set()
-    for row in rows:
-        seen.add((row + 0.0).tobytes())  # + 0.0 makes -0.0 and 0.0 the same bytes
-        if len(seen) == up_to:
-            break
-    return len(seen)
+    places: list[int] = []
+    for start in range(0, len(rows), kmeans.BLOCK_ROWS):
+        block = np.ascontiguousarray(rows.scaled(start) + np.float32(0))  # -0.0 and 0.0 become the same bytes
+        # One unique over a whole block first: a million equal rows must not go through Python one by one.
+        keys = block.view(np.dtype((np.void, block.shape[1] * block.itemsize)))[:, 0]
+        _, firsts = np.unique(keys, return_index=True)
+        for index in np.sort(firsts).tolist():
+            key = keys[index].tobytes()
+            if key not in seen:
+                seen.add(key)
+                places.append(start + index)
+                if len(places) == wanted:
+                    return np.array(places)
+    return np.array(places)
+
+
+def _choose_backend(backend: str, devices: Sequence[int] | None, spherical: bool) -> str:
+    """The backend that "auto" stands for, or the one asked for; a ValueError where it cannot serve."""
+    flash = importlib.util.find_spec("flash_kmeans") is not None
+    if backend == "auto":
+        backend = (
+            "cpu" if devices is None else "flash-kmeans" if flash and len(devices) == 1 and not spherical else "faiss"
+        )
+    if backend == "cpu" and devices is not None:
+        raise ValueError(
+            f"devices {list(devices)}: the cpu backend uses none; choose 'auto', 'faiss' or 'flash-kmeans'"
+        )
+    if backend == "flash-kmeans":
+        if not flash:
+            raise ValueError("backend 'flash-kmeans' needs the package flash-kmeans: pip install flash-kmeans")
+        if devices is None or len(devices) != 1:
+            raise ValueError(f"backend 'flash-kmeans' runs on one CUDA device, as in devices=[0], got {devices}")
+        if spherical:
+            raise ValueError("spherical: backend 'flash-kmeans' has no spherical k-means; choose 'faiss'")
+    return backend
 
 
 def _faiss_index(d: int, spherical: bool, devices: Sequence[int] | None) -> Any:
@@ -80,44 +123,50 @@ def _faiss_index(d: int, spherical: bool, devices: Sequence[int] | None) -> Any:
     return faiss.index_cpu_to_gpus_list(index, gpus=list(devices))
 
 
-def _kmeans(
-    rows: np.ndarray,
-    train: np.ndarray,
-    num_clusters: int,
-    *,
-    niter: int,
-    seed: int,
-    spherical: bool,
-    init: str,
-    devices: Sequence[int] | None,
-) -> tuple[np.ndarray, np.ndarray]:
+def _faiss(
+    train: np.ndarray, start: np.ndarray, *, niter: int, seed: int, spherical: bool, devices: Sequence[int] | None
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Centroids by faiss from the given start, and what finds the nearest of them for each row of a block."""
     import faiss
 
-    start = {
-        "kmeans++": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-        "afkmc2": faiss.ClusteringInitMethod_AFK_MC2,
-        "random": faiss.ClusteringInitMethod_RANDOM,
-    }[init]
-    kmeans = faiss.Kmeans(
-        train.shape[1],
-        num_clusters,
-        niter=niter,
-        seed=seed,
-        spherical=spherical,
-        init_method=start,
-        min_points_per_centroid=1,
+    c, d = start.shape
+    trainer = faiss.Kmeans(
+        d, c, niter=niter, seed=seed, spherical=spherical, min_points_per_centroid=1,
         max_points_per_centroid=len(train),  # the caller subsampled already; faiss must not do it again
-    )
+    )  # fmt: skip
     # Kmeans(gpu=...) counts devices and takes the first ones; a list of devices needs the index itself.
-    kmeans.index = _faiss_index(train.shape[1], spherical, devices)
-    kmeans.train(train)
-    _, assignment = kmeans.assign(rows)
-    return assignment.astype(np.int64), np.asarray(kmeans.centroids, dtype=np.float32)
+    trainer.index = index = _faiss_index(d, spherical, devices)
+    trainer.train(train, init_centroids=start)
+    centroids = np.ascontiguousarray(trainer.centroids, dtype=np.float32)
+    index.reset()
+    index.add(centroids)
+    return centroids, lambda block: index.search(block, 1)[1][:, 0]
+
+
+def _flash(
+    train: np.ndarray, start: np.ndarray, *, niter: int, device: int
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Centroids by flash-kmeans on one CUDA device from the given start, and what finds the nearest of them."""
+    import torch
+    from flash_kmeans import batch_kmeans_Euclid
+
+    where = torch.device("cuda", device)
+    _, found, *_ = batch_kmeans_Euclid(
+        torch.from_numpy(train).to(where)[None], len(start), max_iters=niter, tol=0.0,
+        init_centroids=torch.from_numpy(start).to(where)[None],
+    )  # fmt: skip
+    centroids = found[0].float()
+    half = centroids.square().sum(1) / 2
+
+    def nearest(block: np.ndarray) -> np.ndarray:
+        return (torch.from_numpy(block).to(where) @ centroids.T - half).argmax(1).cpu().numpy()
+
+    return centroids.cpu().numpy(), nearest
 
 
 def _mixture(
-    rows: np.ndarray, train: np.ndarray, means: np.ndarray, labels: np.ndarray, *, niter: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
+    train: np.ndarray, means: np.ndarray, labels: np.ndarray, *, niter: int, seed: int
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray], bool]:
     """Diagonal Gaussian mixture by EM, started from a KMeans solution (means, labels of the training rows)."""
     import warnings
 
@@ -145,16 +194,18 @@ def _mixture(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # reported in Clusters.notes instead
         model.fit(x)
-    return model.predict(rows.astype(np.float64)).astype(np.int64), model.means_.astype(np.float32), model.converged_
+    return model.means_.astype(np.float32), lambda block: model.predict(block.astype(np.float64)), model.converged_
 
 
-def _inertia(rows: np.ndarray, centroids: np.ndarray, assignment: np.ndarray) -> float:
-    total = 0.0
-    for start in range(0, len(rows), _ROWS_PER_CHECK):
-        part = slice(start, start + _ROWS_PER_CHECK)
-        difference = rows[part] - centroids[assignment[part]]
-        total += float(np.einsum("nd,nd->", difference, difference, dtype=np.float64))
-    return total
+def _stream(rows: kmeans.Rows, nearest: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """int64 [n], what `nearest` says of every row, in blocks large enough for a GPU."""
+    found = np.empty(len(rows), dtype=np.int64)
+    with progress("assigning", total=len(rows), unit="rows") as bar:
+        for start in range(0, len(rows), _ROWS_PER_SEARCH):
+            places = np.arange(start, min(start + _ROWS_PER_SEARCH, len(rows)))
+            found[places] = nearest(rows.take(places))
+            bar.advance(len(places))
+    return found
 
 
 def cluster_embeddings(
@@ -166,70 +217,108 @@ def cluster_embeddings(
     seed: int = 0,
     spherical: bool = False,
     init: str = "kmeans++",
-    max_points_per_centroid: int | None = None,
+    train_rows: int | None = None,
+    backend: str = "auto",
     devices: Sequence[int] | None = None,
+    threads: int | None = None,
 ) -> Clusters:
     """Partition n embeddings [n, d] into `num_clusters` groups (arXiv 2309.10202, section on Selective Rehearsal).
 
-    method: "kmeans" (Lloyd's algorithm by faiss) or "gmm" (diagonal Gaussian mixture by scikit-learn in float64, begun
+    embeddings: floating point, in memory or a memory map (`open_embeddings(folder).array`).
+    method: "kmeans" (Lloyd's algorithm) or "gmm" (diagonal Gaussian mixture by scikit-learn in float64, begun
         at the KMeans solution with the same `niter`; a row goes to its most probable component; variances are floored
         at 1e-3 of the data's mean variance).
-    niter: most iterations of Lloyd and of EM. Both stop earlier when nothing changes any more.
+    niter: most iterations of Lloyd and of EM. Both stop earlier when nothing changes any more (not on GPUs).
     spherical: scale rows to unit length (zero rows stay zero) and keep centroids on the unit sphere. KMeans only.
-    init: "kmeans++" (one pass over the data for each centroid), "afkmc2" (its sampled approximation, for thousands of
-        centroids) or "random" (rows drawn uniformly, faiss's own default, prone to poor minima).
-    max_points_per_centroid: None trains on every row. An integer trains on a seeded sample of at most num_clusters
-        times as many rows; all rows are assigned either way.
+    init: "kmeans++" (drawn from at most max(16,384, 32 c) of the training rows, for the price of about one iteration)
+        or "random" (rows drawn uniformly, faiss's own default, prone to poor minima).
+    train_rows: None trains on every row. An integer trains on a seeded sample of at most that many (at least one a
+        cluster); all rows are assigned either way, and `Clusters.trained_on` says what it was.
+    backend: "cpu" is the package's own Lloyd over blocks of rows; it holds no more than blocks of rows in memory,
+        however many there are. "faiss" runs on the CPU or on the `devices`, "flash-kmeans" on one CUDA device; they
+        hold the training rows in memory as float32, and a mixture holds them as float64: give `train_rows` for large n.
+        "auto" is "cpu" without `devices`, and with them flash-kmeans where it is installed and serves, else faiss.
     devices: GPU numbers for KMeans; None is the CPU. No other GPU is touched.
+    threads: of the cpu backend; None takes as many as BLAS may use.
 
-    The same seed gives the same clusters, also with another number of threads (tested). Rows may repeat or be zero.
-    Where there are fewer distinct rows than clusters, as many clusters as distinct rows are made; that is logged as a
-    warning and stands in `Clusters.notes`. Raises ValueError for the wrong shape or type, NaN or infinite values (the
-    first such row is named), and arguments out of range.
+    The same seed gives the same clusters, also with another number of threads: bit by bit on the cpu backend. Rows may
+    repeat or be zero. Where there are fewer distinct rows than clusters, as many clusters as distinct rows are made;
+    that is logged as a warning and stands in `Clusters.notes`. Raises ValueError for the wrong shape or type, NaN or
+    infinite values (the first such row is named), and arguments out of range.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    limit = 1 if max_points_per_centroid is None else max_points_per_centroid
-    for name, value in (("num_clusters", num_clusters), ("niter", niter), ("max_points_per_centroid", limit)):
-        if value < 1:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    limits = {"num_clusters": num_clusters, "niter": niter, "train_rows": train_rows, "threads": threads}
+    for name, value in limits.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if method == "gmm" and (spherical or devices is not None):
         raise ValueError(f"{'spherical' if spherical else 'devices'}: only KMeans has this option, method is 'gmm'")
-    rows = _checked(embeddings)
-    if spherical:
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows = rows / np.where(norms > 0, norms, 1)
+    backend = _choose_backend(backend, devices, spherical)
+    _check_shape(embeddings)
 
     notes: list[str] = []
-    train = rows
-    chosen: np.ndarray | slice = slice(None)  # the training rows' places in `rows`
-    if max_points_per_centroid is not None and num_clusters * max_points_per_centroid < len(rows):
-        generator = np.random.default_rng(seed)
-        chosen = np.sort(generator.choice(len(rows), num_clusters * max_points_per_centroid, replace=False))
-        train = rows[chosen]
-        notes.append(f"trained on a sample of {len(train)} of {len(rows)} rows")
-    distinct = _count_distinct(train, num_clusters)
-    if distinct < num_clusters:
-        notes.append(f"{num_clusters} clusters asked for, but only {distinct} distinct rows: {distinct} clusters made")
-        logger.warning(notes[-1])
-        num_clusters = distinct
-
-    assignment, centroids = _kmeans(
-        rows, train, num_clusters, niter=niter, seed=seed, spherical=spherical, init=init, devices=devices
-    )
-    if method == "gmm":
-        assignment, centroids, converged = _mixture(rows, train, centroids, assignment[chosen], niter=niter, seed=seed)
-        if not converged:
-            notes.append(f"the mixture had not converged after {niter} iterations")
+    n = len(embeddings)
+    generator = np.random.default_rng(seed)
+    scale: np.ndarray | None = None
+    with kmeans.open_rows(embeddings, threads=threads) as rows:
+        squared = kmeans.squared_lengths(rows)
+        _check_finite(embeddings, squared)
+        if spherical:
+            scale = np.where(squared > 0, 1 / np.sqrt(np.maximum(squared, np.float32(1e-38))), 0).astype(np.float32)
+        rows.scale = scale
+        train = rows
+        if train_rows is not None and max(train_rows, num_clusters) < n:
+            chosen = np.sort(generator.choice(n, max(train_rows, num_clusters), replace=False))
+            train = rows.of(rows.take(chosen))
+            notes.append(f"trained on a sample of {len(train)} of {n} rows")
+        distinct = _first_distinct(train, num_clusters)
+        if len(distinct) < num_clusters:
+            made = len(distinct)
+            notes.append(f"{num_clusters} clusters asked for, but only {made} distinct rows: {made} clusters made")
             logger.warning(notes[-1])
+            num_clusters = len(distinct)
+        if init == "random":
+            places = np.sort(generator.choice(len(train), num_clusters, replace=False))
+        else:
+            places = kmeans.plus_plus(train, num_clusters, distinct, generator)
+        start = train.take(places)
+        iterations = niter
+        if backend == "cpu":
+            found = kmeans.lloyd(train, start, niter=niter, spherical=spherical)
+            centroids, iterations = found.centroids, found.iterations
+            assignment = kmeans.assign(train if method == "gmm" else rows, centroids, spherical=spherical)
+    # What follows is other libraries' code, with as many BLAS threads as they like.
+    if backend != "cpu" or method == "gmm":
+        held = train.take(np.arange(len(train)))
+        if backend == "faiss":
+            centroids, nearest = _faiss(
+                held, start, niter=niter, seed=seed, spherical=spherical, devices=devices
+            )  # fmt: skip
+        elif backend == "flash-kmeans":
+            assert devices is not None
+            centroids, nearest = _flash(held, start, niter=niter, device=devices[0])
+        if method == "gmm":
+            labels = assignment if backend == "cpu" else nearest(held)
+            centroids, nearest, converged = _mixture(held, centroids, labels, niter=niter, seed=seed)
+            if not converged:
+                notes.append(f"the mixture had not converged after {niter} iterations")
+                logger.warning(notes[-1])
+        assignment = _stream(rows, nearest)
+    with kmeans.open_rows(embeddings, scale=scale, threads=threads) as rows:
+        inertia = float(kmeans.distances(rows, centroids, assignment).sum(dtype=np.float64))
     return Clusters(
         assignment=assignment,
         centroids=centroids,
         sizes=np.bincount(assignment, minlength=num_clusters).astype(np.int64),
-        inertia=_inertia(rows, centroids, assignment),
+        inertia=inertia,
         trained_on=len(train),
         method=method,
         notes=tuple(notes),
+        backend=backend,
+        iterations=iterations,
     )

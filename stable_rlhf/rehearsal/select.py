@@ -19,7 +19,8 @@ from stable_rlhf.rehearsal.embed import prompt_text
 CRITERIA: dict[str, int] = {"score": 1, "entropy": -1, "satisfaction": 1, "length": 1}
 NO_TASK = "(none)"
 MAP_POINTS = 1500
-_EXAMPLE_CHARACTERS = 200
+EXAMPLE_CHARACTERS = 200
+_ROWS_PER_COMPARISON = 512
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ class Selection:
         "value": what it was ranked by, "criteria": every criterion known of it}.
     indices: int64 [kept], places of the kept candidates, ascending.
     clusters: the clusters the candidates fell into.
-    cluster_stats: per cluster {"size", "kept", "example", "mean_score", "tasks"}; the example is the start of the
-        best kept prompt, mean_score is over all its candidates (None when empty), tasks count all its candidates.
+    cluster_stats: per cluster {"size", "kept", "example", "mean_score", "kept_mean_score", "tasks"}; the
+        example is the start of the best kept prompt (empty where none is kept), means are over all its
+        candidates and over the kept ones (None without any), tasks count all its candidates.
     map: [x, y, cluster, 1 if kept] of at most 1,500 candidates, the two first principal components of the embeddings;
         empty when the embeddings are not known.
+    values: every criterion that is known of all candidates, float64 [n] each.
+    value: float64 [n], what they were ranked by.
+    task_of: the task of every candidate, "(none)" where it has none.
+    left_out: int64 [candidates that a threshold refused], int64 [near-duplicates passed over], ascending places.
     empty_clusters: the clusters without a candidate.
     tasks: per task {"candidates", "kept"}; rows without a task count under "(none)"; empty if no row has one.
-    settings: what shaped the selection: top_k, criteria (weights), method, seed, trained_on, inertia, notes.
+    settings: what shaped the selection: top_k, criteria (weights), minimum, maximum, near_duplicate, method, backend,
+        iterations, seed, trained_on, inertia, notes.
     """
 
     rows: list[dict[str, Any]]
@@ -48,6 +55,10 @@ class Selection:
     empty_clusters: list[int]
     tasks: dict[str, dict[str, int]]
     settings: dict[str, Any]
+    values: dict[str, np.ndarray]
+    value: np.ndarray
+    task_of: list[str]
+    left_out: tuple[np.ndarray, np.ndarray]
 
     def summary(self) -> dict[str, Any]:
         """All figures as plain JSON values; the rows themselves are not in it."""
@@ -56,6 +67,8 @@ class Selection:
             "kept": len(self.rows),
             "num_clusters": self.clusters.num_clusters,
             "empty_clusters": len(self.empty_clusters),
+            "below_threshold": len(self.left_out[0]),
+            "near_duplicates": len(self.left_out[1]),
             "clusters": self.cluster_stats,
             "map": self.map,
             "tasks": self.tasks,
@@ -92,15 +105,22 @@ def _criteria_values(candidates: Sequence[Mapping[str, Any]], scores: Any) -> di
     return values
 
 
-def _mixed(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """What candidates are ranked by, float64 [n]: larger is better."""
-    for name, weight in weights.items():
+def check_criteria(argument: str, given: Mapping[str, float]) -> None:
+    """Raise a ValueError for a criterion that does not exist or a number that is not finite."""
+    for name, number in given.items():
         if name not in CRITERIA:
             near = difflib.get_close_matches(name, CRITERIA, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(CRITERIA)}"
-            raise ValueError(f"criteria: unknown criterion {name!r}{hint}")
-        if not math.isfinite(weight):
-            raise ValueError(f"criteria: weight of {name!r} is {weight}")
+            raise ValueError(f"{argument}: unknown criterion {name!r}{hint}")
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{argument}: {'weight' if argument.endswith('criteria') else 'limit'} of {name!r} is {number}"
+            )
+
+
+def _mixed(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """What candidates are ranked by, float64 [n]: larger is better."""
+    check_criteria("criteria", weights)
     active = {name: float(weight) for name, weight in weights.items() if weight != 0}
     if not active:
         raise ValueError("criteria: at least one criterion needs a weight other than 0")
@@ -119,19 +139,114 @@ def _mixed(values: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np
     return mixed
 
 
-def _ranks(value: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """int64 [n], 1 for the largest value of its cluster; ties go to the lower index."""
-    order = np.lexsort((np.arange(len(value)), -value, cluster))
-    starts = np.searchsorted(cluster[order], cluster[order], side="left")
+def _ranks(value: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All places by cluster and then best first, ties to the lower index, and each place's rank: int64 [n] each."""
+    order = np.lexsort((-value, cluster))
+    ordered = cluster[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     ranks = np.empty(len(value), dtype=np.int64)
-    ranks[order] = np.arange(len(value)) - starts + 1
-    return ranks
+    ranks[order] = np.arange(len(value)) - np.repeat(first, np.diff(np.r_[first, len(value)])) + 1
+    return order, ranks
+
+
+def _near_duplicates(
+    order: np.ndarray, cluster: np.ndarray, embeddings: np.ndarray, top_k: int, threshold: float
+) -> np.ndarray:
+    """Places to pass over, ascending: their cosine with a better one kept of their cluster is above the threshold.
+
+    `order` is by cluster and best first. A cluster is read in parts of 512 rows, only until `top_k` of it are kept, and
+    compared with those alone: memory is (512 + top_k) rows.
+    """
+    starts = np.flatnonzero(np.r_[True, cluster[order[1:]] != cluster[order[:-1]]]) if len(order) else order
+    passed: list[int] = []
+    for start, end in zip(starts, np.r_[starts[1:], len(order)], strict=True):
+        kept = np.zeros((0, embeddings.shape[1]), dtype=np.float32)
+        for first in range(start, end, _ROWS_PER_COMPARISON):
+            places = order[first : min(first + _ROWS_PER_COMPARISON, end)]
+            rows = np.asarray(embeddings[places], dtype=np.float32)
+            # A zero row has no direction, so it is nobody's duplicate.
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-30))
+            with_kept, with_each_other = rows @ kept.T, rows @ rows.T
+            fresh: list[int] = []
+            for i, place in enumerate(places.tolist()):
+                if (with_kept[i] > threshold).any() or (with_each_other[i, fresh] > threshold).any():
+                    passed.append(place)
+                else:
+                    fresh.append(i)
+                    if len(kept) + len(fresh) == top_k:
+                        break
+            kept = np.concatenate([kept, rows[fresh]])
+            if len(kept) == top_k:
+                break
+    return np.array(sorted(passed), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` kept: places of the kept rows (int64, ascending), rank of every row in its cluster (int64 [n], 1 is
+    the best), places that a threshold refused, and near-duplicates passed over (int64, ascending)."""
+
+    indices: np.ndarray
+    ranks: np.ndarray
+    refused: np.ndarray
+    duplicates: np.ndarray
+
+
+def choose(
+    value: np.ndarray,
+    cluster: np.ndarray,
+    num_clusters: int,
+    top_k: int,
+    *,
+    allowed: np.ndarray | None = None,
+    embeddings: np.ndarray | None = None,
+    near_duplicate: float | None = None,
+) -> Choice:
+    """The `top_k` best rows of every cluster, from arrays alone: what `select_rehearsal` does to ten million rows too.
+
+    value: float64 [n], larger is better; ties go to the lower index. cluster: int64 [n] in [0, num_clusters).
+    allowed: bool [n], rows that may be kept; None is all. Ranks count every row all the same.
+    near_duplicate: with `embeddings` [n, d], which may be a memory map: a row whose cosine with a better one kept of
+        its cluster is above this is passed over, and the next best takes its place.
+    """
+    import torch
+
+    from stable_rlhf.ops import topk_by_cluster
+
+    order, ranks = _ranks(value, cluster)
+    places = np.arange(len(value)) if allowed is None else np.flatnonzero(allowed)
+    refused = np.zeros(0, np.int64) if allowed is None else np.flatnonzero(~allowed)
+    duplicates = np.zeros(0, np.int64)
+    if near_duplicate is not None:
+        if embeddings is None:
+            raise ValueError("near_duplicate: needs the embeddings")
+        best_first = order if allowed is None else order[allowed[order]]
+        duplicates = _near_duplicates(best_first, cluster, embeddings, top_k, near_duplicate)
+        places = np.setdiff1d(places, duplicates, assume_unique=True)
+    kept = topk_by_cluster(torch.from_numpy(value[places]), torch.from_numpy(cluster[places]), num_clusters, top_k)
+    return Choice(places[kept.cpu().numpy()], ranks, refused, duplicates)
+
+
+def _allowed(
+    values: Mapping[str, np.ndarray], minimum: Mapping[str, float], maximum: Mapping[str, float]
+) -> np.ndarray | None:
+    """bool [n], the candidates within all limits; None without any."""
+    if not minimum and not maximum:
+        return None
+    allowed = np.ones(len(values["score"]), dtype=bool)
+    for argument, limits in (("minimum", minimum), ("maximum", maximum)):
+        check_criteria(argument, limits)
+        for name, limit in limits.items():
+            if name not in values:
+                raise ValueError(f"{argument}: {name!r} has a limit, but not every candidate carries it")
+            allowed &= values[name] >= limit if argument == "minimum" else values[name] <= limit
+    return allowed
 
 
 def _map(embeddings: np.ndarray, cluster: np.ndarray, kept: np.ndarray, seed: int) -> list[list[float]]:
     n = len(embeddings)
     places = np.sort(np.random.default_rng(seed).permutation(n)[:MAP_POINTS])
-    x = embeddings[places].astype(np.float64)
+    x = np.asarray(embeddings[places], dtype=np.float64)
     x -= x.mean(axis=0)
     _, _, axes = np.linalg.svd(x, full_matrices=False)
     axes = axes[:2]
@@ -158,11 +273,12 @@ def select_rehearsal(
     top_k: int,
     num_clusters: int | None = None,
     criteria: Mapping[str, float] | None = None,
-    method: str = "kmeans",
-    niter: int = 25,
-    spherical: bool = False,
+    minimum: Mapping[str, float] | None = None,
+    maximum: Mapping[str, float] | None = None,
+    near_duplicate: float | None = None,
     embeddings: np.ndarray | None = None,
     seed: int = 0,
+    **clustering: Any,
 ) -> Selection:
     """Keep the `top_k` best candidates of every cluster and shuffle them into D_R (arXiv 2309.10202, section on
     Selective Rehearsal: x is embedded and clustered, y comes from the initial policy, Advantage Model scores rank).
@@ -170,9 +286,9 @@ def select_rehearsal(
     candidates: n rows with "prompt", "response" and, where known, "task", "entropy" (mean nats a token of the initial
         policy), "satisfaction" (a rate in [0, 1]) and "length" (tokens; counted in characters where no row has it).
     scores: [n], the scorer's value of each candidate (numpy, list or tensor).
-    groups: the prompts' embeddings [n, d], clustered here into `num_clusters` by `method`, `niter`, `spherical` and
-        `seed` (see `cluster_embeddings`), or finished `Clusters` of the candidates; `embeddings` may then be given
-        for the map.
+    groups: the prompts' embeddings [n, d], in memory or a memory map, clustered here into `num_clusters` with `seed`
+        and the further keywords of `cluster_embeddings` (method, niter, spherical, ...); or finished `Clusters` of the
+        candidates, with `embeddings` for the map and for near-duplicates.
     criteria: weights, default {"score": 1.0}. A single criterion ranks by its own values. Several are mixed as
         sum_j weight_j * sign_j * (v_j - mean_j) / std_j with mean and population deviation over all n candidates;
         sign is -1 for entropy (low is better) and +1 for score, satisfaction and length. A criterion whose values are
@@ -182,10 +298,6 @@ def select_rehearsal(
     listed. Selecting does not depend on the order of D_R, which `seed` shuffles. Raises ValueError for empty or
     malformed candidates, values that are not finite (the candidate is named) and arguments out of range.
     """
-    import torch
-
-    from stable_rlhf.ops import topk_by_cluster
-
     n = len(candidates)
     if n == 0:
         raise ValueError("candidates: nothing to select from")
@@ -194,11 +306,17 @@ def select_rehearsal(
             raise ValueError(f"candidates[{index}]: needs a 'prompt' and a 'response' string")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if near_duplicate is not None and not 0 < near_duplicate <= 1:
+        raise ValueError(f"near_duplicate must be a cosine in (0, 1], got {near_duplicate}")
     weights = {"score": 1.0} if criteria is None else dict(criteria)
+    low, high = dict(minimum or {}), dict(maximum or {})
     values = _criteria_values(candidates, scores)
     value = _mixed(values, weights)
+    allowed = _allowed(values, low, high)
 
     if isinstance(groups, Clusters):
+        if clustering:
+            raise ValueError(f"{sorted(clustering)[0]}: the clusters are given, nothing is clustered here")
         if num_clusters not in (None, groups.num_clusters):
             raise ValueError(f"num_clusters is {num_clusters}, but the clusters given are {groups.num_clusters}")
         clusters = groups
@@ -208,17 +326,19 @@ def select_rehearsal(
         if len(groups) != n:
             raise ValueError(f"groups: {len(groups)} embeddings for {n} candidates")
         embeddings = groups
-        clusters = cluster_embeddings(groups, num_clusters, method=method, niter=niter, spherical=spherical, seed=seed)
+        clusters = cluster_embeddings(groups, num_clusters, seed=seed, **clustering)
     if len(clusters.assignment) != n:
         raise ValueError(f"groups: clusters of {len(clusters.assignment)} rows for {n} candidates")
     if embeddings is not None and len(embeddings) != n:
         raise ValueError(f"embeddings: {len(embeddings)} rows for {n} candidates")
 
     cluster, c = clusters.assignment, clusters.num_clusters
-    indices = topk_by_cluster(torch.from_numpy(value), torch.from_numpy(cluster), c, top_k).cpu().numpy()
+    choice = choose(
+        value, cluster, c, top_k, allowed=allowed, embeddings=embeddings, near_duplicate=near_duplicate
+    )  # fmt: skip
+    indices, ranks = choice.indices, choice.ranks
     kept = np.zeros(n, dtype=bool)
     kept[indices] = True
-    ranks = _ranks(value, cluster)
 
     rows = [
         {
@@ -237,13 +357,15 @@ def select_rehearsal(
     stats = []
     members = np.split(np.argsort(cluster, kind="stable"), np.cumsum(clusters.sizes)[:-1])
     for inside in members:
-        best = inside[ranks[inside] == 1]
+        stay = inside[kept[inside]]
+        best = int(stay[ranks[stay].argmin()]) if len(stay) else None
         stats.append(
             {
                 "size": len(inside),
-                "kept": int(kept[inside].sum()),
-                "example": prompt_text(candidates[best[0]]["prompt"])[:_EXAMPLE_CHARACTERS] if len(best) else "",
+                "kept": len(stay),
+                "example": "" if best is None else prompt_text(candidates[best]["prompt"])[:EXAMPLE_CHARACTERS],
                 "mean_score": float(values["score"][inside].mean()) if len(inside) else None,
+                "kept_mean_score": float(values["score"][stay].mean()) if len(stay) else None,
                 "tasks": dict(sorted(Counter(_task(candidates[i]) for i in inside).items())),
             }
         )
@@ -261,12 +383,21 @@ def select_rehearsal(
         settings={
             "top_k": top_k,
             "criteria": weights,
+            "minimum": low,
+            "maximum": high,
+            "near_duplicate": near_duplicate,
             "method": clusters.method,
+            "backend": clusters.backend,
+            "iterations": clusters.iterations,
             "seed": seed,
             "trained_on": clusters.trained_on,
             "inertia": clusters.inertia,
             "notes": list(clusters.notes),
         },
+        values=values,
+        value=value,
+        task_of=names,
+        left_out=(choice.refused, choice.duplicates),
     )
 
 

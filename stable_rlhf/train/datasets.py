@@ -28,18 +28,23 @@ def locate(arguments: DataArguments, names: Sequence[str]) -> list[Path]:
     return [root / name for name in names]
 
 
-def contents(arguments: DataArguments) -> dict[str, str]:
-    """A digest of each data file that the settings name, so that a changed file counts as a changed setting."""
-    names = [
-        *arguments.pairs, *arguments.prompts, *arguments.demonstrations, *arguments.eval_main, *arguments.eval_forget,
-        *arguments.rehearsal,
-    ]  # fmt: skip
+def digests(arguments: DataArguments, names: Sequence[str]) -> dict[str, str]:
+    """A digest of each of these files, so that a changed file counts as a changed setting."""
     found = {}
     for name, path in zip(names, locate(arguments, names), strict=True):
         if path.is_file():  # what is missing, the reader reports
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return found
+
+
+def contents(arguments: DataArguments) -> dict[str, str]:
+    """A digest of each data file that the settings name."""
+    names = [
+        *arguments.pairs, *arguments.prompts, *arguments.demonstrations, *arguments.eval_main, *arguments.eval_forget,
+        *arguments.rehearsal,
+    ]  # fmt: skip
+    return digests(arguments, names)
 
 
 def _report(what: str, result: ReadResult[Any]) -> None:

@@ -21,7 +21,7 @@ from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
-from stable_rlhf.train.config import PPOArguments, Recipe
+from stable_rlhf.train.config import PPOArguments, Recipe, SelectArguments
 from stable_rlhf.train.datasets import PromptSplits, load_demonstrations, load_preferences, load_prompts, locate
 from stable_rlhf.train.engine import barrier, device
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
@@ -193,9 +193,10 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
 
 def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result:
     """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster."""
-    from stable_rlhf.rehearsal import embed_texts, prompt_text, resolve_embedding_model, select_rehearsal, top_up
+    from stable_rlhf.rehearsal import resolve_embedding_model, select_to_folder
 
     s = recipe.select
+    resolve_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     if s.max_candidates and s.max_candidates < len(prompts):
@@ -222,24 +223,43 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     if "entropy" in s.criteria:
         for candidate, value in zip(candidates, _entropies(model, rollouts), strict=True):
             candidate["entropy"] = value
-    embeddings = embed_texts(
-        [prompt_text(p.row.prompt) for p in prompts], resolve_embedding_model(s.embedding_model), progress=False
-    )
-    selection = select_rehearsal(
-        candidates, scores, embeddings, num_clusters=s.num_clusters, top_k=s.top_k, criteria=s.criteria,
-        method=s.method, spherical=s.spherical, seed=stream_seed(recipe.seed, "clusters") % 2**31,
-    )  # fmt: skip
-    rows = selection.rows
+    outside = []
     if recipe.data.rehearsal:
         outside = read_demonstrations(
             locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row
         ).rows
-        rows = top_up(rows, outside, seed=recipe.seed)
-    if is_main_process():
-        write_jsonl(folder / "rehearsal.jsonl.gz", rows)
-        (folder / "selection.json").write_text(json.dumps(selection.summary()) + "\n")
+    selection = select_to_folder(
+        candidates, scores, folder, embeddings_folder=folder.parent / "embeddings", outside=outside,
+        seed=stream_seed(recipe.seed, "clusters") % 2**31, title=f"Rehearsal selection: {recipe.title}",
+        **select_settings(s),
+    )  # fmt: skip
     barrier()
-    return {"candidates": len(candidates), "kept": len(selection.rows), "outside": len(rows) - len(selection.rows)}
+    return {"candidates": len(candidates), "kept": len(selection.rows), "outside": len(outside)}
+
+
+def run_select_file(recipe: Recipe, candidates: list[str], folder: Path) -> Result:
+    """Select from candidates that are answered and scored already: no policy, no scorer, no engine."""
+    from stable_rlhf.rehearsal import select_file
+
+    outside = locate(recipe.data, recipe.data.rehearsal) if recipe.data.rehearsal else None
+    selection = select_file(
+        locate(recipe.data, candidates), folder, outside=outside, on_bad_row=recipe.data.on_bad_row,
+        embeddings_folder=folder.parent / "embeddings", seed=stream_seed(recipe.seed, "clusters") % 2**31,
+        title=f"Rehearsal selection: {recipe.title}", **select_settings(recipe.select),
+    )  # fmt: skip
+    barrier()
+    return {"candidates": len(selection.value), "kept": len(selection.rows)}
+
+
+def select_settings(s: SelectArguments) -> dict[str, Any]:
+    """The settings of a recipe as keywords of `select_to_folder`."""
+    return {
+        "num_clusters": s.num_clusters, "top_k": s.top_k, "criteria": s.criteria, "minimum": s.minimum,
+        "maximum": s.maximum, "near_duplicate": s.near_duplicate, "method": s.method, "niter": s.niter,
+        "spherical": s.spherical, "train_rows": s.train_rows, "backend": s.backend, "devices": s.devices,
+        "sweep": s.sweep, "embedding_model": s.embedding_model,
+        "embedding": {"normalize": s.normalize, "batch_size": s.embedding_batch_size, "dtype": s.embedding_dtype},
+    }  # fmt: skip
 
 
 @torch.no_grad()

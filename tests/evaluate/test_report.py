@@ -18,6 +18,7 @@ from rich.console import Console
 from stable_rlhf.evaluate import figures, paper
 from stable_rlhf.evaluate.findings import CANNOT_TELL, findings, verdict
 from stable_rlhf.evaluate.report import render_report, summary_markdown, summary_table
+from stable_rlhf.rehearsal import figures as selection_figures
 
 SECTIONS = ["findings", "scorers", "policies", "selection", "time", "settings"]
 
@@ -66,7 +67,8 @@ class Page(HTMLParser):
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are composed but not rasterised, for tests that look at the text."""
-    monkeypatch.setattr(figures, "_png", lambda figure, dpi=0: b"\x89PNG")
+    for drawing in (figures, selection_figures):
+        monkeypatch.setattr(drawing, "png", lambda figure, dpi=0: b"\x89PNG")
 
 
 @pytest.fixture(scope="module")

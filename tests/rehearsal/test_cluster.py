@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
 
 import numpy as np
 import pytest
 
-from stable_rlhf.rehearsal import cluster_embeddings
+from stable_rlhf.rehearsal import cluster_embeddings, kmeans
 
 faiss = pytest.importorskip("faiss")
 
@@ -43,11 +45,13 @@ def test_blobs_are_recovered(method, seed):
     np.testing.assert_allclose(found.inertia, ((x - means[found.assignment]) ** 2).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("init", ["kmeans++", "afkmc2"])
-def test_spread_out_starts_find_blobs_that_a_random_start_merges(init):
+def test_spread_out_starts_find_blobs_that_a_random_start_merges():
     x, labels = blobs(each=500, d=64)
-    assert same_partition(cluster_embeddings(x, 6, init=init).assignment, labels)
-    assert not same_partition(cluster_embeddings(x, 6, init="random").assignment, labels)
+    found = {
+        init: [same_partition(cluster_embeddings(x, 6, init=init, seed=s).assignment, labels) for s in range(8)]
+        for init in ("kmeans++", "random")
+    }
+    assert all(found["kmeans++"]) and not all(found["random"])
 
 
 def test_rows_go_to_their_nearest_centroid():
@@ -87,16 +91,16 @@ def test_same_seed_same_clusters_on_one_and_two_threads(method):
 def test_all_points_train_unless_told_otherwise():
     x, labels = blobs(each=300)  # 1,800 points for 6 centroids: faiss alone would use 256 each, 1,536
     assert cluster_embeddings(x, 6).trained_on == 1800
-    cut = cluster_embeddings(x, 6, max_points_per_centroid=20)
+    cut = cluster_embeddings(x, 6, train_rows=120)
     assert cut.trained_on == 120
     assert cut.notes == ("trained on a sample of 120 of 1800 rows",)
     assert same_partition(cut.assignment, labels)
-    assert cluster_embeddings(x, 6, max_points_per_centroid=300).notes == ()
+    assert cluster_embeddings(x, 6, train_rows=1800).notes == ()
 
 
 def test_mixture_trains_on_the_sample_it_reports():
     x, labels = blobs(each=100)
-    cut = cluster_embeddings(x, 6, method="gmm", max_points_per_centroid=20)
+    cut = cluster_embeddings(x, 6, method="gmm", train_rows=120)
     assert cut.trained_on == 120
     assert same_partition(cut.assignment, labels)
     assert not np.allclose(cut.centroids, cluster_embeddings(x, 6, method="gmm").centroids, atol=1e-3)
@@ -192,12 +196,17 @@ def test_first_row_that_is_not_finite_is_named(bad):
     [
         ({"num_clusters": 0}, "num_clusters must be at least 1, got 0"),
         ({"niter": 0}, "niter must be at least 1"),
-        ({"max_points_per_centroid": 0}, "max_points_per_centroid must be at least 1"),
+        ({"train_rows": 0}, "train_rows must be at least 1"),
         ({"method": "dbscan"}, "method must be one of kmeans, gmm, got 'dbscan'"),
         ({"init": "first"}, "init must be one of"),
         ({"method": "gmm", "spherical": True}, "spherical: only KMeans"),
         ({"method": "gmm", "devices": [0]}, "devices: only KMeans"),
         ({"devices": []}, "devices"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"backend": "cuml"}, "backend must be one of auto, cpu, faiss, flash-kmeans"),
+        ({"backend": "cpu", "devices": [0]}, "the cpu backend uses none"),
+        ({"backend": "flash-kmeans", "devices": [0]}, "needs the package flash-kmeans"),
+        ({"embeddings": np.full((3, 2), 1e30, np.float32)}, "row 0 is too long"),
         ({"devices": [97]}, r"devices \[97\]: faiss .* sees \d+ GPUs"),
         ({"embeddings": np.zeros(3, np.float32)}, r"floating point \[n, d\], got float32 \[3\]"),
         ({"embeddings": np.zeros((3, 2), int)}, "floating point"),
@@ -209,6 +218,144 @@ def test_bad_arguments(arguments, message):
     call = {"embeddings": np.eye(3, dtype=np.float32), "num_clusters": 2, **arguments}
     with pytest.raises(ValueError, match=message):
         cluster_embeddings(**call)
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_any_number_of_threads_gives_the_same_bits(spherical, init):
+    x = np.random.default_rng(0).normal(size=(9000, 33)).astype(np.float32)  # five blocks, the last one short
+    runs = [cluster_embeddings(x, 70, niter=8, seed=3, spherical=spherical, init=init, threads=t) for t in (1, 2, 5)]
+    for other in runs[1:]:
+        np.testing.assert_array_equal(runs[0].assignment, other.assignment)
+        np.testing.assert_array_equal(runs[0].centroids, other.centroids)
+        assert runs[0].inertia == other.inertia
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_lloyd_is_lloyd(spherical):
+    """The iterations against a plain float64 loop from the same start."""
+    x = np.random.default_rng(1).normal(size=(5000, 6)).astype(np.float32)
+    x[17] = 0
+    start = x[20:50].copy()
+    scale = (1 / np.maximum(np.linalg.norm(x, axis=1), 1e-30)).astype(np.float32) if spherical else None
+    if spherical:
+        start *= scale[20:50, None]
+    with kmeans.open_rows(x, scale=scale, threads=2) as rows:
+        found = kmeans.lloyd(rows, start, niter=6, spherical=spherical)
+    wide = x.astype(np.float64) * (1 if scale is None else scale[:, None])
+    centroids = start.astype(np.float64)
+    for _ in range(6):
+        labels = ((wide[:, None] - centroids[None]) ** 2).sum(-1).argmin(1)
+        centroids = np.stack([wide[labels == k].mean(axis=0) for k in range(30)])
+        if spherical:
+            centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
+    assert found.iterations == 6
+    np.testing.assert_allclose(found.centroids, centroids, atol=2e-5)
+
+
+def test_an_empty_cluster_takes_the_row_that_is_farthest():
+    x = np.array([[0.0], [0.1], [0.2], [5.0], [9.0]], dtype=np.float32)
+    start = np.array([[0.1], [100.0], [200.0]], dtype=np.float32)  # nobody is near the last two
+    with kmeans.open_rows(x) as rows:
+        found = kmeans.lloyd(rows, start, niter=10, spherical=False)
+    np.testing.assert_allclose(np.sort(found.centroids[:, 0]), [0.1, 5, 9], rtol=1e-6)
+
+
+def test_a_large_common_offset_does_not_hide_the_clusters():
+    x, labels = blobs(centres=4, d=8)
+    shifted = x + np.float32(20_000)  # |x|^2 is 3e9: its float32 rounding alone is larger than any distance here
+    found = cluster_embeddings(shifted, 4)
+    assert same_partition(found.assignment, labels)
+
+
+def test_plus_plus_draws_by_squared_distance():
+    """Shares of the second centroid, against the definition, over many seeds."""
+    x = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
+    counts = np.zeros((3, 3))
+    with kmeans.open_rows(x, threads=1) as rows:
+        for seed in range(1500):
+            first, second = kmeans.plus_plus(rows, 2, np.arange(3), np.random.default_rng(seed))
+            counts[first, second] += 1
+    squared = (x - x.T) ** 2
+    expected = squared / squared.sum(axis=1, keepdims=True)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(shares, expected, atol=0.06)
+    np.testing.assert_allclose(counts.sum(axis=1) / 1500, 1 / 3, atol=0.05)
+
+
+def test_plus_plus_in_batches_spreads_like_one_at_a_time():
+    """The potential after 60 draws in batches, against 60 single draws by the definition."""
+    x = (blobs(centres=40, each=30, d=4, seed=2)[0]).astype(np.float32)
+
+    def potential(places: np.ndarray) -> float:
+        return float(((x[:, None] - x[None, places]) ** 2).sum(-1).min(1).sum())
+
+    def one_at_a_time(generator: np.random.Generator) -> np.ndarray:
+        places = [int(generator.integers(len(x)))]
+        while len(places) < 60:
+            near = ((x[:, None] - x[None, places]) ** 2).sum(-1).min(1).astype(np.float64)
+            places.append(int(generator.choice(len(x), p=near / near.sum())))
+        return np.array(places)
+
+    with kmeans.open_rows(x, threads=1) as rows:
+        batched = [potential(kmeans.plus_plus(rows, 60, np.arange(60), np.random.default_rng(s))) for s in range(25)]
+    single = [potential(one_at_a_time(np.random.default_rng(s))) for s in range(25)]
+    uniform = [potential(np.random.default_rng(s).choice(len(x), 60, replace=False)) for s in range(25)]
+    assert abs(np.mean(batched) / np.mean(single) - 1) < 0.15
+    assert np.mean(uniform) > 2 * np.mean(batched)
+
+
+def test_near_equal_rows_still_give_the_clusters_asked_for():
+    """Distances that float32 products cannot tell from 0: distinct rows fill up."""
+    x = np.ones((50, 4), dtype=np.float32)
+    x[:, 0] += np.arange(50, dtype=np.float32) * np.float32(1.2e-7)
+    distinct = len(np.unique(x, axis=0))
+    found = cluster_embeddings(x, distinct)
+    assert found.num_clusters == distinct > 20
+
+
+def test_rows_on_disk_are_clustered_as_in_memory(tmp_path):
+    x, _ = blobs(each=700)
+    np.save(tmp_path / "x.npy", x.astype(np.float16))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for options in ({}, {"train_rows": 500}, {"spherical": True}, {"method": "gmm", "train_rows": 500}):
+        on_disk = cluster_embeddings(mapped, 6, **options)
+        in_memory = cluster_embeddings(np.array(mapped), 6, **options)
+        np.testing.assert_array_equal(on_disk.assignment, in_memory.assignment)
+        assert on_disk.inertia == in_memory.inertia
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_faiss_agrees_from_the_same_start(spherical):
+    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    own = cluster_embeddings(x, 20, niter=5, seed=2, spherical=spherical)
+    other = cluster_embeddings(x, 20, niter=5, seed=2, spherical=spherical, backend="faiss")
+    assert (own.backend, other.backend, other.iterations) == ("cpu", "faiss", 5)
+    assert (own.assignment == other.assignment).mean() > 0.999
+    np.testing.assert_allclose(own.inertia, other.inertia, rtol=1e-4)
+
+
+def test_flash_kmeans_gets_the_start_and_the_device(monkeypatch):
+    """Without a GPU: the package's call is replaced, its arguments are checked, the assignment is ours."""
+    torch = pytest.importorskip("torch")
+    x, labels = blobs()
+    seen = {}
+
+    def fake(rows, count, *, max_iters, tol, init_centroids):
+        seen.update(rows=tuple(rows.shape), count=count, max_iters=max_iters, tol=tol)
+        means = torch.stack([rows[0][torch.from_numpy(labels == k)].mean(0) for k in range(6)])
+        assert init_centroids.shape == (1, 6, 16)
+        return None, means[None], max_iters
+
+    monkeypatch.setitem(sys.modules, "flash_kmeans", types.SimpleNamespace(batch_kmeans_Euclid=fake, __spec__=object()))
+    monkeypatch.setattr(torch, "device", lambda kind, index: seen.update(device=(kind, index)) or "cpu")
+    found = cluster_embeddings(x, 6, niter=9, devices=[2])
+    assert found.backend == "flash-kmeans" and same_partition(found.assignment, labels)
+    assert seen == {"rows": (1, 300, 16), "count": 6, "max_iters": 9, "tol": 0.0, "device": ("cuda", 2)}
+    with pytest.raises(ValueError, match="runs on one CUDA device"):
+        cluster_embeddings(x, 6, backend="flash-kmeans", devices=[0, 1])
+    with pytest.raises(ValueError, match="no spherical"):
+        cluster_embeddings(x, 6, backend="flash-kmeans", devices=[0], spherical=True)
 
 
 def test_only_the_devices_named_are_used(monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -8,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stable_rlhf.rehearsal import DEFAULT_EMBEDDING_MODEL, embed_texts, prompt_text, resolve_embedding_model
+from stable_rlhf.rehearsal import (
+    DEFAULT_EMBEDDING_MODEL,
+    embed_texts,
+    embed_to_folder,
+    prompt_text,
+    resolve_embedding_model,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
@@ -122,6 +129,34 @@ def test_half_precision_checkpoint_runs_in_float32(tiny, tmp_path):
     np.testing.assert_array_equal(got, embed_texts(["a b c", "d"], str(tmp_path / "wide"), progress=False))
 
 
+def test_bfloat16_is_close_and_still_of_unit_length(tiny):
+    texts = ["a b c", "d", "e f g h a b"]
+    exact = embed_texts(texts, str(tiny / "plain"), progress=False)
+    np.testing.assert_array_equal(
+        exact, embed_texts(texts, str(tiny / "plain"), compute_dtype="float32", device="cpu", progress=False)
+    )
+    rough = embed_texts(texts, str(tiny / "plain"), compute_dtype="bfloat16", progress=False)
+    assert rough.dtype == np.float32 and 1e-5 < np.abs(rough - exact).max() < 0.05
+    np.testing.assert_allclose(np.linalg.norm(rough, axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "pooling": "cls", "max_seq_length": 5}])
+def test_a_folder_of_embeddings_holds_what_embed_texts_gives(tiny, tmp_path, options):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size=size)) for size in rng.integers(1, 20, size=25)]
+    made = embed_to_folder(texts, tmp_path, str(tiny / "plain"), batch_size=4, shard_rows=10, **options)
+    expected = embed_texts(texts, str(tiny / "plain"), progress=False, **options)
+    np.testing.assert_allclose(made.array, expected, atol=2e-6)
+    assert made.manifest["model"] == "plain" and made.manifest["revision"].startswith("files:")
+    # The same name with other weights is another model.
+    with pytest.raises(ValueError, match="revision 'files:"):
+        other = tiny.parent / "elsewhere" / "plain"
+        if not other.exists():
+            shutil.copytree(tiny / "plain", other)
+            (other / "config.json").write_text((other / "config.json").read_text() + " ")
+        embed_to_folder(texts, tmp_path, str(other), batch_size=4, shard_rows=10, **options)
+
+
 def test_progress_false_is_quiet(tiny, capfd):
     embed_texts(["a"], str(tiny / "plain"), progress=False)
     assert "%" not in capfd.readouterr().err
@@ -136,6 +171,7 @@ def test_progress_false_is_quiet(tiny, capfd):
         (["a", [{"role": "user", "content": "a"}]], {}, r"texts\[1\] is list, not str; .* prompt_text"),
         (["a"], {"batch_size": 0}, "batch_size must be at least 1"),
         (["a"], {"pooling": "max"}, "pooling must be one of"),
+        (["a"], {"compute_dtype": "float64"}, "compute_dtype must be one of auto, float32, bfloat16"),
     ],
 )
 def test_bad_arguments(texts, arguments, message):

@@ -139,9 +139,16 @@ def test_summary():
     chosen = select_rehearsal(rows, [1.0, 3.0, 2.0, 0.0], given([0, 1, 0, 0], 3), top_k=1, seed=5)
     summary = chosen.summary()
     assert summary["clusters"] == [
-        {"size": 3, "kept": 1, "example": "b", "mean_score": 1.0, "tasks": {"(none)": 1, "math": 2}},
-        {"size": 1, "kept": 1, "example": "hello", "mean_score": 3.0, "tasks": {"(none)": 1}},
-        {"size": 0, "kept": 0, "example": "", "mean_score": None, "tasks": {}},
+        {
+            "size": 3,
+            "kept": 1,
+            "example": "b",
+            "mean_score": 1.0,
+            "kept_mean_score": 2.0,
+            "tasks": {"(none)": 1, "math": 2},
+        },
+        {"size": 1, "kept": 1, "example": "hello", "mean_score": 3.0, "kept_mean_score": 3.0, "tasks": {"(none)": 1}},
+        {"size": 0, "kept": 0, "example": "", "mean_score": None, "kept_mean_score": None, "tasks": {}},
     ]
     assert summary["tasks"] == {"(none)": {"candidates": 2, "kept": 1}, "math": {"candidates": 2, "kept": 1}}
     assert (summary["candidates"], summary["kept"], summary["num_clusters"], summary["map"]) == (4, 2, 3, [])
@@ -219,6 +226,70 @@ def test_map_is_a_sample_of_1500_and_takes_one_dimension():
     assert one.map == [[0.0, 0.0, 0, 1]]
 
 
+def test_thresholds_refuse_but_do_not_move_the_ranks():
+    scores, columns, clusters = random_case()
+    limits = {"minimum": {"score": -0.2, "satisfaction": 0.25}, "maximum": {"entropy": 2.0}}
+    chosen = select_rehearsal(candidates(120, **columns), scores, clusters, top_k=5, **limits)
+    allowed = (scores >= -0.2) & (columns["satisfaction"] >= 0.25) & (columns["entropy"] <= 2.0)
+    barred = np.where(allowed, scores, -np.inf)
+    expected = [i for i in brute_force(barred, clusters.assignment, 7, 5) if allowed[i]]
+    assert chosen.indices.tolist() == expected and 0 < len(expected) < 30
+    assert chosen.left_out[0].tolist() == np.flatnonzero(~allowed).tolist()
+    assert chosen.summary()["below_threshold"] == int((~allowed).sum())
+    for row in chosen.rows:
+        place = row["provenance"]
+        inside = np.flatnonzero(clusters.assignment == place["cluster"])
+        assert place["rank_in_cluster"] == 1 + int((scores[inside] > scores[place["index"]]).sum())
+    nothing = select_rehearsal(candidates(120, **columns), scores, clusters, top_k=5, minimum={"score": 99.0})
+    assert nothing.rows == [] and nothing.summary()["kept"] == 0
+    exact = select_rehearsal(candidates(3), [0.0, 1.0, 2.0], given([0, 0, 0], 1), top_k=3, minimum={"score": 1.0})
+    assert exact.indices.tolist() == [1, 2]  # the limit itself is allowed
+
+
+@pytest.mark.parametrize("allowed_share", [1.0, 0.6])
+@pytest.mark.parametrize("k", [1, 4, 50])
+def test_near_duplicates_against_brute_force(k, allowed_share, monkeypatch):
+    from stable_rlhf.rehearsal import select
+
+    monkeypatch.setattr(select, "_ROWS_PER_COMPARISON", 7)  # several parts a cluster
+    rng = np.random.default_rng(5)
+    originals = rng.normal(size=(40, 8))
+    x = (originals[rng.integers(40, size=150)] + 0.02 * rng.normal(size=(150, 8))).astype(np.float32)
+    x *= rng.uniform(0.1, 9, size=(150, 1)).astype(np.float32)  # a cosine does not see lengths
+    x[10] = x[20] = 0
+    scores, cluster = rng.normal(size=150), rng.integers(4, size=150)
+    allowed = rng.random(150) < allowed_share
+    found = select.choose(scores, cluster, 5, k, allowed=allowed, embeddings=x, near_duplicate=0.99)
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+    expected, passed = [], []
+    for c in range(5):
+        kept: list[int] = []
+        for i in sorted(np.flatnonzero((cluster == c) & allowed), key=lambda i: (-scores[i], i)):
+            if len(kept) == k:
+                break
+            if any(unit[i] @ unit[j] > 0.99 for j in kept):
+                passed.append(int(i))
+            else:
+                kept.append(int(i))
+        expected += kept
+    assert found.indices.tolist() == sorted(expected)
+    assert found.duplicates.tolist() == sorted(passed)
+    assert k < 50 or passed
+
+
+def test_near_duplicates_are_counted_and_replaced():
+    x = np.array([[1, 0], [1, 0.001], [0, 1], [1, 0]], dtype=np.float32)
+    rows = candidates(4)
+    plain = select_rehearsal(rows, [3.0, 2.0, 1.0, 9.0], given([0, 0, 0, 1], 2), top_k=2, embeddings=x)
+    assert plain.indices.tolist() == [0, 1, 3]
+    spread = select_rehearsal(
+        rows, [3.0, 2.0, 1.0, 9.0], given([0, 0, 0, 1], 2), top_k=2, embeddings=x, near_duplicate=0.95
+    )
+    assert spread.indices.tolist() == [0, 2, 3]  # another cluster's row 3 is no duplicate of row 0
+    assert spread.summary()["near_duplicates"] == 1 and spread.left_out[1].tolist() == [1]
+    assert {r["provenance"]["index"]: r["provenance"]["rank_in_cluster"] for r in spread.rows} == {0: 1, 2: 3, 3: 1}
+
+
 def test_nan_embedding_is_named():
     x = blob_embeddings(9)
     x[4, 2] = np.nan
@@ -250,6 +321,13 @@ def test_nan_embedding_is_named():
         ),
         ({"candidates": candidates(3, satisfaction=[0.0, 1.5, 1.0])}, r"satisfaction: .* candidate 1 has 1\.5"),
         ({"candidates": candidates(3, entropy=[0.0, 1.0, float("inf")])}, "entropy: candidate 2 has inf"),
+        ({"minimum": {"scor": 1.0}}, "minimum: unknown criterion 'scor'; did you mean 'score'"),
+        ({"maximum": {"score": float("nan")}}, "maximum: limit of 'score' is nan"),
+        ({"maximum": {"entropy": 1.0}}, "maximum: 'entropy' has a limit, but not every candidate carries it"),
+        ({"near_duplicate": 0.0}, r"near_duplicate must be a cosine in \(0, 1\], got 0.0"),
+        ({"near_duplicate": 1.1}, "near_duplicate must be a cosine"),
+        ({"near_duplicate": 0.9}, "near_duplicate: needs the embeddings"),
+        ({"niter": 3}, "niter: the clusters are given"),
         ({"num_clusters": 4}, "num_clusters is 4, but the clusters given are 2"),
         ({"groups": given([0, 1], 2)}, "groups: clusters of 2 rows for 3 candidates"),
         ({"groups": blob_embeddings(3)}, "num_clusters: needed"),
@@ -293,6 +371,8 @@ def test_top_up():
 def test_importing_the_room_loads_nothing_heavy():
     heavy = [
         "deepspeed",
+        "matplotlib",
+        "scipy",
         "faiss",
         "sklearn",
         "sentence_transformers",

@@ -1,0 +1,126 @@
+"""The whole selection in one call: candidates in, a folder with D_R, figures and a report out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, write_jsonl
+from stable_rlhf.data.records import DataError, Demonstration
+from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL, prompt_text
+from stable_rlhf.rehearsal.report import render_selection
+from stable_rlhf.rehearsal.select import Selection, select_rehearsal, top_up
+from stable_rlhf.rehearsal.store import embed_to_folder, embedding_key
+from stable_rlhf.rehearsal.sweep import sweep_clusters
+
+_CLUSTERING = ("method", "niter", "spherical", "init", "train_rows", "backend", "devices", "threads")
+_NOT_IN_KEY = ("batch_size", "device", "shard_rows", "encoder")  # they do not say what the embeddings are
+
+
+def read_candidates(paths: Paths, *, on_bad_row: OnBadRow = "error") -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Scored candidates and their scores, float64 [n], from JSON lines (docs/data.md).
+
+    Rows are demonstrations with a number `score`; `entropy`, `satisfaction` and `length` may stand beside it.
+
+    Raises:
+        DataError: as `read_demonstrations`, and for a row without a finite number as score (file and line named).
+    """
+    rows: list[dict[str, Any]] = []
+    scores: list[float] = []
+    for found in read_demonstrations(paths, on_bad_row=on_bad_row).rows:
+        score: Any = found.meta.get("score")
+        if type(score) not in (int, float) or not math.isfinite(score):
+            if on_bad_row == "skip":
+                continue
+            what = "is missing" if score is None else f"must be a finite number, got {score!r}"
+            raise DataError(f"{found.source}: 'score' {what}; every candidate needs the scorer's value")
+        rows.append({**found.meta, "prompt": found.prompt, "response": found.response, "task": found.task})
+        scores.append(float(score))
+    if not rows:
+        raise DataError("candidates: no row has a 'score'")
+    return rows, np.array(scores)
+
+
+def select_to_folder(
+    candidates: Sequence[Mapping[str, Any]],
+    scores: Any,
+    folder: str | os.PathLike[str],
+    *,
+    num_clusters: int,
+    top_k: int,
+    embedding_model: str = DEFAULT_EMBEDDING_MODEL,
+    embeddings_folder: str | os.PathLike[str] | None = None,
+    embedding: Mapping[str, Any] | None = None,
+    outside: Iterable[Mapping[str, Any] | Demonstration] = (),
+    sweep: Sequence[int] = (),
+    title: str = "Rehearsal selection",
+    seed: int = 0,
+    **selecting: Any,
+) -> Selection:
+    """Embed the prompts, cluster them, keep the best answers of every cluster, and write it all down in `folder`.
+
+    `folder` gets ``rehearsal.jsonl.gz`` (D_R: the selected rows and `outside`, shuffled, each with its provenance),
+    ``selection.json`` (all figures) and ``report.html`` (one page, self-contained).
+
+    candidates, scores: as in `select_rehearsal`.
+    embedding_model: what `resolve_embedding_model` takes; embedding: further keywords of `embed_to_folder`.
+    embeddings_folder: where embeddings are kept, in a folder for each input, so that a killed call goes on where it was
+        and another selection from the same prompts embeds nothing; default ``folder/embeddings``.
+    outside: rows of `read_demonstrations` or dicts to add to D_R (`top_up`).
+    sweep: numbers of clusters to compare with each other on the report's chart (`sweep_clusters`).
+    selecting: further keywords of `select_rehearsal` and, through it, of `cluster_embeddings`.
+
+    Under a launcher every rank makes the same selection from embeddings that the ranks shared out; rank 0 writes.
+    """
+    folder = Path(folder)
+    texts = [prompt_text(row["prompt"]) for row in candidates]
+    chosen = {"model": embedding_model, **(embedding or {})}
+    key = embedding_key(texts, {k: v for k, v in chosen.items() if k not in _NOT_IN_KEY})
+    kept_in = Path(embeddings_folder) if embeddings_folder is not None else folder / "embeddings"
+    embeddings = embed_to_folder(texts, kept_in / key[:12], embedding_model, **(embedding or {}))
+    selection = select_rehearsal(
+        candidates, scores, embeddings.array, num_clusters=num_clusters, top_k=top_k, seed=seed, **selecting
+    )
+    for note in selection.settings["notes"]:
+        say(f"  {note}")
+    rows = top_up(selection.rows, outside, seed=seed)
+    if is_main_process():
+        clustering = {k: v for k, v in selecting.items() if k in _CLUSTERING}
+        swept = sweep_clusters(
+            embeddings.array, sweep, value=selection.value, budget=len(selection.rows), seed=seed, **clustering
+        ) if sweep else None  # fmt: skip
+        write_jsonl(folder / "rehearsal.jsonl.gz", rows)
+        summary = {**selection.summary(), "embedding": {k: v for k, v in embeddings.manifest.items() if k != "row_ids"}}
+        if swept:
+            summary["sweep"] = swept
+        (folder / "selection.json").write_text(json.dumps(summary) + "\n")
+        page = render_selection(
+            selection, embeddings.array, title=title, embedding=embeddings.manifest,
+            outside=len(rows) - len(selection.rows), swept=swept, seed=seed,
+        )  # fmt: skip
+        (folder / "report.html").write_text(page)
+    return selection
+
+
+def select_file(
+    candidates: Paths,
+    folder: str | os.PathLike[str],
+    *,
+    outside: Paths | None = None,
+    on_bad_row: OnBadRow = "error",
+    **settings: Any,
+) -> Selection:
+    """`select_to_folder` from files: scored candidates (`read_candidates`) and outside demonstrations.
+
+    select_file("scored.jsonl.gz", "out", num_clusters=100, top_k=20) is a whole selection.
+    """
+    rows, scores = read_candidates(candidates, on_bad_row=on_bad_row)
+    added = read_demonstrations(outside, on_bad_row=on_bad_row).rows if outside else []
+    return select_to_folder(rows, scores, folder, outside=added, **settings)
