@@ -177,7 +177,7 @@ def test_bytes_of_the_wild(tmp_path: Path, compress: bool) -> None:
     first, second = (json.dumps(row, ensure_ascii=False).encode() for row in rows)
     data = b"\xef\xbb\xbf" + first + b"\r\n\r\n  \t\n\n" + second
     path = tmp_path / ("rows.jsonl.gz" if compress else "rows.jsonl")
-    path.write_bytes(gzip.compress(data) if compress else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if compress else data)
     read = read_prompts(str(path)).rows
     assert [row.prompt for row in read] == [row["prompt"] for row in rows]
     assert [row.source for row in read] == [f"{path}:1", f"{path}:5"]
@@ -200,12 +200,12 @@ def test_several_files_are_read_in_order(tmp_path: Path) -> None:
         ("zero.jsonl.gz", b"", "the file has no rows"),
         ("blank.jsonl", b"\n \r\n", "the file has no rows"),
         ("bom.jsonl", b"\xef\xbb\xbf", "the file has no rows"),
-        ("empty.jsonl.gz", gzip.compress(b""), "the file has no rows"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "the file has no rows"),
         ("plain.jsonl.gz", b'{"prompt": "x"}\n', "not a whole gzip file"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 9)[:-12], "not a whole gzip file"),
-        ("checksum.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n')[:-8] + b"\0" * 8, "not a whole gzip file"),
-        ("stream.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "not a whole gzip file"),
-        ("zipped.jsonl", gzip.compress(b'{"prompt": "x"}\n'), "name must end in .gz"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 9, mtime=0)[:-12], "not a whole gzip file"),
+        ("checksum.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n', mtime=0)[:-8] + b"\0" * 8, "not a whole gzip file"),
+        ("stream.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20, "not a whole gzip file"),
+        ("zipped.jsonl", gzip.compress(b'{"prompt": "x"}\n', mtime=0), "name must end in .gz"),
     ],
 )
 def test_bad_files_stop_in_both_modes(tmp_path: Path, name: str, data: bytes | None, reason: str, mode: Any) -> None:
