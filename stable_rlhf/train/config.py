@@ -77,6 +77,27 @@ class EngineArguments:
 
 
 @dataclass
+class LaunchArguments:
+    """What ``stable-rlhf launch`` runs on; no stage reads it, so a run may continue on other nodes.
+
+    Args:
+        nodes: Nodes, when neither a hostfile nor Slurm says.
+        devices_per_node: Processes a node, one a device (unset: this machine's GPUs, or 1). A hostfile's slots win.
+        device_memory_gib: Memory of one device, GiB (unset: read from this machine's first GPU).
+        rendezvous: Address of the first node, when the same command is started by hand on every node.
+        port: Port of the rendezvous on the first node.
+        max_restarts: How often torchrun starts all processes again after one has died.
+    """
+
+    nodes: int = 1
+    devices_per_node: int | None = None
+    device_memory_gib: float | None = None
+    rendezvous: str | None = None
+    port: int = 29400
+    max_restarts: int = 0
+
+
+@dataclass
 class WorldArguments:
     """The generated skill world (quickstart): a small model, its training text, and pairs with true log-probs.
 
@@ -282,6 +303,10 @@ class Recipe:
         seed: Seed of everything random.
         variants: Which policies to train and compare.
         report_to: ``tensorboard`` and/or nothing; metrics.jsonl is always written.
+        model_shape: transformers' config fields of the policy (``model_type`` first), for the memory estimate of
+            ``launch`` alone and only where the model's own config is not on this machine.
+        scorer_model_shape: The same for scorer_model_name_or_path (unset: model_shape).
+        launch: Nodes and devices of ``stable-rlhf launch``.
         data: Files.
         engine: DeepSpeed.
         world: The generated skill world; used when model_name_or_path is unset.
@@ -299,6 +324,9 @@ class Recipe:
     seed: int = 0
     variants: list[Variant] = field(default_factory=lambda: ["rm", "am", "am-sr"])
     report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
+    model_shape: dict[str, Any] = field(default_factory=dict)
+    scorer_model_shape: dict[str, Any] = field(default_factory=dict)
+    launch: LaunchArguments = field(default_factory=LaunchArguments)
     data: DataArguments = field(default_factory=DataArguments)
     engine: EngineArguments = field(default_factory=EngineArguments)
     world: WorldArguments = field(default_factory=WorldArguments)
@@ -313,19 +341,22 @@ class Recipe:
 
 
 _AT_LEAST_ONE = (
-    "data.eval_prompts data.max_prompt_length data.max_length world.hidden_size world.num_hidden_layers "
-    "world.num_attention_heads world.comparisons sft.per_device_train_batch_size sft.gradient_accumulation_steps "
+    "launch.nodes launch.devices_per_node launch.port data.eval_prompts data.max_prompt_length data.max_length "
+    "world.hidden_size world.num_hidden_layers world.num_attention_heads world.comparisons "
+    "sft.per_device_train_batch_size sft.gradient_accumulation_steps "
     "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
     "scorer.num_trainable_layers select.num_clusters select.top_k ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples"
 )
 _ABOVE_ZERO = (
-    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature ppo.temperature"
+    "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
+    "world.hot_temperature ppo.temperature"
 )
 _NOT_NEGATIVE = (
-    "seed data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay world.length_bonus "
-    "sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef "
+    "seed launch.max_restarts data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay "
+    "world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate "
+    "scorer.expected_coef "
     "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
     "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
