@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from stable_rlhf.train.config import EngineArguments
 
+HEADS = ("reward_head", "expected_head", "value_head")
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -81,10 +83,30 @@ def start(seed: int) -> None:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"rendezvous port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is taken, perhaps by "
+                "another run; give the launcher another --master_port"
+            ) from error
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     torch.manual_seed(seed)
+
+
+def read_only(module: nn.Module, arguments: EngineArguments) -> nn.Module:
+    """A model that only reads, on this process's device and in the type that the engine trains in: half the memory in
+    bf16. Heads of one output stay in float32, scores and values want the digits."""
+    module.to(device())
+    if arguments.bf16:
+        for name, child in module.named_children():
+            if name not in HEADS:
+                child.to(torch.bfloat16)
+    return module.eval()
 
 
 def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
@@ -126,7 +148,7 @@ class Engine:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
-        heads = [p for n, p in named if n.split(".")[0] in ("reward_head", "expected_head", "value_head")]
+        heads = [p for n, p in named if n.split(".")[0] in HEADS]
         held = {id(p) for p in heads}
         groups = [{"params": [p for _, p in named if id(p) not in held], "lr": learning_rate}]
         groups.append({"params": heads, "lr": head_learning_rate or learning_rate})
@@ -150,8 +172,10 @@ class Engine:
                 raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
+        trunk: Any = getattr(module, "trunk", None)
+        if arguments.bf16 and getattr(trunk, "lower", None) is not None:
+            trunk.lower.to(torch.bfloat16)  # outside the module tree: DeepSpeed does not see it
         if arguments.gradient_checkpointing:
-            trunk: Any = module.trunk
             trunk.upper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.module = module.to(device())
         schedule = cosine(total_steps, warmup_ratio, min_lr_ratio)

@@ -319,7 +319,7 @@ def _world_config(recipe: Recipe) -> Any:
 
 
 def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: int) -> list[str]:
-    """Settings that lower the peak, each with what it alone leaves, in words; those that fit ``limit`` bytes first."""
+    """Settings that lower the peak, each with what it alone leaves, in words, the best first."""
     before = estimate(recipe, world_size=world_size, devices_per_node=devices_per_node).peak.total
     changes: list[tuple[str, dict[str, Any]]] = [("engine.bf16 true", {"engine.bf16": True})]
     changes += [(f"engine.zero_stage {s}", {"engine.zero_stage": s}) for s in (1, 2, 3)]
@@ -348,8 +348,7 @@ def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: i
         left = estimate(changed, world_size=more * world_size, devices_per_node=devices_per_node).peak.total
         if left < before:
             found.append((left, words))
-    lines = [
-        f"{words}: {left / GIB:.1f} GiB" + (", which fits" if left <= limit else "") for left, words in sorted(found)
-    ]
-    left = estimate(everything, world_size=world_size, devices_per_node=devices_per_node).peak.total
-    return [*lines, f"all of these together: {left / GIB:.1f} GiB"] if len(lines) > 1 else lines
+    if len(found) > 1:
+        left = estimate(everything, world_size=world_size, devices_per_node=devices_per_node).peak.total
+        found = [*sorted(found), (left, "all of these on as many devices")]
+    return [f"{words}: {left / GIB:.1f} GiB" + (", which fits" if left <= limit else "") for left, words in found]
