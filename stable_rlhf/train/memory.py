@@ -36,11 +36,13 @@ A stage's need is the largest of its moments (loading, rollouts, update), not th
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -293,10 +295,11 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
 
 def _policy_sizes(recipe: Recipe, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:
     if recipe.model_name_or_path is None:
-        config, source = _world_config(recipe), "the skill world's settings"
-    else:
-        config, source = read_config(recipe.model_name_or_path, recipe.model_shape)
-    return model_sizes(config, source, num_trainable_layers, scorer=scorer)
+        w = recipe.world
+        return _world_sizes(
+            w.hidden_size, w.num_hidden_layers, w.num_attention_heads, w.architecture, num_trainable_layers, scorer
+        )
+    return _sizes(recipe.model_name_or_path, json.dumps(recipe.model_shape), num_trainable_layers, scorer)
 
 
 def _models(recipe: Recipe) -> tuple[ModelSizes, ModelSizes]:
@@ -304,18 +307,28 @@ def _models(recipe: Recipe) -> tuple[ModelSizes, ModelSizes]:
     layers = recipe.scorer.num_trainable_layers
     if recipe.scorer_model_name_or_path is None:
         return policy, _policy_sizes(recipe, layers, scorer=True)
-    config, source = read_config(recipe.scorer_model_name_or_path, recipe.scorer_model_shape or recipe.model_shape)
-    return policy, model_sizes(config, source, layers, scorer=True)
+    shape = json.dumps(recipe.scorer_model_shape or recipe.model_shape)
+    return policy, _sizes(recipe.scorer_model_name_or_path, shape, layers, True)
 
 
-def _world_config(recipe: Recipe) -> Any:
+# Remembered: the search for remedies asks for the same few models many times.
+@functools.cache
+def _sizes(name: str, shape: str, num_trainable_layers: int | None, scorer: bool) -> ModelSizes:
+    config, source = read_config(name, json.loads(shape))
+    return model_sizes(config, source, num_trainable_layers, scorer=scorer)
+
+
+@functools.cache
+def _world_sizes(
+    width: int, blocks: int, heads: int, architecture: Literal["llama", "bloom"], layers: int | None, scorer: bool
+) -> ModelSizes:
     from stable_rlhf.world import build_model, build_tokenizer
 
-    w = recipe.world
-    return build_model(
-        build_tokenizer(), hidden_size=w.hidden_size, num_hidden_layers=w.num_hidden_layers,
-        num_attention_heads=w.num_attention_heads, architecture=w.architecture,
-    ).config  # fmt: skip
+    built = build_model(
+        build_tokenizer(), hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
+        architecture=architecture,
+    )  # fmt: skip
+    return model_sizes(built.config, "the skill world's settings", layers, scorer=scorer)
 
 
 def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: int) -> list[str]:
