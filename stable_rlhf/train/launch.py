@@ -174,8 +174,8 @@ def memory_text(found: Estimate, limit: int | None) -> str:
              for row in table]  # fmt: skip
     for name, m in found.models.items():
         lines.append(f"{name}: {m.parameters:,} parameters, {m.trained:,} trained; from {m.source}")
-    if found.host_bytes:
-        lines.append(f"host memory per node for the offloaded optimiser: {found.host_bytes / GIB:.1f} GiB")
+    host = f"{found.host_bytes / GIB:.1f} GiB"
+    lines.append(f"host memory of a node: {host} while its processes read the models or hold an offloaded optimiser")
     peak, have = found.peak, "unknown (--device-memory-gib says)" if limit is None else f"{limit / GIB:.1f} GiB"
     lines.append(f"largest: {peak.stage}, {peak.name}: {peak.total / GIB:.1f} GiB; a device has {have}")
     return "\n".join(lines)

@@ -29,6 +29,8 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one);
                   ZeRO 3: the weights gathered whole, e·Q
     loading       the policy whole in float32, 4·P, and for PPO its reference, 4·Q, before the engine casts and shards
+    host          of a node: each of its processes reads policy (float32) and scorer, 4·P + e·P, before they go to the
+                  device; or its share of an offloaded optimiser, where that is more
     reserve       CUDA's context, NCCL's buffers, the allocator's fragments: 1 GiB and a twentieth of the rest
 
 A stage's need is the largest of its moments (loading, rollouts, update), not their sum.
@@ -91,7 +93,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Every moment of a run, and what the host of ``devices_per_node`` devices holds beside them."""
+    """Every moment of a run, and the most host memory of a node: its processes, each with its share of an offloaded
+    optimiser, or reading the models before they go to the device."""
 
     models: dict[str, ModelSizes]
     moments: list[Moment]
@@ -289,8 +292,9 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     judge = e * scorer.parameters if recipe.evaluate.judge == "scorer" else 0
     items = {"weights": e * policy.parameters, "frozen": e * policy.parameters + judge, "generation": answering}
     moments.append(Moment("evaluation", "rollouts", items))
-    host = max(engine_bytes(m, engine, world_size)[1] for m in (policy, scorer)) * devices_per_node
-    return Estimate({"policy": policy, "scorer": scorer}, moments, host)
+    reading = 4 * policy.parameters + e * scorer.parameters
+    host = max(reading, *(engine_bytes(m, engine, world_size)[1] for m in (policy, scorer)))
+    return Estimate({"policy": policy, "scorer": scorer}, moments, host * devices_per_node)
 
 
 def _policy_sizes(recipe: Recipe, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:

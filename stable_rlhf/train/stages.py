@@ -272,7 +272,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     arguments: PPOArguments = recipe.ppo
-    judge = AdvantageModel.from_pretrained(scorer, num_trainable_layers=recipe.scorer.num_trainable_layers)
+    judge = AdvantageModel.from_pretrained(
+        scorer, dtype=_reading_dtype(recipe), num_trainable_layers=recipe.scorer.num_trainable_layers
+    )
     check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     wanted = "am" if variant.startswith("am") else "rm"
     if judge.settings.objective != wanted:
