@@ -81,7 +81,8 @@ def test_the_176b_recipe(cli):
     assert "# on each of the 32 nodes" in done.out and '"--rdzv-endpoint=$MASTER_ADDR:29400"' in done.out
     assert "--nnodes=32 --nproc-per-node=8" in done.out and "policy: 176,247,285,761 parameters" in done.out
     rows = {line.split()[0]: line.split()[1:] for line in done.out.splitlines() if line and line[0].islower()}
-    update = 5  # columns: scorer loading and update, selection, ppo loading, rollouts, update, evaluation
+    header = next(line for line in done.out.splitlines() if line.startswith("GiB per device"))
+    update = re.split("  +", header).index("ppo update") - 1
     state = sum(float(rows[name][update]) for name in ("weights", "gradients", "optimiser"))
     assert state == pytest.approx(16 * 176_247_285_761 / 256 / 2**30, abs=0.2)
     assert "GiB short in stage ppo (loading)" in done.err and "largest part is loading" in done.err
@@ -222,14 +223,18 @@ def finished(folder: Path, ranks: int) -> None:
 @pytest.mark.parametrize("launcher", ["launch", "torchrun", "deepspeed", "accelerate"])
 def test_every_launcher_runs_two_ranks(tiny, launcher):
     port = free_port()
+    # The modules behind the console scripts torchrun, deepspeed and accelerate: they run whatever the PATH is.
+    python = [sys.executable, "-m"]
     program: dict[str, list[object]] = {
         "launch": [CONSOLE_SCRIPT, "launch", "--port", port],
-        "torchrun": ["torchrun", "--nproc-per-node=2", f"--master-port={port}", "-m", "stable_rlhf", "run"],
-        "deepspeed": ["deepspeed", "--num_accelerators=2", f"--master_port={port}", "--module", "stable_rlhf", "run"],
-        "accelerate": ["accelerate", "launch", "--cpu", "--num_processes=2", f"--main_process_port={port}",
-                       "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--module", "stable_rlhf",
-                       "run"],
+        "torchrun": [*python, "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m"],
+        "deepspeed": [*python, "deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={port}",
+                      "--module"],
+        "accelerate": [*python, "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+                       "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}", "--module"],
     }  # fmt: skip
+    if launcher != "launch":
+        program[launcher] += ["stable_rlhf", "run"]
     if launcher == "accelerate":
         pytest.importorskip("accelerate")
     done = start(tiny, *program[launcher], "my.yaml")

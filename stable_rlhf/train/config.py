@@ -57,7 +57,7 @@ class EngineArguments:
 
     Args:
         zero_stage: ZeRO stage: 0 (replicated), 1 (optimiser sharded), 2 (gradients too), 3 (weights too).
-        bf16: Train in bfloat16 with float32 master weights.
+        bf16: Train in bfloat16 with float32 master weights (ZeRO 0 then runs as ZeRO 1).
         offload_optimizer: Keep the optimiser's state in host memory (ZeRO 1 to 3, GPU).
         max_grad_norm: Gradient clipping by global norm (0: off).
         weight_decay: AdamW's weight decay.

@@ -145,6 +145,9 @@ class Engine:
         import deepspeed
 
         self.accumulation = gradient_accumulation_steps
+        # DeepSpeed's own optimiser for bfloat16 without ZeRO steps once, with gradients of 0, when it is made: Adam's
+        # count is one ahead and the first update a quarter too small. ZeRO 1 starts right and needs no more memory.
+        self.zero_stage = max(arguments.zero_stage, 1) if arguments.bf16 else arguments.zero_stage
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
@@ -161,14 +164,14 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "gradient_clipping": arguments.max_grad_norm,
-            "zero_optimization": {"stage": arguments.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage},
             "bf16": {"enabled": arguments.bf16},
             "zero_allow_untested_optimizer": True,
             "wall_clock_breakdown": False,
             "steps_per_print": 10**9,
         }
         if arguments.offload_optimizer:
-            if arguments.zero_stage == 0:
+            if self.zero_stage == 0:
                 raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
@@ -186,7 +189,6 @@ class Engine:
             lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, schedule),
             config=config,
         )
-        self.zero_stage = arguments.zero_stage
         self._norm = float("nan")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,10 +8,12 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
     T    padded tokens of a micro-batch, B rows of L tokens                    n   blocks through which gradients flow
     h    width; k width of all key (or value) heads; f width of the MLP; a heads; V vocabulary
 
-    weights       e·Q (ZeRO 3: e·Q/W), and e·(P - Q) for frozen lower blocks, which no stage shards
+    weights       e·Q (ZeRO 3: e·Q/W, and e for those of tensors below DeepSpeed's param_persistence_threshold, which
+                  stay whole), and e·(P - Q) for frozen lower blocks, which no stage shards
     gradients     e·R (ZeRO 2 and 3: e·R/W)
     optimiser     two moments and a float32 copy of the weights, 12·R. ZeRO 0 in float32 needs no copy: 8·R. ZeRO 1 to 3
-                  share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too.
+                  share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too. In bf16 the engine runs ZeRO 0
+                  as ZeRO 1
                   With offload_optimizer it lies in host memory, with float32 gradients: 16·R/W
     frozen        the models that only read, e each: for PPO the reference (what it does not share with the policy, Q
                   without the value head) and the scorer, whole
@@ -26,14 +28,16 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   the gradient of hidden states, rows·e·h; where the head trains its gradient, e·V·h, and where the
                   rows need several chunks in 16 bits their float32 sum, 4·V·h
     generation    the cache, 2·n_blocks·k·e a token of a batch (at most generate's max_tokens); logits of one position
-                  a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one);
-                  ZeRO 3: the weights gathered whole, e·Q
+                  a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one)
+    step          while the optimiser steps, without activations: a buffer of its own, 4·R, and in bf16 the gradients in
+                  float32, 4·R (ZeRO 1 to 3: /W)
+    gathered      ZeRO 3 while it samples or saves: the weights whole, e·Q
     loading       the policy whole in float32, 4·P, and for PPO its reference, 4·Q, before the engine casts and shards
     host          of a node: each of its processes reads policy (float32) and scorer, 4·P + e·P, before they go to the
                   device; or its share of an offloaded optimiser, where that is more
     reserve       CUDA's context, NCCL's buffers, the allocator's fragments: 1 GiB and a twentieth of the rest
 
-A stage's need is the largest of its moments (loading, rollouts, update), not their sum.
+A stage's need is the largest of its moments (loading, rollouts, update, step, saving), not their sum.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ class ModelSizes:
     source: str
     parameters: int
     in_engine: int
+    small: int
     trained: int
     trains_head: bool
     blocks: int
@@ -139,8 +144,10 @@ def read_config(name: str, shape: dict[str, Any]) -> tuple[Any, str]:
 def model_sizes(config: Any, source: str, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:
     """Sizes of a policy with its value head, or of a scorer with its two heads, as the trainers build it. On the meta
     device: no weight is allocated."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers import AutoModelForCausalLM
 
+    threshold = DeepSpeedZeroConfig(stage=3).param_persistence_threshold
     model: Any
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config)
@@ -160,6 +167,7 @@ def model_sizes(config: Any, source: str, num_trainable_layers: int | None, *, s
         source=source,
         parameters=sum(p.numel() for p in everything.values()),
         in_engine=sum(p.numel() for p in model.parameters()),
+        small=sum(p.numel() for p in model.parameters() if p.numel() <= threshold),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         trains_head=not scorer and model.head.weight.requires_grad,
         blocks=blocks,
@@ -204,15 +212,20 @@ def loss_bytes(m: ModelSizes, rows: int, itemsize: int) -> int:
     return chunk + rows * itemsize * m.hidden + head
 
 
+def _stage(engine: EngineArguments) -> int:
+    # As the engine does: without ZeRO there is no right optimiser for bfloat16.
+    return max(engine.zero_stage, 1) if engine.bf16 else engine.zero_stage
+
+
 def engine_bytes(m: ModelSizes, engine: EngineArguments, world_size: int) -> tuple[dict[str, int], int]:
     """Weights, gradients and optimiser on a device, and what offloading keeps on the host for each process."""
-    e, stage = (2 if engine.bf16 else 4), engine.zero_stage
+    e, stage = (2 if engine.bf16 else 4), _stage(engine)
     share = lambda count, first: -(-count // (world_size if stage >= first else 1))  # noqa: E731
     copy = 4 if engine.bf16 or stage else 0
     optimiser, host = share(m.trained * (8 + copy), 1), 0
     if engine.offload_optimizer and stage:
         host, optimiser = optimiser + share(4 * m.trained, 1), 0
-    weights = share(e * m.in_engine, 3) + e * (m.parameters - m.in_engine)
+    weights = share(e * m.in_engine, 3) + e * (m.parameters - m.in_engine) + (e * m.small if stage == 3 else 0)
     return {"weights": weights, "gradients": share(e * m.trained, 2), "optimiser": optimiser}, host
 
 
@@ -220,10 +233,11 @@ def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
     """Communication's memory: what DeepSpeed holds all the time, and what it takes besides during an update."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    if engine.zero_stage == 0:
+    stage = _stage(engine)
+    if stage == 0:
         return 0, 0
-    config, e = DeepSpeedZeroConfig(stage=engine.zero_stage), 2 if engine.bf16 else 4
-    if engine.zero_stage < 3:
+    config, e = DeepSpeedZeroConfig(stage=stage), 2 if engine.bf16 else 4
+    if stage < 3:
         return 0, e * config.reduce_bucket_size
     return e * config.reduce_bucket_size, e * max(min(m.in_engine, config.max_live_parameters), m.vocabulary * m.hidden)
 
@@ -248,6 +262,14 @@ def _training_moments(
             "communication": sum(_buffers(m, engine)),
         } | more,
     )  # fmt: skip
+    # torch's AdamW takes one more buffer as large as a moment, bf16 gradients become float32 first.
+    temporary = -(-m.trained * (8 if engine.bf16 else 4) // (world_size if _stage(engine) else 1))
+    if not engine.offload_optimizer:
+        kept = {k: v for k, v in more.items() if k == "frozen"}
+        yield Moment(stage, "step", state | {"step": temporary, "communication": _buffers(m, engine)[0]} | kept)
+    if engine.zero_stage == 3:
+        gathered = {"gathered": e * m.in_engine, "communication": _buffers(m, engine)[0]}
+        yield Moment(stage, "saving", state | gathered | {k: v for k, v in more.items() if k == "frozen"})
 
 
 def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estimate:
