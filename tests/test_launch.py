@@ -230,7 +230,7 @@ def test_every_launcher_runs_two_ranks(tiny, launcher):
         "torchrun": [*python, "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m"],
         "deepspeed": [*python, "deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={port}",
                       "--module"],
-        "accelerate": [*python, "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+        "accelerate": [*python, "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
                        "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}", "--module"],
     }  # fmt: skip
     if launcher != "launch":

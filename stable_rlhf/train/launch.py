@@ -41,6 +41,9 @@ _FORWARDED = (
     "UCX_",
 )
 _SECRET = re.compile("TOKEN|SECRET|KEY|PASSWORD")
+# Since torch 2.5 all attempts of a run share one store by default, and processes that were started again find the dead
+# ones' addresses in it (pytorch issues 135712, 167288; seen with 2.13).
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 _GRACE = 40.0  # seconds until what was asked to end is ended: torchrun itself gives its processes 30
 
 
@@ -89,7 +92,8 @@ class Plan:
             # the guess. The address of the node that gets rank 0 becomes MASTER_ADDR.
             settings |= {"rdzv-conf": f"is_host={int(node == 0)}", "local-addr": host.name}
         flags = [f"--{name}={value}" for name, value in settings.items()]
-        return [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "stable_rlhf", "run", *self.arguments]
+        torchrun = ["env", _OWN_STORE, sys.executable, "-m", "torch.distributed.run", *flags]
+        return [*torchrun, "-m", "stable_rlhf", "run", *self.arguments]
 
 
 def read_hostfile(path: str) -> list[Host]:
@@ -232,6 +236,7 @@ set -euo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR OMP_NUM_THREADS="${{OMP_NUM_THREADS:-4}}"
+export {_OWN_STORE}  # or processes that are started again look for the dead ones
 
 srun --kill-on-bad-exit=1 {torchrun} \\
     {lines}
