@@ -11,7 +11,7 @@ from cli_helpers import Done, Server, run, shared_server, tiny_files, write_line
 
 import stable_rlhf
 
-COMMANDS = ("quickstart", "run", "sft", "train-scorer", "select", "train-ppo", "evaluate")
+COMMANDS = ("quickstart", "run", "launch", "sft", "train-scorer", "select", "train-ppo", "evaluate")
 PAIR = {"prompt": "Reverse the letters of jnfl", "chosen": "lfnj", "rejected": "jnfl"}
 
 
@@ -75,8 +75,8 @@ def test_help_of_a_command(cli, command):
     assert "--ppo.kl_coef" in done.out and "The paper's beta: weight of the per-token KL penalty" in done.out
     assert "--output_dir" in done.out and "default: runs/default" in done.out
     assert "``" not in done.out and "configuration file." not in done.out
-    own = {"train-scorer": "--objective {am,rm}", "select": "--scorer SCORER", "train-ppo": "--variant {rejection",
-           "evaluate": "--policies NAME=FOLDER"}.get(command)  # fmt: skip
+    own = {"train-scorer": "--objective {am,rm}", "launch": "--dry_run", "select": "--scorer SCORER",
+           "train-ppo": "--variant {rejection", "evaluate": "--policies NAME=FOLDER"}.get(command)  # fmt: skip
     assert own is None or own in done.out
 
 

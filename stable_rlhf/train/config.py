@@ -306,7 +306,7 @@ class Recipe:
         model_shape: transformers' config fields of the policy (``model_type`` first), for the memory estimate of
             ``launch`` alone and only where the model's own config is not on this machine.
         scorer_model_shape: The same for scorer_model_name_or_path (unset: model_shape).
-        launch: Nodes and devices of ``stable-rlhf launch``.
+        launch: Nodes and devices of ``stable-rlhf launch``; ``--nodes`` is short for ``--launch.nodes``, and so on.
         data: Files.
         engine: DeepSpeed.
         world: The generated skill world; used when model_name_or_path is unset.
