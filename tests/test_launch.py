@@ -134,6 +134,7 @@ def test_flags_may_come_before_the_recipe(cli, tiny):
         ("my.yaml --hostfile hosts --nodes 2", ["--hostfile names the nodes", "--nodes"]),
         ("my.yaml --hostfile hosts --slurm x.sh", ["--hostfile names the nodes", "--slurm"]),
         ("my.yaml --nodes 0", ["launch.nodes must be at least 1, got 0"]),
+        ("my.yaml --port 99999", ["launch.port must be at most 65535, got 99999"]),
         ("my.yaml --nodes 2 --ppo.rollout_batch_size 16", ["2 nodes", "--hostfile", "--slurm", "--rendezvous"]),
         ("my.yaml --devices-per-node 3", ["ppo.rollout_batch_size 8", "x 3 ranks"]),
         ("my.yaml --slurm my.yaml", ["--slurm 'my.yaml'", "exists", "nothing is overwritten"]),

@@ -385,5 +385,7 @@ def check(recipe: Recipe) -> None:
                 value = getattr(value, part)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {words}, got {value}")
+    if recipe.launch.port > 65535:
+        raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")

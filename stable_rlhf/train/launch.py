@@ -314,7 +314,8 @@ def run(plan: Plan) -> int:
     _check_devices(plan)
     check_port(plan.endpoint, plan.launch.port)
     hosts = plan.hosts or [Host("127.0.0.1", plan.devices_per_node)]
-    before = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]  # nohup's stays
+    before = {s: signal.signal(s, _interrupt) for s in numbers}
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for node, host in enumerate(hosts):
