@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -214,8 +215,6 @@ def start(folder: Path, *program: object, **extra: str) -> Done:
 
 
 def finished(folder: Path, ranks: int) -> None:
-    import json
-
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["device"].endswith(f"{ranks} ranks") and summary["policies"]["rm"]["main"]["n"] == 4
 
@@ -241,6 +240,17 @@ def test_every_launcher_runs_two_ranks(tiny, launcher):
     done = start(tiny, *program[launcher], "my.yaml")
     assert done.code == 0, done.err[-6000:]
     finished(tiny / "out", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [[], ["--ppo.num_trainable_layers", 1, "--scorer.num_trainable_layers", 1]])
+def test_a_run_in_bfloat16(cli, tiny, layers):
+    """As the recipes for GPUs run: every stage, models that only read in bfloat16 too."""
+    cli("run", "my.yaml", "--engine.bf16", "true", "--engine.gradient_checkpointing", "true", "--variants",
+        "[rejection,rm,am]", "--ppo.rejection_samples", 2, *layers).worked()  # fmt: skip
+    summary = json.loads((tiny / "out" / "summary.json").read_text())
+    assert summary["settings"]["engine"]["bf16"] and set(summary["policies"]) == {"rejection", "rm", "am"}
+    assert summary["policies"]["rm"]["main"]["n"] > 0
 
 
 @pytest.mark.slow
