@@ -20,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from stable_rlhf import __version__
-from stable_rlhf.train.config import VARIANTS, Recipe, check
+from stable_rlhf.train.config import VARIANTS, LaunchArguments, Recipe, check
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.
@@ -34,6 +34,7 @@ Advantage Model and Selective Rehearsal (arXiv 2309.10202) for RLHF that stays s
 whole runs
   quickstart     the whole method in a generated skill world: no data, no download, a few minutes
   run RECIPE     every stage of a YAML recipe; finished stages are not redone
+  launch RECIPE  `run` on several devices or nodes; --dry-run: the commands and the memory they need
 
 single stages
   sft            supervised fine-tuning of a policy
@@ -42,15 +43,20 @@ single stages
   train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr)
   evaluate       policies against SFT: win, lose, tie on a main and a forget set
 
-  env            versions, devices and which kernels are in use
+  env            what a bug report needs: versions, devices, kernels, compilers, launcher variables
 
 `stable-rlhf COMMAND --help` lists a command's settings. Every setting of a recipe can be given on the command line:
   stable-rlhf run recipes/smollm2-pairs.yaml --data-dir DIR --ppo.total_steps 10
-Several processes:
+Several processes (launch writes torchrun's command; deepspeed, torchrun and accelerate launch work as well):
+  stable-rlhf launch --dry-run recipes/h100x8-7b.yaml
+  stable-rlhf launch --devices-per-node 2 recipes/smollm2-pairs.yaml --data-dir DIR
+  stable-rlhf launch --hostfile HOSTS recipes/h100x8-7b.yaml --data-dir DIR
   deepspeed --num_accelerators 2 --module stable_rlhf run recipes/smollm2-pairs.yaml --data-dir DIR
 """
 
-_ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"}
+_ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"} | {
+    f"--{name}": f"--launch.{name}" for name in LaunchArguments.__dataclass_fields__
+}
 _LISTS = {"--variants", "--report_to"} | {
     f"--data.{name}" for name in ("pairs", "prompts", "demonstrations", "eval_main", "eval_forget", "rehearsal",
                                   "forget_tasks")
@@ -59,6 +65,13 @@ _LISTS = {"--variants", "--report_to"} | {
 _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "quickstart": [],
     "run": [],
+    "launch": [
+        ("--hostfile", {"metavar": "FILE", "help": "Nodes, one a line: ADDRESS slots=N (DeepSpeed's form). This "
+                        "machine's own addresses are started here, others by ssh."}),
+        ("--slurm", {"metavar": "FILE", "help": "Write a batch script for sbatch to FILE and start nothing."}),
+        ("--dry_run", {"action": "store_true", "help": "Print each node's exact command and the memory of a device; "
+                       "exit status 3, with the shortfall, where it does not fit."}),
+    ],
     "sft": [],
     "train-scorer": [
         ("--objective", {"choices": ["am", "rm"], "required": True, "help": "Advantage Model or reward model."}),
@@ -80,6 +93,7 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--judge_scorer", {"help": "Scorer folder that judges."}),
     ],
 }  # fmt: skip
+_TAKES_RECIPE = ("run", "launch")
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
     "list": "a list, [a, b]", "dict": "a mapping, {a: 1}",
@@ -161,7 +175,7 @@ def fail(message: str, *, hint: str = "") -> NoReturn:
 def build_parser(command: str) -> _Parser:
     """The parser of one command: every setting of a recipe, and in ``own`` the command's flags."""
     name = f"stable-rlhf {command}"
-    usage = f"{name}{' RECIPE' if command == 'run' else ''} [options]"
+    usage = f"{name}{' RECIPE' if command in _TAKES_RECIPE else ''} [options]"
     parser = _Parser(prog=name, usage=usage, description=_describe(command), allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML recipe; flags after it override it.")
     parser.add_class_arguments(Recipe, None)
@@ -236,6 +250,17 @@ def normalise(argv: Sequence[str]) -> list[str]:
     return found
 
 
+def _recipe_first(command: str, arguments: list[str], switches: Sequence[str]) -> list[str]:
+    """The arguments with the recipe, which is the first that is neither a flag nor a flag's value, as ``--config``."""
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-"):
+        at += 1 if "=" in arguments[at] or arguments[at] in switches else 2
+    if at >= len(arguments):
+        usage = f"stable-rlhf {command} RECIPE.yaml [options]"
+        fail(f"{command} needs a recipe first: {usage}", hint=f"see `stable-rlhf {command} --help`")
+    return ["--config", arguments[at], *arguments[:at], *arguments[at + 1 :]]
+
+
 def _as_list(value: str) -> str:
     return value if value.lstrip().startswith("[") else json.dumps([part for part in value.split(",") if part])
 
@@ -247,10 +272,9 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace
     if any(a in ("-h", "--help") for a in arguments):
         parser.print_help()
         raise SystemExit(0)
-    if command == "run":
-        if not arguments or arguments[0].startswith("-"):
-            fail("run needs a recipe first: stable-rlhf run RECIPE.yaml [options]", hint="see `stable-rlhf run --help`")
-        arguments = ["--config", *arguments]
+    if command in _TAKES_RECIPE:
+        switches = [o for a in parser.own._actions if a.nargs == 0 for o in a.option_strings]
+        arguments = _recipe_first(command, arguments, switches)
     own, settings = parser.own.parse_known_args(arguments)
     parser.given = settings
     for flag, value in pairwise([*settings, ""]):
@@ -263,6 +287,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace
     else:
         space = parser.parse_args(settings)
     made = parser.instantiate(space)
+    own.given = settings
     return Recipe(**{name: made[name] for name in Recipe.__dataclass_fields__}), own
 
 
@@ -279,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     if command == "env":
-        return print_environment()
+        return _print_environment()
     if command not in _OWN:
         fail(
             f"unknown command {command!r}" + suggestion([command], [*_OWN, "env"]),
@@ -442,19 +467,40 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     _single("evaluation", recipe, "data ppo evaluate", inputs, run)
 
 
-def print_environment() -> None:
-    """Versions, device, and the backend of every op on it."""
-    from stable_rlhf import ops
-    from stable_rlhf.train.run import device_name, versions
+def _launch(recipe: Recipe, own: argparse.Namespace) -> None:
+    """Several processes: say what would run, write a batch script, or run it."""
+    from stable_rlhf.train import launch
 
-    for name, version in versions().items():
-        print(f"{name:24s}{version}")
-    print(f"{'device':24s}{device_name()}")
-    for name, value in ops.backend_report().items():
-        print(f"{name:24s}{value}")
+    given = [a for a in own.given if a.split("=")[0] in ("--launch.nodes", "--launch.rendezvous")]
+    if own.hostfile and (given or own.slurm):
+        raise ValueError(f"--hostfile names the nodes: leave out {(given or ['--slurm'])[0].replace('launch.', '')}")
+    plan = launch.make_plan(recipe, _forwarded(own.given), own.hostfile)
+    if own.slurm and not own.dry_run:
+        return launch.write_slurm(recipe, plan, own.slurm)
+    if own.slurm:
+        print(launch.slurm_script(recipe, plan))
+    raise SystemExit(launch.dry_run(recipe, plan) if own.dry_run else launch.run(plan))
+
+
+def _forwarded(given: Sequence[str]) -> list[str]:
+    """Arguments of ``run``: the recipe, and its settings but those of ``launch``."""
+    kept: list[str] = []
+    arguments = iter(given[1:])  # the first is --config
+    for argument in arguments:
+        if not argument.startswith("--launch."):
+            kept.append(argument)
+        elif "=" not in argument:
+            next(arguments)
+    return kept
+
+
+def _print_environment() -> None:
+    from stable_rlhf.train.environment import report
+
+    print(report())
 
 
 _COMMANDS = {
-    "quickstart": _run, "run": _run, "sft": _sft, "train-scorer": _train_scorer, "select": _select,
+    "quickstart": _run, "run": _run, "launch": _launch, "sft": _sft, "train-scorer": _train_scorer, "select": _select,
     "train-ppo": _train_ppo, "evaluate": _evaluate,
 }  # fmt: skip

@@ -342,12 +342,13 @@ class PolicyModel(nn.Module):
         nn.Module.__init__(clone)
         trunk = Trunk.__new__(Trunk)
         nn.Module.__init__(trunk)
-        trunk.upper = copy.deepcopy(self.trunk.upper)
+        copied: dict[int, Any] = {}  # one for both: a head that is tied to the embedding stays tied
+        trunk.upper = copy.deepcopy(self.trunk.upper, copied)
         trunk.num_trainable_layers = self.trunk.num_trainable_layers
         object.__setattr__(trunk, "lower", self.trunk.lower)
         object.__setattr__(trunk, "backbone", None)
         clone.trunk = trunk
-        clone.head = copy.deepcopy(self.head)
+        clone.head = copy.deepcopy(self.head, copied)
         clone.value_head = None
         object.__setattr__(clone, "causal_lm", None)
         return clone.requires_grad_(False).eval()

@@ -13,7 +13,7 @@ from cli_helpers import Done, Server, environment, run, shared_server, tiny_file
 
 import stable_rlhf
 
-COMMANDS = ("quickstart", "run", "sft", "train-scorer", "select", "train-ppo", "evaluate")
+COMMANDS = ("quickstart", "run", "launch", "sft", "train-scorer", "select", "train-ppo", "evaluate")
 PAIR = {"prompt": "Reverse the letters of jnfl", "chosen": "lfnj", "rejected": "jnfl"}
 
 
@@ -77,8 +77,8 @@ def test_help_of_a_command(cli, command):
     assert "--ppo.kl_coef" in done.out and "The paper's beta: weight of the per-token KL penalty" in done.out
     assert "--output_dir" in done.out and "default: runs/default" in done.out
     assert "``" not in done.out and "configuration file." not in done.out
-    own = {"train-scorer": "--objective {am,rm}", "select": "--scorer SCORER", "train-ppo": "--variant {rejection",
-           "evaluate": "--policies NAME=FOLDER"}.get(command)  # fmt: skip
+    own = {"train-scorer": "--objective {am,rm}", "launch": "--dry_run", "select": "--scorer SCORER",
+           "train-ppo": "--variant {rejection", "evaluate": "--policies NAME=FOLDER"}.get(command)  # fmt: skip
     assert own is None or own in done.out
 
 
@@ -215,9 +215,9 @@ def test_debug_shows_the_traceback(cli):
         ("p.jsonl", b"", ["p.jsonl: the file has no rows"]),
         ("p.jsonl", b"\n\n", ["p.jsonl: the file has no rows"]),
         ("p.jsonl.gz", b"", ["p.jsonl.gz"]),
-        ("p.jsonl.gz", gzip.compress(b""), ["p.jsonl.gz: the file has no rows"]),
-        ("p.jsonl.gz", gzip.compress(json.dumps(PAIR).encode())[:-9], ["p.jsonl.gz: not a whole gzip file"]),
-        ("p.jsonl", gzip.compress(b"{}"), ["p.jsonl", ".gz"]),
+        ("p.jsonl.gz", gzip.compress(b"", mtime=0), ["p.jsonl.gz: the file has no rows"]),
+        ("p.jsonl.gz", gzip.compress(json.dumps(PAIR).encode(), mtime=0)[:-9], ["p.jsonl.gz: not a whole gzip file"]),
+        ("p.jsonl", gzip.compress(b"{}", mtime=0), ["p.jsonl", ".gz"]),
         ("p.jsonl", json.dumps(PAIR).encode() + b"\n{\"prompt\": \n", ["p.jsonl:2: not JSON"]),
         ("p.jsonl", b'{"prompt": "Hi", "chosen": "a"}\n', ["p.jsonl:1: 'rejected' is missing"]),
         ("p.jsonl", b'{"prompt": "Hi", "chosen": "a", "rejected": 3}\n', ["p.jsonl:1: 'rejected' must be a string"]),

@@ -57,7 +57,7 @@ class EngineArguments:
 
     Args:
         zero_stage: ZeRO stage: 0 (replicated), 1 (optimiser sharded), 2 (gradients too), 3 (weights too).
-        bf16: Train in bfloat16 with float32 master weights.
+        bf16: Train in bfloat16 with float32 master weights (ZeRO 0 then runs as ZeRO 1).
         offload_optimizer: Keep the optimiser's state in host memory (ZeRO 1 to 3, GPU).
         max_grad_norm: Gradient clipping by global norm (0: off).
         weight_decay: AdamW's weight decay.
@@ -103,6 +103,27 @@ class GuardArguments:
 
     max_kl: float | None = None
     on_kl: Literal["warn", "stop"] = "warn"
+
+
+@dataclass
+class LaunchArguments:
+    """What ``stable-rlhf launch`` runs on; no stage reads it, so a run may continue on other nodes.
+
+    Args:
+        nodes: Nodes, when neither a hostfile nor Slurm says.
+        devices_per_node: Processes a node, one a device (unset: this machine's GPUs, or 1). A hostfile's slots win.
+        device_memory_gib: Memory of one device, GiB (unset: read from this machine's first GPU).
+        rendezvous: Address of the first node, when the same command is started by hand on every node.
+        port: Port of the rendezvous on the first node.
+        max_restarts: How often torchrun starts all processes again after one has died.
+    """
+
+    nodes: int = 1
+    devices_per_node: int | None = None
+    device_memory_gib: float | None = None
+    rendezvous: str | None = None
+    port: int = 29400
+    max_restarts: int = 0
 
 
 @dataclass
@@ -333,6 +354,10 @@ class Recipe:
         seed: Seed of everything random.
         variants: Which policies to train and compare.
         report_to: ``tensorboard`` and/or nothing; metrics.jsonl is always written.
+        model_shape: transformers' config fields of the policy (``model_type`` first), for the memory estimate of
+            ``launch`` alone and only where the model's own config is not on this machine.
+        scorer_model_shape: The same for scorer_model_name_or_path (unset: model_shape).
+        launch: Nodes and devices of ``stable-rlhf launch``; ``--nodes`` is short for ``--launch.nodes``, and so on.
         data: Files.
         engine: DeepSpeed.
         checkpoint: Snapshots inside a stage.
@@ -352,6 +377,9 @@ class Recipe:
     seed: int = 0
     variants: list[Variant] = field(default_factory=lambda: ["rm", "am", "am-sr"])
     report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
+    model_shape: dict[str, Any] = field(default_factory=dict)
+    scorer_model_shape: dict[str, Any] = field(default_factory=dict)
+    launch: LaunchArguments = field(default_factory=LaunchArguments)
     data: DataArguments = field(default_factory=DataArguments)
     engine: EngineArguments = field(default_factory=EngineArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
@@ -368,8 +396,9 @@ class Recipe:
 
 
 _AT_LEAST_ONE = (
-    "data.eval_prompts data.max_prompt_length data.max_length world.hidden_size world.num_hidden_layers "
-    "world.num_attention_heads world.comparisons sft.per_device_train_batch_size sft.gradient_accumulation_steps "
+    "launch.nodes launch.devices_per_node launch.port data.eval_prompts data.max_prompt_length data.max_length "
+    "world.hidden_size world.num_hidden_layers world.num_attention_heads world.comparisons "
+    "sft.per_device_train_batch_size sft.gradient_accumulation_steps "
     "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
     "scorer.num_trainable_layers select.num_clusters select.top_k select.niter select.train_rows "
     "select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
@@ -377,15 +406,15 @@ _AT_LEAST_ONE = (
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
 )
 _ABOVE_ZERO = (
-    "sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight world.hot_temperature "
-    "ppo.temperature select.near_duplicate"
+    "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
+    "world.hot_temperature ppo.temperature select.near_duplicate"
 )
 _NOT_NEGATIVE = (
-    "seed checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm engine.weight_decay "
-    "guard.max_kl world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate scorer.head_learning_rate "
-    "scorer.expected_coef select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef "
-    "ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature "
-    "evaluate.tie_margin"
+    "seed launch.max_restarts checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm "
+    "engine.weight_decay guard.max_kl world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate "
+    "scorer.head_learning_rate scorer.expected_coef select.max_candidates ppo.learning_rate ppo.head_learning_rate "
+    "ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value ppo.vf_coef "
+    "evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
@@ -418,5 +447,7 @@ def check(recipe: Recipe) -> None:
         check_criteria(f"select.{name}", getattr(recipe.select, name))
     if recipe.select.near_duplicate is not None and recipe.select.near_duplicate > 1:
         raise ValueError(f"select.near_duplicate is a cosine, at most 1, got {recipe.select.near_duplicate}")
+    if recipe.launch.port > 65535:
+        raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stable_rlhf.train.config import EngineArguments
 
+HEADS = ("reward_head", "expected_head", "value_head")
 _TAG = "engine"
 
 
@@ -84,10 +85,30 @@ def start(seed: int) -> None:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"rendezvous port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is taken, perhaps by "
+                "another run; give the launcher another --master_port"
+            ) from error
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     torch.manual_seed(seed)
+
+
+def read_only(module: nn.Module, arguments: EngineArguments) -> nn.Module:
+    """A model that only reads, on this process's device and in the type that the engine trains in: half the memory in
+    bf16. Heads of one output stay in float32, scores and values want the digits."""
+    module.to(device())
+    if arguments.bf16:
+        for name, child in module.named_children():
+            if name not in HEADS:
+                child.to(torch.bfloat16)
+    return module.eval()
 
 
 def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
@@ -126,10 +147,13 @@ class Engine:
         import deepspeed
 
         self.accumulation = gradient_accumulation_steps
+        # DeepSpeed's own optimiser for bfloat16 without ZeRO steps once, with gradients of 0, when it is made: Adam's
+        # count is one ahead and the first update a quarter too small. ZeRO 1 starts right and needs no more memory.
+        self.zero_stage = max(arguments.zero_stage, 1) if arguments.bf16 else arguments.zero_stage
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
-        heads = [p for n, p in named if n.split(".")[0] in ("reward_head", "expected_head", "value_head")]
+        heads = [p for n, p in named if n.split(".")[0] in HEADS]
         held = {id(p) for p in heads}
         groups = [{"params": [p for _, p in named if id(p) not in held], "lr": learning_rate}]
         groups.append({"params": heads, "lr": head_learning_rate or learning_rate})
@@ -142,19 +166,21 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "gradient_clipping": arguments.max_grad_norm,
-            "zero_optimization": {"stage": arguments.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage},
             "bf16": {"enabled": arguments.bf16},
             "zero_allow_untested_optimizer": True,
             "wall_clock_breakdown": False,
             "steps_per_print": 10**9,
         }
         if arguments.offload_optimizer:
-            if arguments.zero_stage == 0:
+            if self.zero_stage == 0:
                 raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
+        trunk: Any = getattr(module, "trunk", None)
+        if arguments.bf16 and getattr(trunk, "lower", None) is not None:
+            trunk.lower.to(torch.bfloat16)  # outside the module tree: DeepSpeed does not see it
         if arguments.gradient_checkpointing:
-            trunk: Any = module.trunk
             trunk.upper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.module = module.to(device())
         schedule = cosine(total_steps, warmup_ratio, min_lr_ratio)
@@ -165,7 +191,6 @@ class Engine:
             lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, schedule),
             config=config,
         )
-        self.zero_stage = arguments.zero_stage
         self._norm = float("nan")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from stable_rlhf.progress import progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments
-from stable_rlhf.train.engine import Engine, rank, sum_over_ranks, world_size
+from stable_rlhf.train.engine import Engine, rank, read_only, sum_over_ranks, world_size
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.train.sft import save_policy
 from stable_rlhf.train.snapshots import Snapshots
@@ -44,14 +44,15 @@ class EncodedPrompt:
     ids: list[int]
 
 
-def check_sizes(arguments: PPOArguments) -> None:
-    """Rollouts must divide into mini-batches of whole micro-steps."""
-    width = arguments.num_mini_batches * arguments.per_device_train_batch_size * world_size()
+def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
+    """Rollouts must divide into mini-batches of whole micro-steps, on ``ranks`` processes (unset: those there are)."""
+    ranks = ranks or world_size()
+    width = arguments.num_mini_batches * arguments.per_device_train_batch_size * ranks
     if arguments.rollout_batch_size % width:
         raise ValueError(
             f"ppo.rollout_batch_size {arguments.rollout_batch_size} must be a multiple of num_mini_batches "
             f"{arguments.num_mini_batches} x per_device_train_batch_size {arguments.per_device_train_batch_size} x "
-            f"{world_size()} ranks = {width}"
+            f"{ranks} ranks = {width}"
         )
 
 
@@ -85,8 +86,8 @@ class PPOTrainer:
             warmup_ratio=arguments.warmup_ratio, micro_batch_size=arguments.per_device_train_batch_size,
             gradient_accumulation_steps=self.accumulation,
         )  # fmt: skip
-        self.reference.to(policy.trunk.device)
-        self.scorer.to(policy.trunk.device).eval()
+        read_only(self.reference, engine_arguments)
+        read_only(self.scorer, engine_arguments)
         self.shares_features = share_lower(policy.trunk, scorer.trunk)
         self.cache = FeatureCache()
         self.cache.fill(policy.trunk, [e.ids for e in self.rehearsal], description="rehearsal hidden states")

@@ -17,7 +17,7 @@ from stable_rlhf.progress import progress
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments
-from stable_rlhf.train.engine import Engine, gather_objects, rank, sum_over_ranks, world_size
+from stable_rlhf.train.engine import Engine, gather_objects, rank, read_only, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.sft import nll_step, save_policy
 from stable_rlhf.train.snapshots import Snapshots
@@ -63,13 +63,14 @@ def train_rejection(
     round on what is kept."""
     a, world = arguments, world_size()
     per_round = check_rounds(a)
-    reference = policy.reference().to(policy.trunk.device)
+    reference = policy.reference()
     per_device = a.per_device_train_batch_size
     engine = Engine(
         policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
         micro_batch_size=per_device, gradient_accumulation_steps=1,
     )  # fmt: skip
-    scorer.to(policy.trunk.device).eval()
+    read_only(reference, engine_arguments)
+    read_only(scorer, engine_arguments)
     settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p)
     snapshots = Snapshots(folder, engine, checkpoint)
     done, carried = snapshots.restore()

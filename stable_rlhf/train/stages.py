@@ -32,10 +32,18 @@ from stable_rlhf.train.sft import train_sft
 Result = dict[str, Any]
 
 
-def load_policy(path: str, *, num_trainable_layers: int | None = None, value_head: bool = False) -> PolicyModel:
+def load_policy(
+    path: str, *, num_trainable_layers: int | None = None, value_head: bool = False, dtype: torch.dtype = torch.float32
+) -> PolicyModel:
+    """A policy on this process's device; float32 to train, ``_reading_dtype`` to read."""
     return PolicyModel(
-        load_causal_lm(path), num_trainable_layers=num_trainable_layers, value_head=value_head
+        load_causal_lm(path, dtype=dtype), num_trainable_layers=num_trainable_layers, value_head=value_head
     ).to(device())  # fmt: skip
+
+
+def _reading_dtype(recipe: Recipe) -> torch.dtype:
+    """The type of models that do not train."""
+    return torch.bfloat16 if recipe.engine.bf16 else torch.float32
 
 
 def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
@@ -161,7 +169,9 @@ def run_scorer(
     )  # fmt: skip
     # Scores are taken from what was saved: what a user loads is what is measured.
     barrier()
-    saved = AdvantageModel.from_pretrained(folder, num_trainable_layers=arguments.num_trainable_layers).to(device())
+    saved = AdvantageModel.from_pretrained(
+        folder, dtype=_reading_dtype(recipe), num_trainable_layers=arguments.num_trainable_layers
+    ).to(device())  # fmt: skip
     scores = score_pairs(saved, test, cache)
     if is_main_process():
         (folder / "scores.json").write_text(json.dumps(scores) + "\n")
@@ -204,13 +214,13 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
             len(prompts), generator=torch.Generator().manual_seed(stream_seed(recipe.seed, "candidates"))
         ).tolist()
         prompts = [prompts[i] for i in sorted(order[: s.max_candidates])]
-    model = load_policy(policy)
+    model = load_policy(policy, dtype=_reading_dtype(recipe))
     settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
     rollouts = generate(
         model.causal_lm, tokenizer, [p.ids for p in prompts], settings, seeds=seeds, description="candidates"
     )
-    judge = AdvantageModel.from_pretrained(scorer).to(device())
+    judge = AdvantageModel.from_pretrained(scorer, dtype=_reading_dtype(recipe)).to(device())
     check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     scores = judge.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
     candidates: list[dict[str, Any]] = [
@@ -282,7 +292,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     arguments: PPOArguments = recipe.ppo
-    judge = AdvantageModel.from_pretrained(scorer, num_trainable_layers=recipe.scorer.num_trainable_layers)
+    judge = AdvantageModel.from_pretrained(
+        scorer, dtype=_reading_dtype(recipe), num_trainable_layers=recipe.scorer.num_trainable_layers
+    )
     check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     wanted = "am" if variant.startswith("am") else "rm"
     if judge.settings.objective != wanted:
@@ -341,7 +353,7 @@ def make_judge(recipe: Recipe, scorer: str | None) -> Judge:
         return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
     if scorer is None:
         raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
-    model = AdvantageModel.from_pretrained(scorer).to(device())
+    model = AdvantageModel.from_pretrained(scorer, dtype=_reading_dtype(recipe)).to(device())
     return ScorerJudge(
         lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
     )
@@ -357,14 +369,14 @@ def run_evaluate(
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
     settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.evaluate.temperature, recipe.ppo.top_p)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
-    reference = load_policy(baseline, num_trainable_layers=layers)
+    reference = load_policy(baseline, num_trainable_layers=layers, dtype=_reading_dtype(recipe))
     answers = {
         on: respond(reference, tokenizer, [p.ids for p in part], settings, recipe.seed) for on, part in sets.items()
     }
     result: Result = {"policies": {}}
     records: list[dict[str, Any]] = []
     for name, path in policies.items():
-        policy = load_policy(path, num_trainable_layers=layers)
+        policy = load_policy(path, num_trainable_layers=layers, dtype=_reading_dtype(recipe))
         result["policies"][name] = {}
         for on, part in sets.items():
             say(f"  {name} on the {on} set")
@@ -384,6 +396,7 @@ def run_evaluate(
                 }
                 for p, r, s in zip(part, rollouts, answers[on], strict=True)
             ]
+        del policy  # before the next one is loaded: large models do not fit twice
     if is_main_process():
         write_jsonl(folder / "responses.jsonl.gz", records)
     barrier()

@@ -474,7 +474,7 @@ def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
         read: Any = read_comparisons if comparison else read_demonstrations if demonstration else read_prompts
         assert len(read(path).rows) == len(block.splitlines())
         kinds.append(read.__name__)
-    assert kinds == ["read_comparisons"] * 4 + ["read_demonstrations", "read_prompts"]
+    assert kinds == ["read_comparisons"] * 4 + ["read_demonstrations"] * 2 + ["read_prompts"]
 
 
 # Published data.

@@ -14,7 +14,7 @@ import pytest
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
-def launch(ranks: int, *arguments: str) -> None:
+def launch(ranks: int, *arguments: str, worker: Path = WORKER) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,7 +26,7 @@ def launch(ranks: int, *arguments: str) -> None:
     }
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port),
-        str(WORKER), *arguments,
+        str(worker), *arguments,
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]

@@ -1,0 +1,112 @@
+"""What a bug report needs to say about a machine, as text: ``stable-rlhf env``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import stable_rlhf
+from stable_rlhf import ops
+from stable_rlhf.ops._backend import extension
+from stable_rlhf.train.run import device_name, versions
+
+# Beside what this package needs: what can change how processes start, talk and compile.
+_OTHERS = ("accelerate", "peft", "tokenizers", "safetensors", "faiss-gpu-cu12", "flash-attn", "jsonargparse")
+_PREFIXES = (
+    "ACCELERATE_", "CUDA_", "DS_", "FI_", "GLOO_", "HF_", "KMP_", "LOCAL_", "MASTER_", "MKL_", "NCCL_", "OMP_", "OMPI_",
+    "PYTORCH_", "RANK", "ROLE_", "SLURM_", "STABLE_RLHF_", "TOKENIZERS_", "TORCH", "TRITON_", "UCX_", "WORLD_SIZE",
+)  # fmt: skip
+_SECRET = re.compile("TOKEN(?!IZERS)|SECRET|KEY|PASSWORD|JWT")
+_COMPILERS = (("c++", "c++"), ("nvcc", "nvcc"), ("ninja", "ninja"))
+
+
+def commit() -> str | None:
+    """The commit that this package was installed or is run from, where that is known; ``+changes`` beside it when
+    files differ from it."""
+    try:
+        found = json.loads(metadata.distribution("stable-rlhf").read_text("direct_url.json") or "{}")
+        if "vcs_info" in found:
+            return str(found["vcs_info"]["commit_id"])
+    except (metadata.PackageNotFoundError, ValueError, KeyError):
+        pass
+    folder = Path(stable_rlhf.__file__).resolve().parents[1]
+    if not (folder / ".git").exists() or not shutil.which("git"):
+        return None  # a repository further up is somebody else's
+    head = _first_line("git", "-C", str(folder), "rev-parse", "HEAD")
+    changed = _first_line("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    return f"{head}{' +changes' if changed else ''}" if head else None
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def _devices() -> list[tuple[str, str]]:
+    found = [("device", device_name()), ("cpu cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}")]
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        found.append(("host memory", f"{pages * size / 2**30:.1f} GiB"))
+    except (ValueError, OSError):
+        pass
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append((f"gpu {i}", f"{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}"))
+    if torch.cuda.is_available():
+        driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found.append(("driver", driver or "unknown"))
+        found.append(("nccl", ".".join(map(str, torch.cuda.nccl.version()))))
+    return [*found, ("cuda of torch", torch.version.cuda or "none")]
+
+
+def _compilers() -> list[tuple[str, str]]:
+    found = []
+    for name, program in _COMPILERS:
+        path = shutil.which(program)
+        said = _first_line(program, "--version") if path else None
+        found.append((name, f"{said or 'gives no version'} ({path})" if path else "not found"))
+    return found
+
+
+def _package_versions() -> list[tuple[str, str]]:
+    found = dict(versions())
+    for name in _OTHERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return [*found.items(), ("commit", commit() or "unknown (installed without its repository)")]
+
+
+def _variables() -> list[tuple[str, str]]:
+    """Variables of launchers and libraries; what could be a credential is only said to be there."""
+    names = sorted(name for name in os.environ if name.startswith(_PREFIXES))
+    return [(name, "(set, not shown)" if _SECRET.search(name) else os.environ[name]) for name in names]
+
+
+def report() -> str:
+    """Versions, devices, the implementation of every operation, compilers and launcher variables; no credential."""
+    built = "built" if extension() is not None else "not built: PyTorch serves on the CPU"
+    isa = torch.backends.cpu.get_cpu_capability()
+    sections = {
+        "versions": _package_versions(),
+        "devices": [*_devices(), ("cpu instructions", isa)],
+        "operations": [*ops.backend_report().items(), ("C++ extension", built)],
+        "compilers": _compilers(),
+        "variables": _variables() or [("none", "that a launcher or a library of this run reads")],
+    }
+    lines = []
+    for title, pairs in sections.items():
+        lines += [f"[{title}]", *(f"{name:26s}{value}" for name, value in pairs), ""]
+    return "\n".join(lines).rstrip()

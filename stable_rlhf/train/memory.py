@@ -1,0 +1,393 @@
+"""How much memory a run needs on each device, from the sizes of its models alone: nothing is loaded.
+
+Symbols, all of one device unless said otherwise; every figure is in bytes:
+
+    P    parameters of a model, counted by building it on the meta device      W   processes (devices) of the run
+    Q    those of them inside the DeepSpeed engine (with num_trainable_layers: the last blocks and the head)
+    R    those of them that train                                              e   bytes of a weight: 2 in bf16, else 4
+    T    padded tokens of a micro-batch, B rows of L tokens                    n   blocks through which gradients flow
+    h    width; k width of all key (or value) heads; f width of the MLP; a heads; V vocabulary
+
+    weights       e·Q (ZeRO 3: e·Q/W, and e for those of tensors below DeepSpeed's param_persistence_threshold, which
+                  stay whole), and e·(P - Q) for frozen lower blocks, which no stage shards
+    gradients     e·R (ZeRO 2 and 3: e·R/W)
+    optimiser     two moments and a float32 copy of the weights, 12·R. ZeRO 0 in float32 needs no copy: 8·R. ZeRO 1 to 3
+                  share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too. In bf16 the engine runs ZeRO 0
+                  as ZeRO 1
+                  With offload_optimizer it lies in host memory, with float32 gradients: 16·R/W
+    frozen        the models that only read, e each: for PPO the reference (what it does not share with the policy, Q
+                  without the value head) and the scorer, whole
+    activations   of one block with sdpa attention and RMSNorm, gated MLP:  T·(e·(6h + 2k + 4f) + 8h)
+                  of one block with LayerNorm, plain MLP:                   T·e·(6h + 2k + 2f)
+                  with eager attention besides: B·a·L²·e, and another B·a·L²·4 in 16 bits for the float32 softmax.
+                  All n blocks; with gradient_checkpointing n·T·e·h for the blocks' inputs and one block whole.
+                  Then the final norm, T·h·(2e + 4), and what backward holds on its way, T·e·(2h + 2f)
+    communication ZeRO 1 and 2: e · reduce_bucket_size during an update; ZeRO 3: that buffer all the time, and during an
+                  update the weights gathered at once, e · min(Q, max_live_parameters), the head at least
+    loss          linear_policy_loss: logits of a chunk of rows, min(workspace_bytes, rows·V·e), one row at least;
+                  the gradient of hidden states, rows·e·h; where the head trains its gradient, e·V·h, and where the
+                  rows need several chunks in 16 bits their float32 sum, 4·V·h
+    generation    the cache, 2·n_blocks·k·e a token of a batch (at most generate's max_tokens); logits of one position
+                  a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one)
+    step          while the optimiser steps, without activations: a buffer of its own, 4·R, and in bf16 the gradients in
+                  float32, 4·R (ZeRO 1 to 3: /W)
+    gathered      ZeRO 3 while it samples or saves: the weights whole, e·Q
+    loading       the policy whole in float32, 4·P, and for PPO its reference, 4·Q, before the engine casts and shards
+    host          of a node: each of its processes reads policy (float32) and scorer, 4·P + e·P, before they go to the
+                  device; or its share of an offloaded optimiser, where that is more
+    reserve       CUDA's context, NCCL's buffers, the allocator's fragments: 1 GiB and a twentieth of the rest
+
+A stage's need is the largest of its moments (loading, rollouts, update, step, saving), not their sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stable_rlhf.models import PolicyModel, Trunk, context_length, resolve_model
+from stable_rlhf.train.config import EngineArguments, Recipe
+
+GIB = 2**30
+_RESERVE, _FRAGMENTS = GIB, 0.05
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The numbers of one model that memory depends on; parameters are counts, widths are elements."""
+
+    source: str
+    parameters: int
+    in_engine: int
+    small: int
+    trained: int
+    trains_head: bool
+    blocks: int
+    trained_blocks: int
+    hidden: int
+    key_width: int
+    mlp_width: int
+    heads: int
+    vocabulary: int
+    context: int
+    gated: bool
+    eager: bool
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a stage: what lies on a device then, in bytes."""
+
+    stage: str
+    name: str
+    items: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        kept = sum(self.items.values())
+        return kept + _RESERVE + int(_FRAGMENTS * kept)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Every moment of a run, and the most host memory of a node: its processes, each with its share of an offloaded
+    optimiser, or reading the models before they go to the device."""
+
+    models: dict[str, ModelSizes]
+    moments: list[Moment]
+    host_bytes: int
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda m: m.total)
+
+
+def read_config(name: str, shape: dict[str, Any]) -> tuple[Any, str]:
+    """The transformers config of a model, and where it came from: its folder or the hub's cache, else ``shape``, else
+    the hub.
+
+    Raises:
+        ValueError: none of them has it.
+    """
+    from transformers import AutoConfig
+
+    location, gguf_file = resolve_model(name)
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(location, local_files_only=True, **extra), f"the config of {name}"
+    except (OSError, ValueError):
+        pass
+    if shape:
+        fields = dict(shape)
+        kind = fields.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(str(kind), **fields), f"model_shape ({name} is not on this machine)"
+        except ValueError as error:
+            raise ValueError(f"model_shape.model_type {kind!r}: transformers knows no such model") from error
+    try:
+        return AutoConfig.from_pretrained(location, **extra), f"the hub's config of {name}"
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r}: its config is neither on this machine nor to be had from the hub, so its memory cannot "
+            "be estimated; give its sizes in the recipe as model_shape: {model_type: llama, hidden_size: …}"
+        ) from error
+
+
+def model_sizes(config: Any, source: str, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:
+    """Sizes of a policy with its value head, or of a scorer with its two heads, as the trainers build it. On the meta
+    device: no weight is allocated."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from transformers import AutoModelForCausalLM
+
+    threshold = DeepSpeedZeroConfig(stage=3).param_persistence_threshold
+    model: Any
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config)
+        if scorer:
+            model = nn.ModuleDict({"trunk": Trunk(causal_lm.base_model, num_trainable_layers)})
+            model["heads"] = nn.Linear(config.hidden_size, 2)
+        else:
+            model = PolicyModel(causal_lm, num_trainable_layers=num_trainable_layers, value_head=True)
+    whole = causal_lm.base_model if scorer else causal_lm
+    everything = {id(p): p for p in (*whole.parameters(), *model.parameters())}
+    blocks = int(config.num_hidden_layers)
+    heads = int(config.num_attention_heads)
+    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    return ModelSizes(
+        source=source,
+        parameters=sum(p.numel() for p in everything.values()),
+        in_engine=sum(p.numel() for p in model.parameters()),
+        small=sum(p.numel() for p in model.parameters() if p.numel() <= threshold),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trains_head=not scorer and model.head.weight.requires_grad,
+        blocks=blocks,
+        trained_blocks=min(blocks, num_trainable_layers or blocks),
+        hidden=int(config.hidden_size),
+        key_width=key_heads * head_width,
+        mlp_width=int(mlp),
+        heads=heads,
+        vocabulary=int(config.vocab_size),
+        context=context_length(config),
+        gated=any("gate" in name for name, _ in causal_lm.named_parameters()),
+        eager=not getattr(causal_lm, "_supports_sdpa", False),
+    )
+
+
+def block_bytes(m: ModelSizes, rows: int, length: int, itemsize: int) -> int:
+    """What autograd keeps of one block for its backward pass: see the module's formulas."""
+    tokens, h = rows * length, m.hidden
+    kept = itemsize * (6 * h + 2 * m.key_width + (4 if m.gated else 2) * m.mlp_width) + (8 * h if m.gated else 0)
+    scores = rows * m.heads * length**2 * (itemsize + (4 if itemsize == 2 else 0)) if m.eager else 0
+    return tokens * kept + scores
+
+
+def activation_bytes(m: ModelSizes, rows: int, length: int, itemsize: int, checkpointing: bool) -> int:
+    """What a micro-batch of ``rows`` padded to ``length`` keeps for its backward pass, without head and loss."""
+    tokens, n = rows * length, m.trained_blocks
+    block = block_bytes(m, rows, length, itemsize)
+    blocks = n * tokens * itemsize * m.hidden + block if checkpointing else n * block
+    return blocks + tokens * (m.hidden * (2 * itemsize + 4) + itemsize * 2 * (m.hidden + m.mlp_width))
+
+
+def loss_bytes(m: ModelSizes, rows: int, itemsize: int) -> int:
+    """Workspace and gradients of ``linear_policy_loss`` over ``rows`` active tokens."""
+    from stable_rlhf.ops import linear_policy_loss
+
+    bound: int = inspect.signature(linear_policy_loss).parameters["workspace_bytes"].default
+    row = m.vocabulary * itemsize
+    chunk = max(row, min(bound, rows * row))
+    head = 0
+    if m.trains_head:
+        head = m.vocabulary * m.hidden * (itemsize + (4 if itemsize == 2 and rows * row > bound else 0))
+    return chunk + rows * itemsize * m.hidden + head
+
+
+def _stage(engine: EngineArguments) -> int:
+    # As the engine does: without ZeRO there is no right optimiser for bfloat16.
+    return max(engine.zero_stage, 1) if engine.bf16 else engine.zero_stage
+
+
+def engine_bytes(m: ModelSizes, engine: EngineArguments, world_size: int) -> tuple[dict[str, int], int]:
+    """Weights, gradients and optimiser on a device, and what offloading keeps on the host for each process."""
+    e, stage = (2 if engine.bf16 else 4), _stage(engine)
+    share = lambda count, first: -(-count // (world_size if stage >= first else 1))  # noqa: E731
+    copy = 4 if engine.bf16 or stage else 0
+    optimiser, host = share(m.trained * (8 + copy), 1), 0
+    if engine.offload_optimizer and stage:
+        host, optimiser = optimiser + share(4 * m.trained, 1), 0
+    weights = share(e * m.in_engine, 3) + e * (m.parameters - m.in_engine) + (e * m.small if stage == 3 else 0)
+    return {"weights": weights, "gradients": share(e * m.trained, 2), "optimiser": optimiser}, host
+
+
+def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
+    """Communication's memory: what DeepSpeed holds all the time, and what it takes besides during an update."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    stage = _stage(engine)
+    if stage == 0:
+        return 0, 0
+    config, e = DeepSpeedZeroConfig(stage=stage), 2 if engine.bf16 else 4
+    if stage < 3:
+        return 0, e * config.reduce_bucket_size
+    return e * config.reduce_bucket_size, e * max(min(m.in_engine, config.max_live_parameters), m.vocabulary * m.hidden)
+
+
+def _generation(m: ModelSizes, rows: int, length: int, itemsize: int) -> int:
+    from stable_rlhf.generate import generate
+
+    bound: int = inspect.signature(generate).parameters["max_tokens"].default
+    rows = max(1, min(rows, bound // length))
+    return rows * length * 2 * m.blocks * m.key_width * itemsize + rows * m.vocabulary * 28
+
+
+def _training_moments(
+    stage: str, m: ModelSizes, engine: EngineArguments, world_size: int, rows: int, length: int, **more: int
+) -> Iterator[Moment]:
+    state, _ = engine_bytes(m, engine, world_size)
+    e = 2 if engine.bf16 else 4
+    yield Moment(
+        stage, "update",
+        state | {
+            "activations": activation_bytes(m, rows, length, e, engine.gradient_checkpointing),
+            "communication": sum(_buffers(m, engine)),
+        } | more,
+    )  # fmt: skip
+    # torch's AdamW takes one more buffer as large as a moment, bf16 gradients become float32 first.
+    temporary = -(-m.trained * (8 if engine.bf16 else 4) // (world_size if _stage(engine) else 1))
+    if not engine.offload_optimizer:
+        kept = {k: v for k, v in more.items() if k == "frozen"}
+        yield Moment(stage, "step", state | {"step": temporary, "communication": _buffers(m, engine)[0]} | kept)
+    if engine.zero_stage == 3:
+        gathered = {"gathered": e * m.in_engine, "communication": _buffers(m, engine)[0]}
+        yield Moment(stage, "saving", state | gathered | {k: v for k, v in more.items() if k == "frozen"})
+
+
+def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estimate:
+    """Memory of the stages that load the large models: SFT, scorers, selection, PPO and evaluation.
+
+    Raises:
+        ValueError: a model's sizes are not known.
+    """
+    policy, scorer = _models(recipe)
+    engine, ppo, data = recipe.engine, recipe.ppo, recipe.data
+    e = 2 if engine.bf16 else 4
+    longest = min(data.max_length, policy.context)
+    rolled = min(data.max_prompt_length + ppo.max_new_tokens, policy.context)
+    moments: list[Moment] = []
+    if data.demonstrations or recipe.model_name_or_path is None:
+        whole = _policy_sizes(recipe, None)
+        rows = recipe.sft.per_device_train_batch_size
+        moments.append(Moment("sft", "loading", {"loading": 4 * whole.parameters}))
+        loss = loss_bytes(whole, rows * longest, e)
+        moments += _training_moments("sft", whole, engine, world_size, rows, longest, **{"loss": loss})
+    pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
+    moments.append(Moment("scorer", "loading", {"loading": 4 * scorer.parameters}))
+    moments += _training_moments("scorer", scorer, engine, world_size, pairs, min(data.max_length, scorer.context))
+    answering = _generation(policy, recipe.ppo.rollout_batch_size, rolled, e)
+    if "am-sr" in recipe.variants:
+        items = {"weights": e * policy.parameters, "frozen": e * scorer.parameters, "generation": answering}
+        moments.append(Moment("selection", "rollouts", items))
+    frozen = {"frozen": e * (policy.in_engine + scorer.parameters)}
+    state, _ = engine_bytes(policy, engine, world_size)
+    moments.append(Moment("ppo", "loading", {"loading": 4 * (policy.parameters + policy.in_engine)}))
+    share = -(-ppo.rollout_batch_size // world_size)
+    rollouts = {k: v for k, v in state.items() if k != "gradients" or engine.zero_stage == 3} | frozen
+    rollouts["generation"] = _generation(policy, share, rolled, e)
+    if engine.zero_stage == 3:
+        rollouts |= {"gathered": e * policy.in_engine, "communication": _buffers(policy, engine)[0]}
+    moments.append(Moment("ppo", "rollouts", rollouts))
+    old = ppo.per_device_rehearsal_batch_size if "am-sr" in recipe.variants else 0
+    rows, length = ppo.per_device_train_batch_size + old, max(rolled, longest if old else 0)
+    active = ppo.per_device_train_batch_size * ppo.max_new_tokens + old * length
+    loss = loss_bytes(policy, active, e)
+    moments += _training_moments("ppo", policy, engine, world_size, rows, length, **frozen, loss=loss)
+    judge = e * scorer.parameters if recipe.evaluate.judge == "scorer" else 0
+    items = {"weights": e * policy.parameters, "frozen": e * policy.parameters + judge, "generation": answering}
+    moments.append(Moment("evaluation", "rollouts", items))
+    reading = 4 * policy.parameters + e * scorer.parameters
+    host = max(reading, *(engine_bytes(m, engine, world_size)[1] for m in (policy, scorer)))
+    return Estimate({"policy": policy, "scorer": scorer}, moments, host * devices_per_node)
+
+
+def _policy_sizes(recipe: Recipe, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:
+    if recipe.model_name_or_path is None:
+        w = recipe.world
+        return _world_sizes(
+            w.hidden_size, w.num_hidden_layers, w.num_attention_heads, w.architecture, num_trainable_layers, scorer
+        )
+    return _sizes(recipe.model_name_or_path, json.dumps(recipe.model_shape), num_trainable_layers, scorer)
+
+
+def _models(recipe: Recipe) -> tuple[ModelSizes, ModelSizes]:
+    policy = _policy_sizes(recipe, recipe.ppo.num_trainable_layers)
+    layers = recipe.scorer.num_trainable_layers
+    if recipe.scorer_model_name_or_path is None:
+        return policy, _policy_sizes(recipe, layers, scorer=True)
+    shape = json.dumps(recipe.scorer_model_shape or recipe.model_shape)
+    return policy, _sizes(recipe.scorer_model_name_or_path, shape, layers, True)
+
+
+# Remembered: the search for remedies asks for the same few models many times.
+@functools.cache
+def _sizes(name: str, shape: str, num_trainable_layers: int | None, scorer: bool) -> ModelSizes:
+    config, source = read_config(name, json.loads(shape))
+    return model_sizes(config, source, num_trainable_layers, scorer=scorer)
+
+
+@functools.cache
+def _world_sizes(
+    width: int, blocks: int, heads: int, architecture: Literal["llama", "bloom"], layers: int | None, scorer: bool
+) -> ModelSizes:
+    from stable_rlhf.world import build_model, build_tokenizer
+
+    built = build_model(
+        build_tokenizer(), hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
+        architecture=architecture,
+    )  # fmt: skip
+    return model_sizes(built.config, "the skill world's settings", layers, scorer=scorer)
+
+
+def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: int) -> list[str]:
+    """Settings that lower the peak, each with what it alone leaves, in words, the best first."""
+    before = estimate(recipe, world_size=world_size, devices_per_node=devices_per_node).peak.total
+    changes: list[tuple[str, dict[str, Any]]] = [("engine.bf16 true", {"engine.bf16": True})]
+    changes += [(f"engine.zero_stage {s}", {"engine.zero_stage": s}) for s in (1, 2, 3)]
+    changes += [
+        ("engine.gradient_checkpointing true", {"engine.gradient_checkpointing": True}),
+        ("engine.offload_optimizer true", {"engine.offload_optimizer": True,
+                                           "engine.zero_stage": max(1, recipe.engine.zero_stage)}),
+        ("micro-batches of 1", {f"{s}.per_device_train_batch_size": 1 for s in ("sft", "scorer", "ppo")}
+         | {"ppo.per_device_rehearsal_batch_size": 1}),
+    ]  # fmt: skip
+    blocks = _policy_sizes(recipe, None).blocks
+    layers = max(1, min(blocks - 1, blocks // 8))
+    if blocks > 1 and recipe.ppo.num_trainable_layers is None:
+        names = [f"{s}.num_trainable_layers" for s in ("ppo", "scorer")]
+        changes.append((f"{' and '.join(names)} {layers}", dict.fromkeys(names, layers)))
+    if world_size > 1 or recipe.engine.zero_stage:
+        changes.append(("twice the nodes", {}))
+    found: list[tuple[int, str]] = []
+    everything = deepcopy(recipe)
+    for words, values in changes:
+        changed, more = deepcopy(recipe), 1 if values else 2
+        for name, value in values.items():
+            section, key = name.split(".")
+            setattr(getattr(changed, section), key, value)
+            setattr(getattr(everything, section), key, value)
+        left = estimate(changed, world_size=more * world_size, devices_per_node=devices_per_node).peak.total
+        if left < before:
+            found.append((left, words))
+    if len(found) > 1:
+        left = estimate(everything, world_size=world_size, devices_per_node=devices_per_node).peak.total
+        found = [*sorted(found), (left, "all of these on as many devices")]
+    return [f"{words}: {left / GIB:.1f} GiB" + (", which fits" if left <= limit else "") for left, words in found]

@@ -1,0 +1,70 @@
+"""What an engine's tensors weigh. As a program, under torchrun: ZeRO 1 to 3 in both types, to a JSON file (rank 0)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stable_rlhf.models import PolicyModel
+from stable_rlhf.train.config import EngineArguments
+from stable_rlhf.train.engine import Engine, rank, start, world_size
+from stable_rlhf.train.memory import engine_bytes, model_sizes
+from stable_rlhf.world import build_model, build_tokenizer
+
+BUCKET = 10**9  # bytes: no tensor of these models is as large, ZeRO 3's buffer for gradients is
+
+
+def held() -> dict[int, int]:
+    """Bytes of every tensor storage that is alive, by address."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
+
+
+def measure(tokenizer: Any, arguments: EngineArguments, layers: int | None) -> tuple[int, dict[str, int], int]:
+    """Bytes of an engine's tensors just before its second step, their estimate, and how many weights train."""
+    before = held()
+    built = build_model(tokenizer, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
+    sizes = model_sizes(built.config, "", layers)
+    policy = PolicyModel(built, num_trainable_layers=layers, value_head=True)
+    engine = Engine(policy, arguments, learning_rate=1e-3, total_steps=4)
+    for step in range(2):
+        inputs = policy.trunk.inputs([[5, 6, 7, 8], [9, 10, 11, 12]])
+        result = engine(inputs, torch.ones(2, 4, dtype=torch.long))
+        engine.backward(-result["logprob"].mean() + result["value"].sum())
+        if step == 0:
+            engine.step()  # the optimiser's moments come with its first step
+    del inputs, result
+    measured = sum(size for address, size in held().items() if address not in before and size < BUCKET)
+    wanted, host = engine_bytes(sizes, arguments, world_size())
+    assert host == 0
+    engine.close()
+    return measured, wanted, sizes.trained
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    start(0)
+    tokenizer, rows = build_tokenizer(), []
+    for stage in (1, 2, 3):
+        for bf16 in (False, True):
+            measured, wanted, _ = measure(tokenizer, EngineArguments(zero_stage=stage, bf16=bf16), None)
+            rows.append(
+                {"stage": stage, "bf16": bf16, "measured": measured, "estimated": sum(wanted.values())} | wanted
+            )
+    if rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
