@@ -70,7 +70,7 @@ def prepare(case: Case, settings: Settings) -> Prepared:
     g = torch.Generator().manual_seed(settings.seed)
     reward = torch.randn(2 * pairs, generator=g).to(device)
     expected = 0.3 * torch.randn(pairs, generator=g).to(device) if shape.get("expected") else None
-    options: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
     padded: tuple[Tensor, Tensor, Tensor] | None = None
     if count:
         # Sequences of equal length: padded rows then lose nothing to padding, and are a view of the packed ones.

@@ -165,8 +165,9 @@ def measure(
             free_memory(device)
     names = list(alive)
     collecting = gc.isenabled()
+    gc.collect()
     for number in range(rounds):
-        gc.collect()
+        gc.collect(0)  # what the last round left; nothing is older, since nobody collects within a round
         gc.disable()
         try:
             # Every round starts with another contender: nobody always runs after the same neighbour.

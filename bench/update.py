@@ -160,7 +160,7 @@ def prepare_scorer(case: Case, settings: Settings, model: nn.Module, ids: Tensor
     logprob = -2.0 * torch.rand(2 * pairs * length, generator=g)
     alternates = logprob + 0.2 * torch.randn(count, logprob.numel(), generator=g)
     limits = torch.arange(0, logprob.numel() + 1, length, device=device)
-    packed = {"logprob": logprob.to(device), "alt_logprob": alternates.to(device), "cu_seqlens": limits}
+    packed: dict[str, Any] = {"logprob": logprob.to(device), "alt_logprob": alternates.to(device), "cu_seqlens": limits}
     rows = packed["logprob"].view(2 * pairs, length)
     padded = rows, packed["alt_logprob"].view(count, 2 * pairs, length), torch.ones_like(rows)
 
