@@ -124,7 +124,7 @@ def _add_how(run: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--rounds", type=int, help="timed rounds (default 9; 5 for quick, 15 on CUDA)")
     how.add_argument("--warmup", type=int, default=2, help="untimed calls before (default %(default)s)")
-    how.add_argument("--limit", type=float, help="drop who takes longer, s a call (default 20; 5 for quick)")
+    how.add_argument("--limit", type=float, help="drop who takes longer, s a call (default 20; 10 for quick)")
     how.add_argument("--budget", type=float, help="s for one contender's rounds beyond three (default 12; 2 for quick)")
     how.add_argument("--deadline", type=float, help="start no further case after this many seconds")
     how.add_argument(
@@ -148,8 +148,9 @@ def settings_of(given: argparse.Namespace, quick: bool) -> Settings:
         text = Path(os.environ["STABLE_RLHF_DATA"]) / "pairs.jsonl.gz"
     return Settings(
         device=given.device, rounds=given.rounds or (5 if quick else 15 if cuda else 9), warmup=given.warmup,
-        limit=given.limit or (5.0 if quick else 20.0), budget=given.budget or (2.0 if quick else 12.0),
-        memory=not given.no_memory, budget_mib=given.memory_budget or (40_960.0 if cuda else 2048.0), peers=peers, backends=tuple(b for b in given.backends.split(",") if b),
+        limit=given.limit or (10.0 if quick else 20.0), budget=given.budget or (2.0 if quick else 12.0),
+        memory=not given.no_memory, budget_mib=given.memory_budget or (40_960.0 if cuda else 2048.0), peers=peers,
+        backends=tuple(name for name in given.backends.split(",") if name),
         seed=given.seed, text=str(text) if text else None, model=given.model,
     )  # fmt: skip
 

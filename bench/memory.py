@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import stable_rlhf.ops as ops
 from bench.common import MIB, Step
 from bench.suite import Case, Settings, operations
 
@@ -48,6 +49,7 @@ def main() -> None:
     _step(case.tiny(), settings, name)()
     torch.compiler.reset()
     step = _step(case, settings, name)
+    ops.release_workspace()  # of making the inputs
     _trim()
     before = _status("VmRSS")
     step()

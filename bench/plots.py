@@ -77,7 +77,7 @@ def sweeps(lines: Sequence[Line]) -> Any:
     panels = {name: found for name, found in panels.items() if found}
     if not panels:
         return None
-    figure, all_axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 7.2), squeeze=False)
+    figure, all_axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 7.2), squeeze=False, sharey="row")
     for column, (name, found) in zip(all_axes.T, panels.items(), strict=True):
         _, label, logarithmic = SWEEPS[name]
         for peer, points in found.items():
@@ -89,6 +89,7 @@ def sweeps(lines: Sequence[Line]) -> Any:
             axes.set_yscale("log")
         column[1].axhline(1.0, color="#444444", linewidth=1.0, linestyle="--")
         column[1].set(xlabel=label)
+        column[0].yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
         column[1].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         column[1].yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if y in (1, 2, 3, 5, 8) or 1 < y < 2 else "")
     all_axes[0][0].set_ylabel("ms, forward + backward")
@@ -96,7 +97,7 @@ def sweeps(lines: Sequence[Line]) -> Any:
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(_where(lines), y=0.02, fontsize=8, color="#555555")
-    figure.subplots_adjust(top=0.9, hspace=0.18, wspace=0.2)
+    figure.subplots_adjust(top=0.9, hspace=0.18, wspace=0.12)
     return figure
 
 
@@ -180,8 +181,9 @@ def parts(lines: Sequence[Line]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     all_axes[-1, 0].set_xlabel("ms")
+    figure.text(0.99, 0.005, _where(lines), ha="right", fontsize=7, color="#555555")
     handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.tight_layout(rect=(0, 0.02, 1, 0.95))
     figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, fontsize=8, bbox_to_anchor=(0.5, 1.0))
     return figure
 
