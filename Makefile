@@ -8,7 +8,7 @@ BENCH_ARGS ?= --quick
 # One process a core; a file stays in one process, so that its fixtures are made once.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: setup quickstart test test-slow lint bench bench-readme bench-guard bench-peers clean help
+.PHONY: setup quickstart test test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
 
 help:
 	@echo "make setup       build .venv with everything the project needs"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-slow   the long tests (marked slow)"
 	@echo "make bench       every operation beside its floor and its peers, five minutes (BENCH_ARGS=$(BENCH_ARGS))"
 	@echo "make bench-guard two minutes of ratios to the floor against the last accepted ones"
-	@echo "make bench-readme  measure all that the README shows, and write its tables"
+	@echo "make bench-readme measure all that the README shows, and write its tables (a quarter of an hour)"
+	@echo "make bench-plots measure and draw times, memory, roofline and the parts of an update into docs/"
 
 setup: $(VENV)/.installed
 
@@ -56,8 +57,10 @@ bench-guard: setup
 
 bench-readme: setup
 	$(BIN)/python -m bench --preset readme
-	$(BIN)/python -m bench --preset sweep --output bench/results/sweep.jsonl
 	$(BIN)/python -m bench report --readme
+
+bench-plots: setup
+	$(BIN)/python -m bench --preset sweep --budget 4 --limit 10 --output bench/results/sweep.jsonl
 	$(BIN)/python -m bench report bench/results/readme.jsonl bench/results/sweep.jsonl --plots docs
 
 clean:

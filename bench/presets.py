@@ -59,7 +59,7 @@ def quick() -> list[Case]:
 def readme() -> list[Case]:
     """Everything that the README shows: `python -m bench report --readme` reads these lines."""
     real: dict[str, Any] = {"states": 1, "tolerance": 2.0**-8}
-    return [
+    cases = [
         linear("policy", SMALL, study="policy-loss", active=0.5, rehearsal=0.1),
         linear("policy", SMALL, study="policy-loss"),
         linear("policy", SMALL, study="policy-loss", **real),
@@ -70,19 +70,24 @@ def readme() -> list[Case]:
         *small_ops("small-operations"),
         *updates("updates", 256, 4, 49_152, 8, 128, "float32"),
     ]
+    weighed = (SMALL, cases[-3].shape)
+    return [replace(case, memory=case.shape in weighed and case.op in ("policy", "ppo-update")) for case in cases]
 
 
 def sweep() -> list[Case]:
     """The lines of the plots: time against rows, vocabulary and active share, memory against vocabulary."""
-    base = {"rows": 512, "width": 512, "vocabulary": 32_768}
+    base = {"rows": 256, "width": 512, "vocabulary": 16_384}
+    heads = (8_192, 16_384, 32_768, 65_536)
     return [
-        *(linear("policy", {**base, "rows": rows}, study="sweep:rows") for rows in (128, 256, 512, 1024)),
         *(
-            linear("policy", {**base, "vocabulary": v}, study="sweep:vocabulary")
-            for v in (8_192, 16_384, 32_768, 65_536)
+            replace(linear("policy", {**base, "rows": n}, study="sweep:rows"), memory=False)
+            for n in (64, 128, 256, 512)
         ),
-        *(linear("policy", base, study="sweep:active", active=share) for share in (0.1, 0.25, 0.5, 0.75)),
-        linear("policy", base, study="sweep:active", active=1.0),
+        *(linear("policy", {**base, "vocabulary": v}, study="sweep:vocabulary") for v in heads),
+        *(
+            replace(linear("policy", base, study="sweep:active", active=share), memory=False)
+            for share in (0.1, 0.25, 0.5, 0.75, 1.0)
+        ),
     ]
 
 

@@ -168,8 +168,18 @@ def policy_loss(lines: Sequence[Line]) -> str:
         called = cell(half, name if name == OURS else f"{name}, all rows")
         errors = (real.get(name) or {}).get("errors") or {}
         error = f"{errors['hidden']:.0e}" if errors else ""
-        rows.append([label, cell(half, name), called, cell(whole, name), cell(real, name), error])
-    head = ["", "half active", "half active, as called", "all active", "SmolLM2's hidden states", "error there"]
+        weighed = (whole.get(name) or {}).get("peak_mib")
+        peak = f"{weighed:,.0f}" if weighed is not None else ""
+        rows.append([label, cell(half, name), called, cell(whole, name), peak, cell(real, name), error])
+    head = [
+        "",
+        "half active",
+        "half active, as called",
+        "all active",
+        "peak MiB",
+        "SmolLM2's hidden states",
+        "error there",
+    ]
     text = markdown_table(head, rows)
     told = {
         "logprob": "`linear_logprob` without gradient",
