@@ -177,7 +177,11 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
     for name in wanted or ():
         if name not in linear:
             sys.exit(f"--ops {name}: its sizes are those of a preset: add --preset quick, readme, gpu or dry")
-    return [Case(name, {**shape, **extra}, given.dtype, "custom", name == "policy") for name in wanted or ["policy"]]
+    weighed = not given.real  # a process a contender would load the model anew each time
+    return [
+        Case(name, {**shape, **extra}, given.dtype, "custom", weighed and name == "policy")
+        for name in wanted or ["policy"]
+    ]
 
 
 def measured(cases: Sequence[Case], settings: Settings, path: Path, deadline: float | None, log: Console) -> list[Line]:

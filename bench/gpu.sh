@@ -12,7 +12,7 @@ usage: bench/gpu.sh [--output-dir DIR] [--python PYTHON] [--seconds N] [--skip-b
 
   --output-dir DIR  where JSON lines and logs go (default bench/results/)
   --python PYTHON   the interpreter (default: $PYTHON, else python3)
-  --seconds N       time for all parts together (default 525)
+  --seconds N       time for all parts together (default 525; 1500 with --dry-run)
   --skip-build      use the package as it is installed
   --dry-run         every step without a GPU: tiny shapes on the CPU, the Triton kernels in the interpreter
 
@@ -21,7 +21,7 @@ TEXT
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-root=$PWD output=bench/results device=cuda preset=gpu python=${PYTHON:-python3} seconds=525 build=1 tests=1
+root=$PWD output=bench/results device=cuda preset=gpu python=${PYTHON:-python3} seconds=525 limit=15 build=1 tests=1
 peers=() marker=(-m gpu)
 while [ $# -gt 0 ]; do
     case $1 in
@@ -35,7 +35,7 @@ while [ $# -gt 0 ]; do
             shift 2 ;;
         --skip-build) build=0; shift ;;
         --skip-tests) tests=0; shift ;;
-        --dry-run) device=cpu preset=dry; shift ;;
+        --dry-run) device=cpu preset=dry seconds=1500 limit=60; shift ;;  # the interpreter is slow
         -h | --help) usage; exit 0 ;;
         *) echo "gpu.sh: unknown argument $1" >&2; usage >&2; exit 2 ;;
     esac
@@ -65,7 +65,7 @@ if [ "$device" = cuda ]; then
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader || true
 else
     # Compiled peers and the CPU's own compiler have nothing to rehearse here, and take minutes.
-    peers=(--peers plain,liger,trl,numpy --backends triton --no-memory --rounds 3)
+    peers=(--peers plain,trl,numpy --backends triton --no-memory --rounds 3)
     # One test that runs the Triton kernels in the interpreter stands for those that need a GPU.
     marker=(-k "test_gae and here" tests/ops/test_sequence_triton.py)
     export TRITON_INTERPRET=1
@@ -123,7 +123,7 @@ fi
 part "benchmarks"
 lines=$output/$preset-$(date +%Y%m%d-%H%M%S).jsonl
 timeout --signal=INT --kill-after=5 "$(left 15)" "$python" -m bench --preset "$preset" --device "$device" \
-    --limit 15 --budget 6 --deadline "$(left 75)" --output "$lines" --short "${peers[@]}" \
+    --limit $limit --budget 6 --deadline "$(left 75)" --output "$lines" --short "${peers[@]}" \
     >"$output/gpu-bench.log" 2>"$output/gpu-bench-steps.log"
 status=$?
 if [ $status != 0 ]; then

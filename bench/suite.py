@@ -80,8 +80,8 @@ class Case:
         return " ".join([self.op, *(f"{k}={v}" for k, v in self.shape.items()), self.dtype])
 
     def tiny(self) -> Case:
-        """The same case with every size cut to 64: it loads code, starts threads, and takes no memory to speak of."""
-        small = {"layers": 2, "batch": 4}
+        """The same case with every size cut to 64 or less: it loads code, starts threads, and takes no memory to speak of."""
+        small = {"layers": 2, "batch": 4, "sequences": 8, "length": 16, "pairs": 8, "clusters": 4, "keep": 4}
         shape = {k: min(v, small.get(k, 64)) if isinstance(v, int) else v for k, v in self.shape.items()}
         return replace(self, shape=shape)
 

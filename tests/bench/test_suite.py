@@ -269,7 +269,7 @@ def test_memory_is_the_resident_set_of_a_process():
 def test_dry_run_of_the_gpu_script(tmp_path):
     done = subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--skip-build", "--output-dir", str(tmp_path)],
-        capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=1800, env={**os.environ, "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (path,) = tmp_path.glob("dry-*.jsonl")
