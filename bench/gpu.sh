@@ -123,7 +123,7 @@ fi
 part "benchmarks"
 lines=$output/$preset-$(date +%Y%m%d-%H%M%S).jsonl
 timeout --signal=INT --kill-after=5 "$(left 15)" "$python" -m bench --preset "$preset" --device "$device" \
-    --limit $limit --budget 6 --deadline "$(left 75)" --output "$lines" --short "${peers[@]}" \
+    --limit $limit --budget 1.5 --deadline "$(left 75)" --output "$lines" --short "${peers[@]}" \
     >"$output/gpu-bench.log" 2>"$output/gpu-bench-steps.log"
 status=$?
 if [ $status != 0 ]; then

@@ -38,8 +38,8 @@ def updates(study: str, width: int, layers: int, vocabulary: int, batch: int, le
     mixed = {"active": 0.5, "rehearsal": 0.1}
     return [
         Case("ppo-update", {"model": "llama", **shape, **mixed}, dtype, study, memory=True),
-        Case("ppo-update", {"model": "bloom", **shape, **mixed}, dtype, study, memory=True),
-        Case("scorer-update", {"model": "llama", **shape, "alternates": 4}, dtype, study, memory=True),
+        Case("ppo-update", {"model": "bloom", **shape, **mixed}, dtype, study),
+        Case("scorer-update", {"model": "llama", **shape, "alternates": 4}, dtype, study),
     ]
 
 

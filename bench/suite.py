@@ -80,7 +80,7 @@ class Case:
         return " ".join([self.op, *(f"{k}={v}" for k, v in self.shape.items()), self.dtype])
 
     def tiny(self) -> Case:
-        """The same case with every size cut to 64 or less: it loads code, starts threads, and takes no memory to speak of."""
+        """The same case with every size cut to 64 or less: loads code, starts threads, takes little memory."""
         small = {"layers": 2, "batch": 4, "sequences": 8, "length": 16, "pairs": 8, "clusters": 4, "keep": 4}
         shape = {k: min(v, small.get(k, 64)) if isinstance(v, int) else v for k, v in self.shape.items()}
         return replace(self, shape=shape)
@@ -254,7 +254,7 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
             line |= prepared.extra(name)
             if case.memory and settings.memory:
                 line |= _memory(case, settings, name, steps[name], log)
-                if "batch" in case.shape and name in (OURS, "plain PyTorch"):
+                if case.op == "ppo-update" and name in (OURS, "plain PyTorch"):
                     line |= _fitting(case, settings, name, log)
     against_floor(list(lines.values()))
     for name, why in prepared.absent.items():
