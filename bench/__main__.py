@@ -130,7 +130,7 @@ def _add_how(run: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--no-memory", action="store_true", help="leave out peak memory (a process a contender on the CPU)"
     )
-    how.add_argument("--memory-budget", type=float, help="MiB for an update's largest batch (default 2048; CUDA 40960)")
+    how.add_argument("--memory-budget", type=float, help="MiB for an update's largest batch (default 1024; CUDA 40960)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--output", type=Path, help="the file of JSON lines (default: see below)")
     how.add_argument("--short", action="store_true", help="print one line a case")
@@ -149,7 +149,7 @@ def settings_of(given: argparse.Namespace, quick: bool) -> Settings:
     return Settings(
         device=given.device, rounds=given.rounds or (5 if quick else 15 if cuda else 7), warmup=given.warmup,
         limit=given.limit or (10.0 if quick else 20.0), budget=given.budget or (2.0 if quick else 7.0),
-        memory=not given.no_memory, budget_mib=given.memory_budget or (40_960.0 if cuda else 2048.0), peers=peers,
+        memory=not given.no_memory, budget_mib=given.memory_budget or (40_960.0 if cuda else 1024.0), peers=peers,
         backends=tuple(name for name in given.backends.split(",") if name),
         seed=given.seed, text=str(text) if text else None, model=given.model,
     )  # fmt: skip

@@ -43,7 +43,7 @@ class Settings:
     limit: float = 60.0
     budget: float = 60.0
     memory: bool = True
-    budget_mib: float = 2048.0  # within which the largest batch of an update is looked for
+    budget_mib: float = 1024.0  # within which the largest batch of an update is looked for
     peers: tuple[str, ...] | None = None  # parts of names; None: all; empty: none
     backends: tuple[str, ...] = ()  # ours once more with each of these forced
     seed: int = 0
@@ -348,10 +348,13 @@ def largest_batch(case: Case, settings: Settings, name: str) -> int:
     low, high = peak(first), peak(2 * first)
     each = max((high - low) / first, 1e-3)
     guess = first + int((budget - low) / each) // 2 * 2  # pairs of the scorer need an even batch
-    for batch in range(guess, max(guess - 8, 0), -2):
-        if peak(batch) <= budget:
-            return batch
-    return 0
+    for _ in range(4):
+        if guess < 2 or peak(guess) <= budget:
+            break
+        guess = int(0.92 * guess) // 2 * 2
+    else:
+        raise RuntimeError(f"memory does not grow with the batch as expected: {guess} is too large still")
+    return max(guess, 0)
 
 
 def resident_peak(case: Case, settings: Settings, name: str) -> float:
