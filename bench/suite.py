@@ -347,7 +347,8 @@ def largest_batch(case: Case, settings: Settings, name: str) -> int:
     budget, first = settings.budget_mib, int(case.shape["batch"])
     low, high = peak(first), peak(2 * first)
     each = max((high - low) / first, 1e-3)
-    guess = first + int((budget - low) / each) // 2 * 2  # pairs of the scorer need an even batch
+    # No guess beyond 64 times what was seen: a slope lost in noise must not ask for all the machine's memory.
+    guess = min(first + int((budget - low) / each) // 2 * 2, 64 * first)
     for _ in range(4):
         if guess < 2 or peak(guess) <= budget:
             break

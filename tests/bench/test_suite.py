@@ -253,6 +253,14 @@ def test_guard_wants_accepted_ratios_first_and_then_flags_a_slower_kernel(clock,
     assert SLOWER in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("slope, largest", [(10.0, 48), (11.0, 44), (400.0, 0), (0.0, 256)])
+def test_the_largest_batch_is_one_that_was_measured_to_fit(slope, largest, monkeypatch):
+    monkeypatch.setattr(suite, "peak_of", lambda case, settings, name: 500.0 + slope * case.shape["batch"])
+    case = Case("ppo-update", {"batch": 4})
+    found = suite.largest_batch(case, replace(SETTINGS, budget_mib=990.0), OURS)
+    assert found == largest and 500.0 + slope * found <= 990.0
+
+
 def test_a_device_has_one_name():
     assert slug({"cpu": "AMD EPYC (x)", "threads": 2}) == "amd-epyc-x-2-threads"
 
