@@ -222,6 +222,7 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
     except Exception as error:  # out of memory in making the inputs: the other cases still run
         log(f"  {describe(error)}")
         return [base | {"status": "absent" if is_absent(str(error)) else "failed", "failure": describe(error)}]
+    _forget_compiled()
     lines: dict[str, Line] = {}
     steps: dict[str, Step] = {}
     for contender in wanted:
@@ -260,11 +261,16 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
     for name, why in prepared.absent.items():
         lines[name] = base | {"peer": name, "role": "peer", "status": "absent", "failure": why}
     steps.clear()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # each shape is compiled for itself
+    _forget_compiled()
     ops.release_workspace()
     free_memory(device)
     return list(lines.values())
+
+
+def _forget_compiled() -> None:
+    """Each shape is compiled for itself: after a second one the compiler would turn to unknown sizes."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _times(timing: Timing, prepared: Prepared) -> Line:
