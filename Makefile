@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT_DIR ?= runs/quickstart
 SEED ?= 0
+BENCH_ARGS ?= --quick
 # One process a core; a file stays in one process, so that its fixtures are made once.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: setup quickstart test test-slow lint clean help
+.PHONY: setup quickstart test test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
 
 help:
 	@echo "make setup       build .venv with everything the project needs"
 	@echo "make quickstart  the whole method in a generated skill world (OUTPUT_DIR=$(OUTPUT_DIR) SEED=$(SEED))"
 	@echo "make test        lint, types and the ordinary tests"
 	@echo "make test-slow   the long tests (marked slow)"
+	@echo "make bench       every operation beside its floor and its peers, five minutes (BENCH_ARGS=$(BENCH_ARGS))"
+	@echo "make bench-guard two minutes of ratios to the floor against the last accepted ones"
+	@echo "make bench-readme measure all that the README shows, and write its tables (a quarter of an hour)"
+	@echo "make bench-plots measure and draw times, memory, roofline and the parts of an update into docs/"
 
 setup: $(VENV)/.installed
 
@@ -39,6 +44,24 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
+
+# The peers, each optional: what is not installed is listed as absent.
+bench-peers: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation
+
+bench: setup
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-guard: setup
+	$(BIN)/python -m bench guard
+
+bench-readme: setup
+	$(BIN)/python -m bench --preset readme
+	$(BIN)/python -m bench report --readme
+
+bench-plots: setup
+	$(BIN)/python -m bench --preset sweep --budget 4 --limit 10 --output bench/results/sweep.jsonl
+	$(BIN)/python -m bench report bench/results/readme.jsonl bench/results/sweep.jsonl --plots docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,22 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import describe
-from peers import (
-    Contender,
-    Problem,
-    Step,
-    factors,
-    logits_contenders,
-    logprob_contenders,
-    make_problem,
-    mixed_loss,
-    plain,
-    random_inputs,
-)
 from torch import Tensor
 
 import stable_rlhf.ops as ops
+from bench.common import describe
+from bench.peers import logits_contenders, logprob_contenders, plain
+from bench.problem import Contender, Problem, Step, factors, make_problem, mixed_loss, random_inputs
 from stable_rlhf.ops import PolicyLossConfig
 
 CHECK_ROWS, CHECK_WIDTH, CHECK_VOCABULARY = 160, 64, 5000
@@ -105,30 +95,36 @@ def check(
     return _judge(makers, errors_of(Contender("plain PyTorch", plain)), dtype)
 
 
-def _check_steps(steps: dict[str, Step], reference: Step, names: tuple[str, ...], dtype: torch.dtype) -> Report:
+def check_outputs(
+    makers: Mapping[str, Callable[[], Step]], reference: Step, names: tuple[str, ...], dtype: torch.dtype
+) -> Report:
+    """Outputs of every contender, by position, against those of `reference` in float64."""
     want = reference()
 
-    def errors_of(step: Step) -> Errors:
-        return {name: relative_error(a, b) for name, a, b in zip(names, step(), want, strict=True)}
+    def errors_of(make: Callable[[], Step]) -> Errors:
+        found = zip(names, make()(), want, strict=True)
+        return {name: relative_error(a, b) for name, a, b in found}
 
-    makers = {name: functools.partial(errors_of, step) for name, step in steps.items()}
-    return _judge(makers, errors_of(steps["plain PyTorch"]), dtype)
+    calls = {name: functools.partial(errors_of, make) for name, make in makers.items()}
+    return _judge(calls, errors_of(makers["plain PyTorch"]), dtype)
 
 
 def check_logprob(gradient: bool, dtype: torch.dtype, device: torch.device) -> Report:
     problem = _small_problem(_random(dtype, device)).active()
-    steps = {c.name: c.build(problem) for c in logprob_contenders(gradient)}
     wide = {c.name: c.build(problem.to(torch.float64)) for c in logprob_contenders(gradient)}
     names = ("log-prob", "hidden", "weight")[: 3 if gradient else 1]
-    return _check_steps(steps, wide["plain PyTorch"], names, dtype)
+    makers = {c.name: functools.partial(c.build, problem) for c in logprob_contenders(gradient)}
+    return check_outputs(makers, wide["plain PyTorch"], names, dtype)
 
 
 def check_logits(dtype: torch.dtype, device: torch.device) -> Report:
-    problem = _small_problem(_random(dtype, device)).active()
+    inputs = _random(dtype, device)
+    problem = make_problem(*inputs, active=1.0, clipped=0.2, rehearsal=0.0, workspace_bytes=256 << 20, seed=1)
     logits = (problem.hidden.float() @ problem.weight.float().t()).to(dtype)
-    steps = {name: step for name, (role, step) in logits_contenders(logits, problem).items() if role != "floor"}
-    wide = logits_contenders(logits.double(), problem)["plain PyTorch"][1]
-    return _check_steps(steps, wide, ("loss", "logits"), dtype)
+    want = {name: make for name, _, make in logits_contenders(logits.double(), problem)}["plain PyTorch"]()
+    return check_outputs(
+        {name: make for name, _, make in logits_contenders(logits, problem)}, want, ("loss", "logits"), dtype
+    )
 
 
 # -- every output and gradient, ours beside plain PyTorch --------------------------------------------------------------

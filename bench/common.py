@@ -1,4 +1,4 @@
-"""What every benchmark here shares: interleaved timing, peak memory, the record of the machine, JSON.
+"""What every benchmark here shares: interleaved timing, the record of the machine, JSON. Imports nothing of the suite.
 
 Contenders take turns within each round, so that noise of the machine (another process, a clock that changes) hits all
 of them alike; the median over rounds is what counts, the smallest and the spread say how far to trust it.
@@ -10,18 +10,17 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, says much that nobody asked
 
 import torch
 from torch import Tensor
@@ -44,6 +43,10 @@ class Timing:
     def median(self) -> float | None:
         return statistics.median(self.samples) if self.samples else None
 
+    def quantile(self, share: float) -> float | None:
+        """The sample below which `share` of the rounds lie, by linear interpolation."""
+        return quantile(self.samples, share) if self.samples else None
+
     @property
     def spread(self) -> float | None:
         """Distance between the quartiles over the median; None with fewer than four rounds."""
@@ -64,15 +67,18 @@ class Timing:
         }
 
 
+def quantile(samples: Sequence[float], share: float) -> float:
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
 def describe(error: BaseException) -> str:
     """An exception in one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> None:
@@ -92,12 +98,13 @@ class Stopwatch:
             size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
             self.flush = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def __call__(self, step: Step) -> float:
-        """Milliseconds. The result of `step` is dropped outside the timed part."""
+    def __call__(self, step: Step, calls: int = 1) -> float:
+        """Milliseconds a call. The last result of `step` is dropped outside the timed part."""
         if self.flush is None:
             begin = time.perf_counter()
-            kept = step()
-            elapsed = 1e3 * (time.perf_counter() - begin)
+            for _ in range(calls):
+                kept = step()
+            elapsed = 1e3 * (time.perf_counter() - begin) / calls
             del kept
             return elapsed
         self.flush.zero_()
@@ -118,6 +125,7 @@ def measure(
     warmup: int,
     limit: float,
     budget: float,
+    shortest: float = 0.0,
     report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Timing]:
     """Times every step in turn, round by round.
@@ -129,11 +137,14 @@ def measure(
         limit: a contender whose call takes longer than this many seconds is dropped. The first call of all may spend
             its time on compilation: a second one is then given before the verdict.
         budget: seconds for one contender over all rounds.
+        shortest: on the CPU a sample is the mean of as many calls as fill this many seconds (200 at most): a clock
+            reading and a wandering frequency are large beside one call of some microseconds.
         report: called with one line for each contender that is dropped.
     """
     watch = Stopwatch(device)
     timings = {name: Timing() for name in steps}
     alive: dict[str, Step] = {}
+    calls = dict.fromkeys(steps, 1)
     for name, step in steps.items():
         try:
             took = watch(step) / 1e3
@@ -143,8 +154,10 @@ def measure(
                 timings[name].failure = f"> {limit:g} s"
             else:
                 for _ in range(warmup - 1 if took * warmup < budget else 0):
-                    watch(step)
+                    took = min(took, watch(step) / 1e3)
                 alive[name] = step
+                if device.type == "cpu" and took < shortest:
+                    calls[name] = min(200, math.ceil(shortest / max(took, 1e-9)))
         except Exception as error:  # a contender that fails must not take the others with it
             timings[name].failure = describe(error)
         if timings[name].failure:
@@ -152,8 +165,9 @@ def measure(
             free_memory(device)
     names = list(alive)
     collecting = gc.isenabled()
+    gc.collect()
     for number in range(rounds):
-        gc.collect()
+        gc.collect(0)  # what the last round left; nothing is older, since nobody collects within a round
         gc.disable()
         try:
             # Every round starts with another contender: nobody always runs after the same neighbour.
@@ -163,7 +177,7 @@ def measure(
                 if len(timing.samples) >= FEWEST_ROUNDS and sum(timing.samples) > 1e3 * budget:
                     continue
                 try:
-                    timing.samples.append(watch(alive[name]))
+                    timing.samples.append(watch(alive[name], calls[name]))
                 except Exception as error:
                     timing.samples.clear()
                     timing.failure = describe(error)
@@ -175,39 +189,29 @@ def measure(
     return timings
 
 
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most that one call holds at a time, its result included, beyond what was there before.
-
-    On the CPU the sum of PyTorch's own allocations: scratch memory inside a library (oneDNN's packed operands) does not
-    show.
-    """
+def allocator_peak(step: Step, device: torch.device) -> int:
+    """The most that one call holds on a CUDA device at a time, its result included, beyond what was there before."""
     free_memory(device)
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        kept = step()
-        synchronize(device)
-        del kept
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = step()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    kept = step()
+    torch.cuda.synchronize(device)
     del kept
-    results: Any = profile.profiler
-    now = peak = 0
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]":  # bytes allocated, negative where they were given back
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 # -- the record of the machine -----------------------------------------------------------------------------------------
 
 PACKAGES = (
     "stable-rlhf", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl",
-    "quack-kernels", "deepspeed", "faiss-cpu", "scikit-learn", "sentence-transformers",
+    "quack-kernels", "flash-attn", "flash-kmeans", "faiss-cpu", "scikit-learn", "sentence-transformers", "deepspeed",
 )  # fmt: skip
+
+
+def _without_folders(word: str) -> str:
+    """A result says what was run and never where on whose machine: of an absolute path only the last part."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _output_of(*command: str) -> str | None:
@@ -266,7 +270,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "commit": _output_of("git", "rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
         "tree_is_dirty": None if changed is None else bool(changed),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": " ".join(_without_folders(word) for word in ["python", *sys.orig_argv[1:]]),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

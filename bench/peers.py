@@ -1,14 +1,14 @@
-"""The contenders: our operations, the floors made of bare matrix products, and other projects' ways to the same loss.
+"""Other projects' ways to the losses that are measured, and ours: one adapter each, all for the same `Problem`.
 
-Each contender is built for a `Problem` and is then a step without arguments that makes loss and gradients from nothing.
-Peers are called through their public interface and get the active rows only, which is to their advantage.
+Every adapter uses the public interface of its project. Its import belongs to its build, so that a peer that is not
+installed, or fails, is listed with the reason and takes nobody with it. `policy_peers` gives each the active rows only,
+which is to its advantage, and once more all rows with a mask, as its users call it (`, all rows`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,96 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig
+from bench.problem import POLICY, REHEARSAL, Contender, Problem, Result, Step, factors, mixed_loss, plain_logprob
 
-POLICY, REHEARSAL = 1, 2
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One mixed batch: T rows, of which the active ones also lie gathered, for the peers."""
-
-    hidden: Tensor  # [T, H]
-    weight: Tensor  # [V, H]
-    target: Tensor  # [T]
-    kind: Tensor  # [T]
-    old_logprob: Tensor  # [T] float32
-    advantage: Tensor  # [T] float32
-    workspace_bytes: int
-    config: PolicyLossConfig = field(default_factory=PolicyLossConfig)
-
-    @property
-    def index(self) -> Tensor:
-        return self.kind.nonzero()[:, 0]
-
-    def active(self) -> Problem:
-        """The same loss without the inactive rows."""
-        rows = self.index
-        parts = (x[rows].contiguous() for x in (self.hidden, self.target, self.kind, self.old_logprob, self.advantage))
-        hidden, target, kind, old, advantage = parts
-        return replace(self, hidden=hidden, target=target, kind=kind, old_logprob=old, advantage=advantage)
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
-
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight as fresh leaves: no gradient of an earlier call is there to be added to."""
-        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a contender makes, the hidden gradient of the rows it was given."""
-
-    loss: Tensor
-    hidden_grad: Tensor
-    weight_grad: Tensor
-
-
-Step = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Contender:
-    name: str
-    build: Callable[[Problem], Step]
-    role: str = "peer"  # ours | floor | peer
-    all_rows: bool = False  # is given the inactive rows too, and has to skip them itself
-    note: str = ""
-
-
-# -- the loss in terms of log-probs ------------------------------------------------------------------------------------
-
-
-def mixed_loss(
-    logprob: Tensor, old_logprob: Tensor, advantage: Tensor, policy: Tensor, rehearsal: Tensor, config: PolicyLossConfig
-) -> Tensor:
-    """PPO's clipped loss over policy rows plus the rehearsal rows' negative log-likelihood.
-
-    `policy` and `rehearsal` [A] hold each row's factor: one over the count of its kind (times rehearsal_coef), or 0.
-    """
-    log_ratio = (logprob - old_logprob).clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    return -(policy * surrogate + rehearsal * logprob).sum()
-
-
-def factors(problem: Problem) -> tuple[Tensor, Tensor]:
-    is_policy, is_rehearsal = (problem.kind == POLICY).float(), (problem.kind == REHEARSAL).float()
-    policy = is_policy / is_policy.sum().clamp(min=1.0)
-    rehearsal = problem.config.rehearsal_coef * is_rehearsal / is_rehearsal.sum().clamp(min=1.0)
-    return policy, rehearsal
-
-
-def plain_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """From whole logits, with statistics in float32 (float64 for float64)."""
-    logits = F.linear(hidden, weight)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(wide, dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-
-def _from_logprob(logprob_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Step]:
+def _from_logprob(logprob_of: Logprob) -> Callable[[Problem], Step]:
     """A contender out of anything that gives differentiable log-probs: the loss above, then autograd."""
 
     def build(problem: Problem) -> Step:
@@ -180,55 +96,10 @@ def accepts_grad_tolerance() -> bool:
     return True
 
 
-# -- the floors --------------------------------------------------------------------------------------------------------
-
-
-def floor(products: int, chunk: int | None, dtype: torch.dtype | None = None) -> Callable[[Problem], Step]:
-    """Nothing but the matrix products: 1 (logits), 3 (and both gradients) or 4 (and the logits once more).
-
-    The buffer for logits is reused from call to call and gradients are fresh memory, as in any training step.
-    """
-
-    def build(problem: Problem) -> Step:
-        given = problem if dtype is None else problem.to(dtype)
-        x, weight = given.hidden.detach(), given.weight.detach()
-        count = x.shape[0]
-        size = min(chunk or count, count)
-        buffer = torch.empty(size, weight.shape[0], dtype=x.dtype, device=x.device)
-
-        def step() -> tuple[Tensor | None, Tensor | None]:
-            hidden_grad = torch.empty_like(x) if products > 1 else None
-            weight_grad: Tensor | None = None
-            for begin in range(0, count, size):
-                part = x[begin : begin + size]
-                logits = buffer[: part.shape[0]]
-                torch.mm(part, weight.t(), out=logits)
-                if products == 4:
-                    torch.mm(part, weight.t(), out=logits)
-                if hidden_grad is not None:
-                    torch.mm(logits, weight, out=hidden_grad[begin : begin + size])
-                    if weight_grad is None:
-                        weight_grad = torch.mm(logits.t(), part)
-                    else:
-                        weight_grad.addmm_(logits.t(), part)
-            return hidden_grad, weight_grad
-
-        return step
-
-    return build
-
-
-def floors(products: int, rows: int, dtype: torch.dtype | None = None, label: str = "floor") -> list[Contender]:
-    """The floor over chunks of 256, 512 and all rows; the fastest of them is *the* floor."""
-    chunks = [c for c in (256, 512) if c < rows]
-    named = [(f"{label}, chunks of {c}", c) for c in chunks] + [(f"{label}, all rows", None)]
-    return [Contender(name, floor(products, chunk, dtype), "floor") for name, chunk in named]
-
-
 # -- other projects ----------------------------------------------------------------------------------------------------
 
 
-def _cut_cross_entropy(device: torch.device, **options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _cut_cross_entropy(device: torch.device, **options: Any) -> Logprob:
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if device.type == "cuda" else "torch_compile"
@@ -237,12 +108,12 @@ def _cut_cross_entropy(device: torch.device, **options: Any) -> Callable[[Tensor
     )
 
 
-def _torch_linear_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _torch_linear_cross_entropy() -> Logprob:
     function, settings = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight, target: -function(hidden, weight, target, reduction="none", options=settings)
 
 
-def _trl_chunked() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _trl_chunked() -> Logprob:
     """TRL's tiles over rows and vocabulary, recomputed in the backward; 32,768 columns a tile, as its trainers do."""
     from trl.kernels import ChunkedLogProbFunction
 
@@ -264,7 +135,7 @@ def _selective_log_softmax(logits: Tensor, target: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _trl_selective(chunk: int = 256) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _trl_selective(chunk: int = 256) -> Logprob:
     try:
         from trl.trainer.utils import selective_log_softmax
     except Exception:  # TRL's trainers import much that a benchmark does not need
@@ -317,27 +188,73 @@ def liger_grpo(problem: Problem) -> Step:
     return step
 
 
-def _lazily(make: Callable[[], Callable[[Tensor, Tensor, Tensor], Tensor]]) -> Callable[[Problem], Step]:
+def _lazily(make: Callable[[], Logprob]) -> Callable[[Problem], Step]:
     """The import of a peer belongs to its build, where a failure is reported and does no harm."""
     return lambda problem: _from_logprob(make())(problem)
 
 
-def policy_peers(device: torch.device) -> list[Contender]:
+def liger_grpo_sequences(problem: Problem) -> Step:
+    """Liger's fused linear GRPO loss as its users call it: whole sequences with a mask, one sequence a chunk (its
+    default), one advantage a sequence. Rehearsal tokens take a second call, as in `liger_grpo`."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    config, shape = problem.config, (problem.sequences, -1)
+    masks = [(problem.kind == kind).float().view(shape) for kind in (POLICY, REHEARSAL)]
+    target, old = problem.target.view(shape), problem.old_logprob.view(shape)
+    advantage = problem.advantage.view(shape)[:, 0].contiguous()
+    ppo = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, loss_type="dapo", epsilon_low=config.clip_low, epsilon_high=config.clip_high
+    )
+    nll = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=5.0)
+
+    def step() -> Result:
+        hidden, weight = problem.leaves()
+        x = hidden.view(problem.sequences, -1, hidden.shape[-1])
+        loss = ppo(x, weight, target, masks[0], advantage, old_per_token_logps=old)[0]
+        if bool(masks[1].any()):
+            ones = torch.ones_like(advantage)
+            loss = loss + config.rehearsal_coef * nll(x, weight, target, masks[1], ones)[0]
+        loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        return Result(loss.detach(), hidden.grad, weight.grad)
+
+    return step
+
+
+def _ignoring(build: Callable[[Problem], Step]) -> Callable[[Problem], Step]:
+    """Inactive rows with the target that cross-entropies skip."""
+    return lambda problem: build(replace(problem, target=problem.target.masked_fill(problem.kind == 0, -100)))
+
+
+def policy_peers(device: torch.device, all_rows: bool) -> list[Contender]:
+    """Every peer on the active rows; with `all_rows`, where some are inactive, once more as its users call it."""
+    cut = _lazily(lambda: _cut_cross_entropy(device))
     found = [
         Contender("plain PyTorch", plain),
         Contender("torch.compile", compiled_plain, note="compiled for this shape"),
-        Contender("cut-cross-entropy", _lazily(lambda: _cut_cross_entropy(device)), note="its NLL, then PPO"),
+        Contender("cut-cross-entropy", cut, note="its NLL, then PPO"),
     ]
     if device.type == "cuda":
         unfiltered = _lazily(lambda: _cut_cross_entropy(device, filter_eps=None))
         found.append(Contender("cut-cross-entropy, no filter", unfiltered, note="filter_eps=None"))
-    return [
-        *found,
+    chunked, selective = _lazily(_trl_chunked), _lazily(_trl_selective)
+    found += [
         Contender("Liger GRPO", liger_grpo, note="a row is a sequence of one token"),
-        Contender("TRL chunked log-prob", _lazily(_trl_chunked), note="trl.kernels"),
-        Contender("TRL selective_log_softmax", _lazily(_trl_selective), note="chunks of 256 rows"),
+        Contender("TRL chunked log-prob", chunked, note="trl.kernels"),
+        Contender("TRL selective_log_softmax", selective, note="chunks of 256 rows"),
         Contender("F.linear_cross_entropy", _lazily(_torch_linear_cross_entropy), note="chunked, its NLL, then PPO"),
     ]
+    if not all_rows:
+        return found
+    masked = "a factor 0 for inactive rows"
+    as_called = [
+        ("plain PyTorch", plain, masked),
+        ("torch.compile", compiled_plain, masked),
+        ("cut-cross-entropy", _ignoring(cut), "target -100 for inactive rows"),
+        ("Liger GRPO", liger_grpo_sequences, "sequences with a mask, one a chunk"),
+        ("TRL chunked log-prob", chunked, masked),
+    ]
+    return found + [Contender(f"{name}, all rows", make, all_rows=True, note=note) for name, make, note in as_called]
 
 
 # -- linear_logprob and policy_loss ------------------------------------------------------------------------------------
@@ -379,12 +296,48 @@ def logprob_contenders(gradient: bool) -> list[Contender]:
     ]
 
 
-def logits_contenders(logits: Tensor, problem: Problem) -> dict[str, tuple[str, Step]]:
-    """`policy_loss` from logits that exist: (role, step) by name. The floor is a copy, which moves the same bytes as
-    reading logits once and writing their gradient once."""
+def _flash_attn_nll() -> Callable[[Tensor, Tensor], Tensor]:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return lambda logits, target: cross_entropy_loss(logits, target)[0]
+
+
+def _quack_nll() -> Callable[[Tensor, Tensor], Tensor]:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, target: cross_entropy(logits, target, reduction="none")
+
+
+def _liger_triton(logits: Tensor, problem: Problem, policy: Tensor) -> Step:
+    """Liger's Triton GRPO from logits [S, L + 1, V], as whole models make them: the last position is not read. That
+    layout is made beforehand."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    if bool((problem.kind == REHEARSAL).any()):
+        raise NotImplementedError("knows no rehearsal rows")
+    config, shape = problem.config, (problem.sequences, problem.target.numel() // problem.sequences)
+    padded = F.pad(logits.detach().view(*shape, -1), (0, 0, 0, 1))
+    old, tokens = problem.old_logprob.view(shape), problem.target.view(shape)
+    advantage = problem.advantage.view(shape)[:, 0].contiguous()
+
+    def step() -> tuple[Tensor, Tensor]:
+        leaf = padded.detach().requires_grad_()
+        per_token = triton_grpo_loss(
+            leaf, old, None, tokens, advantage, temperature=1.0, beta=0.0, eps_low=config.clip_low,
+            eps_high=config.clip_high, inplace=False,
+        )[0]  # fmt: skip
+        loss = (per_token.reshape(-1) * policy).sum()
+        loss.backward()
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad[:, :-1].reshape(logits.shape)
+
+    return step
+
+
+def logits_contenders(logits: Tensor, problem: Problem) -> list[tuple[str, str, Callable[[], Step]]]:
+    """`policy_loss` from logits that exist: name, role, and what makes the step."""
     policy, rehearsal = factors(problem)
     given = (problem.old_logprob, problem.advantage, policy, rehearsal)
-    other = torch.empty_like(logits)
 
     def plain_loss(leaf: Tensor) -> Tensor:
         wide = leaf if leaf.dtype == torch.float64 else leaf.float()
@@ -397,69 +350,28 @@ def logits_contenders(logits: Tensor, problem: Problem) -> dict[str, tuple[str, 
             config=problem.config,
         ).loss  # fmt: skip
 
-    def with_gradient(loss_of: Callable[[Tensor], Tensor]) -> Step:
-        def step() -> tuple[Tensor, Tensor | None]:
-            leaf = logits.detach().requires_grad_()
-            loss = loss_of(leaf)
-            loss.backward()
-            return loss.detach(), leaf.grad
+    def from_nll(nll: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda leaf: mixed_loss(-nll(leaf, problem.target), *given, problem.config)
 
-        return step
+    def with_gradient(make: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[], Step]:
+        def build() -> Step:
+            loss_of = make()
 
-    return {
-        "stable_rlhf": ("ours", with_gradient(own_loss)),
-        "floor, copy of the logits": ("floor", lambda: other.copy_(logits)),
-        "plain PyTorch": ("peer", with_gradient(plain_loss)),
-        "torch.compile": ("peer", with_gradient(torch.compile(plain_loss, dynamic=False))),
-    }
+            def step() -> tuple[Tensor, Tensor | None]:
+                leaf = logits.detach().requires_grad_()
+                loss = loss_of(leaf)
+                loss.backward()
+                return loss.detach(), leaf.grad
 
+            return step
 
-# -- problems ----------------------------------------------------------------------------------------------------------
+        return build
 
-
-def make_problem(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    active: float,
-    clipped: float,
-    rehearsal: float,
-    workspace_bytes: int,
-    seed: int = 0,
-) -> Problem:
-    """Kinds, advantages and old log-probs such that `clipped` of the policy rows are cut off by PPO's clip.
-
-    Shares are exact up to rounding: `active` of all rows, `rehearsal` of the active ones. Which rows is random.
-    """
-    device, rows = hidden.device, hidden.shape[0]
-    g = torch.Generator().manual_seed(seed)
-    count = max(1, round(active * rows))
-    rehearsed = round(rehearsal * count)
-    order = torch.randperm(rows, generator=g)
-    kind = torch.zeros(rows, dtype=torch.int64)
-    kind[order[:count]] = POLICY
-    kind[order[:rehearsed]] = REHEARSAL
-    policy_rows = order[rehearsed:count]
-    advantage = torch.randn(rows, generator=g)
-    # The log-ratio of a clipped row is 0.5 in the direction of its advantage; the others stay well inside the clip.
-    log_ratio = 0.1 * (2.0 * torch.rand(rows, generator=g) - 1.0)
-    cut = policy_rows[: round(clipped * len(policy_rows))]
-    log_ratio[cut] = 0.5 * torch.where(advantage[cut] < 0, -1.0, 1.0)
-    with torch.no_grad():
-        here, _ = ops.linear_logprob(hidden, weight, target, workspace_bytes=workspace_bytes)
-    return Problem(
-        hidden, weight, target, kind.to(device), here.float() - log_ratio.to(device), advantage.to(device),
-        workspace_bytes,
-    )  # fmt: skip
-
-
-def random_inputs(
-    rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and targets; the logits have standard deviation 2."""
-    g = torch.Generator(device=device).manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=g, device=device)
-    weight = torch.randn(vocabulary, width, generator=g, device=device) * (2.0 / math.sqrt(width))
-    target = torch.randint(0, vocabulary, (rows,), generator=g, device=device)
-    return hidden.to(dtype), weight.to(dtype), target
+    return [
+        ("stable_rlhf", "ours", with_gradient(lambda: own_loss)),
+        ("plain PyTorch", "peer", with_gradient(lambda: plain_loss)),
+        ("torch.compile", "peer", with_gradient(lambda: torch.compile(plain_loss, dynamic=False))),
+        ("Liger Triton GRPO", "peer", lambda: _liger_triton(logits, problem, policy)),
+        ("flash-attn cross-entropy", "peer", with_gradient(lambda: from_nll(_flash_attn_nll()))),
+        ("quack cross-entropy", "peer", with_gradient(lambda: from_nll(_quack_nll()))),
+    ]

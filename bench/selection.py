@@ -97,7 +97,7 @@ def speed(rounds: int, counts: list[int]) -> dict[str, Any]:
                 wall, cpu, inertia = timed(partial(steps[name], number))
                 samples[name].append((wall, cpu, inertia))
                 print(f"c {c} {name}: {wall:.2f} s wall, {cpu:.2f} s cpu, inertia {inertia:.1f}", flush=True)
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             name: {
                 "wall_s": statistics.median(s[0] for s in found), "cpu_s": statistics.median(s[1] for s in found),
                 "wall_min_s": min(s[0] for s in found), "inertia": statistics.mean(s[2] for s in found),

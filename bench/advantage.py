@@ -1,0 +1,131 @@
+"""The Advantage Model's loss, forward + backward.
+
+With alternates (K > 0) the floor is the time of reading every log-probability once, at the rate of a copy. Without, a
+few thousand numbers are a matter of overhead, and the floor is what an empty registered operation with one tensor costs
+forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import stable_rlhf.ops as ops
+from bench.accuracy import check_outputs
+from bench.common import Step
+from bench.suite import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
+
+MARGIN = 2.5
+
+
+@functools.cache
+def _empty_operation() -> Any:
+    @torch.library.custom_op("stable_rlhf_bench::empty", mutates_args=())
+    def empty(x: Tensor) -> Tensor:
+        return x.new_empty(())
+
+    empty.register_fake(lambda x: x.new_empty(()))
+    empty.register_autograd(
+        lambda ctx, grad: torch.empty_like(ctx.saved_tensors[0]),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+    )
+    return empty
+
+
+def _empty_step(reward: Tensor) -> Step:
+    empty = _empty_operation()
+
+    def step() -> Tensor | None:
+        leaf = reward.detach().requires_grad_()
+        empty(leaf).backward()
+        return leaf.grad
+
+    return step
+
+
+def plain_loss(
+    reward: Tensor, expected: Tensor | None, logprob: Tensor | None, alternates: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """The loss on padded rows [R, L] (alternates [K, R, L]), first half of the responses chosen against the second."""
+    score, count = reward, 0
+    if logprob is not None and alternates is not None and mask is not None:
+        count = alternates.shape[0]
+        log_weight = ((logprob - alternates) * mask).sum(-1) / mask.sum(-1)  # [K, R], length-normalised
+        weight = log_weight.clamp(max=0.0).exp().detach()
+        score = reward - (weight * reward).sum(0) / (count + 1)
+    if expected is not None:
+        score = score - expected.repeat(2) / (count + 1)
+    chosen, rejected = score.chunk(2)
+    terms = F.logsigmoid(chosen - rejected) + F.logsigmoid(MARGIN - chosen) + F.logsigmoid(MARGIN + rejected)
+    return -terms.mean()
+
+
+def prepare(case: Case, settings: Settings) -> Prepared:
+    device, shape = torch.device(settings.device), case.shape
+    pairs, count = shape["pairs"], shape.get("alternates", 0)
+    g = torch.Generator().manual_seed(settings.seed)
+    reward = torch.randn(2 * pairs, generator=g).to(device)
+    expected = 0.3 * torch.randn(pairs, generator=g).to(device) if shape.get("expected") else None
+    options: dict[str, Any] = {}
+    padded: tuple[Tensor, Tensor, Tensor] | None = None
+    if count:
+        # Sequences of equal length: padded rows then lose nothing to padding, and are a view of the packed ones.
+        tokens = 2 * pairs * shape["length"]
+        logprob = -2.0 * torch.rand(tokens, generator=g)
+        alternates = logprob + 0.2 * torch.randn(count, tokens, generator=g)
+        limits = torch.arange(0, tokens + 1, shape["length"], device=device)
+        options = {"logprob": logprob.to(device), "alt_logprob": alternates.to(device), "cu_seqlens": limits}
+        rows = options["logprob"].view(2 * pairs, -1)
+        padded = rows, options["alt_logprob"].view(count, 2 * pairs, -1), torch.ones_like(rows)
+
+    def with_gradients(loss_of: Any, dtype: torch.dtype = torch.float32) -> Step:
+        def step() -> tuple[Tensor | None, ...]:
+            leaf = reward.to(dtype).detach().requires_grad_()
+            other = None if expected is None else expected.to(dtype).detach().requires_grad_()
+            loss = loss_of(leaf, other)
+            loss.backward()
+            return (loss.detach(), leaf.grad, *(() if other is None else (other.grad,)))
+
+        return step
+
+    def plain(dtype: torch.dtype) -> Step:
+        given = (None, None, None) if padded is None else tuple(x.to(dtype) for x in padded)
+        return with_gradients(lambda r, e: plain_loss(r, e, *given), dtype)
+
+    def compiled() -> Step:
+        function = torch.compile(plain_loss, dynamic=False)
+        given = (None, None, None) if padded is None else padded
+        return with_gradients(lambda r, e: function(r, e, *given))
+
+    def own() -> Step:
+        return with_gradients(lambda r, e: ops.advantage_loss(r, e, margin=MARGIN, **options).loss)
+
+    contender = Contender(OURS, own, "ours")
+    contenders = [
+        *with_backends(contender, settings),
+        on_reference(contender),
+        Contender("plain PyTorch", lambda: plain(torch.float32), note="padded rows, no checks"),
+        Contender("torch.compile", compiled, note="padded rows, no checks"),
+    ]
+    names = ("loss", "reward", "expected")[: 2 if expected is None else 3]
+
+    def checked(wanted: list[Contender]) -> dict[str, dict[str, Any]]:
+        makers = {c.name: c.make for c in wanted if c.role != "floor"}
+        makers.setdefault("plain PyTorch", lambda: plain(torch.float32))
+        return check_outputs(makers, plain(torch.float64), names, torch.float32)
+
+    moved = 4.0 * (reward.numel() * 3 + sum(x.numel() for x in options.values() if x.dtype == torch.float32))
+    if padded is None:
+        bare = Contender("empty operation", lambda: _empty_step(reward), "floor", "registered, forward + backward")
+    else:
+        bare = copy_floor(moved, device)
+    return Prepared(
+        [*contenders, bare],
+        checked,
+        flops=2.0 * count * reward.numel() * shape.get("length", 0) + 40.0 * reward.numel(),
+        moved=moved,
+    )

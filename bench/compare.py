@@ -1,0 +1,75 @@
+"""Two sets of lines beside each other: what became slower or faster beyond the noise of both.
+
+What is compared is the ratio to the floor of the same run, since that is what a machine in another mood leaves alone;
+where a case has no floor, its time. Each side is known from its p20 to its p80. Sides that overlap, or one that spreads
+wider than the change that is looked for, allow no verdict.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.suite import Line
+
+SAME, SLOWER, FASTER, NOISE, GONE = "same", "slower", "faster", "too noisy to tell", "no longer measured"
+
+
+@dataclass(frozen=True)
+class Change:
+    case: str
+    peer: str
+    role: str
+    before: float | None
+    after: float | None
+    verdict: str
+
+    @property
+    def share(self) -> float | None:
+        return self.after / self.before - 1.0 if self.before and self.after else None
+
+
+def interval(line: Line, ratio: bool) -> tuple[float, float, float]:
+    """p20, median, p80 of the ratio to the floor, or of the time."""
+    names = ("times_floor_p20", "times_floor", "times_floor_p80") if ratio else ("p20_s", "median_s", "p80_s")
+    low, middle, high = (float(line[name]) for name in names)
+    return low, middle, high
+
+
+def judge(before: Line, after: Line, threshold: float) -> Change:
+    ratio = before.get("times_floor") is not None and after.get("times_floor") is not None
+    (low_a, a, high_a), (low_b, b, high_b) = interval(before, ratio), interval(after, ratio)
+    overlap = low_b <= high_a and low_a <= high_b
+    change = b / a - 1.0
+    if abs(change) <= threshold:
+        # Both medians in the same place mean little where each may lie anywhere.
+        wide = max((high_a - low_a) / a, (high_b - low_b) / b) > 2.5 * threshold
+        verdict = NOISE if wide else SAME
+    elif overlap:
+        verdict = NOISE
+    else:
+        verdict = SLOWER if change > 0 else FASTER
+    return Change(after["case"], after["peer"], after["role"], a, b, verdict)
+
+
+def compare(before: Sequence[Line], after: Sequence[Line], threshold: float = 0.10) -> list[Change]:
+    """Every contender that was measured before, floors apart: a floor is the measure, not what is measured."""
+    found = {(line["case"], line["peer"]): line for line in after}
+    changes = []
+    for old in before:
+        if old["status"] != "ok" or old["role"] == "floor":
+            continue
+        new = found.get((old["case"], old["peer"]))
+        if new is None or new["status"] != "ok":
+            changes.append(Change(old["case"], old["peer"], old["role"], old["median_s"], None, GONE))
+        else:
+            changes.append(judge(old, new, threshold))
+    return changes
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """A device's name as a part of a file's: what is compared later must have run on the same one."""
+    name = environment.get("gpu") or f"{environment['cpu']} {environment['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

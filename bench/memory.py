@@ -1,0 +1,66 @@
+"""Peak resident set of one contender, in a process that does nothing else (started by suite.resident_peak).
+
+The same case at a tiny size first loads code and starts threads; what counts begins after that: inputs are made, the
+contender is called twice, and the peak of the second call over the resident set before the first is printed. Scratch
+memory and workspaces that stay from call to call are therefore included, compilation is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import stable_rlhf.ops as ops
+from bench.common import MIB, Step
+from bench.suite import Case, Settings, operations
+
+PROCESS = Path("/proc/self")
+
+
+def _trim() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> float:
+    """MiB of a line of /proc/self/status."""
+    for line in (PROCESS / "status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024 / MIB
+    raise RuntimeError(f"{name} is not in {PROCESS / 'status'}")
+
+
+def _step(case: Case, settings: Settings, name: str) -> Step:
+    found = operations()[case.op](case, settings).contenders
+    return next(c for c in found if c.name == name).make()
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.read())
+    torch.set_num_threads(task["threads"])
+    case, name = Case(**task["case"]), task["contender"]
+    settings = Settings.from_json(task["settings"])
+    _step(case.tiny(), settings, name)()
+    torch.compiler.reset()
+    step = _step(case, settings, name)
+    ops.release_workspace()  # of making the inputs
+    _trim()
+    before = _status("VmRSS")
+    step()
+    _trim()
+    time.sleep(0.05)  # the kernel's counters of the threads settle
+    (PROCESS / "clear_refs").write_text("5")  # the peak restarts at what is resident now
+    kept = step()
+    peak = _status("VmHWM") - before
+    del kept
+    print(json.dumps({"peak_mib": peak}))
+
+
+if __name__ == "__main__":
+    main()

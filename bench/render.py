@@ -1,0 +1,237 @@
+"""Lines of results as a table for the terminal, and as Markdown between the markers of the README."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from bench.compare import FASTER, NOISE, SLOWER, Change
+from bench.suite import OURS, Line
+
+MARKED = re.compile(r"<!-- bench:(?P<name>[a-z-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
+COMMAND = "make bench-readme"
+
+
+def in_units(seconds: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1.0:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def count(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def title(line: Line) -> str:
+    shape = ", ".join(
+        f"{name} {value if isinstance(value, str) else count(value)}" for name, value in line["shape"].items()
+    )
+    return f"{line['op']}, {line['dtype']}, {shape}"
+
+
+def ratio(line: Line) -> str:
+    """Times of the floor; where the rounds disagree no figure, only where it may lie."""
+    if line.get("times_floor") is None:
+        return "–"
+    if line["noisy"]:
+        return f"{line['times_floor_p20']:.2f}–{line['times_floor_p80']:.2f}"
+    return f"{line['times_floor']:.2f}"
+
+
+def rate(line: Line) -> str:
+    if line.get("flops_per_s") and line["op"] in ("policy", "logprob", "logprob-grad"):
+        return f"{line['flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    return f"{line['bytes_per_s'] / 1e9:,.1f} GB/s" if line.get("bytes_per_s") else ""
+
+
+def cases(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """Lines by case, the fastest first, those without a time last."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line["case"], []).append(line)
+    return {case: sorted(group, key=lambda x: x["median_s"] or float("inf")) for case, group in found.items()}
+
+
+def worst_error(line: Line) -> str:
+    return f"{max(line['errors'].values()):.0e}" if line.get("errors") else ""
+
+
+def remark(line: Line) -> str:
+    verdict = line.get("verdict")
+    parts = [
+        "too noisy for a verdict" if line.get("noisy") else None,
+        f"{line['status']}: {line.get('failure')}" if line["status"] != "ok" else None,
+        verdict if verdict not in (None, "right") and line["status"] == "ok" else None,
+        line.get("note"),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """Every contender of every case."""
+    made = Table(title="time beside the floor of the same rounds")
+    made.add_column("case, contender", overflow="fold")
+    for name in ("median", "p20", "p80", "× floor", "share", "peak MiB", "rate", "error"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("remarks", overflow="fold")
+    for group in cases(lines).values():
+        made.add_section()
+        made.add_row(f"[bold]{title(group[0])}[/]", *[""] * 9)
+        for line in group:
+            style = {"ours": "green", "floor": "cyan"}.get(line["role"])
+            times = [in_units(line[k]) if line.get(k) else "–" for k in ("median_s", "p20_s", "p80_s")]
+            share = f"{line['floor_share']:.0%}" if line["floor_share"] and not line["noisy"] else "–"
+            peak = f"{line['peak_mib']:,.0f}" if line.get("peak_mib") is not None else ""
+            cells = (*times, ratio(line), share, peak, rate(line), worst_error(line), remark(line))
+            made.add_row("  " + line["peer"], *cells, style=style)
+    return made
+
+
+def summary(lines: Sequence[Line]) -> Table:
+    """One line a case: ours, and the fastest other that is right."""
+    made = Table(title="ours and the fastest peer")
+    made.add_column("case", overflow="fold")
+    for name in ("ours", "× floor", "peak MiB", "fastest peer", "its time", "× floor", "peak MiB"):
+        made.add_column(name, justify="right", overflow="fold")
+    for group in cases(lines).values():
+        own = next((x for x in group if x["peer"] == OURS), None)
+        peer = next((x for x in group if x["role"] == "peer" and x["status"] == "ok"), None)
+        made.add_row(title(group[0]), *_brief(own), peer["peer"] if peer else "–", *_brief(peer))
+    return made
+
+
+def _brief(line: Line | None) -> tuple[str, str, str]:
+    if line is None or line["median_s"] is None:
+        return (line or {}).get("failure") or "–", "–", "–"
+    peak = f"{line['peak_mib']:,.0f}" if line.get("peak_mib") is not None else "–"
+    return in_units(line["median_s"]), ratio(line), peak
+
+
+def changes(found: Sequence[Change], everything: bool = False) -> Table:
+    made = Table(title="after against before, times of the floor")
+    for name in ("case", "contender"):
+        made.add_column(name, overflow="fold")
+    for name in ("before", "after", "change"):
+        made.add_column(name, justify="right")
+    made.add_column("verdict")
+    for change in found:
+        if change.verdict == "same" and not everything:
+            continue
+        style = {SLOWER: "red", FASTER: "green", NOISE: "yellow"}.get(change.verdict)
+        numbers = [f"{value:.3g}" if value else "–" for value in (change.before, change.after)]
+        moved = f"{change.share:+.0%}" if change.share is not None else "–"
+        made.add_row(change.case, change.peer, *numbers, moved, change.verdict, style=style)
+    return made
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))
+
+
+def origin(lines: Sequence[Line], study: str) -> str:
+    """One sentence on device, versions, commit, date and command."""
+    told = []
+    for run in {line["environment"]["time"]: line["environment"] for line in lines}.values():
+        device = run.get("gpu") or f"{run['cpu']} ({run['threads']} threads, {', '.join(run['cpu_features'])})"
+        changed = " with changes" if run.get("tree_is_dirty") else ""
+        told.append((device, run["versions"]["torch"], (run["commit"] or "unknown")[:8] + changed, run["time"][:10]))
+    sources = dict.fromkeys(f"{device}, torch {torch}, commit {commit}, {day}" for device, torch, commit, day in told)
+    return f"{'; '.join(sources)}. Again: `{COMMAND}` or `python -m bench --preset readme --study {study}`.\n"
+
+
+def policy_loss(lines: Sequence[Line]) -> str:
+    """Times of the floor: half active (active rows only, then as called), all active, real hidden states."""
+    policy = [line for line in lines if line["op"] == "policy"]
+    half = {x["peer"]: x for x in policy if x["shape"].get("active", 1) < 1}
+    whole = {x["peer"]: x for x in policy if x["shape"].get("active", 1) == 1 and not x["shape"].get("states")}
+    real = {x["peer"]: x for x in policy if x["shape"].get("states")}
+    names = [n for n in {**half, **whole, **real} if not n.endswith(", all rows") and "floor" not in n]
+    names.sort(key=lambda n: (not n.startswith(OURS), (half.get(n) or real.get(n) or {}).get("times_floor") or 99.0, n))
+
+    def cell(found: dict[str, Line], name: str) -> str:
+        line = found.get(name)
+        if line is None:
+            return ""
+        return ratio(line) if line["status"] == "ok" else line["status"]
+
+    rows = []
+    for name in names:
+        label = f"**{OURS}**" + name.removeprefix(OURS) if name.startswith(OURS) else name
+        called = cell(half, name if name == OURS else f"{name}, all rows")
+        errors = (real.get(name) or {}).get("errors") or {}
+        error = f"{errors['hidden']:.0e}" if errors else ""
+        weighed = (whole.get(name) or {}).get("peak_mib")
+        peak = f"{weighed:,.0f}" if weighed is not None else ""
+        rows.append([label, cell(half, name), called, cell(whole, name), peak, cell(real, name), error])
+    head = [
+        "",
+        "half active",
+        "half active, as called",
+        "all active",
+        "peak MiB",
+        "SmolLM2's hidden states",
+        "error there",
+    ]
+    text = markdown_table(head, rows)
+    told = {
+        "logprob": "`linear_logprob` without gradient",
+        "logprob-grad": "with gradient (floor: four products)",
+        "logits": "`policy_loss` from logits (floor: a copy)",
+    }
+    own = [(said, x) for op, said in told.items() for x in lines if x["op"] == op and x["peer"] == OURS]
+    if own:
+        text += "\n" + ", ".join(f"{said} {ratio(x)}" for said, x in own) + ".\n"
+    return text
+
+
+def plain_table(lines: Sequence[Line]) -> str:
+    """A row for each contender that has a time or a reason for having none, with memory where it was measured."""
+    weighed = any(line.get("peak_mib") is not None for line in lines)
+    fitting = any(line.get("largest_batch") is not None for line in lines)
+    head = ["", "time", "× floor", *(["peak MiB"] if weighed else []), *(["largest batch"] if fitting else [])]
+    rows: list[list[str]] = []
+    for group in cases(lines).values():
+        rows.append([f"*{title(group[0])}*", *[""] * (len(head) - 1)])
+        for line in group:
+            if line["role"] == "floor":
+                continue
+            name = f"**{line['peer']}**" if line["role"] == "ours" else line["peer"]
+            shown = in_units(line["median_s"]) if line["median_s"] else line["status"]
+            row = [name, shown, ratio(line)]
+            if weighed:
+                row.append(f"{line['peak_mib']:,.0f}" if line.get("peak_mib") is not None else "")
+            if fitting:
+                row.append(str(line.get("largest_batch") or ""))
+            rows.append(row)
+    return markdown_table(head, rows)
+
+
+def block(name: str, lines: Sequence[Line]) -> str:
+    """What stands between the markers of that name."""
+    chosen = [line for line in lines if line["study"] == name]
+    if not chosen:
+        return f"Not measured yet: `{COMMAND}`.\n"
+    made = policy_loss(chosen) if name == "policy-loss" else plain_table(chosen)
+    return made + "\n" + origin(chosen, name)
+
+
+def rendered(readme: str, lines: Sequence[Line]) -> str:
+    """The README with every marked part made anew."""
+    return MARKED.sub(lambda m: f"<!-- bench:{m['name']} -->\n{block(m['name'], lines)}<!-- /bench -->", readme)
+
+
+def rewrite(path: Path, lines: Sequence[Line]) -> bool:
+    """Writes the marked parts of the README; whether anything changed."""
+    before = path.read_text()
+    after = rendered(before, lines)
+    if after != before:
+        path.write_text(after)
+    return after != before

