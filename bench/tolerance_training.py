@@ -152,7 +152,7 @@ def report(path: Path) -> None:
         style = "-" if run["tolerance"] == 0 else "--"
         axes.plot(curve, style, label=f"tolerance {run['tolerance']:g}, seed {run['seed']}")
     axes.set(xlabel="step", ylabel=f"loss, mean of {width} steps")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     print(f"written to {path}")
 
