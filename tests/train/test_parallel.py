@@ -29,7 +29,7 @@ def launch(ranks: int, *arguments: str, worker: Path = WORKER) -> None:
         str(worker), *arguments,
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
