@@ -19,7 +19,7 @@ from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import micro_steps, shuffled_steps
 from stable_rlhf.train.config import EngineArguments, PPOArguments, ScorerArguments
-from stable_rlhf.train.engine import Engine, rank, start, sum_over_ranks, world_size
+from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer
@@ -145,6 +145,9 @@ def main() -> None:
         found[stage] = {"scorer": scorer_losses(stage, micro, tokenizer), "ppo": losses, "drawn": drawn}
     if rank() == 0:
         output.write_text(json.dumps(found))
+    # A rank that ends while another still talks to it can take that one down with it.
+    barrier()
+    torch.distributed.destroy_process_group()
 
 
 main()
