@@ -9,9 +9,12 @@
     void run_masses(const Columns& call, int64_t begin, int64_t end);   \
     double difference_sum(const float* a, const float* b, int64_t n);   \
     void pair_terms(const PairBlock<float>& block);                     \
+    void k3(const float* d, int64_t n, float* kl);                      \
     }
-#define KERNELS_OF(name) \
-    Kernels { #name, name::run_rows, name::run_peaks, name::run_masses, name::difference_sum, name::pair_terms }
+#define KERNELS_OF(name)                                                                                            \
+    Kernels {                                                                                                       \
+        #name, name::run_rows, name::run_peaks, name::run_masses, name::difference_sum, name::pair_terms, name::k3 \
+    }
 
 namespace stable_rlhf {
 

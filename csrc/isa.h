@@ -13,6 +13,7 @@ struct Kernels {
     void (*masses)(const Columns&, int64_t begin, int64_t end);
     double (*difference_sum)(const float* a, const float* b, int64_t n);
     void (*pair_terms)(const PairBlock<float>&);
+    void (*k3)(const float* d, int64_t n, float* kl);
 };
 
 // The kernels for an instruction set, the best this processor has for ""; null when it lacks that one.

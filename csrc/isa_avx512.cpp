@@ -15,6 +15,7 @@
 #define SIMD_F16C
 #include "advantage_kernel.h"
 #include "policy_rows_kernel.h"
+#include "sequence_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -3,3 +3,4 @@
 #define SIMD_WIDTH 4
 #include "advantage_kernel.h"
 #include "policy_rows_kernel.h"
+#include "sequence_kernel.h"

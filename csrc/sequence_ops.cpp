@@ -2,9 +2,9 @@
 #include "sequence_ops.h"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace stable_rlhf {
@@ -128,87 +128,18 @@ SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, c
 
 namespace {
 
-// Four lanes on the compiler's vector types: SSE2 on x86-64, NEON on ARM.
-constexpr int kWidth = 4;
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
-
-template <int terms, typename T>
-struct InverseFactorials {
-    T of[terms + 1]{};
-    constexpr InverseFactorials() {
-        double factorial = 1;
-        for (int i = 1; i <= terms; ++i) of[i] = static_cast<T>(1 / (factorial *= i));
-    }
-};
-
-// exp(x) - 1 - x near 0, where both subtractions cancel: the series, with every term that counts for |x| < 1 (relative
-// error below 1e-7 in float, 1e-15 in double).
-template <int terms, int count, typename T, typename X>
-void exp_remainder_near(const X* x, X* y) {
-    constexpr InverseFactorials<terms, T> inverse_factorial;
-    for (int i = 0; i < count; ++i) y[i] = x[i] * inverse_factorial.of[terms] + inverse_factorial.of[terms - 1];
-    for (int term = terms - 2; term > 1; --term) {
-        for (int i = 0; i < count; ++i) y[i] = y[i] * x[i] + inverse_factorial.of[term];
-    }
-    for (int i = 0; i < count; ++i) y[i] = x[i] * x[i] * y[i];
-}
-
-// exp for |x| up to 200, infinite from 88.73 on, 0 below -87.3.
-Floats exp_of(Floats x) {
-    const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const Floats shifted = x * 1.44269504088896341f + magic;
-    const Floats n = shifted - magic;
-    Floats r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    Floats p = Floats{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    // 2^n in two factors, for n runs beyond the exponents of one.
-    const Ints whole = (Ints)shifted - (Ints)magic;
-    const Ints half = whole >> 1;
-    const Floats y = p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
-    return x < -87.3f ? Floats{} : y;
-}
-
-// kl[t] = exp(-d) - 1 + d, the k3 estimator.
+// kl[t] = exp(-d) - 1 + d, the k3 estimator. Near 0, where both subtractions cancel, from the series of exp with every
+// term that counts for |x| < 1 (relative error below 1e-15); in float the same in sequence_kernel.h.
 void k3(const double* d, int64_t n, double* kl) {
+    constexpr int terms = 19;
     for (int64_t t = 0; t < n; ++t) {
         const double x = -d[t];
-        double near;
-        exp_remainder_near<19, 1, double>(&x, &near);
-        kl[t] = std::abs(x) < 1 ? near : std::exp(x) - 1 - x;
+        double near = 1;
+        for (int i = terms; i > 2; --i) near = 1 + x * near / i;
+        kl[t] = std::abs(x) < 1 ? 0.5 * x * x * near : std::exp(x) - 1 - x;
     }
 }
-void k3(const float* d, int64_t n, float* kl) {
-    constexpr int pair = 2;  // whose chains of operations overlap
-    for (int64_t t = 0; t < n; t += pair * kWidth) {
-        const size_t bytes = sizeof(float) * std::min<int64_t>(pair * kWidth, n - t);
-        Floats x[pair]{}, y[pair];
-        std::memcpy(x, d + t, bytes);
-        for (int i = 0; i < pair; ++i) x[i] = -x[i];
-        exp_remainder_near<11, pair, float>(x, y);
-        Ints beyond[pair], any{};
-        for (int i = 0; i < pair; ++i) {
-            beyond[i] = (x[i] >= 1.0f) | (x[i] <= -1.0f);
-            any |= beyond[i];
-        }
-        if (any[0] | any[1] | any[2] | any[3]) {  // log-ratios are mostly small
-            for (int i = 0; i < pair; ++i) {
-                // Beyond 200 the exponential is infinite, or nothing beside -1 - x.
-                Floats bounded = x[i] > 200.0f ? Floats{} + 200.0f : x[i];
-                bounded = bounded < -200.0f ? Floats{} - 200.0f : bounded;
-                const Floats far = exp_of(bounded) - 1.0f - x[i];
-                y[i] = beyond[i] ? far : y[i];
-            }
-        }
-        std::memcpy(kl + t, y, bytes);
-    }
-}
+void k3(const float* d, int64_t n, float* kl) { kernels("")->k3(d, n, kl); }
 
 template <typename T>
 bool kl_rewards(const T* logprob, const T* ref_logprob, int64_t n, T scale, int estimator, T clamp, T* reward) {

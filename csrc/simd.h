@@ -36,10 +36,13 @@ inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
 // The second operand wins where one is NaN.
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0 (and a little above), to about one unit in the last place; 0 below -87.3; NaN stays NaN.
-inline Floats exp_nonpositive(Floats x) {
+// exp(x) = p 2^n with p near 1, to about one unit in the last place, for x in the range that n can stand for.
+struct Exponential {
+    Floats p;
+    Ints n;
+};
+inline Exponential exponential(Floats x) {
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const Ints flushed = x < splat(-87.3f);
     const Floats shifted = x * splat(1.44269504088896341f) + magic;
     const Floats n = shifted - magic;
     Floats r = x - n * splat(0.693359375f);
@@ -51,9 +54,23 @@ inline Floats exp_nonpositive(Floats x) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * (r * r) + r + splat(1.0f);
-    const Ints power = bits(shifted) - bits(magic);
-    const Floats y = from_bits(bits(p) + (power << 23));
+    return {p, bits(shifted) - bits(magic)};
+}
+
+// exp(x) for x <= 0 (and a little above); 0 below -87.3; NaN stays NaN.
+inline Floats exp_nonpositive(Floats x) {
+    const Ints flushed = x < splat(-87.3f);
+    const Exponential e = exponential(x);
+    const Floats y = from_bits(bits(e.p) + (e.n << 23));
     return flushed ? Floats{} : y;
+}
+
+// exp(x) for |x| up to 200: infinite from 88.73 on, 0 below -87.3.
+inline Floats exp_of(Floats x) {
+    const Exponential e = exponential(x);
+    const Ints half = e.n >> 1;  // 2^n in two factors, for n runs beyond the exponents of one
+    const Floats y = e.p * from_bits((half + 127) << 23) * from_bits((e.n - half + 127) << 23);
+    return x < splat(-87.3f) ? Floats{} : y;
 }
 
 inline float horizontal_max(Floats x) {
