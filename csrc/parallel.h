@@ -1,22 +1,21 @@
-// A minimal parallel loop on std::thread. OpenMP is avoided on purpose: two OpenMP runtimes in one process (torch brings
-// its own) can oversubscribe or crash.
+// A parallel loop on the threads that torch already has. See parallel.cpp.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 namespace stable_rlhf {
 
-// Calls body(begin, end) over [0, n) in blocks of `grain`, on at most num_threads threads (the caller's is one of them).
+// Calls work(data) once on each of up to `threads` threads, the caller's among them, and returns when all have ended.
+void run_on_threads(int threads, void (*work)(void*), void* data);
+
+// Calls body(begin, end) over [0, n) in blocks of `grain`, on at most num_threads threads.
 // Results must not depend on which thread takes which block. `body` must not throw.
 template <typename Body>
 void parallel_for(int64_t n, int64_t grain, int num_threads, const Body& body) {
     const int64_t blocks = (n + grain - 1) / grain;
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads, blocks));
-    if (threads <= 1) {
+    if (num_threads <= 1 || blocks <= 1) {
         if (n > 0) body(int64_t{0}, n);
         return;
     }
@@ -26,17 +25,9 @@ void parallel_for(int64_t n, int64_t grain, int num_threads, const Body& body) {
             body(block * grain, std::min(n, (block + 1) * grain));
         }
     };
-    std::vector<std::thread> helpers;
-    helpers.reserve(threads - 1);
-    for (int i = 1; i < threads; ++i) {
-        try {
-            helpers.emplace_back(work);
-        } catch (...) {
-            break;  // the system gives no more threads: those there are (at least the caller's) do the work
-        }
-    }
-    work();
-    for (auto& helper : helpers) helper.join();
+    // Threads without a block leave at once. Their number stays the same from loop to loop: OpenMP ends and starts
+    // threads when it changes.
+    run_on_threads(num_threads, [](void* it) { (*static_cast<decltype(work)*>(it))(); }, &work);
 }
 
 }  // namespace stable_rlhf

@@ -2,6 +2,7 @@
 #include "policy_rows.h"
 
 #include <cstring>
+#include <vector>
 
 #include "isa.h"
 #include "parallel.h"

@@ -1,6 +1,7 @@
 // Mean, spread and scaling of masked values, in float64.
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "parallel.h"
 #include "sequence_ops.h"
