@@ -52,6 +52,7 @@ def quick() -> list[Case]:
         Case("logits", {"rows": 256, "vocabulary": 8_192}, study="quick"),
         *advantage("quick", pairs=128)[:2],
         *small_ops("quick", sequences=512, length=256, rows=1_000_000),
+        Case("kmeans", {"rows": 8_192, "width": 256, "clusters": 64, "iterations": 10}, study="quick"),
         *(replace(case, memory=False) for case in updates("quick", 128, 2, 8_192, 4, 32, "float32")[::2]),
     ]
 
@@ -70,7 +71,7 @@ def readme() -> list[Case]:
         *small_ops("small-operations"),
         *updates("updates", 256, 4, 49_152, 8, 128, "float32"),
     ]
-    weighed = (SMALL, cases[-3].shape)
+    weighed = (SMALL, cases[-3].shape)  # the last but two: the first update
     return [replace(case, memory=case.shape in weighed and case.op in ("policy", "ppo-update")) for case in cases]
 
 
@@ -106,13 +107,15 @@ def guard() -> list[Case]:
 
 
 def cpu() -> list[Case]:
-    """16-bit types and large vocabularies beside the float32 cases of the README."""
+    """16-bit types, large vocabularies and several chunks, beside the float32 cases of the README."""
     wide = {"rows": 1024, "width": 1024, "vocabulary": 250_880}
     return [
         linear("policy", SMALL, "bfloat16", "cpu"),
         linear("policy", SMALL, "bfloat16", "cpu", active=0.5, clipped=0.2, rehearsal=0.1),
         linear("policy", wide, "bfloat16", "cpu", active=0.5),
         linear("policy", {**SMALL, "rows": 4096}, "bfloat16", "cpu", chunks=4),
+        linear("policy", wide, study="cpu", active=0.5),
+        linear("policy", {**SMALL, "rows": 4096}, study="cpu", chunks=4),
         linear("logprob", SMALL, "bfloat16", "cpu"),
         linear("logprob-grad", SMALL, "bfloat16", "cpu"),
     ]
@@ -134,6 +137,10 @@ def gpu() -> list[Case]:
     cases += [Case("logits", {"rows": 8192, "vocabulary": v}, "bfloat16", "gpu") for v in (151_936, 250_880)]
     cases += advantage("gpu")
     cases += small_ops("gpu", sequences=4096, length=1024)
+    cases += [
+        Case("kmeans", {"rows": 1_000_000, "width": 768, "clusters": c, "iterations": 20}, study="gpu")
+        for c in (100, 1000, 4096)
+    ]
     cases += updates("gpu", 2048, 16, 151_936, 8, 1024, "bfloat16")
     return [*cases, linear("logprob-grad", GPU_SHAPES[-1], "bfloat16", "gpu")]
 

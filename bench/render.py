@@ -144,7 +144,10 @@ def origin(lines: Sequence[Line], study: str) -> str:
         changed = " with changes" if run.get("tree_is_dirty") else ""
         told.append((device, run["versions"]["torch"], (run["commit"] or "unknown")[:8] + changed, run["time"][:10]))
     sources = dict.fromkeys(f"{device}, torch {torch}, commit {commit}, {day}" for device, torch, commit, day in told)
-    return f"{'; '.join(sources)}. Again: `{COMMAND}` or `python -m bench --preset readme --study {study}`.\n"
+    # The bfloat16 cases take long where products are emulated: a preset of their own, kept in the same file.
+    other = "python -m bench --preset cpu --peers none --output bench/results/readme.jsonl"
+    again = f"`{COMMAND}` or `python -m bench --preset readme --study {study}`" if study != "cpu" else f"`{other}`"
+    return f"{'; '.join(sources)}. Again: {again}.\n"
 
 
 def policy_loss(lines: Sequence[Line]) -> str:

@@ -1,9 +1,9 @@
 """Rehearsal selection beside faiss and scikit-learn, from disk at ten million rows, and on real prompts.
 
-    python bench/selection.py speed    # 64,364 x 768, c 100 and 1,000, 20 iterations: clustering and selecting
-    python bench/selection.py disk     # 1, 3 and 10 million x 384 float16 from a memory map: time and memory
-    python bench/selection.py purity --prompts prompts.jsonl.gz   # labelled skills against random clusters
-    python bench/selection.py threads  # one seed on 1 and 2 threads
+    python -m bench.selection speed    # 64,364 x 768, c 100 and 1,000, 20 iterations: clustering and selecting
+    python -m bench.selection disk     # 1, 3 and 10 million x 384 float16 from a memory map: time and memory
+    python -m bench.selection purity --prompts prompts.jsonl.gz   # labelled skills against random clusters
+    python -m bench.selection threads  # one seed on 1 and 2 threads
 
 Times are wall seconds and the process's CPU seconds: on a machine that others use too, the second is the quieter one.
 """
@@ -26,23 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, environment, new_result, write_json
+
+from bench.common import ROOT, environment, new_result, write_json
+from bench.kmeans import faiss_kmeans, mixture, sklearn_kmeans
 
 RESULTS = ROOT / "bench" / "results"
 ROWS, WIDTH = 64_364, 768  # the prompts of arXiv 2309.10202, and the width of its encoder
 ITERATIONS, TOP_K = 20, 16
 MIB = 1 << 20
-
-
-def mixture(rows: int, width: int, *, groups: int = 2000, seed: int = 0, start: int = 0) -> np.ndarray:
-    """Unit rows of overlapping groups of uneven size with a falling spectrum, so that no run converges early."""
-    shared = np.random.default_rng(seed)
-    centres = shared.normal(size=(groups, width)).astype(np.float32)
-    shares = shared.dirichlet(np.full(groups, 0.5))
-    generator = np.random.default_rng([seed, start])
-    noise = generator.standard_normal((rows, width), dtype=np.float32)
-    x = (centres[generator.choice(groups, size=rows, p=shares)] + 1.5 * noise) / np.sqrt(1 + np.arange(width) / 20)
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def timed(step: Any) -> tuple[float, float, Any]:
@@ -51,44 +42,25 @@ def timed(step: Any) -> tuple[float, float, Any]:
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
-def ours(x: np.ndarray, value: np.ndarray, c: int, seed: int, init: str, **options: Any) -> tuple[float, np.ndarray]:
+def select(x: np.ndarray, value: np.ndarray, c: int, seed: int, init: str, **options: Any) -> tuple[float, np.ndarray]:
+    """The package's whole path: inertia, and the rows that are kept."""
     from stable_rlhf.rehearsal import choose, cluster_embeddings
 
     found = cluster_embeddings(x, c, niter=ITERATIONS, seed=seed, init=init, **options)
     return found.inertia, choose(value, found.assignment, c, TOP_K).indices
 
 
-def faiss_kmeans(x: np.ndarray, c: int, seed: int) -> float:
-    import faiss
-
-    model = faiss.Kmeans(
-        x.shape[1], c, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x)
-    )
-    model.train(x)
-    distance, _ = model.assign(x)
-    return float(distance.sum(dtype=np.float64))
-
-
-def sklearn_kmeans(x: np.ndarray, c: int, seed: int) -> float:
-    from sklearn.cluster import KMeans
-
-    return float(KMeans(c, init="random", n_init=1, max_iter=ITERATIONS, tol=0, random_state=seed).fit(x).inertia_)
-
-
 def speed(rounds: int, counts: list[int]) -> dict[str, Any]:
     """Ours clusters, checks, reports inertia and selects; the peers, begun at random rows, only cluster and assign."""
-    import warnings
-
-    warnings.filterwarnings("ignore", module="sklearn")
     x = mixture(ROWS, WIDTH)
     value = np.random.default_rng(1).normal(size=ROWS)
     cases = []
     for c in counts:
         steps = {
-            "stable_rlhf": lambda s, c=c: ours(x, value, c, s, "kmeans++")[0],
-            "stable_rlhf, random start": lambda s, c=c: ours(x, value, c, s, "random")[0],
-            "faiss": lambda s, c=c: faiss_kmeans(x, c, s),
-            "scikit-learn": lambda s, c=c: sklearn_kmeans(x, c, s),
+            "stable_rlhf": lambda s, c=c: select(x, value, c, s, "kmeans++")[0],
+            "stable_rlhf, random start": lambda s, c=c: select(x, value, c, s, "random")[0],
+            "faiss": lambda s, c=c: faiss_kmeans(x, c, ITERATIONS, s),
+            "scikit-learn": lambda s, c=c: sklearn_kmeans(x, c, ITERATIONS, s),
         }
         samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
         for number in range(rounds):
@@ -214,7 +186,7 @@ def threads() -> dict[str, Any]:
     value = np.random.default_rng(1).normal(size=len(x))
     cases = []
     for c, spherical in ((100, False), (1000, False), (100, True)):
-        found = [ours(x, value, c, 7, "kmeans++", threads=t, spherical=spherical) for t in (1, 2, 2)]
+        found = [select(x, value, c, 7, "kmeans++", threads=t, spherical=spherical) for t in (1, 2, 2)]
         same = all(np.array_equal(found[0][1], other[1]) and found[0][0] == other[0] for other in found[1:])
         cases.append({"clusters": c, "spherical": spherical, "same_inertia_and_selection": same})
         print(cases[-1], flush=True)

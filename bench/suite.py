@@ -81,7 +81,8 @@ class Case:
 
     def tiny(self) -> Case:
         """The same case with every size cut to 64 or less: loads code, starts threads, takes little memory."""
-        small = {"layers": 2, "batch": 4, "sequences": 8, "length": 16, "pairs": 8, "clusters": 4, "keep": 4}
+        small = {"layers": 2, "batch": 4, "sequences": 8, "length": 16, "pairs": 8, "clusters": 4, "keep": 4,
+                 "iterations": 3}  # fmt: skip
         shape = {k: min(v, small.get(k, 64)) if isinstance(v, int) else v for k, v in self.shape.items()}
         return replace(self, shape=shape)
 
@@ -121,7 +122,7 @@ Prepare = Callable[[Case, Settings], Prepared]
 @functools.cache
 def operations() -> dict[str, Prepare]:
     """What prepares a case, by operation. A new operation is a line here and its cases in presets.py."""
-    from bench import advantage, policy, sequence, update
+    from bench import advantage, kmeans, policy, sequence, update
 
     return {
         "policy": policy.prepare_linear,
@@ -133,6 +134,7 @@ def operations() -> dict[str, Prepare]:
         "token_rewards": sequence.prepare,
         "masked_whiten": sequence.prepare,
         "topk": sequence.prepare,
+        "kmeans": kmeans.prepare,
         "ppo-update": update.prepare,
         "scorer-update": update.prepare,
     }

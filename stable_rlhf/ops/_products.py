@@ -14,8 +14,8 @@ SLICE_BYTES = 32 << 20  # a slice of a weight or of its gradient that is held in
 _held = threading.local()
 
 
-def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, columns] buffer.
+def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device, kept: str = "logits") -> Tensor:
+    """An uninitialised [rows, columns] buffer, one of each name `kept`.
 
     On the CPU it is kept from call to call: fresh memory there costs a page fault every 4 KiB, about a fifth of a whole
     loss. CUDA's allocator keeps memory by itself.
@@ -23,16 +23,17 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
     wanted = rows * columns * dtype.itemsize
-    buffer: Tensor | None = getattr(_held, "buffer", None)
+    buffer: Tensor | None = vars(_held).get(kept)
     if buffer is None or buffer.numel() < wanted:
-        _held.buffer = None  # the old one goes before the new one comes
-        buffer = _held.buffer = torch.empty(wanted, dtype=torch.uint8)
+        vars(_held)[kept] = None  # the old one goes before the new one comes
+        buffer = vars(_held)[kept] = torch.empty(wanted, dtype=torch.uint8)
     return buffer[:wanted].view(dtype).view(rows, columns)
 
 
 def release_workspace() -> None:
-    """Give back the memory that the losses keep between calls in this thread (CPU; at most `workspace_bytes`)."""
-    _held.buffer = None
+    """Give back the memory that the losses keep between calls in this thread (CPU; at most `workspace_bytes`,
+    and SLICE_BYTES for inputs of 16 bits)."""
+    vars(_held).clear()
 
 
 def has_native_products(dtype: torch.dtype, device: torch.device) -> bool:
@@ -97,13 +98,21 @@ class HeadProducts:
         step = max(1, SLICE_BYTES // (4 * width))
         return [slice(begin, min(begin + step, vocabulary)) for begin in range(0, vocabulary, step)]
 
+    def _scratch(self, rows: slice) -> Tensor:
+        """Float32 room for rows of the weight or of its gradient; the same memory every time."""
+        return workspace(rows.stop - rows.start, self.weight.shape[1], torch.float32, self.weight.device, "slice")
+
+    def _wide(self, rows: slice) -> Tensor:
+        """Rows of the weight in float32, until the next call."""
+        return self._scratch(rows).copy_(self.weight[rows])
+
     def logits(self, part: slice, out: Tensor) -> None:
         """The logits of some rows, written to `out`."""
         x = self.hidden[part]
         if self.sliced:
             x = x.float()
             for columns in self._slices():
-                torch.mm(x, self.weight[columns].float().t(), out=out[:, columns])
+                torch.mm(x, self._wide(columns).t(), out=out[:, columns])
             if self.bias is not None:
                 out += self.bias
         elif out.dtype != x.dtype:
@@ -176,7 +185,7 @@ class HeadProducts:
             return torch.mm(gradient, self.weight)
         made = torch.zeros(gradient.shape[0], self.weight.shape[1])
         for columns in self._slices():
-            made.addmm_(gradient[:, columns], self.weight[columns].float())
+            made.addmm_(gradient[:, columns], self._wide(columns))
         return made
 
     def add_bias(self, gradient: Tensor) -> None:
@@ -215,11 +224,18 @@ class HeadProducts:
             self.weight_grad = torch.empty_like(weight, dtype=weight.dtype if last else torch.float32)
         assert self.weight_grad is not None
         for rows in self._slices():
-            made = torch.mm(gradient[:, rows].t(), x)
-            if first:
-                self.weight_grad[rows] = made
+            total, ours = self.weight_grad[rows], gradient[:, rows].t()
+            if ours.dtype == total.dtype == torch.float32:  # in place: no fresh memory
+                if first:
+                    torch.mm(ours, x, out=total)
+                else:
+                    total.addmm_(ours, x)
+            elif self.sliced:
+                total.copy_(torch.mm(ours, x, out=self._scratch(rows)))
+            elif first:
+                total.copy_(torch.mm(ours, x))
             else:
-                self.weight_grad[rows] += made
+                total += torch.mm(ours, x)
         if last:
             self.weight_grad = self.weight_grad.to(weight.dtype)
 

@@ -72,6 +72,13 @@ def _plain_pooling(model: str, pooling: str) -> str:
     return "mean"
 
 
+def cannot_load(model: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"embedding model {model!r} cannot be loaded ({str(error).splitlines()[0]}); without a hub give a local "
+        'folder, or "minilm"'
+    )
+
+
 def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype: Any) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -108,10 +115,7 @@ def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype
                 modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=how)]
             encoder = SentenceTransformer(modules=modules, device=device)
     except OSError as error:
-        raise ValueError(
-            f"embedding model {model!r} cannot be loaded ({str(error).splitlines()[0]}); without a hub give a local "
-            'folder, or "minilm"'
-        ) from error
+        raise cannot_load(model, error) from error
     finally:
         if quiet:
             hf_logging.enable_progress_bar()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stable_rlhf.progress import Bar, progress, say
-from stable_rlhf.rehearsal.embed import checked_texts, load_encoder, resolve_embedding_model
+from stable_rlhf.rehearsal.embed import cannot_load, checked_texts, load_encoder, resolve_embedding_model
 
 Encoder = Callable[[list[str]], np.ndarray]
 """Texts to their embeddings, floating point [m, d]."""
@@ -211,10 +211,7 @@ def _revision(name: str) -> str:
     try:
         return str(AutoConfig.from_pretrained(name)._commit_hash)
     except OSError as error:
-        raise ValueError(
-            f"embedding model {name!r} cannot be loaded ({str(error).splitlines()[0]}); without a hub give a local "
-            'folder, or "minilm"'
-        ) from error
+        raise cannot_load(name, error) from error
 
 
 # Files

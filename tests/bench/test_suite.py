@@ -129,10 +129,13 @@ def test_a_slowed_kernel_is_flagged_and_an_equal_one_is_not(lines, monkeypatch, 
     assert command.main(["compare", str(before), str(before)]) == 0
 
 
-def synthetic(middle: float, spread: float, peer: str = OURS, status: str = "ok") -> suite.Line:
+PRODUCTS = "floor, all rows"
+
+
+def synthetic(middle: float, spread: float, status: str = "ok", floor: str = PRODUCTS, peer: str = OURS) -> suite.Line:
     return {
         "case": "c", "peer": peer, "role": "ours", "status": status, "median_s": middle, "times_floor": middle,
-        "times_floor_p20": middle * (1 - spread), "times_floor_p80": middle * (1 + spread),
+        "times_floor_p20": middle * (1 - spread), "times_floor_p80": middle * (1 + spread), "floor": floor,
     }  # fmt: skip
 
 
@@ -149,6 +152,13 @@ def synthetic(middle: float, spread: float, peer: str = OURS, status: str = "ok"
 )
 def test_verdicts(after, verdict):
     assert [change.verdict for change in compare([synthetic(1.0, 0.02)], [after])] == [verdict]
+
+
+def test_a_floor_of_copies_leaves_more_to_chance():
+    """From process to process such ratios move by a tenth and more, however well the rounds of one agree."""
+    before = synthetic(1.0, 0.02, floor=suite.COPY)
+    for middle, verdict in ((1.15, NOISE), (0.85, NOISE), (1.4, SLOWER), (0.7, FASTER)):
+        assert [c.verdict for c in compare([before], [synthetic(middle, 0.02, floor=suite.COPY)])] == [verdict]
 
 
 def test_ratios_are_taken_round_by_round():
@@ -198,9 +208,9 @@ def test_presets_name_operations_that_exist(preset):
 def test_readme_shows_what_the_results_hold():
     readme = (ROOT / "README.md").read_text()
     marked = [match["name"] for match in render.MARKED.finditer(readme)]
-    assert marked == ["policy-loss", "advantage-loss", "small-operations", "updates"]
+    assert marked == ["policy-loss", "cpu", "advantage-loss", "small-operations", "updates"]
     assert render.rendered(readme, read_lines(command.README_LINES)) == readme, "run: python -m bench report --readme"
-    studies = {case.study for case in PRESETS["readme"]()}
+    studies = {case.study for preset in ("readme", "cpu") for case in PRESETS[preset]()}
     assert studies == set(marked)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 from test_policy_loss import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, naive_row, relative
 
 import stable_rlhf.ops as ops
@@ -18,21 +16,15 @@ from stable_rlhf.ops._backend import extension
 from stable_rlhf.ops._policy_rows import RowState, Terms
 
 triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
 cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 CONFIGS = {**CONFIGS, "k1": PolicyLossConfig(kl_coef=0.3, kl_estimator="k1")}
 HALVES = (torch.bfloat16, torch.float16)
 SETTINGS = {"clip": PolicyLossConfig(0.05, 0.05), "everything": CONFIGS["everything"]}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is that process")
+@not_interpreted
 def test_in_the_interpreter():
-    """A process of its own: triton reads TRITON_INTERPRET when its kernels are defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=INTERPRETED)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
 on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 # The same tests in both places.
 anywhere = [pytest.param("here", marks=interpreted), pytest.param("gpu", marks=[pytest.mark.gpu, on_gpu])]
@@ -28,13 +24,9 @@ LENGTHS = {
 }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is that process")
+@not_interpreted
 def test_in_the_interpreter():
-    """A process of its own: triton reads TRITON_INTERPRET when its kernels are defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,127 @@
+"""KMeans of the rehearsal selection, beside scikit-learn, faiss and flash-kmeans.
+
+The floor is the matrix products of Lloyd's algorithm: all rows with all centroids once an iteration, and once more to
+assign, blocks of rows reusing one buffer. Ours ends early once nothing changes any more, and can be below it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.common import Step, describe
+from bench.suite import OURS, Case, Contender, Prepared, Settings
+
+BLOCK = 2048  # rows of a product of the floor
+INERTIA = 0.03  # further than this share above the best, a result is another one (random starts differ by about 1 %)
+
+
+def mixture(rows: int, width: int, *, groups: int = 2000, seed: int = 0, start: int = 0) -> np.ndarray:
+    """Unit rows of overlapping groups of uneven size with a falling spectrum, so that no run converges early."""
+    shared = np.random.default_rng(seed)
+    centres = shared.normal(size=(groups, width)).astype(np.float32)
+    shares = shared.dirichlet(np.full(groups, 0.5))
+    generator = np.random.default_rng([seed, start])
+    noise = generator.standard_normal((rows, width), dtype=np.float32)
+    x = (centres[generator.choice(groups, size=rows, p=shares)] + 1.5 * noise) / np.sqrt(1 + np.arange(width) / 20)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def ours(x: np.ndarray, c: int, niter: int, seed: int, init: str, device: torch.device | None = None) -> float:
+    from stable_rlhf.rehearsal import cluster_embeddings
+
+    devices = [device.index or 0] if device is not None and device.type == "cuda" else None
+    return cluster_embeddings(x, c, niter=niter, seed=seed, init=init, devices=devices).inertia
+
+
+def faiss_kmeans(x: np.ndarray, c: int, niter: int, seed: int, gpu: bool = False) -> float:
+    import faiss
+
+    # As many rows as there are; by itself faiss trains on 256 a centroid.
+    model = faiss.Kmeans(
+        x.shape[1], c, niter=niter, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x), gpu=gpu
+    )
+    model.train(x)
+    distance, _ = model.assign(x)
+    return float(distance.sum(dtype=np.float64))
+
+
+def sklearn_kmeans(x: np.ndarray, c: int, niter: int, seed: int) -> float:
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged
+        return float(KMeans(c, init="random", n_init=1, max_iter=niter, tol=0, random_state=seed).fit(x).inertia_)
+
+
+def _flash_kmeans(x: np.ndarray, c: int, niter: int, seed: int, device: torch.device) -> Step:
+    from flash_kmeans import batch_kmeans_Euclid
+
+    if device.type != "cuda":
+        raise ImportError("not installed: flash-kmeans runs on CUDA only")
+    rows = torch.from_numpy(x).to(device)[None]
+    start = rows[:, torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:c]].clone()
+
+    def step() -> float:
+        labels, centroids, *_ = batch_kmeans_Euclid(rows, c, max_iters=niter, tol=0.0, init_centroids=start)
+        return float((rows[0] - centroids[0, labels[0]]).double().square().sum())
+
+    return step
+
+
+def _products(x: np.ndarray, c: int, niter: int, device: torch.device) -> Step:
+    rows = torch.from_numpy(x).to(device)
+    centroids = rows[:c].t().contiguous()
+    block = len(x) if device.type == "cuda" else BLOCK
+    out = torch.empty(block, c, device=device)
+
+    def step() -> torch.Tensor:
+        for _ in range(niter + 1):
+            for begin in range(0, len(rows), block):
+                part = rows[begin : begin + block]
+                torch.mm(part, centroids, out=out[: len(part)])
+        return out
+
+    return step
+
+
+def prepare(case: Case, settings: Settings) -> Prepared:
+    device, shape = torch.device(settings.device), case.shape
+    n, width, c, niter = (shape[key] for key in ("rows", "width", "clusters", "iterations"))
+    x, seed = mixture(n, width, groups=max(2, min(2000, 2 * c))), settings.seed
+    makers: dict[str, Callable[[], Step]] = {
+        OURS: lambda: lambda: ours(x, c, niter, seed, "kmeans++", device),
+        f"{OURS}, random start": lambda: lambda: ours(x, c, niter, seed, "random", device),
+        "faiss": lambda: lambda: faiss_kmeans(x, c, niter, seed, device.type == "cuda"),
+        "scikit-learn": lambda: lambda: sklearn_kmeans(x, c, niter, seed),
+        "flash-kmeans": lambda: _flash_kmeans(x, c, niter, seed, device),
+    }
+
+    if device.type == "cuda":
+        del makers["scikit-learn"]  # on the CPU, for minutes
+
+    def checked(wanted: list[Contender]) -> Mapping[str, Mapping[str, Any]]:
+        report: dict[str, dict[str, Any]] = {}
+        inertia: dict[str, float] = {}
+        for contender in wanted:
+            if contender.role == "floor":
+                continue
+            try:
+                inertia[contender.name] = contender.make()()
+            except Exception as error:
+                report[contender.name] = {"failure": describe(error)}
+        best = min(inertia.values(), default=0.0)
+        for name, value in inertia.items():
+            above = value / best - 1.0
+            report[name] = {"errors": {"inertia": above}, "verdict": "right" if above < INERTIA else "WRONG"}
+        return report
+
+    contenders = [Contender(name, make, "ours" if name.startswith(OURS) else "peer") for name, make in makers.items()]
+    floor = Contender(f"{niter + 1} products", lambda: _products(x, c, niter, device), "floor", "rows with centroids")
+    return Prepared(
+        [*contenders, floor], checked, flops=2.0 * n * width * c * (niter + 1), moved=float(x.nbytes) * (niter + 1)
+    )

@@ -1,0 +1,166 @@
+"""Steps of PPO a second, beside TRL's PPO trainer: the quickstart's model, batch and lengths, random weights.
+
+    python bench/trainer_speed.py --peer-python PEER/bin/python [--steps 12] [--rounds 3]
+
+TRL dropped its PPO trainer after 0.29, so it runs in an environment of its own (`pip install trl==0.29.0` and what it
+needs). The two take turns. Ours does PPO with Selective Rehearsal (32 rehearsal sequences in every micro-step, which
+TRL's has nothing like) and a value head on the policy; TRL trains a second whole model as its critic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH, MICRO, EPOCHS, MINI_BATCHES, NEW_TOKENS, REHEARSAL = 128, 64, 2, 2, 10, 32
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 2e-4, "kl_coef": 0.05, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "lam": 0.95,
+}  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """The quickstart's model with random weights, and prompts of the skill world as token ids."""
+    from stable_rlhf.data.packing import encode_prompt
+    from stable_rlhf.data.readers import read_prompts
+    from stable_rlhf.world import build_model, build_tokenizer, write_world
+
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, seed=0).save_pretrained(
+        folder / "model"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    files = write_world(folder / "world", 0)
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in read_prompts([str(files.prompts)]).rows]
+    (folder / "prompts.json").write_text(json.dumps([ids for ids in prompts if len(ids) <= 32][:2048]))
+
+
+def run_ours(folder: Path, steps: int) -> list[float]:
+    from stable_rlhf.data.packing import Encoded
+    from stable_rlhf.data.records import PromptRow
+    from stable_rlhf.models import PolicyModel, load_causal_lm, load_tokenizer
+    from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+    from stable_rlhf.train.config import EngineArguments, PPOArguments
+    from stable_rlhf.train.engine import start
+    from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+
+    start(0)
+    name = str(folder / "model")
+    tokenizer = load_tokenizer(name)
+    prompts = [EncodedPrompt(PromptRow("?"), ids) for ids in json.loads((folder / "prompts.json").read_text())]
+    rehearsal = [Encoded((*p.ids, *p.ids[-5:], tokenizer.eos_token_id), len(p.ids)) for p in prompts[:200]]
+    arguments = PPOArguments(
+        total_steps=steps, rollout_batch_size=BATCH, per_device_train_batch_size=MICRO, num_ppo_epochs=EPOCHS,
+        num_mini_batches=MINI_BATCHES, max_new_tokens=NEW_TOKENS, per_device_rehearsal_batch_size=REHEARSAL, **SETTINGS,
+    )  # fmt: skip
+    scorer = AdvantageModel(load_causal_lm(name).base_model, tokenizer, ScorerSettings("am", 2, 1))
+    trainer = PPOTrainer(
+        PolicyModel(load_causal_lm(name), value_head=True), tokenizer, scorer, arguments, EngineArguments(),
+        rehearsal=rehearsal,
+    )  # fmt: skip
+    curve = trainer.train(prompts, folder / "ours")["curve"]
+    return [row["seconds"] for row in curve]
+
+
+def run_trl(folder: Path, steps: int) -> list[float]:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    name = str(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    prompts = json.loads((folder / "prompts.json").read_text())
+    config = PPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=BATCH // MICRO, num_ppo_epochs=EPOCHS, num_mini_batches=MINI_BATCHES,
+        total_episodes=steps * BATCH, local_rollout_forward_batch_size=BATCH, response_length=NEW_TOKENS,
+        stop_token="eos", num_sample_generations=0, report_to="none", save_strategy="no", logging_strategy="no",
+        temperature=1.0, use_cpu=True, bf16=False, **SETTINGS,
+    )  # fmt: skip
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(name) for _ in range(2))
+    reward, value = (AutoModelForSequenceClassification.from_pretrained(name, num_labels=1) for _ in range(2))
+    dataset = Dataset.from_list([{"input_ids": ids} for ids in prompts])
+    PPOTrainer(
+        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
+        value_model=value, train_dataset=dataset, eval_dataset=dataset.select(range(MICRO)), callbacks=[Clock()],
+    ).train()  # fmt: skip
+    return [after - before for before, after in itertools.pairwise(marks)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", type=Path, help="python of an environment with trl 0.29")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", choices=("prepare", "ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        import torch
+
+        torch.set_num_threads(given.threads)
+        if given.worker == "prepare":
+            return prepare(given.folder)
+        seconds = {"ours": run_ours, "trl": run_trl}[given.worker](given.folder, given.steps)
+        (given.folder / f"{given.worker}.json").write_text(json.dumps(seconds))
+        return None
+    found: dict[str, list[float]] = {"ours": [], "trl": []}
+    pythons = {"ours": sys.executable, "trl": str(given.peer_python)}
+    if given.peer_python is None:
+        del pythons["trl"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def run(worker: str, python: str) -> None:
+            done = subprocess.run(
+                [python, __file__, "--worker", worker, "--folder", name, "--steps", str(given.steps), "--threads",
+                 str(given.threads)], capture_output=True, text=True, cwd=folder,
+                env=os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+            if done.returncode:
+                sys.exit(f"{worker} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+        run("prepare", sys.executable)
+        for _ in range(given.rounds):
+            for worker, python in pythons.items():
+                run(worker, python)
+                # The first steps pay for imports and warm-up.
+                found[worker] += json.loads((folder / f"{worker}.json").read_text())[2:]
+    medians = {worker: statistics.median(seconds) for worker, seconds in found.items() if seconds}
+    for worker, median in medians.items():
+        print(f"{worker}: {1 / median:.2f} steps a second (median of {len(found[worker])} steps)")
+    if len(medians) == 2:
+        print(f"ours is {medians['trl'] / medians['ours']:.2f} times as fast")
+    if given.output:
+        given.output.write_text(json.dumps({"settings": vars(given) | {"output": None, "peer_python": None},
+                                            "seconds": found}, default=str, indent=1) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
