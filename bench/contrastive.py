@@ -1,8 +1,8 @@
 """The contrastive losses, forward + backward, beside the bare matrix products that they cannot do without.
 
 InfoNCE on B rows needs three (similarities [B, B] and the gradients of both sides), SwAV three for both views together
-(scores [2 B, K], the gradients of the rows and of the prototypes). Scaling rows to unit length and its gradient are work
-beside the floor for everybody.
+(scores [2 B, K], the gradients of the rows and of the prototypes). Scaling rows to unit length, and its gradient, comes
+on top for everybody.
 """
 
 from __future__ import annotations

@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048  # elements of a program's tile
+_TILE = 1024  # elements of a program's tile
 
 
 @triton.jit
-def _tile(scores_ptr, view, row, rows, k, prototypes):
-    """Some rows of a view [ROWS, WIDTH]; 0 where there is nothing."""
-    there = (row < rows)[:, None] & (k < prototypes)[None, :]
-    place = (view * rows + row)[:, None] * prototypes + k[None, :]
-    return tl.load(scores_ptr + place, mask=there, other=0.0), place, there
+def _tile(scores_ptr, view, first, rows, prototypes, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers [ROWS, WIDTH] to the rows of a view from `first` on, and where there is something behind them."""
+    row, k = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    # Where the tile begins may be far; places within are near, and cost half the registers.
+    start = scores_ptr + (view * rows + first) * prototypes
+    return start + (row * prototypes + k), (row < rows - first) & (k < prototypes)
 
 
 @triton.jit
@@ -40,9 +41,10 @@ def _log_sums_kernel(
     HAS_POTENTIAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     view = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
     k = tl.arange(0, WIDTH)
-    score, _place, there = _tile(scores_ptr, view, row, rows, k, prototypes)
+    place, there = _tile(scores_ptr, view, first, rows, prototypes, ROWS, WIDTH)
+    score = tl.load(place, mask=there, other=0.0)
     x = score * inverse_epsilon
     if HAS_POTENTIAL:
         _e, top, total = _softened(score, potential_ptr, view, k, prototypes, inverse_epsilon, True)
@@ -59,31 +61,32 @@ def _loss_kernel(
     scores_ptr, potential_ptr, part_ptr, rows, prototypes, inverse_epsilon, inverse_temperature, slope,
     HAS_POTENTIAL: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
     k = tl.arange(0, WIDTH)
-    first = tl.zeros((), tl.int64)
-    score_a, place_a, there = _tile(scores_ptr, first, row, rows, k, prototypes)
-    score_b, place_b, _there = _tile(scores_ptr, first + 1, row, rows, k, prototypes)
-    code_a, _top, total = _softened(score_a, potential_ptr, first, k, prototypes, inverse_epsilon, HAS_POTENTIAL)
+    place_a, there = _tile(scores_ptr, 0, first, rows, prototypes, ROWS, WIDTH)
+    place_b, _there = _tile(scores_ptr, 1, first, rows, prototypes, ROWS, WIDTH)
+    score_a = tl.load(place_a, mask=there, other=0.0)
+    score_b = tl.load(place_b, mask=there, other=0.0)
+    code_a, _top, total = _softened(score_a, potential_ptr, 0, k, prototypes, inverse_epsilon, HAS_POTENTIAL)
     code_a = code_a / total[:, None]
-    code_b, _top, total = _softened(score_b, potential_ptr, first + 1, k, prototypes, inverse_epsilon, HAS_POTENTIAL)
+    code_b, _top, total = _softened(score_b, potential_ptr, 1, k, prototypes, inverse_epsilon, HAS_POTENTIAL)
     code_b = code_b / total[:, None]
     # Each view predicts the code of the other. -log p = log(sum) + (largest - z): two terms that cannot cancel.
-    e_a, top_a, sum_a = _softened(score_a, potential_ptr, first, k, prototypes, inverse_temperature, False)
-    e_b, top_b, sum_b = _softened(score_b, potential_ptr, first, k, prototypes, inverse_temperature, False)
+    e_a, top_a, sum_a = _softened(score_a, potential_ptr, 0, k, prototypes, inverse_temperature, False)
+    e_b, top_b, sum_b = _softened(score_b, potential_ptr, 0, k, prototypes, inverse_temperature, False)
     apart = code_b * (top_a[:, None] - score_a * inverse_temperature)
     apart += code_a * (top_b[:, None] - score_b * inverse_temperature)
     loss = tl.sum(tl.where(there, apart, 0.0), 1) + tl.log(sum_a) + tl.log(sum_b)
-    tl.store(part_ptr + tl.program_id(0), tl.sum(tl.where(row < rows, loss, 0.0), 0))
+    tl.store(part_ptr + tl.program_id(0), tl.sum(tl.where(tl.arange(0, ROWS) < rows - first, loss, 0.0), 0))
     if GRADIENT:
-        tl.store(scores_ptr + place_a, slope * (e_a / sum_a[:, None] - code_b), mask=there)
-        tl.store(scores_ptr + place_b, slope * (e_b / sum_b[:, None] - code_a), mask=there)
+        tl.store(place_a, slope * (e_a / sum_a[:, None] - code_b), mask=there)
+        tl.store(place_b, slope * (e_b / sum_b[:, None] - code_a), mask=there)
 
 
 def launch_shape(prototypes: int) -> tuple[int, int, int]:
-    """Rows of a program, width of its tile and warps: sixteen elements of a tile for each thread."""
+    """Rows of a program, width of its tile and warps: eight elements of a tile for each thread, up to 8,192."""
     width = max(16, triton.next_power_of_2(prototypes))
-    return max(1, _TILE // width), width, min(max(4, width // 512), 16)
+    return max(1, _TILE // width), width, min(max(4, width // 256), 32)
 
 
 def log_sums(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> Tensor:
@@ -110,8 +113,8 @@ def loss(
     scale: float,
     gradient: bool,
 ) -> Tensor:
-    """Sum over the rows of both cross-entropies, 0-d float64; `gradient` puts `scale` times its gradient in the place of
-    the scores."""
+    """Sum over the rows of both cross-entropies, 0-d float64; with `gradient`, `scale` times its gradient takes the
+    place of the scores."""
     _, rows, prototypes = scores.shape
     tall, width, warps = launch_shape(prototypes)
     programs = triton.cdiv(rows, tall)

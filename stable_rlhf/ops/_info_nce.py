@@ -93,7 +93,7 @@ def _fused(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of the loss and its gradients by the float32 unit rows [B, D] and [N, D]; products in `dtype`."""
+    """This rank's part of the loss, and its gradients by float32 unit rows [B, D] and [N, D]; products in `dtype`."""
     count, total = rows.shape[0], everyone.shape[0]
     kernels, _ = _driver.row_kernels(backend, "", total, rows.device)
     half = dtype != torch.float32

@@ -34,10 +34,10 @@ def swav_loss(
     loss = mean over i of -1/2 (sum_k q^b_ik log p^a_ik + sum_k q^a_ik log p^b_ik),
 
     the mean of the two directions, as in the authors' code (the paper writes their sum). Codes of a view are Sinkhorn's
-    on exp(s / epsilon): `iterations` times every prototype is given the same mass, then every row a mass of 1. So a row's
-    code always sums to 1, and a prototype's share of the rows tends to N / K. Codes carry no gradient. Prototypes are
-    scaled to unit length here, so they need no projection after a step. A row or prototype of zeros (no entry reaches
-    the smallest normal number of float32, or of float64) has score 0 everywhere and gets no gradient.
+    on exp(s / epsilon): `iterations` times every prototype is given the same mass, then every row a mass of 1. So codes
+    always sum to 1 over the prototypes, and over the rows their sums tend to N / K. Codes carry no gradient. Prototypes
+    are scaled to unit length here, so they need no projection after a step. A row or prototype of zeros (no entry
+    reaches the smallest normal number of float32, or of float64) has score 0 everywhere and gets no gradient.
 
     Args:
         a, b: [B, D] features of the two views of the same rows, of one floating type.
@@ -134,7 +134,7 @@ def _fused(
     group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's part of the loss and its gradients by the float32 rows [B, D] and prototypes [K, D] of unit length."""
+    """This rank's part of the loss, and its gradients by float32 rows [B, D] and prototypes [K, D] of unit length."""
     kernels, views = _kernels(backend), (a, b)
     scores = a.new_empty(2, a.shape[0], prototypes.shape[0])
     with torch.autocast(a.device.type, enabled=False):

@@ -38,8 +38,8 @@ def loss(
     scale: float,
     gradient: bool,
 ) -> Tensor:
-    """Sum over the rows of both cross-entropies, 0-d float64; `gradient` puts `scale` times its gradient in the place of
-    the scores."""
+    """Sum over the rows of both cross-entropies, 0-d float64; with `gradient`, `scale` times its gradient takes the
+    place of the scores."""
     module = extension()
     assert module is not None
     total = module.swav_loss(

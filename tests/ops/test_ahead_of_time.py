@@ -211,7 +211,7 @@ def test_info_nce(gradient, capability, tmp_path, record_property):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("prototypes", [20, 50, 3000, 8192])
+@pytest.mark.parametrize("prototypes", [20, 50, 3000])
 @pytest.mark.parametrize("name", ["_log_sums_kernel", "_loss_kernel"])
 def test_swav(name, prototypes, capability, tmp_path, record_property):
     from stable_rlhf.kernels import swav
@@ -224,4 +224,5 @@ def test_swav(name, prototypes, capability, tmp_path, record_property):
     constants = {argument: constants[argument] for argument in kernel.arg_names if argument.isupper()}
     used, _ = resources(kernel, types, constants, capability, warps, tmp_path)
     record_property("resources", used)
-    assert 0 < used["REG"] <= 128 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 32768, used
+    # At 168 registers three programs of four warps fit a multiprocessor.
+    assert 0 < used["REG"] <= 168 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 4096, used

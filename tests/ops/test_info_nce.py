@@ -250,11 +250,11 @@ def test_similarities_are_never_all_in_memory(monkeypatch):
 def test_autocast_leaves_the_products_alone():
     a, b = views(30, 16)
     want = run(a, b)
-    for backend in ("cpu", "torch"):
-        with torch.autocast("cpu", dtype=torch.bfloat16), ops.backend(backend):
-            got = run(a, b)
-        for mine, truth in zip(got, want, strict=True):
-            torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(a, b)
+        with ops.backend("torch"):
+            torch.testing.assert_close(ops.info_nce(a, b), want[0])
+    assert all(torch.equal(mine, truth) for mine, truth in zip(got, want, strict=True))
 
 
 @cpp
@@ -317,7 +317,7 @@ def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="the GPU itself")
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype):
     a, b = views(300, 96, dtype=dtype)

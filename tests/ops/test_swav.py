@@ -76,10 +76,9 @@ def run(a, b, prototypes, upstream=1.0, **options):
 def compare(got, want, near=1e-4):
     assert got[0].ndim == 0
     torch.testing.assert_close(got[0].double(), want[0], rtol=near, atol=1e-6)
-    largest = max(float(truth.abs().max()) for truth in want[1:])
     for mine, truth in zip(got[1:], want[1:], strict=True):
         error = float((mine.double() - truth).norm())
-        assert error <= near * float(truth.norm()) + 1e-6 * largest + 1e-9
+        assert error <= near * float(truth.norm()) + 1e-6  # p - q where a row is nearly sure
 
 
 SHAPES = [
@@ -133,7 +132,7 @@ def test_half_types(dtype, backend):
     with ops.backend(backend):
         got = run(*inputs)
     assert got[0].dtype == torch.float32 and all(x.dtype == dtype for x in got[1:])
-    compare(got[:1], want[:1])
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-6)
     for mine, truth in zip(got[1:], want[1:], strict=True):
         rounding = float((truth.to(dtype).double() - truth).norm())
         assert float((mine.double() - truth).norm()) <= 1.05 * rounding + 1e-4 * float(truth.norm())
@@ -148,7 +147,7 @@ def test_rows_and_columns_sum_as_they_must(epsilon, backend):
     scores = 2 * torch.rand(2, rows, prototypes, generator=g) - 1
     scores[:, :, 0] += 0.5  # the favourite of all
     kernels = None if backend == "torch" else importlib.import_module(MODULES[backend])
-    for iterations in (0, 1, 3, 200):
+    for iterations in (0, 1, 3, 60):
         v = _swav.potentials(scores, epsilon, iterations, None, kernels)
         z = scores / epsilon if v is None else scores / epsilon + v[:, None]
         codes = torch.softmax(z.double(), -1)
@@ -157,7 +156,7 @@ def test_rows_and_columns_sum_as_they_must(epsilon, backend):
         mass = codes.sum(1)
         torch.testing.assert_close(codes.sum(-1), torch.ones(2, rows, dtype=torch.float64))
         away = float((mass * prototypes / rows - 1).abs().max())
-        assert away > 0.05 if iterations == 0 else away < (1e-3 if iterations == 200 else math.inf)
+        assert away > 0.05 if iterations == 0 else away < (1e-3 if iterations == 60 else math.inf)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,11 +255,11 @@ def test_the_same_bits_again_and_on_any_number_of_threads(backend, monkeypatch):
 def test_autocast_leaves_the_products_alone():
     inputs = problem(30, 8, 16)
     want = run(*inputs)
-    for backend in ("cpu", "torch"):
-        with torch.autocast("cpu", dtype=torch.bfloat16), ops.backend(backend):
-            got = run(*inputs)
-        for mine, truth in zip(got, want, strict=True):
-            torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(*inputs)
+        with ops.backend("torch"):
+            torch.testing.assert_close(ops.swav_loss(*inputs), want[0])
+    assert all(torch.equal(mine, truth) for mine, truth in zip(got, want, strict=True))
 
 
 @cpp
@@ -314,7 +313,7 @@ def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="the GPU itself")
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_a_gpu(shape):
     inputs = problem(*shape)
