@@ -69,11 +69,13 @@ def swav_loss(
         raise ValueError(f"iterations: {iterations} is negative")
     backend = "torch" if a.dtype == torch.float64 else traced_choice("swav_loss", a.device.type)
     ranks = Ranks(process_group, {"a": a, "b": b}, {"prototypes": prototypes})
-    rows = [unit_rows(a, "a")[0], unit_rows(b, "b")[0], unit_rows(prototypes, "prototypes")[0]]
+    a, b, prototypes = unit_rows(a, "a")[0], unit_rows(b, "b")[0], unit_rows(prototypes, "prototypes")[0]
     if backend == "torch":
-        return ranks.sum(_reference(*rows, ranks, temperature, epsilon, iterations))
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in rows]
-    loss, *_ = _fused(*rows, temperature, epsilon, iterations, ranks.total, backend, group_name(ranks.group), needs)
+        return ranks.sum(_reference(a, b, prototypes, ranks, temperature, epsilon, iterations))
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (a, b, prototypes)]
+    loss, *_ = _fused(
+        a, b, prototypes, temperature, epsilon, iterations, ranks.total, backend, group_name(ranks.group), needs
+    )
     return ranks.sum(loss)
 
 
