@@ -33,6 +33,14 @@ def advantage(study: str, pairs: int = 512, length: int = 512, small: int = 2048
     ]
 
 
+def contrastive(study: str, rows: int, width: int, prototypes: int = 50, dtype: str = "float32") -> list[Case]:
+    shape = {"rows": rows, "width": width}
+    return [
+        Case("info-nce", shape, dtype, study),
+        Case("swav", {**shape, "prototypes": prototypes}, dtype, study),
+    ]
+
+
 def updates(study: str, width: int, layers: int, vocabulary: int, batch: int, length: int, dtype: str) -> list[Case]:
     shape = {"width": width, "layers": layers, "vocabulary": vocabulary, "batch": batch, "length": length}
     mixed = {"active": 0.5, "rehearsal": 0.1}
@@ -51,6 +59,7 @@ def quick() -> list[Case]:
         linear("logprob", shape, study="quick"),
         Case("logits", {"rows": 256, "vocabulary": 8_192}, study="quick"),
         *advantage("quick", pairs=128)[:2],
+        *contrastive("quick", 1024, 256),
         *small_ops("quick", sequences=512, length=256, rows=1_000_000),
         Case("kmeans", {"rows": 8_192, "width": 256, "clusters": 64, "iterations": 10}, study="quick"),
         *(replace(case, memory=False) for case in updates("quick", 128, 2, 8_192, 4, 32, "float32")[::2]),
@@ -68,11 +77,15 @@ def readme() -> list[Case]:
         linear("logprob-grad", SMALL, study="policy-loss"),
         Case("logits", {"rows": 1024, "vocabulary": 49_152}, study="policy-loss"),
         *advantage("advantage-loss"),
+        *contrastive("contrastive", 8192, 768),
         *small_ops("small-operations"),
         *updates("updates", 256, 4, 49_152, 8, 128, "float32"),
     ]
     weighed = (SMALL, cases[-3].shape)  # the last but two: the first update
-    return [replace(case, memory=case.shape in weighed and case.op in ("policy", "ppo-update")) for case in cases]
+    return [
+        replace(case, memory=case.op == "info-nce" or (case.shape in weighed and case.op in ("policy", "ppo-update")))
+        for case in cases
+    ]
 
 
 def sweep() -> list[Case]:
@@ -101,6 +114,7 @@ def guard() -> list[Case]:
         linear("logprob", shape, study="guard"),
         Case("logits", {"rows": 512, "vocabulary": 32_768}, study="guard"),
         *advantage("guard")[::2],
+        *contrastive("guard", 2048, 256),
         *small_ops("guard", sequences=2048, rows=2_000_000),
     ]
     return [replace(case, memory=False) for case in cases]
@@ -136,6 +150,7 @@ def gpu() -> list[Case]:
     cases += [linear("logprob", shape, "bfloat16", "gpu") for shape in GPU_SHAPES]
     cases += [Case("logits", {"rows": 8192, "vocabulary": v}, "bfloat16", "gpu") for v in (151_936, 250_880)]
     cases += advantage("gpu")
+    cases += contrastive("gpu", 8192, 768, dtype="bfloat16") + contrastive("gpu", 32_768, 4096, 3000, "bfloat16")
     cases += small_ops("gpu", sequences=4096, length=1024)
     cases += [
         Case("kmeans", {"rows": 1_000_000, "width": 768, "clusters": c, "iterations": 20}, study="gpu")

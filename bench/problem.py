@@ -108,37 +108,42 @@ def plain_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 # -- the floors --------------------------------------------------------------------------------------------------------
 
 
-def floor(products: int, chunk: int | None, dtype: torch.dtype | None = None) -> Callable[[Problem], Step]:
+def bare_products(x: Tensor, weight: Tensor, products: int, chunk: int) -> Step:
     """Nothing but the matrix products: 1 (logits), 3 (and both gradients) or 4 (and the logits once more).
 
     The buffer for logits is reused from call to call and gradients are fresh memory, as in any training step.
     """
+    count = x.shape[0]
+    size = min(chunk, count)
+    buffer = torch.empty(size, weight.shape[0], dtype=x.dtype, device=x.device)
+
+    def step() -> tuple[Tensor | None, Tensor | None]:
+        hidden_grad = torch.empty_like(x) if products > 1 else None
+        weight_grad: Tensor | None = None
+        for begin in range(0, count, size):
+            part = x[begin : begin + size]
+            logits = buffer[: part.shape[0]]
+            torch.mm(part, weight.t(), out=logits)
+            if products == 4:
+                torch.mm(part, weight.t(), out=logits)
+            if hidden_grad is not None:
+                torch.mm(logits, weight, out=hidden_grad[begin : begin + size])
+                if weight_grad is None:
+                    weight_grad = torch.mm(logits.t(), part)
+                else:
+                    weight_grad.addmm_(logits.t(), part)
+        return hidden_grad, weight_grad
+
+    return step
+
+
+def floor(products: int, chunk: int | None, dtype: torch.dtype | None = None) -> Callable[[Problem], Step]:
+    """`bare_products` of a problem, all rows at once where `chunk` is None."""
 
     def build(problem: Problem) -> Step:
         given = problem if dtype is None else problem.to(dtype)
-        x, weight = given.hidden.detach(), given.weight.detach()
-        count = x.shape[0]
-        size = min(chunk or count, count)
-        buffer = torch.empty(size, weight.shape[0], dtype=x.dtype, device=x.device)
-
-        def step() -> tuple[Tensor | None, Tensor | None]:
-            hidden_grad = torch.empty_like(x) if products > 1 else None
-            weight_grad: Tensor | None = None
-            for begin in range(0, count, size):
-                part = x[begin : begin + size]
-                logits = buffer[: part.shape[0]]
-                torch.mm(part, weight.t(), out=logits)
-                if products == 4:
-                    torch.mm(part, weight.t(), out=logits)
-                if hidden_grad is not None:
-                    torch.mm(logits, weight, out=hidden_grad[begin : begin + size])
-                    if weight_grad is None:
-                        weight_grad = torch.mm(logits.t(), part)
-                    else:
-                        weight_grad.addmm_(logits.t(), part)
-            return hidden_grad, weight_grad
-
-        return step
+        x = given.hidden.detach()
+        return bare_products(x, given.weight.detach(), products, chunk or x.shape[0])
 
     return build
 

@@ -43,7 +43,7 @@ def ratio(line: Line) -> str:
 
 
 def rate(line: Line) -> str:
-    if line.get("flops_per_s") and line["op"] in ("policy", "logprob", "logprob-grad"):
+    if line.get("flops_per_s") and line["op"] in ("policy", "logprob", "logprob-grad", "info-nce"):
         return f"{line['flops_per_s'] / 1e9:,.0f} GFLOP/s"
     return f"{line['bytes_per_s'] / 1e9:,.1f} GB/s" if line.get("bytes_per_s") else ""
 

@@ -122,7 +122,7 @@ Prepare = Callable[[Case, Settings], Prepared]
 @functools.cache
 def operations() -> dict[str, Prepare]:
     """What prepares a case, by operation. A new operation is a line here and its cases in presets.py."""
-    from bench import advantage, kmeans, policy, sequence, update
+    from bench import advantage, contrastive, kmeans, policy, sequence, update
 
     return {
         "policy": policy.prepare_linear,
@@ -130,6 +130,8 @@ def operations() -> dict[str, Prepare]:
         "logprob-grad": policy.prepare_linear,
         "logits": policy.prepare_logits,
         "advantage": advantage.prepare,
+        "info-nce": contrastive.prepare,
+        "swav": contrastive.prepare,
         "gae": sequence.prepare,
         "token_rewards": sequence.prepare,
         "masked_whiten": sequence.prepare,

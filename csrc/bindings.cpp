@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "policy_rows.h"
 #include "sequence_ops.h"
+#include "swav.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -208,6 +209,49 @@ void bind_sequences(py::module_& m, const std::string& suffix) {
           without_gil);
 }
 
+// One Sinkhorn step and the swapped prediction on scores [2, rows, prototypes]; see swav.h for what each argument is.
+void bind_swav(py::module_& m) {
+    using namespace stable_rlhf;
+    using Address = std::uintptr_t;
+    const auto without_gil = py::call_guard<py::gil_scoped_release>();
+    const auto checked = [](bool ran, const std::string& isa) {
+        if (!ran) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
+    };
+    m.def("swav_log_sums",
+          [checked](Address scores, int64_t rows, int64_t prototypes, Address potential, double inverse_epsilon,
+                    Address log_sums, int num_threads, const std::string& isa) {
+              Swav call{};
+              call.scores = at<float>(scores);
+              call.rows = rows;
+              call.prototypes = prototypes;
+              call.potential = at<const float>(potential);
+              call.inverse_epsilon = inverse_epsilon;
+              call.log_sums = at<float>(log_sums);
+              call.num_threads = num_threads;
+              checked(swav_log_sums(call, isa.c_str()), isa);
+          },
+          without_gil);
+    m.def("swav_loss",
+          [checked](Address scores, int64_t rows, int64_t prototypes, Address potential, double inverse_epsilon,
+                    double inverse_temperature, double scale, bool gradient, int num_threads, const std::string& isa) {
+              Swav call{};
+              double loss = 0.0;
+              call.scores = at<float>(scores);
+              call.rows = rows;
+              call.prototypes = prototypes;
+              call.potential = at<const float>(potential);
+              call.inverse_epsilon = inverse_epsilon;
+              call.inverse_temperature = inverse_temperature;
+              call.scale = scale;
+              call.gradient = gradient;
+              call.loss = &loss;
+              call.num_threads = num_threads;
+              checked(swav_loss(call, isa.c_str()), isa);
+              return loss;
+          },
+          without_gil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -222,4 +266,5 @@ PYBIND11_MODULE(_C, m) {
     bind_rows(m);
     bind_sequences<float>(m, "f32");
     bind_sequences<double>(m, "f64");
+    bind_swav(m);
 }

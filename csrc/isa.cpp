@@ -2,18 +2,22 @@
 
 #include <cstring>
 
-#define DECLARE_KERNELS(name)                                           \
-    namespace name {                                                    \
-    void run_rows(const Rows& call, int64_t begin, int64_t end);        \
-    void run_peaks(const Columns& call, int64_t begin, int64_t end);    \
-    void run_masses(const Columns& call, int64_t begin, int64_t end);   \
-    double difference_sum(const float* a, const float* b, int64_t n);   \
-    void pair_terms(const PairBlock<float>& block);                     \
-    void k3(const float* d, int64_t n, float* kl);                      \
+#define DECLARE_KERNELS(name)                                                                                      \
+    namespace name {                                                                                               \
+    void run_rows(const Rows& call, int64_t begin, int64_t end);                                                   \
+    void run_peaks(const Columns& call, int64_t begin, int64_t end);                                               \
+    void run_masses(const Columns& call, int64_t begin, int64_t end);                                              \
+    double difference_sum(const float* a, const float* b, int64_t n);                                              \
+    void pair_terms(const PairBlock<float>& block);                                                                \
+    void k3(const float* d, int64_t n, float* kl);                                                                 \
+    void swav_columns(const Swav& call, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,      \
+                      float* scratch);                                                                             \
+    double swav_rows(const Swav& call, int64_t begin, int64_t end, float* scratch);                                \
     }
-#define KERNELS_OF(name)                                                                                            \
-    Kernels {                                                                                                       \
-        #name, name::run_rows, name::run_peaks, name::run_masses, name::difference_sum, name::pair_terms, name::k3 \
+#define KERNELS_OF(name)                                                                                         \
+    Kernels {                                                                                                    \
+        #name, name::run_rows, name::run_peaks, name::run_masses, name::difference_sum, name::pair_terms,        \
+            name::k3, name::swav_columns, name::swav_rows                                                        \
     }
 
 namespace stable_rlhf {

@@ -3,6 +3,7 @@
 
 #include "advantage.h"
 #include "policy_rows.h"
+#include "swav.h"
 
 namespace stable_rlhf {
 
@@ -14,6 +15,9 @@ struct Kernels {
     double (*difference_sum)(const float* a, const float* b, int64_t n);
     void (*pair_terms)(const PairBlock<float>&);
     void (*k3)(const float* d, int64_t n, float* kl);
+    void (*swav_columns)(const Swav&, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,
+                         float* scratch);
+    double (*swav_rows)(const Swav&, int64_t begin, int64_t end, float* scratch);
 };
 
 // The kernels for an instruction set, the best this processor has for ""; null when it lacks that one.

@@ -16,6 +16,7 @@
 #include "advantage_kernel.h"
 #include "policy_rows_kernel.h"
 #include "sequence_kernel.h"
+#include "swav_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

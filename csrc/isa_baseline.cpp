@@ -4,3 +4,4 @@
 #include "advantage_kernel.h"
 #include "policy_rows_kernel.h"
 #include "sequence_kernel.h"
+#include "swav_kernel.h"

@@ -111,14 +111,16 @@ def policy(
     config: PolicyLossConfig,
     workspace_bytes: int,
     grad_tolerance: float = 0.0,
+    *,
+    compact: bool = True,
 ) -> tuple[RowState, Gradients]:
     """Statistics of the active rows and the gradients of the loss; three products, the last two over some columns only
-    when there is a tolerance (`_columns`)."""
+    when there is a tolerance (`_columns`). `compact`: rows may turn out to have no gradient, and are then left out."""
     state = RowState.of(rows)
 
     def work(part: slice, logits: Tensor, gradient: Tensor) -> Tensor | None:
         order: Tensor | None = kernels.policy(
-            logits, gradient, state.cut(part), rows.kind[part], terms.cut(part), config
+            logits, gradient, state.cut(part), rows.kind[part], terms.cut(part), config, compact=compact
         )
         return order
 

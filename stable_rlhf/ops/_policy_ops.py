@@ -91,12 +91,12 @@ def _temperature(value: float, per_row: Tensor | None) -> float | Tensor:
     return value if per_row is None else per_row
 
 
-def _keep(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
+def keep(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large as they are
     ctx.save_for_backward(*gradients)
 
 
-def _hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | None]:
+def hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | None]:
     """The kept gradients times the upstream gradient: in place where nobody can ask for them again, so that autograd
     takes them as they are and no copy is made."""
     found: list[Tensor | None] = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
@@ -178,11 +178,11 @@ def _(hidden, weight, bias, target, *rest):
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.needs = inputs[-1]
-    _keep(ctx, output[-3:])
+    keep(ctx, output[-3:])
 
 
 def _linear_policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    return (*_hand_over(ctx, ctx.needs, upstream), *[None] * 18)
+    return (*hand_over(ctx, ctx.needs, upstream), *[None] * 18)
 
 
 linear_policy_loss.register_autograd(_linear_policy_backward, setup_context=_keep_gradients)
@@ -245,11 +245,11 @@ def _(logits, target, *rest):
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _keep(ctx, output[-1:])
+    keep(ctx, output[-1:])
 
 
 def _policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    return (*_hand_over(ctx, [True], upstream), *[None] * 15)
+    return (*hand_over(ctx, [True], upstream), *[None] * 15)
 
 
 policy_loss.register_autograd(_policy_backward, setup_context=_keep_gradient)

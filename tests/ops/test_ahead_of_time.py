@@ -188,3 +188,41 @@ def test_small_policy_kernels(name, tmp_path, record_property):
     used, _ = resources(kernel, types, {"BLOCK": 1024}, 90, 4, tmp_path)
     record_property("resources", used)
     assert 0 < used["REG"] <= 64 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("gradient", ["fp32", "bf16"])
+def test_info_nce(gradient, capability, tmp_path, record_property):
+    """The row kernel as InfoNCE runs it: float32 similarities of 256 to 8,192 rows."""
+    from stable_rlhf.kernels.policy_rows import _row_kernel, launch_shape
+
+    ((block, warps),) = {launch_shape(rows, torch.float32) for rows in (256, 1000, 8192)}
+    types = {
+        argument: ROW_TYPES.get(argument, "*fp32" if argument.endswith("_ptr") else "fp32")
+        for argument in _row_kernel.arg_names
+        if argument.islower()
+    } | {"gradient_ptr": f"*{gradient}"}
+    off = {argument: False for argument in _row_kernel.arg_names if argument.startswith("HAS_")}
+    constants = {**off, **PLAIN, "STATISTICS": True, "GRADIENT": True, "BLOCK": block, "LANES": 4}
+    used, _ = resources(_row_kernel, types, constants, capability, warps, tmp_path, ("logits_ptr", "gradient_ptr"))
+    record_property("resources", {"block": block, "warps": warps, **used})
+    assert used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 1024, used
+    assert 0 < used["REG"] * 32 * warps <= 65536 // 2, used
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("prototypes", [20, 50, 3000])
+@pytest.mark.parametrize("name", ["_log_sums_kernel", "_loss_kernel"])
+def test_swav(name, prototypes, capability, tmp_path, record_property):
+    from stable_rlhf.kernels import swav
+
+    kernel, (rows, width, warps) = getattr(swav, name), swav.launch_shape(prototypes)
+    types = {argument: "*fp32" if argument.endswith("_ptr") else "fp32" for argument in kernel.arg_names}
+    types |= {"rows": "i32", "prototypes": "i32"}
+    types = {argument: types[argument] for argument in kernel.arg_names if argument.islower()}
+    constants = {"HAS_POTENTIAL": True, "GRADIENT": True, "ROWS": rows, "WIDTH": width}
+    constants = {argument: constants[argument] for argument in kernel.arg_names if argument.isupper()}
+    used, _ = resources(kernel, types, constants, capability, warps, tmp_path)
+    record_property("resources", used)
+    # At 168 registers three programs of four warps fit a multiprocessor.
+    assert 0 < used["REG"] <= 168 and used["LOCAL"] == 0 and used["STACK"] == 0 and used["SHARED"] <= 4096, used

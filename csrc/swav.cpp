@@ -1,0 +1,61 @@
+// Shares rows out to threads in blocks, and adds what the blocks found in their order.
+#include "swav.h"
+
+#include <cmath>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace stable_rlhf {
+namespace {
+
+constexpr int64_t kBlock = 64;  // rows; fixed, so that sums do not depend on the number of threads
+
+}  // namespace
+
+bool swav_log_sums(const Swav& call, const char* isa) {
+    const Kernels* const found = kernels(isa);
+    if (found == nullptr) return false;
+    const int64_t blocks = (call.rows + kBlock - 1) / kBlock, padded = swav_padded(call.prototypes);
+    std::vector<float> parts(2 * blocks * 2 * padded);  // [view, block, largest and sum, padded]
+    parallel_for(2 * blocks, 1, call.num_threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(2 * padded);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, call.rows);
+            float* part = parts.data() + task * 2 * padded;
+            found->swav_columns(call, task / blocks, first, last, part, part + padded, scratch.data());
+        }
+    });
+    for (int64_t view = 0; view < 2; ++view) {
+        for (int64_t k = 0; k < call.prototypes; ++k) {
+            const float* part = parts.data() + view * blocks * 2 * padded + k;
+            double top = -HUGE_VAL, sum = 0.0;
+            for (int64_t b = 0; b < blocks; ++b) top = std::fmax(top, part[b * 2 * padded]);
+            for (int64_t b = 0; b < blocks; ++b) {
+                sum += double(part[b * 2 * padded + padded]) * std::exp(part[b * 2 * padded] - top);
+            }
+            call.log_sums[view * call.prototypes + k] = float(top + std::log(sum));
+        }
+    }
+    return true;
+}
+
+bool swav_loss(const Swav& call, const char* isa) {
+    const Kernels* const found = kernels(isa);
+    if (found == nullptr) return false;
+    const int64_t blocks = (call.rows + kBlock - 1) / kBlock;
+    std::vector<double> parts(blocks);
+    parallel_for(blocks, 1, call.num_threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(4 * swav_padded(call.prototypes));
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t first = block * kBlock, last = std::min(first + kBlock, call.rows);
+            parts[block] = found->swav_rows(call, first, last, scratch.data());
+        }
+    });
+    *call.loss = 0.0;
+    for (const double part : parts) *call.loss += part;
+    return true;
+}
+
+}  // namespace stable_rlhf

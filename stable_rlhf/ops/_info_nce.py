@@ -1,0 +1,144 @@
+"""InfoNCE over the rows of a batch: every row finds its partner among all the others, by cosine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stable_rlhf.ops import _driver
+from stable_rlhf.ops._backend import register, traced_choice
+from stable_rlhf.ops._policy_config import REHEARSAL, PolicyLossConfig
+from stable_rlhf.ops._policy_ops import hand_over, keep
+from stable_rlhf.ops._policy_rows import Rows, Terms
+from stable_rlhf.ops._products import HeadProducts
+from stable_rlhf.ops._unit_rows import Ranks, check_pair, check_positive, unit_rows
+
+_LIKELIHOOD = PolicyLossConfig(rehearsal_coef=1.0)
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: float = 0.05,
+    workspace_bytes: int = 64 << 20,
+    process_group: object | None = None,
+) -> Tensor:
+    """InfoNCE with cosine similarity and in-batch negatives, from a to b (SimCSE, arXiv 2104.08821, eq. 1; the
+    contrastive term of arXiv 2401.06080).
+
+    loss = mean over i of -log(exp(cos(a_i, b_i) / temperature) / sum_j exp(cos(a_i, b_j) / temperature)).
+
+    The similarities [B, B] are a head's logits, b its weight and row i its target: chunks of rows pass through one
+    workspace, and both gradients are made with the loss. A row of zeros (no entry reaches the smallest normal number of
+    float32, or of float64) has similarity 0 to every row and gets no gradient. For both directions add
+    `info_nce(b, a)`.
+
+    Args:
+        a, b: [B, D] features of the two views, of one floating type; row i of b is the partner of row i of a and a
+            negative of all others.
+        temperature: positive.
+        workspace_bytes: bound on the memory of one chunk of rows' similarities (one row at least). float64, and the
+            torch backend, hold all of them.
+        process_group: the ranks that share the batch, each with some rows (their numbers may differ). The loss is then
+            the mean over the rows of all ranks, the same on each of them, and gradients are exactly those that one
+            process with all rows would have for this rank's. Every rank must call this, and backward. A trainer that
+            averages gradients over its ranks multiplies the loss by their number.
+
+    Returns:
+        0-d float32 (float64 for float64 input); 0 for a batch of one.
+
+    Raises:
+        ValueError: names the argument whose shape, type, device or value is wrong, non-finite input and an empty batch
+            included; with a process group, on every rank.
+        RuntimeError: the backend forced by `backend(name)` does not exist or cannot run.
+    """
+    check_pair(a, b)
+    check_positive("temperature", temperature)
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: {workspace_bytes} is not positive")
+    backend = "torch" if a.dtype == torch.float64 else traced_choice("info_nce", a.device.type)
+    ranks = Ranks(process_group, {"a": a, "b": b}, {})
+    rows, _ = unit_rows(a, "a")
+    partners, _ = unit_rows(b, "b")
+    everyone = ranks.gather(partners)
+    if backend == "torch":
+        return ranks.sum(_reference(rows, everyone, ranks, temperature))
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (rows, everyone)]
+    # Half types are multiplied as they are where the device has an instruction for it.
+    dtype = a.dtype if a.device.type == "cuda" else torch.float32
+    loss, *_ = _fused(rows, everyone, ranks.offset, temperature, dtype, workspace_bytes, backend, needs)
+    return ranks.sum(loss)
+
+
+def _reference(rows: Tensor, everyone: Tensor, ranks: Ranks, temperature: float) -> Tensor:
+    """This rank's part of the loss in plain PyTorch, from rows of unit length."""
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = rows @ everyone.T / temperature
+    target = torch.arange(ranks.offset, ranks.offset + rows.shape[0], device=rows.device)
+    return F.cross_entropy(logits, target, reduction="sum") / ranks.total
+
+
+@torch.library.custom_op("stable_rlhf::info_nce", mutates_args=())
+def _fused(
+    rows: Tensor,
+    everyone: Tensor,
+    offset: int,
+    temperature: float,
+    dtype: torch.dtype,
+    workspace_bytes: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's part of the loss, and its gradients by float32 unit rows [B, D] and [N, D]; products in `dtype`."""
+    count, total = rows.shape[0], everyone.shape[0]
+    kernels, _ = _driver.row_kernels(backend, "", total, rows.device)
+    half = dtype != torch.float32
+    numbers = torch.zeros(count, device=rows.device)
+    kind = torch.full((count,), REHEARSAL, dtype=torch.int8, device=rows.device)
+    target = torch.arange(offset, offset + count, device=rows.device)
+    likelihood = Rows(torch.Size((count,)), None, target, kind, 0, count, temperature)
+    # The gradient of a mean over many rows is too small for half types: there it is divided afterwards.
+    denominator = torch.full((), 1.0 if half else float(total), device=rows.device)
+    terms = Terms(numbers, numbers, None, None, torch.ones_like(denominator), denominator)
+    with torch.autocast(rows.device.type, enabled=False):
+        products = HeadProducts(
+            rows.to(dtype), everyone.to(dtype), None, torch.float32 if half else None, (needs[0], needs[1], False)
+        )
+        if any(needs):
+            state, made = _driver.policy(
+                kernels, products, likelihood, terms, _LIKELIHOOD, workspace_bytes, compact=False
+            )
+        else:
+            state, made = _driver.statistics(kernels, products, likelihood, None, workspace_bytes), (None, None, None)
+    loss = (-state.logprob.sum(dtype=torch.float64) / total).float()
+    gradients = (g.float().div_(total) if half and g is not None else g for g in made[:2])
+    first, second = (rows.new_empty(0) if g is None else g for g in gradients)
+    return loss, first, second
+
+
+@_fused.register_fake
+def _(rows, everyone, *rest):
+    needs = rest[-1]
+    made = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in zip((rows, everyone), needs, strict=True)
+    )
+    return rows.new_empty(()), *made
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[-1]
+    keep(ctx, output[1:])
+
+
+def _backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
+    return (*hand_over(ctx, ctx.needs, upstream), *[None] * 6)
+
+
+_fused.register_autograd(_backward, setup_context=_setup)
+
+register("info_nce", {"torch": _reference, "cpu": _fused, "triton": _fused})

@@ -1,0 +1,168 @@
+"""Rows over their lengths, whose products are cosines; and the same for rows that lie on several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stable_rlhf.ops._checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
+
+
+def check_pair(a: Tensor, b: Tensor) -> None:
+    """Raises the error that names what keeps row i of `a` from matching row i of `b`."""
+    check_tensor("a", a)
+    if a.ndim != 2 or a.shape[1] < 1:
+        raise ValueError(f"a: shape {tuple(a.shape)} instead of [B, D]")
+    check_tensor("b", b, shape=tuple(a.shape), device=a.device, dtypes=(a.dtype,))
+
+
+def check_positive(name: str, value: float) -> None:
+    """1 / value has to be a float32 too."""
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name}: {value} is not a positive number from 1e-30 to 1e30")
+
+
+@torch.library.custom_op("stable_rlhf::unit_rows", mutates_args=())
+def unit_rows(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """x / |x| of every row [n, D], and 1 / |x| [n, 1], both in float32 (float64 for float64).
+
+    Where no entry of a row reaches the type's smallest normal number, the row counts as zero: it has no direction, and
+    both results are 0. No other finite row is too long or too short: its largest entry is taken out first.
+    """
+    wide = statistics_dtype(x.dtype)
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).to(wide)
+    if check_values(x.device) and not bool(largest.isfinite().all()):
+        check_finite(name, x)
+    scale = torch.where(largest < torch.finfo(wide).tiny, 0.0, 1.0 / largest)
+    unit = x * scale
+    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)  # from 1 to sqrt(D), or 0
+    length = torch.where(length == 0.0, 1.0, length)
+    return unit.div_(length), scale / length
+
+
+@unit_rows.register_fake
+def _(x, name):
+    unit = torch.empty_like(x, dtype=statistics_dtype(x.dtype), memory_format=torch.contiguous_format)
+    return unit, unit.new_empty(x.shape[0], 1)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*output)
+
+
+def _through(ctx: Any, upstream: Tensor | None, _unused: Tensor | None) -> tuple[Tensor | None, None]:
+    if upstream is None:
+        return None, None
+    unit, inverse_length = ctx.saved_tensors
+    # Only what is at right angles to the row turns it.
+    along = (upstream * unit).sum(1, keepdim=True)
+    return torch.addcmul(upstream, unit, along, value=-1.0).mul_(inverse_length).to(ctx.dtype), None
+
+
+unit_rows.register_autograd(_through, setup_context=_keep)
+
+
+class Ranks:
+    """The ranks of a process group, each of which holds some of the rows; one rank for `process_group` None.
+
+    Every rank makes one, with its rows, before the operation: an error of one is an error of all, and no rank waits for
+    another that has given up.
+
+    Args:
+        rows: named [n, D] tensors with the same n on one rank, of which every rank has its own.
+        same: named tensors of which every rank has a copy.
+    """
+
+    def __init__(self, process_group: object | None, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
+        first = next(iter(rows.values()))
+        self.group: Any = process_group
+        self.counts, self.rank = [first.shape[0]], 0
+        if process_group is not None:
+            self._meet(rows, same)
+        self.total, self.offset = sum(self.counts), sum(self.counts[: self.rank])
+        if self.total == 0:
+            raise ValueError(f"{next(iter(rows))}: no rows")
+
+    def _meet(self, rows: dict[str, Tensor], same: dict[str, Tensor]) -> None:
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise ValueError(
+                f"process_group: expected a torch.distributed process group, got {type(self.group).__name__}"
+            )
+        self.rank = dist.get_rank(self.group)
+        given = {**rows, **same}
+        first = next(iter(rows.values()))
+        mine = [first.shape[0], first.shape[1], FLOATS.index(first.dtype)]
+        mine += [value.shape[0] for value in same.values()]
+        for value in given.values():
+            mine += [int(torch.is_grad_enabled() and value.requires_grad), int(bool(value.isfinite().all()))]
+        told = torch.zeros(dist.get_world_size(self.group), len(mine), dtype=torch.int64, device=first.device)
+        told[self.rank] = torch.tensor(mine, device=first.device)
+        dist.all_reduce(told, group=self.group)
+        columns = told.T.tolist()
+        self.counts = columns.pop(0)
+        shared = ["width", "type", *(f"rows of {name}" for name in same)]
+        for what, column in zip(shared, columns, strict=False):
+            if len(set(column)) > 1:
+                raise ValueError(f"{next(iter(rows))}: the ranks of process_group differ in {what}")
+        for i, (name, value) in enumerate(given.items()):
+            asks, finite = columns[len(shared) + 2 * i], columns[len(shared) + 2 * i + 1]
+            if len(set(asks)) > 1:
+                raise ValueError(f"{name}: requires a gradient on some ranks of process_group only")
+            if not all(finite):
+                check_finite(name, value)
+                raise ValueError(f"{name}: rank {finite.index(0)} of process_group has a value that is not finite")
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """The rows of all ranks, [total, D], in rank order. The gradient of mine is the sum of the ranks' gradients."""
+        return mine if self.group is None else _Gather.apply(mine, self)
+
+    def sum(self, mine: Tensor) -> Tensor:
+        """The sum over the ranks, the same on each; the gradient goes back to each as it is."""
+        return mine if self.group is None else _Sum.apply(mine, self.group)
+
+
+def resolve_group(name: str) -> dist.ProcessGroup | None:
+    """The process group of a name that an operator was given; None for ""."""
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
+def stack_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]: `mine` of every rank, without gradient."""
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        padded = mine.new_zeros(max(ranks.counts), mine.shape[1])
+        padded[: mine.shape[0]] = mine
+        return torch.cat(
+            [part[:count] for part, count in zip(stack_ranks(padded, ranks.group), ranks.counts, strict=True)]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        ranks = ctx.ranks
+        total = upstream.contiguous().clone()  # autograd may give the same memory to others
+        dist.all_reduce(total, group=ranks.group)
+        return total[ranks.offset : ranks.offset + ranks.counts[ranks.rank]], None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = mine.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream, None
