@@ -23,7 +23,7 @@ def strength_picture(
     mu, sigma = np.asarray(mean, dtype=np.float64), np.asarray(std, dtype=np.float64)
     with picture(3 if check is not None else 2, size=(12 if check is not None else 9, 3.6)) as (figure, axes):
         left, right = axes[0, 0], axes[0, 1]
-        low, high = np.quantile(mu, [0.002, 0.998])
+        low, high = (float(q) for q in np.quantile(mu, [0.002, 0.998]))
         # 0 is an edge, so that no bar stands for both kinds of pairs.
         width = (high - low) / 40 or 1.0
         edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)
@@ -56,9 +56,10 @@ def _by_value(ax: Any, mu: np.ndarray, check: Sequence[float | None], name: str)
         parts = np.array_split(np.argsort(value, kind="stable"), _MOST_GROUPS)
         groups = [(f"≤ {value[p].max():.3g}", strength[p]) for p in parts]
     ax.boxplot(
-        [g for _, g in groups], tick_labels=[f"{label}\n{len(g)}" for label, g in groups], showfliers=False,
-        showmeans=True, medianprops={"color": INK}, meanprops={"markerfacecolor": KEPT, "markeredgecolor": KEPT},
+        [g for _, g in groups], showfliers=False, showmeans=True, medianprops={"color": INK},
+        meanprops={"markerfacecolor": KEPT, "markeredgecolor": KEPT},
     )  # fmt: skip
+    ax.set_xticks(range(1, len(groups) + 1), [f"{label}\n{len(g)}" for label, g in groups])
     ax.axhline(0, color=INK, linewidth=0.8, linestyle="--")
     ax.set(xlabel=f"{plain(name)} (below: pairs)", ylabel="strength μ")
     ax.set_title(f"Strength by {plain(name)}")

@@ -32,6 +32,7 @@ from stable_rlhf.models import (
     length_batches,
     load_causal_lm,
     load_tokenizer,
+    resolve_model,
 )
 from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, new_head
@@ -81,6 +82,7 @@ def measure_strength(
             "strength-hidden", {k: v for k, v in settings.items() if k != "scorer"},
             lambda folder: _read_hidden(load(), backbone, recipe, folder), inputs,
         )  # fmt: skip
+    sources = [*inputs, *([hidden] if hidden else [])]
     voters: list[Stage] = []
     shape = {"folds": s.folds, "heads_only": s.heads_only}
     for fold in range(s.folds):
@@ -93,7 +95,7 @@ def measure_strength(
                     return _vote_by_head(load(), recipe, hidden.folder, fold, seed, folder)
                 return _vote(load(), recipe, backbone, fold, seed, folder, cache)
 
-            voters.append(run.stage(name, {**settings, "strength": shape}, vote, [*inputs, *([hidden] if hidden else [])]))
+            voters.append(run.stage(name, {**settings, "strength": shape}, vote, sources))
     return run.stage(
         "strength", {**settings, "strength": recipe.as_dict()["strength"]},
         lambda folder: _sum_up(load(), recipe, [v.folder for v in voters], folder), [*inputs, *voters],
@@ -102,8 +104,6 @@ def measure_strength(
 
 def _load(recipe: Recipe, backbone: str) -> _Pairs:
     from transformers import AutoConfig
-
-    from stable_rlhf.models import resolve_model
 
     tokenizer = load_tokenizer(backbone)
     location, gguf_file = resolve_model(backbone)
@@ -310,7 +310,8 @@ def check_against(mean: np.ndarray, check: Sequence[float | None]) -> dict[str, 
     result: dict[str, Any] = {"pairs": len(mu), "spearman": None}
     if len(mu) > 3 and np.ptp(mu) > 0 and np.ptp(value) > 0:
         rho = float(np.corrcoef(rankdata(mu), rankdata(value))[0, 1])
-        centre, half = math.atanh(min(max(rho, -0.999999), 0.999999)), 1.96 * math.sqrt((1 + rho**2 / 2) / (len(mu) - 3))
+        centre = math.atanh(min(max(rho, -0.999999), 0.999999))
+        half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(mu) - 3))
         result["spearman"] = {"value": rho, "low": math.tanh(centre - half), "high": math.tanh(centre + half)}
     distinct = np.unique(value)
     if len(distinct) <= 10:
