@@ -1,4 +1,4 @@
-"""Wrong labels planted in the skill world: how many does preference strength find, and what does turning them round buy?
+"""Wrong labels planted in the skill world: how many does preference strength find, and what does mending them buy?
 
 The material is a quickstart's: its SFT model and the pairs that two alternates of it answered. Every seed plants wrong
 labels anew, measures the strength of the training pairs, and trains reward models on the labels as they are, as the
@@ -71,7 +71,7 @@ def plant(pairs: Path, wrong: float, labels: str, seed: int) -> list[dict[str, A
             chosen, rejected = (row["chosen"], row["gold_chosen"]), (row["rejected"], row["gold_rejected"])
             if chosen[1] == rejected[1]:
                 continue
-            if labels == "gold" and chosen[1] < rejected[1] or labels == "annotator" and row["flipped"]:
+            if (labels == "gold" and chosen[1] < rejected[1]) or (labels == "annotator" and row["flipped"]):
                 chosen, rejected = rejected, chosen
             planted = rng.random() < wrong
             if planted:
@@ -185,11 +185,14 @@ def table(results: list[dict[str, Any]]) -> str:
     names = list(results[0]["gold_accuracy"])
     base = [r["gold_accuracy"][names[0]] for r in results]
     lines = [
-        f"{len(results)} seeds, {results[0]['train_pairs']} training and {results[0]['test_pairs']} test pairs; per cent, "
-        "mean [95 % interval over the seeds].", "",
+        f"{len(results)} seeds, {results[0]['train_pairs']} training and {results[0]['test_pairs']} test pairs; per "
+        "cent, mean [95 % interval over the seeds].", "",
         "| flipped below 0 | recall | precision |", "|---|---:|---:|",
-        *(f"| {words} | {interval([r[k]['recall'] for r in results])} | {interval([r[k]['precision'] for r in results])} |"
-          for k, words in (("all", "all pairs"), ("clear", "pairs with one right response"))), "",
+        *(
+            f"| {words} | {interval([r[part]['recall'] for r in results])} | "
+            f"{interval([r[part]['precision'] for r in results])} |"
+            for part, words in (("all", "all pairs"), ("clear", "pairs with one right response"))
+        ), "",
         f"Wrong labels: {interval([r['planted'] for r in results])} before, "
         f"{interval([r['wrong_after'] for r in results])} after.", "",
         "| labels | gold accuracy | over the labels as they are |", "|---|---:|---:|",
@@ -213,7 +216,11 @@ def draw(results: list[dict[str, Any]]) -> bytes:
                 recall, precision = zip(*result["curves"][name], strict=True)
                 left.plot(recall, precision, color=colour, linewidth=1, label=None if i else label)
             left.plot(
-                result["all"]["recall"], result["all"]["precision"], "o", color=INK, markersize=4,
+                result["all"]["recall"],
+                result["all"]["precision"],
+                "o",
+                color=INK,
+                markersize=4,
                 label=None if i else "flipping below 0",
             )
         left.axvline(0.8, color=FAINT, linestyle=":", linewidth=1)
@@ -223,9 +230,7 @@ def draw(results: list[dict[str, Any]]) -> bytes:
         left.legend(loc="lower left")
         names = list(results[0]["gold_accuracy"])
         for result in results:
-            right.plot(
-                names, [100 * result["gold_accuracy"][n] for n in names], color=FAINT, marker="o", markersize=4
-            )
+            right.plot(names, [100 * result["gold_accuracy"][n] for n in names], color=FAINT, marker="o", markersize=4)
         means = [100 * statistics.fmean(r["gold_accuracy"][n] for r in results) for n in names]
         right.plot(names, means, color=INK, marker="o", linewidth=2)
         right.set(ylabel="gold accuracy of the scorer, %")

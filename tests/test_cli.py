@@ -321,7 +321,9 @@ def test_strength_then_denoise(cli, settings, files, tmp_path):
         assert part in done.out
     assert done.out.count("p.jsonl:") == 9
     folder = tmp_path / "o" / "strength"
-    assert (folder / "strength.png").stat().st_size > 10_000 and "Strength by agreement" in (folder / "report.html").read_text()
+    assert (folder / "strength.png").stat().st_size > 10_000 and "Strength by agreement" in (
+        folder / "report.html"
+    ).read_text()
     assert cli(*call).worked().err.count("finished before") == 6
     write_lines(tmp_path / "p.jsonl", rows)
     cli(*call).refused("stage strength-hidden was made with other settings", "contents")

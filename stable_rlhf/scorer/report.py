@@ -50,8 +50,8 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         rho = check["spearman"]
         found = f"{rho['value']:.3f} [{rho['low']:.3f}, {rho['high']:.3f}]" if rho else "not defined"
         lines.append(
-            f"Rank correlation of strength with {check['column']!r} over {check['pairs']:,} pairs: {found} (Spearman, 95 % "
-            "interval)."
+            f"Rank correlation of strength with {check['column']!r} over {check['pairs']:,} pairs: {found} (Spearman, "
+            "95 % interval)."
         )
     return lines
 

@@ -1,7 +1,7 @@
 """Preference strength (arXiv 2401.06080): how sure several scorers together are of a pair's label.
 
-M scorers are trained on the same pairs in different orders. Of pair i the scorer m thinks d_mi = r_m(x, y_c) − r_m(x, y_r);
-the mean μ_i over m is the pair's strength, the population standard deviation σ_i says how far the scorers disagree.
+M scorers are trained on the same pairs in different orders; of pair i scorer m says d_mi = r_m(x, y_c) − r_m(x, y_r).
+The mean μ_i over m is the pair's strength, the population standard deviation σ_i says how far the scorers disagree.
 μ near 0 is an ambiguous pair, μ < 0 one whose label they would turn round.
 """
 

@@ -196,8 +196,8 @@ class ScorerArguments:
         expected_coef: Weight of regressing e(x) on r of the policy's own samples (Eq. 7); 0 leaves e to the bounds.
         num_trainable_layers: Train only the last blocks and the heads; lower hidden states are cached (unset: all).
         bins: Bins of the calibration error.
-        denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md); the pairs must carry
-            it: ``strength`` writes it, ``run`` measures it first.
+        denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md). The pairs must
+            carry it: ``strength`` writes it, ``run`` measures it first.
     """
 
     learning_rate: float = 5e-6
@@ -224,11 +224,11 @@ class StrengthArguments:
 
     Args:
         num_scorers: Reward models M; each has its own head and its own order of the data.
-        folds: 1 (the paper): they judge pairs that they trained on. From 2 on a training pair is judged by M reward models
-            that trained on the other folds only, so that no label is learnt by heart.
+        folds: 1 (the paper): they judge pairs that they trained on. From 2 on a training pair is judged by M reward
+            models that trained on the other folds only, so that no label is learnt by heart.
         heads_only: Train heads alone, on hidden states of the frozen backbone that are computed once for all.
-        check: A column of numbers (or true and false) in the pairs to hold the strength against, such as the agreement of
-            annotators.
+        check: A column of numbers (or true and false) in the pairs to hold the strength against, such as the
+            agreement of annotators.
         examples: Pairs of each kind in the tables to read.
     """
 
@@ -439,8 +439,8 @@ _NOT_NEGATIVE = (
     "seed launch.max_restarts checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm "
     "engine.weight_decay guard.max_kl world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate "
     "scorer.head_learning_rate scorer.expected_coef strength.examples select.max_candidates ppo.learning_rate "
-    "ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value ppo.vf_coef "
-    "evaluate.temperature evaluate.tie_margin"
+    "ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value "
+    "ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "

@@ -228,7 +228,7 @@ def train_head(
     """Scores [n] of all rows of ``hidden`` [n, H] by a linear head trained on the comparisons ``pairs``, each a list of
     (better, worse) rows, with the optimiser, schedule and batches of ``train_scorer``.
 
-    Every feature is first scaled to mean 0 and deviation 1 over the rows trained on: the same heads, better conditioned.
+    Every feature is first scaled to mean 0 and deviation 1 over the rows trained on: the same heads, well conditioned.
     The learning rate is ``head_learning_rate`` where it is set."""
     used = sorted({row for comparison in pairs for pair in comparison for row in pair})
     deviation, mean = torch.std_mean(hidden[used], dim=0, correction=0)
@@ -295,7 +295,7 @@ def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path)
     if is_main_process():
         enriched = (comparison_row(replace(row, strength=of_row.get(id(row)))) for row in pairs.rows)
         write_jsonl(folder / "pairs.jsonl.gz", enriched)
-        (folder / "strength.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        (folder / "strength.json").write_text(json.dumps(summary, indent=1) + "\n")
         write_report(f"Preference strength: {recipe.title}", summary, mean, std, pairs.check, folder)
     return {k: v for k, v in summary.items() if k not in ("notable", "curve")}
 
@@ -326,7 +326,9 @@ def check_against(mean: np.ndarray, check: Sequence[float | None]) -> dict[str, 
 
 
 def _to_read(row: Comparison, pair: tuple[int, int], strength: PairStrength) -> dict[str, Any]:
-    prompt = row.prompt if isinstance(row.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in row.prompt)
+    prompt = (
+        row.prompt if isinstance(row.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in row.prompt)
+    )
     return {
         "mean": strength.mean, "std": strength.std, "task": row.task, "source": row.source, "prompt": prompt,
         "chosen": row.responses[pair[0]], "rejected": row.responses[pair[1]],

@@ -255,11 +255,24 @@ BAD_COMPARISONS: list[tuple[dict[str, Any], str]] = [
     ({**PAIR, "prompt": ""}, "'prompt' is empty"),
     *[
         ({**PAIR, "strength": value}, "'strength' must be an object with finite numbers 'mean' and 'std'")
-        for value in (3, [], {"mean": 1}, {"mean": 1, "std": -0.1}, {"mean": True, "std": 0}, {"mean": 10**400, "std": 0})
+        for value in (
+            3,
+            [],
+            {"mean": 1},
+            {"mean": 1, "std": -0.1},
+            {"mean": True, "std": 0},
+            {"mean": 10**400, "std": 0},
+        )
     ],
     ({**PAIR, "strength": {"mean": float("nan"), "std": 0}}, "'strength' must be an object with finite numbers"),
-    ({**RANKING, "strength": {"mean": 1, "std": 0}}, "'strength' must be a list with one entry for each of the 2 pairs"),
-    ({**RANKING, "strength": [{"mean": 1, "std": 0}]}, "'strength' must be a list with one entry for each of the 2 pairs"),
+    (
+        {**RANKING, "strength": {"mean": 1, "std": 0}},
+        "'strength' must be a list with one entry for each of the 2 pairs",
+    ),
+    (
+        {**RANKING, "strength": [{"mean": 1, "std": 0}]},
+        "'strength' must be a list with one entry for each of the 2 pairs",
+    ),
     ({**PAIR, "prompt": " \n"}, "'prompt' is empty"),
     ({**PAIR, "prompt": None}, "'prompt' must be a string or a list of chat messages, not null"),
     ({**PAIR, "prompt": 3}, "'prompt' must be a string or a list of chat messages, not a number"),
@@ -465,7 +478,10 @@ def test_strength_of_pairs_and_rankings(tmp_path: Path) -> None:
 
 
 STRENGTH = {"mean": -1.5, "std": 0.25}
-LOGPROBS = {"logprobs": {"chosen": [-0.5], "rejected": [-1.5, 0]}, "alt_logprobs": {"chosen": [[-1]], "rejected": [[-4, -2]]}}
+LOGPROBS = {
+    "logprobs": {"chosen": [-0.5], "rejected": [-1.5, 0]},
+    "alt_logprobs": {"chosen": [[-1]], "rejected": [[-4, -2]]},
+}
 
 
 @pytest.mark.parametrize(
@@ -473,7 +489,12 @@ LOGPROBS = {"logprobs": {"chosen": [-0.5], "rejected": [-1.5, 0]}, "alt_logprobs
     [
         PAIR,
         {**PAIR, **LOGPROBS, "task": "t", "margin": 2, "strength": STRENGTH, "agreement": 0.5, "denoise": [{}]},
-        {**RANKING, "strength": [STRENGTH] * 2, "logprobs": [[-1], [-2], [-3]], "alt_logprobs": [[[-1]], [[-2]], [[-3]]]},
+        {
+            **RANKING,
+            "strength": [STRENGTH] * 2,
+            "logprobs": [[-1], [-2], [-3]],
+            "alt_logprobs": [[[-1]], [[-2]], [[-3]]],
+        },
         {"prompt": CHAT, "responses": ["a", "b", "c", "d"], "ranks": [3, 1, 2, 2]},
         {"prompt": "x", "responses": ["a", "b"], "ranks": [2, 1], "strength": [STRENGTH]},
         {"prompt": "x", "responses": ["a", "b"], "ranks": [7, 9], "strength": [STRENGTH]},

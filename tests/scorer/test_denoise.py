@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,8 +32,11 @@ def applied(means, *bands):
 
 def test_each_action_alone():
     means = (-2.0, -0.5, 0.1, 3.0)
-    found = applied(means, {"below": -1.0, "flip": True}, {"between": [-1.0, 0.0], "drop": True},
-                    {"between": [0.0, 1.0], "label_smoothing": 0.3}, {"above": 1.0, "adaptive_margin": True})  # fmt: skip
+    bands = [
+        {"below": -1.0, "flip": True}, {"between": [-1.0, 0.0], "drop": True},
+        {"between": [0.0, 1.0], "label_smoothing": 0.3}, {"above": 1.0, "adaptive_margin": True},
+    ]  # fmt: skip
+    found = applied(means, *bands)
     flipped, dropped, smoothed, margined = found.rows
     assert flipped.pairs == ((1, 0),) and flipped.responses == ("good", "bad")
     assert flipped.strength == (PairStrength(2.0, 0.5),)
@@ -97,7 +101,7 @@ def test_shares_count_pairs_by_rank(n, share):
 def test_shares_that_touch_cover_every_pair_once():
     means = [0.0] * 5 + [1.0] * 5  # ties break by order
     cuts = [0.0, 0.3, 0.31, 0.77, 1.0]
-    bands = [{"quantiles": [a, b], "label_smoothing": a} for a, b in zip(cuts, cuts[1:], strict=False)]
+    bands = [{"quantiles": [a, b], "label_smoothing": a} for a, b in pairwise(cuts)]
     found = applied(means, *bands)
     assert [row.label_smoothing[0] for row in found.rows] == [0.0] * 3 + [0.31] * 5 + [0.77] * 2
 

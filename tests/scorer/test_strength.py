@@ -82,7 +82,15 @@ def test_a_picture_of_any_data(mu, checked):
 
 
 def summary_of(text: str) -> dict:
-    row = {"mean": -1.5, "std": 0.25, "task": None, "source": "p.jsonl:3", "prompt": text, "chosen": "a", "rejected": "b"}
+    row = {
+        "mean": -1.5,
+        "std": 0.25,
+        "task": None,
+        "source": "p.jsonl:3",
+        "prompt": text,
+        "chosen": "a",
+        "rejected": "b",
+    }
     check = {"column": "agreement", "pairs": 4, "spearman": {"value": 0.5, "low": 0.1, "high": 0.8},
              "by_value": [{"value": 1.0, "pairs": 4, "mean": 0.5, "below_zero": 0.25}]}  # fmt: skip
     figures = strength_summary([-1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 2.0])

@@ -18,8 +18,8 @@ from stable_rlhf.train import strength
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.datasets import load_preferences
-from stable_rlhf.train.stages import run_scorer
 from stable_rlhf.train.scorer import train_scorer
+from stable_rlhf.train.stages import run_scorer
 from stable_rlhf.train.strength import check_against, measure_strength, train_head
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -61,9 +61,7 @@ def measure(recipe: Recipe, backbone: str) -> Path:
 
 
 def votes(folder: Path) -> dict[str, list[float | None]]:
-    return {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/differences.json"))
-    }
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/differences.json"))}
 
 
 @pytest.mark.parametrize("heads_only", [False, True])
@@ -190,7 +188,9 @@ def test_a_head_learns_what_a_linear_head_can():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(200, 8, generator=generator) * torch.tensor([1.0, 100.0, *[1.0] * 6]) + 5  # ill-conditioned
     truth = hidden @ torch.tensor([1.0, 0.02, -1.0, 0, 0, 0, 0, 0])
-    pairs = [[(i, j) if truth[i] > truth[j] else (j, i)] for i, j in zip(range(0, 200, 2), range(1, 200, 2), strict=True)]
+    pairs = [
+        [(i, j) if truth[i] > truth[j] else (j, i)] for i, j in zip(range(0, 200, 2), range(1, 200, 2), strict=True)
+    ]
     arguments = ScorerArguments(learning_rate=1e-9, head_learning_rate=0.05, num_train_epochs=20)
     score = train_head(hidden, pairs[:80], arguments, EngineArguments(), seed=0)
     right = [bool(score[b] > score[w]) for ((b, w),) in pairs]
@@ -218,7 +218,7 @@ def test_scorers_train_on_the_denoised_labels(recipe, backbone, tmp_path):
         assert (folder / "denoise.jsonl.gz").exists() == bool(bands) == ("denoise" in result)
     assert accuracy["plain"] > 0.5 > accuracy["flipped"]
     assert result["denoise"] == {"pairs": result["train"], "flip": result["train"]}
-    told = [json.loads(line) for line in gzip.open(folder / "denoise.jsonl.gz")]
+    told = [json.loads(line) for line in gzip.decompress((folder / "denoise.jsonl.gz").read_bytes()).splitlines()]
     assert len(told) == result["train"] and all(t["denoise"]["flip"] for t in told)
     assert {t["source"].split(":")[0] for t in told} == {str(tmp_path / "given.jsonl")}
 
