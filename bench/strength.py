@@ -23,24 +23,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from stable_rlhf.cli import parse as parse_recipe
-from stable_rlhf.data import write_jsonl
+from stable_rlhf.data import Comparison, write_jsonl
 from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
 from stable_rlhf.scorer.denoise import denoise, parse_bands
-from stable_rlhf.train.checkpoint import RunDirectory
+from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import Recipe
-from stable_rlhf.train.datasets import load_preferences
+from stable_rlhf.train.datasets import load_preferences, read_preferences, split_preferences
 from stable_rlhf.train.engine import start
 from stable_rlhf.train.stages import run_scorer
-from stable_rlhf.train.strength import measure_strength
+from stable_rlhf.train.strength import measure_strength, train_head
 from stable_rlhf.world import utility
 
 # What each reward model is trained on; None: the labels before the wrong ones were planted.
 CONDITIONS: dict[str, list[dict[str, Any]] | None] = {
     "as they are": [],
     "flip below 0": [{"below": 0.0, "flip": True}],
-    "soft labels": [{"lowest": 1.0, "soft_labels": True}],
+    "flip the lowest tenth": [{"lowest": 0.1, "flip": True}],
+    "drop the lowest fifth": [{"lowest": 0.2, "drop": True}],
     "true labels": None,
 }
 
@@ -119,23 +121,60 @@ def study(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str, A
     }  # fmt: skip
     measured = measure_strength(recipe, run, backbone, common)
     recipe.data.pairs = [str(measured.folder / "pairs.jsonl.gz")]
-    result: dict[str, Any] = {"seed": seed, "gold_accuracy": {}, **detection(recipe, arguments.labels)}
-    for name in arguments.conditions:
+    result: dict[str, Any] = {"seed": seed, **detection(recipe, arguments.labels)}
+    judge = heads if recipe.strength.heads_only else whole_models
+    result["gold_accuracy"], result["test_pairs"] = judge(recipe, run, backbone, common, measured, arguments.conditions)
+    return result
+
+
+def whole_models(
+    recipe: Recipe, run: RunDirectory, backbone: str, common: dict[str, Any], measured: Stage, conditions: list[str]
+) -> tuple[dict[str, float], int]:
+    """Gold accuracy of a reward model for each condition, trained by `train-scorer`, and the number of test pairs."""
+    enriched, true = measured.folder / "pairs.jsonl.gz", run.root / "pairs-true.jsonl.gz"
+    accuracy: dict[str, float] = {}
+    test: list[Comparison] = []
+    for name in conditions:
         bands = CONDITIONS[name]
-        recipe.data.pairs = [str(measured.folder / "pairs.jsonl.gz" if bands is not None else files["true"])]
-        recipe.scorer.denoise = bands or []
+        recipe.data.pairs, recipe.scorer.denoise = [str(true if bands is None else enriched)], bands or []
         stage = run.stage(
             f"scorer-{name.replace(' ', '-')}", {**common, "denoise": bands},
-            lambda where: run_scorer(recipe, "rm", backbone, None, where), [measured],
+            lambda folder: run_scorer(recipe, "rm", backbone, None, folder), [measured],
         )  # fmt: skip
         scores = json.loads((stage.folder / "scores.json").read_text())
-        gold = [row.meta["gold_chosen"] - row.meta["gold_rejected"] for row in load_preferences(recipe.data, seed).test]
-        right = [
-            (c - r) * g > 0 for c, r, g in zip(scores["chosen"], scores["rejected"], gold, strict=True)
-        ]  # fmt: skip
-        result["gold_accuracy"][name] = sum(right) / len(right)
-        result["test_pairs"] = len(right)
-    return result
+        test = load_preferences(recipe.data, recipe.seed).test
+        accuracy[name] = gold_accuracy(test, [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)])
+    return accuracy, len(test)
+
+
+def heads(
+    recipe: Recipe, run: RunDirectory, backbone: str, common: dict[str, Any], measured: Stage, conditions: list[str]
+) -> tuple[dict[str, float], int]:
+    """The same for linear heads on the hidden states that the strength was measured by."""
+    (file,) = (run.root / "strength-hidden").glob("hidden-*.safetensors")
+    hidden = load_file(file)["hidden"]
+    rows = read_preferences(recipe.data, recipe.seed)
+    split = split_preferences(recipe.data, rows, recipe.seed)
+    place = {row.source: 2 * i for i, row in enumerate(rows)}
+    accuracy: dict[str, float] = {}
+    for name in conditions:
+        bands = CONDITIONS[name]
+        if bands is None:
+            labels = [(row.source, row.pairs[0][:: -1 if row.meta["planted"] else 1]) for row in split.train]
+        else:
+            kept = denoise(split.train, parse_bands(name, bands)).rows
+            labels = [(row.source, row.pairs[0]) for row in kept if row is not None]
+        pairs = [[(place[source] + better, place[source] + worse)] for source, (better, worse) in labels]
+        score = train_head(hidden, pairs, recipe.scorer, recipe.engine, recipe.seed).tolist()
+        gaps = [score[place[row.source]] - score[place[row.source] + 1] for row in split.test]
+        accuracy[name] = gold_accuracy(split.test, gaps)
+    return accuracy, len(split.test)
+
+
+def gold_accuracy(rows: list[Comparison], gaps: list[float]) -> float:
+    """Share of pairs whose score difference has the sign of the gold difference."""
+    gold = [row.meta["gold_chosen"] - row.meta["gold_rejected"] for row in rows]
+    return statistics.fmean(float(gap * g > 0) for gap, g in zip(gaps, gold, strict=True))
 
 
 def detection(recipe: Recipe, labels: str) -> dict[str, Any]:

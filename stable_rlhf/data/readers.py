@@ -340,7 +340,7 @@ def _strength(value: Any, pairs: Sequence[tuple[int, int]], paired: bool) -> tup
         _bad(f"'strength' must be a list with one entry for each of the {len(pairs)} pairs")
     found = []
     for entry in entries:
-        numbers = [entry.get(key) for key in ("mean", "std")] if isinstance(entry, dict) else [None]
+        numbers: list[Any] = [entry.get(key) for key in ("mean", "std")] if isinstance(entry, dict) else [None]
         if any(type(n) not in (int, float) or not abs(n) <= sys.float_info.max for n in numbers) or numbers[1] < 0:
             _bad("'strength' must be an object with finite numbers 'mean' and 'std', 'std' at least 0")
         found.append(PairStrength(float(numbers[0]), float(numbers[1])))
