@@ -38,6 +38,7 @@ whole runs
 
 single stages
   sft            supervised fine-tuning of a policy
+  strength       how sure several reward models are of each preference pair, for reading and for denoising
   train-scorer   reward model or Advantage Model (--objective rm|am)
   select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
   train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr)
@@ -77,6 +78,7 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--objective", {"choices": ["am", "rm"], "required": True, "help": "Advantage Model or reward model."}),
         ("--policy", {"help": "The policy to be tuned, for importance weights (Eq. 8)."}),
     ],
+    "strength": [],
     "select": [
         ("--scorer", {"help": "Folder that train-scorer wrote: it scores what the policy answers to --data.prompts."}),
         ("--candidates", {"nargs": "+", "action": "extend", "metavar": "FILE",
@@ -372,13 +374,23 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
     from stable_rlhf.progress import is_main_process
     from stable_rlhf.rehearsal.store import join_ranks
     from stable_rlhf.train.checkpoint import RunDirectory
-    from stable_rlhf.train.datasets import contents
     from stable_rlhf.train.engine import start
 
     if engine:
         start(recipe.seed)
     else:
         join_ranks()
+    settings = _settings(recipe, sections, inputs, engine=engine)
+    stage = RunDirectory(recipe.output_dir).stage(name, settings, run)
+    if is_main_process():
+        result = {k: v for k, v in stage.result.items() if k != "curve"}
+        print(json.dumps({"stage": name, "folder": str(stage.folder), **result}, indent=1))
+
+
+def _settings(recipe: Recipe, sections: str, inputs: dict[str, Any], *, engine: bool = True) -> dict[str, Any]:
+    """What a stage's result depends on; arguments as of `_single`."""
+    from stable_rlhf.train.datasets import contents
+
     everything = recipe.as_dict()
     settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
     if "data" in settings:
@@ -386,10 +398,7 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
     settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
     if engine:
         settings["made_from"]["model_name_or_path"] = _fingerprint(_policy(recipe))
-    stage = RunDirectory(recipe.output_dir).stage(name, settings, run)
-    if is_main_process():
-        result = {k: v for k, v in stage.result.items() if k != "curve"}
-        print(json.dumps({"stage": name, "folder": str(stage.folder), **result}, indent=1))
+    return settings
 
 
 def _fingerprint(path: str) -> str | None:
@@ -416,6 +425,28 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
     sections = "scorer_model_name_or_path data engine scorer" + (" ppo" if recipe.scorer.expected_coef else "")
     run = lambda folder: run_scorer(recipe, own.objective, backbone, own.policy, folder)  # noqa: E731
     _single(f"scorer-{own.objective}", recipe, sections, inputs, run)
+
+
+def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from stable_rlhf.progress import is_main_process
+    from stable_rlhf.scorer.report import in_words, notable_tables
+    from stable_rlhf.train.checkpoint import RunDirectory
+    from stable_rlhf.train.engine import start
+    from stable_rlhf.train.strength import measure_strength
+
+    backbone = recipe.scorer_model_name_or_path or _policy(recipe)
+    start(recipe.seed)
+    settings = _settings(recipe, "scorer_model_name_or_path data engine scorer", {})
+    stage = measure_strength(recipe, RunDirectory(recipe.output_dir), backbone, settings)
+    if is_main_process():
+        summary = json.loads((stage.folder / "strength.json").read_text())
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        for table in notable_tables(summary):
+            console.print(table)
+        print("\n".join(in_words(summary)))
+        print(f"to read: {stage.folder / 'report.html'}; to train on: --data.pairs {stage.folder / 'pairs.jsonl.gz'}")
 
 
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
@@ -501,6 +532,6 @@ def _print_environment() -> None:
 
 
 _COMMANDS = {
-    "quickstart": _run, "run": _run, "launch": _launch, "sft": _sft, "train-scorer": _train_scorer, "select": _select,
-    "train-ppo": _train_ppo, "evaluate": _evaluate,
+    "quickstart": _run, "run": _run, "launch": _launch, "sft": _sft, "train-scorer": _train_scorer,
+    "strength": _strength, "select": _select, "train-ppo": _train_ppo, "evaluate": _evaluate,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from cli_helpers import Done, Server, environment, run, shared_server, tiny_file
 
 import stable_rlhf
 
-COMMANDS = ("quickstart", "run", "launch", "sft", "train-scorer", "select", "train-ppo", "evaluate")
+COMMANDS = ("quickstart", "run", "launch", "sft", "strength", "train-scorer", "select", "train-ppo", "evaluate")
 PAIR = {"prompt": "Reverse the letters of jnfl", "chosen": "lfnj", "rejected": "jnfl"}
 
 
@@ -115,6 +115,13 @@ def test_help_wins_over_other_arguments(cli, command):
         ("sft --select.criteria high", ["--select.criteria: expected a mapping", "got 'high'"]),
         ("train-scorer --objective xm", ["--objective", "'xm'", "'am', 'rm'"]),
         ("train-scorer", ["required: --objective"]),
+        ("strength", ["--model_name_or_path"]),
+        ("strength --strength.num_scorers 0", ["strength.num_scorers must be at least 1, got 0"]),
+        ("strength --strength.folds 0", ["strength.folds must be at least 1, got 0"]),
+        ("strength --strength.fold 2", ["--strength.fold", "did you mean 'strength.folds'?"]),
+        ("sft --scorer.denoise [{\"below\":0,\"flipp\":true}]", ["scorer.denoise[0]: unknown key 'flipp'"]),
+        ("sft --scorer.denoise [{\"flip\":true}]", ["scorer.denoise[0]: give one of below, above"]),
+        ("sft --scorer.denoise 3", ["--scorer.denoise: expected a list"]),
         ("select", ["give either --scorer", "or --candidates"]),
         ("select --scorer x --candidates y", ["give either --scorer", "or --candidates"]),
         ("select --candidates y --select.criteria {\"scor\":1}", ["select.criteria: unknown criterion 'scor'"]),
@@ -301,6 +308,31 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "False" and "none is not a folder" in done.stderr
+
+
+def test_strength_then_denoise(cli, settings, files, tmp_path):
+    rows = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "p.jsonl", [row | {"agreement": i % 3} for i, row in enumerate(rows)])
+    call = ["strength", *settings, "--data.pairs", "p.jsonl", "--output-dir", "o", "--strength.num_scorers", "2",
+            "--strength.folds", "2", "--strength.heads_only", "true", "--strength.check", "agreement",
+            "--strength.examples", "3"]  # fmt: skip
+    done = cli(*call).worked()
+    for part in ("weakest", "most ambiguous", "strongest", "40 pairs", "'agreement' over 40 pairs", "pairs.jsonl.gz"):
+        assert part in done.out
+    assert done.out.count("p.jsonl:") == 9
+    folder = tmp_path / "o" / "strength"
+    assert (folder / "strength.png").stat().st_size > 10_000 and "Strength by agreement" in (
+        folder / "report.html"
+    ).read_text()
+    assert cli(*call).worked().err.count("finished before") == 6
+    write_lines(tmp_path / "p.jsonl", rows)
+    cli(*call).refused("stage strength-hidden was made with other settings", "contents")
+    train = ["train-scorer", "--objective", "am", *settings, "--output-dir", "t", "--data.pairs"]
+    denoise = ["--scorer.denoise", "[{lowest: 0.25, flip: true}, {above: 0, soft_labels: true}]"]
+    done = cli(*train, folder / "pairs.jsonl.gz", *denoise).worked()
+    counts = json.loads(done.out)["denoise"]
+    assert counts["pairs"] == 34 and counts["flip"] in (8, 9) and "denoise: 34 pairs, " in done.err
+    cli(*train, "p.jsonl", *denoise, "--output-dir", "u").refused("p.jsonl:", "no 'strength'", "stable-rlhf strength")
 
 
 def test_bad_rows_can_be_skipped(cli, settings, tmp_path, files):

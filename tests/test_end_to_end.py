@@ -357,6 +357,23 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
 
 
 @pytest.mark.slow
+def test_a_run_that_denoises_measures_strength_first(tmp_path):
+    call = [
+        "quickstart", "--output-dir", "run", *SMALL.split(), "--variants", "rm", "--strength.num_scorers", "2",
+        "--strength.heads_only", "true", "--scorer.denoise", "[{lowest: 0.2, flip: true}]",
+    ]  # fmt: skip
+    done = run(*call, cwd=tmp_path).worked()
+    stages = re.findall(r"^\[([\w-]+)\]$", done.err, re.M)
+    strength = ["strength-hidden", "strength-scorer-1", "strength-scorer-2", "strength"]
+    assert stages == ["world", "sft", "pairs", *strength, "scorer-rm", "scorer-am", "ppo-rm", "evaluation"]
+    for name in ("rm", "am"):
+        result = json.loads((tmp_path / "run" / f"scorer-{name}" / "stage.json").read_text())["result"]
+        assert result["denoise"] == {"pairs": result["train"], "flip": round(0.2 * result["train"])}
+        assert result["num_alternates"] == (2 if name == "am" else 0)  # what came with the pairs is still there
+    assert run(*call, cwd=tmp_path).worked().err.count("finished before") == len(stages)
+
+
+@pytest.mark.slow
 def test_a_run_on_two_ranks(tmp_path):
     """Own data, own model, the deepspeed launcher."""
     tiny_files(tmp_path / "files", pairs=60, prompts=60)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from stable_rlhf.data.readers import ReadResult, read_comparisons, read_demonstrations, read_prompts, write_jsonl
+from stable_rlhf.data.readers import (
+    ReadResult,
+    comparison_row,
+    read_comparisons,
+    read_demonstrations,
+    read_prompts,
+    write_jsonl,
+)
 from stable_rlhf.data.records import (
     Comparison,
     DataError,
     Demonstration,
     LogProbs,
     Message,
+    PairStrength,
     Prompt,
     PromptRow,
     as_messages,
@@ -21,10 +29,12 @@ __all__ = [
     "Demonstration",
     "LogProbs",
     "Message",
+    "PairStrength",
     "Prompt",
     "PromptRow",
     "ReadResult",
     "as_messages",
+    "comparison_row",
     "prompt_key",
     "read_comparisons",
     "read_demonstrations",

@@ -12,10 +12,11 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Generic, Literal, NoReturn, TypeAlias, TypeVar, cast
@@ -26,6 +27,7 @@ from stable_rlhf.data.records import (
     Demonstration,
     LogProbs,
     Message,
+    PairStrength,
     Prompt,
     PromptRow,
     as_messages,
@@ -117,6 +119,31 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     finally:
         temporary.unlink(missing_ok=True)
     return count
+
+
+def comparison_row(row: Comparison) -> dict[str, Any]:
+    """The row of a data file that `read_comparisons` reads as ``row`` again; what `denoise` sets is left out."""
+    paired = row.pairs == ((0, 1),) and len(row.responses) == 2
+
+    def by_response(values: Sequence[Any]) -> Any:
+        return dict(zip(("chosen", "rejected"), values, strict=True)) if paired else list(values)
+
+    found: dict[str, Any] = {"prompt": row.prompt}
+    if paired:
+        found |= by_response(row.responses)
+    else:
+        found["responses"] = list(row.responses)
+        found["ranks"] = [1 + sum(worse == i for _, worse in row.pairs) for i in range(len(row.responses))]
+    for name in ("task", "margin"):
+        if getattr(row, name) is not None:
+            found[name] = getattr(row, name)
+    for name in ("logprobs", "alt_logprobs"):
+        if getattr(row, name) is not None:
+            found[name] = by_response(getattr(row, name))
+    if row.strength is not None:
+        entries = [asdict(strength) for strength in row.strength]
+        found["strength"] = entries[0] if paired else entries
+    return found | row.meta
 
 
 @contextmanager
@@ -229,6 +256,7 @@ def _comparison(row: dict[str, Any], source: str) -> Comparison:
             _bad("'chosen' and 'rejected' are the same text, which is no preference")
     logprobs = _optional(row, "logprobs", lambda value: _per_response_logprobs(value, responses, labels))
     alternates = _optional(row, "alt_logprobs", lambda value: _alternates(value, responses, labels, logprobs))
+    strength = _optional(row, "strength", lambda value: _strength(value, pairs, paired))
     return Comparison(
         prompt=prompt,
         responses=responses,
@@ -237,6 +265,7 @@ def _comparison(row: dict[str, Any], source: str) -> Comparison:
         margin=_optional(row, "margin", _margin),
         logprobs=logprobs,
         alt_logprobs=alternates,
+        strength=strength,
         source=source,
         meta=row,
     )
@@ -302,6 +331,20 @@ def _margin(value: Any) -> float:
     if not (math.isfinite(margin) and margin > 0):
         _bad(f"'margin' must be a finite number larger than 0, got {margin}")
     return margin
+
+
+def _strength(value: Any, pairs: Sequence[tuple[int, int]], paired: bool) -> tuple[PairStrength, ...]:
+    """Of a pair an object, of a ranking a list of them in the order of its pairs."""
+    entries = [value] if paired else value
+    if not isinstance(entries, list) or len(entries) != len(pairs):
+        _bad(f"'strength' must be a list with one entry for each of the {len(pairs)} pairs")
+    found = []
+    for entry in entries:
+        numbers: list[Any] = [entry.get(key) for key in ("mean", "std")] if isinstance(entry, dict) else [None]
+        if any(type(n) not in (int, float) or not abs(n) <= sys.float_info.max for n in numbers) or numbers[1] < 0:
+            _bad("'strength' must be an object with finite numbers 'mean' and 'std', 'std' at least 0")
+        found.append(PairStrength(float(numbers[0]), float(numbers[1])))
+    return tuple(found)
 
 
 def _messages(value: list[Any], name: str) -> list[Message]:

@@ -20,6 +20,19 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class PairStrength:
+    """What several scorers together think of one pair's label.
+
+    Attributes:
+        mean: mean over the scorers of r(x, better) - r(x, worse); below 0 where they would turn the label round.
+        std: population standard deviation of the same.
+    """
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two or more responses to one prompt, and which of them is better than which.
 
@@ -32,6 +45,9 @@ class Comparison:
         logprobs: [n][tokens], log-probabilities of the responses' tokens under the policy to be tuned.
         alt_logprobs: [n][K][tokens], the same under K >= 1 other policies. All rows read together have the same K,
             and the K lists of a response have equal lengths, that of ``logprobs`` where it is given.
+        strength: of every pair, where it has been measured (scorer/strength.py).
+        label_smoothing: of every pair, None for the configured one; rank_margin: of every pair, in units of the score.
+            Both are set by scorer/denoise.py, never read from a file.
         source: "file:line" the row was read from.
         meta: the row's other columns, as they were.
     """
@@ -43,6 +59,9 @@ class Comparison:
     margin: float | None = None
     logprobs: tuple[LogProbs, ...] | None = None
     alt_logprobs: tuple[tuple[LogProbs, ...], ...] | None = None
+    strength: tuple[PairStrength, ...] | None = None
+    label_smoothing: tuple[float | None, ...] | None = None
+    rank_margin: tuple[float, ...] | None = None
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 

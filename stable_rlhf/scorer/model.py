@@ -70,8 +70,8 @@ class AdvantageModel(nn.Module):
         self.trunk = Trunk(backbone, num_trainable_layers)
         generator = torch.Generator().manual_seed(seed)
         size = self.trunk.hidden_size
-        self.reward_head = _head(size, generator)
-        self.expected_head = _head(size, generator) if settings.objective == "am" else None
+        self.reward_head = new_head(size, generator)
+        self.expected_head = new_head(size, generator) if settings.objective == "am" else None
         self.max_length = context_length(backbone.config)
 
     def forward(self, inputs: dict[str, Tensor], last: Tensor, prompt_last: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +185,8 @@ class AdvantageModel(nn.Module):
         return model.eval()
 
 
-def _head(size: int, generator: torch.Generator) -> nn.Linear:
+def new_head(size: int, generator: torch.Generator) -> nn.Linear:
+    """A scorer's head before training."""
     # 1/√(H+1): the scale of Stiennon et al. (2020), scores start near unit variance or below.
     head = nn.Linear(size, 1)
     with torch.no_grad():

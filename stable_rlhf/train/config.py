@@ -196,6 +196,8 @@ class ScorerArguments:
         expected_coef: Weight of regressing e(x) on r of the policy's own samples (Eq. 7); 0 leaves e to the bounds.
         num_trainable_layers: Train only the last blocks and the heads; lower hidden states are cached (unset: all).
         bins: Bins of the calibration error.
+        denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md). The pairs must
+            carry it: ``strength`` writes it, ``run`` measures it first.
     """
 
     learning_rate: float = 5e-6
@@ -213,6 +215,28 @@ class ScorerArguments:
     expected_coef: float = 0.0
     num_trainable_layers: int | None = None
     bins: int = 10
+    denoise: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class StrengthArguments:
+    """Preference strength (arXiv 2401.06080): reward models with the settings of ``scorer`` vote on every pair.
+
+    Args:
+        num_scorers: Reward models M; each has its own head and its own order of the data.
+        folds: 1 (the paper): they judge pairs that they trained on. From 2 on a training pair is judged by M reward
+            models that trained on the other folds only, so that no label is learnt by heart.
+        heads_only: Train heads alone, on hidden states of the frozen backbone that are computed once for all.
+        check: A column of numbers (or true and false) in the pairs to hold the strength against, such as the
+            agreement of annotators.
+        examples: Pairs of each kind in the tables to read.
+    """
+
+    num_scorers: int = 5
+    folds: int = 1
+    heads_only: bool = False
+    check: str | None = None
+    examples: int = 10
 
 
 @dataclass
@@ -365,6 +389,7 @@ class Recipe:
         world: The generated skill world; used when model_name_or_path is unset.
         sft: Supervised fine-tuning.
         scorer: Reward and Advantage Model.
+        strength: Preference strength of the pairs.
         select: Rehearsal selection.
         ppo: PPO.
         evaluate: Comparison with SFT.
@@ -387,6 +412,7 @@ class Recipe:
     world: WorldArguments = field(default_factory=WorldArguments)
     sft: SFTArguments = field(default_factory=SFTArguments)
     scorer: ScorerArguments = field(default_factory=ScorerArguments)
+    strength: StrengthArguments = field(default_factory=StrengthArguments)
     select: SelectArguments = field(default_factory=SelectArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     evaluate: EvaluateArguments = field(default_factory=EvaluateArguments)
@@ -400,8 +426,8 @@ _AT_LEAST_ONE = (
     "world.hidden_size world.num_hidden_layers world.num_attention_heads world.comparisons "
     "sft.per_device_train_batch_size sft.gradient_accumulation_steps "
     "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
-    "scorer.num_trainable_layers select.num_clusters select.top_k select.niter select.train_rows "
-    "select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
+    "scorer.num_trainable_layers strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
+    "select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
 )
@@ -412,9 +438,9 @@ _ABOVE_ZERO = (
 _NOT_NEGATIVE = (
     "seed launch.max_restarts checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm "
     "engine.weight_decay guard.max_kl world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate "
-    "scorer.head_learning_rate scorer.expected_coef select.max_candidates ppo.learning_rate ppo.head_learning_rate "
-    "ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value ppo.vf_coef "
-    "evaluate.temperature evaluate.tie_margin"
+    "scorer.head_learning_rate scorer.expected_coef strength.examples select.max_candidates ppo.learning_rate "
+    "ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value "
+    "ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
@@ -443,6 +469,10 @@ def check(recipe: Recipe) -> None:
                 raise ValueError(f"{name} must be {words}, got {value}")
     from stable_rlhf.rehearsal.select import check_criteria
 
+    if recipe.scorer.denoise:
+        from stable_rlhf.scorer.denoise import parse_bands
+
+        parse_bands("scorer.denoise", recipe.scorer.denoise)
     for name in ("criteria", "minimum", "maximum"):
         check_criteria(f"select.{name}", getattr(recipe.select, name))
     if recipe.select.near_duplicate is not None and recipe.select.near_duplicate > 1:

@@ -69,8 +69,8 @@ class PreferenceSplits:
     judge: list[Comparison] = field(default_factory=list)
 
 
-def load_preferences(arguments: DataArguments, seed: int) -> PreferenceSplits:
-    """Read and divide the preference files."""
+def read_preferences(arguments: DataArguments, seed: int) -> list[Comparison]:
+    """The comparisons of the preference files, at most ``max_pairs``, in their order."""
     if not arguments.pairs:
         raise DataError("data.pairs: name at least one preference file")
     result = read_comparisons(locate(arguments, arguments.pairs), on_bad_row=arguments.on_bad_row)
@@ -79,6 +79,16 @@ def load_preferences(arguments: DataArguments, seed: int) -> PreferenceSplits:
     if arguments.max_pairs and arguments.max_pairs < len(rows):
         # Whole prompts are drawn, so the last one may bring more rows than there is room for.
         rows = _split("data.max_pairs", rows, [arguments.max_pairs], seed)[0][: arguments.max_pairs]
+    return rows
+
+
+def load_preferences(arguments: DataArguments, seed: int) -> PreferenceSplits:
+    """Read and divide the preference files."""
+    return split_preferences(arguments, read_preferences(arguments, seed), seed)
+
+
+def split_preferences(arguments: DataArguments, rows: Sequence[Comparison], seed: int) -> PreferenceSplits:
+    """Divide comparisons by use, as the settings say."""
     fractions = [arguments.test_fraction, arguments.judge_fraction]
     used = [f for f in fractions if f > 0]
     rest = 1 - sum(used)

@@ -26,6 +26,7 @@ from stable_rlhf.train.datasets import contents, locate
 from stable_rlhf.train.engine import barrier, start, world_size
 from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
+from stable_rlhf.train.strength import measure_strength
 
 _SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am"}
 
@@ -82,6 +83,10 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         "scorer": part["scorer"],
         "backbone": recipe.scorer_model_name_or_path,
     }
+    if recipe.scorer.denoise:
+        strength = measure_strength(recipe, run, backbone, scorer_settings, inputs, cache)
+        data.pairs = [str((strength.folder / "pairs.jsonl.gz").resolve())]
+        inputs = [*inputs, strength]
     scorers: dict[str, Stage] = {}
     for objective in ("rm", "am"):
         scorers[objective] = run.stage(

@@ -105,6 +105,8 @@ def scorer_loss(
     """This rank's part of the loss of one step with ``comparisons`` comparisons over all ranks: (loss, the op's output,
     mean square error of e(x) when it is regressed)."""
     first, pairs, prompt_of, weights, margins = [], [], [], [], []
+    smoothing: list[float] = []
+    rank_margins: list[float] = []
     examples: list[Encoded] = []
     for i, item in enumerate(batch):
         first.append(len(examples))
@@ -112,6 +114,9 @@ def scorer_loss(
         weights += [1.0 / len(item.row.pairs)] * len(item.row.pairs)
         prompt_of += [i] * len(item.examples)
         margins += [arguments.margin if item.row.margin is None else item.row.margin] * len(item.examples)
+        of_pairs = item.row.label_smoothing or [None] * len(item.row.pairs)
+        smoothing += [arguments.label_smoothing if alpha is None else alpha for alpha in of_pairs]
+        rank_margins += item.row.rank_margin or [0.0] * len(item.row.pairs)
         examples += item.examples
     responses = len(examples)
     sampled = [(i, e) for i, item in enumerate(batch) for e in item.samples] if arguments.expected_coef else []
@@ -132,7 +137,8 @@ def scorer_loss(
         kwargs = {"margin": None}
     output = ops.advantage_loss(
         reward[:responses], pairs=torch.tensor(pairs, device=device), pair_weight=torch.tensor(weights, device=device),
-        label_smoothing=arguments.label_smoothing, **kwargs,
+        label_smoothing=torch.tensor(smoothing, dtype=torch.float32, device=device),
+        rank_margin=torch.tensor(rank_margins, dtype=torch.float32, device=device), **kwargs,
     )  # fmt: skip
     # The op's mean over pairs becomes a mean over comparisons of the whole step, however it is cut.
     loss = output.loss * (len(pairs) / comparisons)

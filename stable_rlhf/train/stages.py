@@ -18,10 +18,11 @@ from stable_rlhf.evaluate.policies import against, mean_kl, respond
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer
 from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
-from stable_rlhf.train.config import PPOArguments, Recipe, SelectArguments
+from stable_rlhf.train.config import PPOArguments, Recipe, ScorerArguments, SelectArguments
 from stable_rlhf.train.datasets import PromptSplits, load_demonstrations, load_preferences, load_prompts, locate
 from stable_rlhf.train.engine import barrier, device
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
@@ -141,6 +142,9 @@ def run_scorer(
     trunk = load_causal_lm(backbone).base_model
     limits = min(recipe.data.max_length, context_length(trunk.config)), recipe.data.max_prompt_length
     train, long = encode_comparisons(chosen, tokenizer, *limits)
+    counts: dict[str, int] = {}
+    if arguments.denoise and split == "train":
+        train, counts = _denoised(train, arguments, folder)
     test, long_test = encode_comparisons(rows.test, tokenizer, *limits)
     if long or long_test:
         say(f"  {long + long_test} of {len(chosen) + len(rows.test)} comparisons are too long: left out")
@@ -178,7 +182,31 @@ def run_scorer(
     correct = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
     result |= {"train": len(train), "test": len(test), "num_alternates": alternates, "left_out": long + long_test}
     result["accuracy"] = sum(correct) / len(correct)
+    if counts:
+        result["denoise"] = counts
     return result
+
+
+def _denoised(
+    rows: list[EncodedComparison], arguments: ScorerArguments, folder: Path
+) -> tuple[list[EncodedComparison], dict[str, int]]:
+    """The rows as ``scorer.denoise`` leaves them, and counts; ``denoise.jsonl.gz`` tells what became of every pair."""
+    found = denoise([item.row for item in rows], parse_bands("scorer.denoise", arguments.denoise))
+    say("  denoise: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in found.counts.items()))
+    if is_main_process():
+        write_jsonl(
+            folder / "denoise.jsonl.gz",
+            (
+                {
+                    "prompt": item.row.prompt, "chosen": item.row.responses[better],
+                    "rejected": item.row.responses[worse], "source": item.row.source, "denoise": decision,
+                }
+                for item, decisions in zip(rows, found.decisions, strict=True)
+                for (better, worse), decision in zip(item.row.pairs, decisions, strict=True)
+            ),
+        )  # fmt: skip
+    kept = zip(rows, found.rows, strict=True)
+    return [replace(item, row=row) for item, row in kept if row is not None], found.counts
 
 
 def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, recipe: Recipe, alternates: int) -> None:

@@ -17,7 +17,9 @@ from stable_rlhf.data import (
     Comparison,
     DataError,
     Demonstration,
+    PairStrength,
     PromptRow,
+    comparison_row,
     read_comparisons,
     read_demonstrations,
     read_prompts,
@@ -251,6 +253,26 @@ BAD_COMPARISONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "rejected": "a"}, "'chosen' is missing"),
     ({**PAIR, "responses": ["a", "b"]}, "has keys of a pair"),
     ({**PAIR, "prompt": ""}, "'prompt' is empty"),
+    *[
+        ({**PAIR, "strength": value}, "'strength' must be an object with finite numbers 'mean' and 'std'")
+        for value in (
+            3,
+            [],
+            {"mean": 1},
+            {"mean": 1, "std": -0.1},
+            {"mean": True, "std": 0},
+            {"mean": 10**400, "std": 0},
+        )
+    ],
+    ({**PAIR, "strength": {"mean": float("nan"), "std": 0}}, "'strength' must be an object with finite numbers"),
+    (
+        {**RANKING, "strength": {"mean": 1, "std": 0}},
+        "'strength' must be a list with one entry for each of the 2 pairs",
+    ),
+    (
+        {**RANKING, "strength": [{"mean": 1, "std": 0}]},
+        "'strength' must be a list with one entry for each of the 2 pairs",
+    ),
     ({**PAIR, "prompt": " \n"}, "'prompt' is empty"),
     ({**PAIR, "prompt": None}, "'prompt' must be a string or a list of chat messages, not null"),
     ({**PAIR, "prompt": 3}, "'prompt' must be a string or a list of chat messages, not a number"),
@@ -446,6 +468,42 @@ def test_written_rows_read_back(tmp_path: Path) -> None:
     write_jsonl(other, rows)
     assert other.read_bytes() == packed.read_bytes()
     assert packed.read_bytes()[4:8] == bytes(4)  # the header's time, which would tell two runs apart
+
+
+def test_strength_of_pairs_and_rankings(tmp_path: Path) -> None:
+    given = [{"mean": -1.5, "std": 0.25}, {"mean": 2, "std": 0}]
+    assert one(tmp_path, {**PAIR, "strength": given[0]}).strength == (PairStrength(-1.5, 0.25),)
+    assert one(tmp_path, {**RANKING, "strength": given}).strength == (PairStrength(-1.5, 0.25), PairStrength(2.0, 0.0))
+    assert one(tmp_path, {**PAIR, "strength": None}).strength is None
+
+
+STRENGTH = {"mean": -1.5, "std": 0.25}
+LOGPROBS = {
+    "logprobs": {"chosen": [-0.5], "rejected": [-1.5, 0]},
+    "alt_logprobs": {"chosen": [[-1]], "rejected": [[-4, -2]]},
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR,
+        {**PAIR, **LOGPROBS, "task": "t", "margin": 2, "strength": STRENGTH, "agreement": 0.5, "denoise": [{}]},
+        {
+            **RANKING,
+            "strength": [STRENGTH] * 2,
+            "logprobs": [[-1], [-2], [-3]],
+            "alt_logprobs": [[[-1]], [[-2]], [[-3]]],
+        },
+        {"prompt": CHAT, "responses": ["a", "b", "c", "d"], "ranks": [3, 1, 2, 2]},
+        {"prompt": "x", "responses": ["a", "b"], "ranks": [2, 1], "strength": [STRENGTH]},
+        {"prompt": "x", "responses": ["a", "b"], "ranks": [7, 9], "strength": [STRENGTH]},
+        {"chosen": transcript("HHello", "Aa"), "rejected": transcript("HHello", "Ab"), "skill": "s"},
+    ],
+)
+def test_a_comparison_written_is_read_as_it_was(tmp_path: Path, row: dict[str, Any]) -> None:
+    comparison = one(tmp_path, row)
+    assert one(tmp_path, comparison_row(comparison)) == comparison
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, "\ud800"])

@@ -1,0 +1,297 @@
+"""Wrong labels planted in the skill world: how many does preference strength find, and what does mending them buy?
+
+The material is a quickstart's: its SFT model and the pairs that two alternates of it answered. Every seed plants wrong
+labels anew, measures the strength of the training pairs, and trains reward models on the labels as they are, as the
+strength mends them, and as they were before. Held-out pairs are judged by the gold score.
+
+    stable-rlhf quickstart --output-dir runs/quickstart
+    python bench/strength.py runs/quickstart --output-dir runs/strength-study
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import random
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from stable_rlhf.cli import parse as parse_recipe
+from stable_rlhf.data import Comparison, write_jsonl
+from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
+from stable_rlhf.scorer.denoise import denoise, parse_bands
+from stable_rlhf.train.checkpoint import RunDirectory, Stage
+from stable_rlhf.train.config import Recipe
+from stable_rlhf.train.datasets import load_preferences, read_preferences, split_preferences
+from stable_rlhf.train.engine import start
+from stable_rlhf.train.stages import run_scorer
+from stable_rlhf.train.strength import measure_strength, train_head
+from stable_rlhf.world import utility
+
+# What each reward model is trained on; None: the labels before the wrong ones were planted.
+CONDITIONS: dict[str, list[dict[str, Any]] | None] = {
+    "as they are": [],
+    "flip below 0": [{"below": 0.0, "flip": True}],
+    "flip the lowest tenth": [{"lowest": 0.1, "flip": True}],
+    "drop the lowest fifth": [{"lowest": 0.2, "drop": True}],
+    "true labels": None,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of `stable-rlhf quickstart`")
+    parser.add_argument("--output-dir", type=Path, required=True, help="finished parts found here are not redone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--labels", choices=["gold", "annotator"], default="gold",
+                        help="right labels before planting: by the gold score, or the noisy annotator's")  # fmt: skip
+    parser.add_argument("--wrong", type=float, default=0.2, help="share of labels turned round (default %(default)s)")
+    parser.add_argument("--scorers", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the recipe")
+    parser.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
+    parser.add_argument("--figure", type=Path, help="where to write the picture as well")
+    return parser.parse_args()
+
+
+def plant(pairs: Path, wrong: float, labels: str, seed: int) -> list[dict[str, Any]]:
+    """Rows of the quickstart with `planted`: whether the label was turned round. Pairs of equal gold have no right
+    label and are left out."""
+    rng = random.Random(seed)
+    rows = []
+    with gzip.open(pairs, "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            chosen, rejected = (row["chosen"], row["gold_chosen"]), (row["rejected"], row["gold_rejected"])
+            if chosen[1] == rejected[1]:
+                continue
+            if (labels == "gold" and chosen[1] < rejected[1]) or (labels == "annotator" and row["flipped"]):
+                chosen, rejected = rejected, chosen
+            planted = rng.random() < wrong
+            if planted:
+                chosen, rejected = rejected, chosen
+            rows.append(
+                {
+                    "prompt": row["prompt"], "chosen": chosen[0], "rejected": rejected[0], "task": row["task"],
+                    "gold_chosen": chosen[1], "gold_rejected": rejected[1], "planted": planted,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def mended(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its label before planting."""
+    if not row["planted"]:
+        return row
+    return row | {
+        "chosen": row["rejected"], "rejected": row["chosen"], "gold_chosen": row["gold_rejected"],
+        "gold_rejected": row["gold_chosen"], "planted": False,
+    }  # fmt: skip
+
+
+def recall_precision(suspicion: np.ndarray, planted: np.ndarray) -> tuple[list[float], list[float]]:
+    """Recall and precision of calling the first 1, 2, ... most suspicious pairs wrong."""
+    found = np.cumsum(planted[np.argsort(-suspicion, kind="stable")])
+    return (found / planted.sum()).tolist(), (found / np.arange(1, len(found) + 1)).tolist()
+
+
+def study(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    """One seed: planting, strength, one reward model for each condition."""
+    rows = plant(arguments.run / "pairs" / "pairs.jsonl.gz", arguments.wrong, arguments.labels, seed)
+    files = {"noisy": folder / "pairs-noisy.jsonl.gz", "true": folder / "pairs-true.jsonl.gz"}
+    run = RunDirectory(folder)
+    write_jsonl(files["noisy"], rows)
+    write_jsonl(files["true"], map(mended, rows))
+    settings = [f"--{s}" for s in arguments.setting]
+    recipe, _ = parse_recipe("quickstart", [f"--seed={seed}", "--report_to=[]", *settings])
+    recipe.strength.num_scorers, recipe.strength.folds = arguments.scorers, arguments.folds
+    recipe.data.pairs = [str(files["noisy"])]
+    backbone = str(arguments.run / "sft")
+    part = recipe.as_dict()
+    common: dict[str, Any] = {
+        "scorer": part["scorer"], "seed": seed, "labels": arguments.labels, "wrong": arguments.wrong,
+    }  # fmt: skip
+    measured = measure_strength(recipe, run, backbone, common)
+    recipe.data.pairs = [str(measured.folder / "pairs.jsonl.gz")]
+    result: dict[str, Any] = {"seed": seed, **detection(recipe, arguments.labels)}
+    judge = heads if recipe.strength.heads_only else whole_models
+    result["gold_accuracy"], result["test_pairs"] = judge(recipe, run, backbone, common, measured, arguments.conditions)
+    return result
+
+
+def whole_models(
+    recipe: Recipe, run: RunDirectory, backbone: str, common: dict[str, Any], measured: Stage, conditions: list[str]
+) -> tuple[dict[str, float], int]:
+    """Gold accuracy of a reward model for each condition, trained by `train-scorer`, and the number of test pairs."""
+    enriched, true = measured.folder / "pairs.jsonl.gz", run.root / "pairs-true.jsonl.gz"
+    accuracy: dict[str, float] = {}
+    test: list[Comparison] = []
+    for name in conditions:
+        bands = CONDITIONS[name]
+        recipe.data.pairs, recipe.scorer.denoise = [str(true if bands is None else enriched)], bands or []
+        stage = run.stage(
+            f"scorer-{name.replace(' ', '-')}", {**common, "denoise": bands},
+            lambda folder: run_scorer(recipe, "rm", backbone, None, folder), [measured],
+        )  # fmt: skip
+        scores = json.loads((stage.folder / "scores.json").read_text())
+        test = load_preferences(recipe.data, recipe.seed).test
+        accuracy[name] = gold_accuracy(test, [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)])
+    return accuracy, len(test)
+
+
+def heads(
+    recipe: Recipe, run: RunDirectory, backbone: str, common: dict[str, Any], measured: Stage, conditions: list[str]
+) -> tuple[dict[str, float], int]:
+    """The same for linear heads on the hidden states that the strength was measured by."""
+    (file,) = (run.root / "strength-hidden").glob("hidden-*.safetensors")
+    hidden = load_file(file)["hidden"]
+    rows = read_preferences(recipe.data, recipe.seed)
+    split = split_preferences(recipe.data, rows, recipe.seed)
+    place = {row.source: 2 * i for i, row in enumerate(rows)}
+    accuracy: dict[str, float] = {}
+    for name in conditions:
+        bands = CONDITIONS[name]
+        if bands is None:
+            labels = [(row.source, row.pairs[0][:: -1 if row.meta["planted"] else 1]) for row in split.train]
+        else:
+            kept = denoise(split.train, parse_bands(name, bands)).rows
+            labels = [(row.source, row.pairs[0]) for row in kept if row is not None]
+        pairs = [[(place[source] + better, place[source] + worse)] for source, (better, worse) in labels]
+        score = train_head(hidden, pairs, recipe.scorer, recipe.engine, recipe.seed).tolist()
+        gaps = [score[place[row.source]] - score[place[row.source] + 1] for row in split.test]
+        accuracy[name] = gold_accuracy(split.test, gaps)
+    return accuracy, len(split.test)
+
+
+def gold_accuracy(rows: list[Comparison], gaps: list[float]) -> float:
+    """Share of pairs whose score difference has the sign of the gold difference."""
+    gold = [row.meta["gold_chosen"] - row.meta["gold_rejected"] for row in rows]
+    return statistics.fmean(float(gap * g > 0) for gap, g in zip(gaps, gold, strict=True))
+
+
+def detection(recipe: Recipe, labels: str) -> dict[str, Any]:
+    """How well the strength of the training pairs tells planted labels: flipping below 0, and at every threshold."""
+    rows = load_preferences(recipe.data, recipe.seed).train
+    planted = np.array([row.meta["planted"] for row in rows])
+    decided = denoise(rows, parse_bands("below 0", [{"below": 0.0, "flip": True}])).decisions
+    flipped = np.array([bool(decision.get("flip")) for (decision,) in decided])
+    mean = np.array([row.strength[0].mean for row in rows if row.strength])
+    suspicions = {"strength": -mean}
+    if labels == "annotator":  # whose own utility nobody can better
+        bonus = recipe.world.length_bonus
+        felt = [[utility(row.prompt, text, length_bonus=bonus) for text in row.responses] for row in rows]
+        suspicions["annotator"] = np.array([rejected - chosen for chosen, rejected in felt])
+    keep = np.linspace(0, len(rows) - 1, 200).astype(int)
+    curves = {}
+    for name, suspicion in suspicions.items():
+        recall, precision = recall_precision(suspicion, planted)
+        curves[name] = [(recall[i], precision[i]) for i in keep]
+    clear = np.array([max(row.meta["gold_chosen"], row.meta["gold_rejected"]) == 1 for row in rows])
+
+    def found(part: np.ndarray) -> dict[str, float]:
+        both = float((flipped & planted & part).sum())
+        return {
+            "recall": both / float((planted & part).sum()), "precision": both / max(float((flipped & part).sum()), 1.0)
+        }  # fmt: skip
+
+    return {
+        "train_pairs": len(rows), "planted": float(planted.mean()), "flipped": float(flipped.mean()),
+        "all": found(np.ones_like(clear)), "clear": found(clear), "clear_share": float(clear.mean()),
+        "wrong_after": float((flipped != planted).mean()), "curves": curves,
+    }  # fmt: skip
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % interval (Student) over the seeds."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{100 * mean:.1f}"
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{100 * mean:.1f} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    names = list(results[0]["gold_accuracy"])
+    base = [r["gold_accuracy"][names[0]] for r in results]
+    lines = [
+        f"{len(results)} seeds, {results[0]['train_pairs']} training and {results[0]['test_pairs']} test pairs; per "
+        "cent, mean [95 % interval over the seeds].", "",
+        "| flipped below 0 | recall | precision |", "|---|---:|---:|",
+        *(
+            f"| {words} | {interval([r[part]['recall'] for r in results])} | "
+            f"{interval([r[part]['precision'] for r in results])} |"
+            for part, words in (("all", "all pairs"), ("clear", "pairs with one right response"))
+        ), "",
+        f"Wrong labels: {interval([r['planted'] for r in results])} before, "
+        f"{interval([r['wrong_after'] for r in results])} after.", "",
+        "| labels | gold accuracy | over the labels as they are |", "|---|---:|---:|",
+    ]  # fmt: skip
+    for name in names:
+        found = [r["gold_accuracy"][name] for r in results]
+        gain = interval([f - b for f, b in zip(found, base, strict=True)]) if name != names[0] else ""
+        lines.append(f"| {name} | {interval(found)} | {gain} |")
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]]) -> bytes:
+    """Recall against precision at every threshold, one line a seed; gold accuracy by condition."""
+    with picture(2, size=(9, 3.8)) as (figure, axes):
+        left, right = axes[0]
+        for i, result in enumerate(results):
+            for name, colour, label in (("annotator", FAINT, "by the annotator's own utility"),
+                                        ("strength", KEPT, "by strength")):  # fmt: skip
+                if name not in result["curves"]:
+                    continue
+                recall, precision = zip(*result["curves"][name], strict=True)
+                left.plot(recall, precision, color=colour, linewidth=1, label=None if i else label)
+            left.plot(
+                result["all"]["recall"],
+                result["all"]["precision"],
+                "o",
+                color=INK,
+                markersize=4,
+                label=None if i else "flipping below 0",
+            )
+        left.axvline(0.8, color=FAINT, linestyle=":", linewidth=1)
+        left.axhline(0.8, color=FAINT, linestyle=":", linewidth=1)
+        left.set(xlabel="recall of planted labels", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+        left.set_title("Finding wrong labels")
+        left.legend(loc="lower left")
+        names = list(results[0]["gold_accuracy"])
+        for result in results:
+            right.plot(names, [100 * result["gold_accuracy"][n] for n in names], color=FAINT, marker="o", markersize=4)
+        means = [100 * statistics.fmean(r["gold_accuracy"][n] for r in results) for n in names]
+        right.plot(names, means, color=INK, marker="o", linewidth=2)
+        right.set(ylabel="gold accuracy of the scorer, %")
+        right.set_title("Reward models trained on these labels")
+        right.tick_params(axis="x", labelrotation=20)
+        return png(figure)
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)  # the world's models are too small to share out
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    start(0)
+    results = []
+    for seed in arguments.seeds:
+        results.append(study(arguments, seed, arguments.output_dir / f"seed-{seed}"))
+        record = {"command": shlex.join(["python", *sys.argv]), "results": results}
+        (arguments.output_dir / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(table(results), flush=True)
+        for path in filter(None, (arguments.output_dir / "study.png", arguments.figure)):
+            path.write_bytes(draw(results))
+
+
+if __name__ == "__main__":
+    main()
