@@ -62,7 +62,7 @@ def paired_ratio(first: ArrayLike, second: ArrayLike) -> Interval:
     if p <= 0:
         return {"value": value, "low": -math.inf, "high": math.inf}
     root = math.sqrt(max(0.0, q * q - p * r))  # the value itself lies inside, so only rounding makes this negative
-    return {"value": value, "low": min((q - root) / p, value), "high": max((q + root) / p, value)}
+    return {"value": value, "low": min(float((q - root) / p), value), "high": max(float((q + root) / p), value)}
 
 
 def _divide(a: float, b: float) -> float:
@@ -98,7 +98,8 @@ def scorer_rows(summary: Mapping[str, Any]) -> list[Row]:
         values = {key: part[key]["value"] for key in _WITH_INTERVAL}
         for key in ("brier", "brier_after_temperature", "temperature", "task_mean_spread", "task_std_mean", "pairs"):
             values[key] = part[key]
-        values["task_relative_spread"] = part["task_mean_spread"] / part["task_std_mean"]
+        within = part["task_std_mean"]
+        values["task_relative_spread"] = part["task_mean_spread"] / within if within else None
         rows.append({"scorer": name, "seed": summary["seed"], **values})
     return rows
 
@@ -133,7 +134,7 @@ def _sft_row(summary: Mapping[str, Any], rows: Sequence[Row]) -> Row:
 
 
 def _of_curve(curve: Sequence[Mapping[str, float]]) -> Row:
-    """Score and gold score at the start (the first step is still SFT's), in the second quarter and in the last.
+    """Score and gold score in the first tenth of the steps (next to SFT), the lowest tenth and the last quarter.
 
     ``late``: last quarter minus second quarter, fixed beforehand: a best moment picked from a noisy curve would make
     any run look as if it had fallen afterwards.
@@ -147,7 +148,7 @@ def _of_curve(curve: Sequence[Mapping[str, float]]) -> Row:
         second, last = known[quarter : 2 * quarter] or known[-1:], known[-quarter:]
         blocks = [float(np.mean(part)) for part in np.array_split(known, min(10, len(known)))] if whole else []
         row |= {
-            f"train_{key}_first": known[0] if whole else None,
+            f"train_{key}_first": blocks[0] if whole else None,
             f"train_{key}_last": float(np.mean(last)) if whole else None,
             f"train_{key}_late": float(np.mean(last) - np.mean(second)) if whole else None,
             f"train_{key}_lowest": min(blocks) if whole else None,
@@ -292,7 +293,7 @@ def claims(
         worst, dip = min(main), float(np.min(np.subtract(lowest, first)))
         add("In no seed does AM-PPO-SR's gold score fall below SFT's, on the main set or while it trains.",
             worst >= 0 and dip >= 0,
-            f"Worst seed: main set {worst:+.3f}; lowest tenth of training {dip:+.3f} from the first step.")  # fmt: skip
+            f"Worst seed: main set {worst:+.3f}; lowest tenth of training {dip:+.3f} from the first.")  # fmt: skip
     return found
 
 

@@ -151,5 +151,6 @@ def _run_seed(recipe: Recipe, log: str) -> None:
 
 
 def _tail(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_text(errors="replace") if log.is_file() else "it said nothing"
+    lines = [line for line in text.splitlines() if line.strip()]
     return " / ".join(lines[-_LOG_TAIL:])

@@ -22,7 +22,12 @@ def summaries(make_summary: Any) -> list[dict[str, Any]]:
     """Seeds in which the paper's claims were planted (tests/evaluate/conftest.py)."""
     found = []
     for seed in SEEDS:
-        summary = make_summary(pairs=1500, prompts=200, seed=seed)
+        summary = make_summary(pairs=800, prompts=200, seed=seed)
+        rng = np.random.default_rng(seed)
+        for entry in summary["policies"].values():  # the planted shares are the same in every seed: let them differ
+            for on in ("main", "forget"):
+                win, lose = (max(0.0, entry[on][key] + rng.normal(0, 0.01)) for key in ("win", "lose"))
+                entry[on] |= {"win": win, "lose": lose, "tie": 1 - win - lose}
         summary["stages"] = [{"name": "sft", "seconds": 5.0, "skipped": False}]
         summary["stages"] += [{"name": f"ppo-{v}", "seconds": 9.0, "skipped": False} for v in summary["policies"]]
         found.append(summary)
@@ -89,7 +94,7 @@ def test_a_ratio_whose_denominator_may_be_zero_has_no_ends() -> None:
     got = study.paired_ratio([0.1, 0.2], [0.0, 0.0])
     assert math.isnan(got["value"])
     same = study.paired_ratio([1.0, 1.0, 1.0], [3.0, 3.0, 3.0])  # no spread: the interval is a point
-    assert same["low"] <= same["value"] == pytest.approx(1 / 3) <= same["high"]
+    assert same["low"] <= same["value"] <= same["high"] and same["value"] == pytest.approx(1 / 3)
     assert same["high"] - same["low"] < 1e-6
 
 
@@ -118,7 +123,7 @@ def test_every_variant_and_seed_has_a_row_with_the_summarys_figures(results: Any
             )
             assert row["main_gold_gain"] == pytest.approx(entry["main"]["gold"] - entry["main"]["sft_gold"])
             gold = [point["gold"] for point in entry["curve"]]
-            assert row["train_gold_first"] == gold[0]
+            assert row["train_gold_first"] == pytest.approx(np.mean(gold[:6]))
             assert row["train_gold_late"] == pytest.approx(np.mean(gold[45:]) - np.mean(gold[15:30]))
             assert row["train_gold_lowest"] == pytest.approx(min(np.mean(gold[i : i + 6]) for i in range(0, 60, 6)))
         sft = rows["sft", summary["seed"]]
@@ -157,7 +162,7 @@ def test_claims_hold_where_they_were_planted_and_turn_with_the_numbers(results: 
     assert about("divided by one fitted temperature still") is not True  # the planted error is one of scale
     turned = []
     for seed in SEEDS:
-        summary = make_summary(pairs=1500, prompts=200, seed=seed, swap=True)
+        summary = make_summary(pairs=800, prompts=200, seed=seed, swap=True)
         summary["stages"] = [{"name": f"ppo-{v}", "seconds": 9.0} for v in summary["policies"]]
         turned.append(summary)
     other = {item["claim"]: item["held"] for item in study.results(turned, ABOUT)["claims"]}
