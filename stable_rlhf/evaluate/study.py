@@ -161,7 +161,8 @@ def curves(summary: Mapping[str, Any]) -> list[Row]:
     found = []
     for variant, entry in summary["policies"].items():
         curve = entry["curve"]
-        parts = np.array_split(np.arange(len(curve)), min(POINTS, len(curve)))
+        width = -(-len(curve) // POINTS)
+        parts = [range(at, min(at + width, len(curve))) for at in range(0, len(curve), width)]
         row: Row = {"variant": variant, "seed": summary["seed"]}
         row["step"] = [round(float(np.mean([curve[i]["step"] for i in part])), 1) for part in parts]
         for key in CURVES:

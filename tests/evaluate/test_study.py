@@ -124,6 +124,8 @@ def test_every_variant_and_seed_has_a_row_with_the_summarys_figures(results: Any
             assert row["main_gold_gain"] == pytest.approx(entry["main"]["gold"] - entry["main"]["sft_gold"])
             gold = [point["gold"] for point in entry["curve"]]
             assert row["train_gold_first"] == pytest.approx(np.mean(gold[:6]))
+            kept = next(r for r in results["curves"] if (r["variant"], r["seed"]) == (variant, summary["seed"]))
+            assert kept["gold"] == pytest.approx([np.mean(gold[i : i + 2]) for i in range(0, 60, 2)], abs=1e-5)
             assert row["train_gold_late"] == pytest.approx(np.mean(gold[45:]) - np.mean(gold[15:30]))
             assert row["train_gold_lowest"] == pytest.approx(min(np.mean(gold[i : i + 6]) for i in range(0, 60, 6)))
         sft = rows["sft", summary["seed"]]
