@@ -35,14 +35,15 @@ whole runs
   quickstart     the whole method in a generated skill world: no data, no download, a few minutes
   run RECIPE     every stage of a YAML recipe; finished stages are not redone
   launch RECIPE  `run` on several devices or nodes; --dry-run: the commands and the memory they need
+  study RECIPE   `run` for several seeds, and a comparison with intervals over them; goes on after a kill
 
 single stages
   sft            supervised fine-tuning of a policy
   strength       how sure several reward models are of each preference pair, for reading and for denoising
   train-scorer   reward model or Advantage Model (--objective rm|am)
   select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
-  train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr)
-  evaluate       policies against SFT: win, lose, tie on a main and a forget set
+  train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr|am-critic-free)
+  evaluate       a report on scorers (accuracy, calibration, tasks) and on policies against SFT (win, lose, tie)
 
   env            what a bug report needs: versions, devices, kernels, compilers, launcher variables
 
@@ -73,6 +74,9 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--dry_run", {"action": "store_true", "help": "Print each node's exact command and the memory of a device; "
                        "exit status 3, with the shortfall, where it does not fit."}),
     ],
+    "study": [
+        ("--validation", {"action": "store_true", "help": "Run study.validation_seeds, to choose settings by."}),
+    ],
     "sft": [],
     "train-scorer": [
         ("--objective", {"choices": ["am", "rm"], "required": True, "help": "Advantage Model or reward model."}),
@@ -90,12 +94,17 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--rehearsal", {"help": "rehearsal.jsonl.gz that select wrote (am-sr)."}),
     ],
     "evaluate": [
-        ("--policies", {"required": True, "nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
+        ("--scorers", {"nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
+                       "help": "Scorers to measure, each with a name: rm=DIR am=DIR. Without --test_pairs: on the "
+                       "held-out pairs that train-scorer scored."}),
+        ("--test_pairs", {"nargs": "+", "action": "extend", "metavar": "FILE",
+                          "help": "Preference files, every pair of which the scorers are measured on."}),
+        ("--policies", {"nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
                         "help": "Policies to compare with --model_name_or_path, each with a name: am=DIR am-sr=DIR"}),
         ("--judge_scorer", {"help": "Scorer folder that judges."}),
     ],
 }  # fmt: skip
-_TAKES_RECIPE = ("run", "launch")
+_TAKES_RECIPE = ("run", "launch", "study")
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
     "list": "a list, [a, b]", "dict": "a mapping, {a: 1}",
@@ -396,8 +405,8 @@ def _settings(recipe: Recipe, sections: str, inputs: dict[str, Any], *, engine: 
     if "data" in settings:
         settings["data"] |= {"contents": contents(recipe.data)}
     settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
-    if engine:
-        settings["made_from"]["model_name_or_path"] = _fingerprint(_policy(recipe))
+    if engine and recipe.model_name_or_path is not None:
+        settings["made_from"]["model_name_or_path"] = _fingerprint(recipe.model_name_or_path)
     return settings
 
 
@@ -449,17 +458,42 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
         print(f"to read: {stage.folder / 'report.html'}; to train on: --data.pairs {stage.folder / 'pairs.jsonl.gz'}")
 
 
+def _items(given: Sequence[str] | None) -> list[str]:
+    """What was given as `a b`, as `a,b` or as `[a, b]`."""
+    return [item.strip() for part in given or () for item in part.strip(" []").split(",")]
+
+
+def _files(recipe: Recipe, given: Sequence[str] | None) -> list[str]:
+    from stable_rlhf.train.datasets import locate
+
+    files = _items(given)
+    missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
+    if missing:
+        raise ValueError(f"{missing[0]}: no such file")
+    return files
+
+
+def _named(flag: str, given: Sequence[str] | None) -> dict[str, str]:
+    """NAME=FOLDER items by name."""
+    named: dict[str, str] = {}
+    for item in _items(given):
+        name, equals, folder = item.partition("=")
+        if not equals or not name or not folder:
+            raise ValueError(f"{flag}: {item!r} is not NAME=FOLDER, as in {flag} am=runs/am other=runs/other")
+        if name in named:
+            raise ValueError(f"{flag}: the name {name!r} is given twice")
+        named[name] = folder
+    return named
+
+
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.datasets import digests, locate
+    from stable_rlhf.train.datasets import digests
     from stable_rlhf.train.stages import run_select, run_select_file
 
     if (own.scorer is None) == (own.candidates is None):
         raise ValueError("select: give either --scorer (and a policy to answer --data.prompts) or --candidates FILE")
     if own.candidates is not None:
-        files = [part.strip() for given in own.candidates for part in given.strip(" []").split(",")]
-        missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
-        if missing:
-            raise ValueError(f"{missing[0]}: no such file")
+        files = _files(recipe, own.candidates)
         inputs = {"candidates": digests(recipe.data, files)}
         run = lambda folder: run_select_file(recipe, files, folder)  # noqa: E731
         _single("selection", recipe, "data select", inputs, run, engine=False)
@@ -482,20 +516,32 @@ def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.stages import run_evaluate
+    from stable_rlhf.train.datasets import digests
+    from stable_rlhf.train.run import evaluate_models
 
-    policies: dict[str, str] = {}
-    for item in [part.strip() for given in own.policies for part in given.strip(" []").split(",")]:
-        name, equals, folder = item.partition("=")
-        if not equals or not name or not folder:
-            raise ValueError(f"--policies: {item!r} is not NAME=FOLDER, as in --policies am=runs/am am-sr=runs/am-sr")
-        if name in policies:
-            raise ValueError(f"--policies: the name {name!r} is given twice")
-        policies[name] = folder
-    baseline = _policy(recipe)
-    inputs: dict[str, Any] = {**{f"policies.{k}": v for k, v in policies.items()}, "judge_scorer": own.judge_scorer}
-    run = lambda folder: run_evaluate(recipe, baseline, policies, own.judge_scorer, folder)  # noqa: E731
-    _single("evaluation", recipe, "data ppo evaluate", inputs, run)
+    policies, scorers = _named("--policies", own.policies), _named("--scorers", own.scorers)
+    if not policies and not scorers:
+        raise ValueError("evaluate: give --scorers NAME=FOLDER, --policies NAME=FOLDER, or both")
+    test_pairs = _files(recipe, own.test_pairs)
+    if test_pairs and not scorers:
+        raise ValueError("--test_pairs are for scorers: give --scorers NAME=FOLDER as well")
+    baseline = _policy(recipe) if policies else None
+    inputs: dict[str, Any] = {
+        **{f"scorers.{name}": folder for name, folder in scorers.items()},
+        **{f"policies.{name}": folder for name, folder in policies.items()},
+        "judge_scorer": own.judge_scorer,
+        "test_pairs": digests(recipe.data, test_pairs),
+    }
+    run = lambda folder: evaluate_models(  # noqa: E731
+        recipe, baseline, policies, scorers, test_pairs, own.judge_scorer, folder
+    )
+    _single("evaluation", recipe, "data scorer ppo evaluate", inputs, run)
+
+
+def _study(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.train.study import run_study
+
+    print(run_study(recipe, validation=own.validation))
 
 
 def _launch(recipe: Recipe, own: argparse.Namespace) -> None:
@@ -532,6 +578,6 @@ def _print_environment() -> None:
 
 
 _COMMANDS = {
-    "quickstart": _run, "run": _run, "launch": _launch, "sft": _sft, "train-scorer": _train_scorer,
-    "strength": _strength, "select": _select, "train-ppo": _train_ppo, "evaluate": _evaluate,
+    "quickstart": _run, "run": _run, "launch": _launch, "study": _study, "sft": _sft, "strength": _strength,
+    "train-scorer": _train_scorer, "select": _select, "train-ppo": _train_ppo, "evaluate": _evaluate,
 }  # fmt: skip

@@ -13,7 +13,18 @@ from cli_helpers import Done, Server, environment, run, shared_server, tiny_file
 
 import stable_rlhf
 
-COMMANDS = ("quickstart", "run", "launch", "sft", "strength", "train-scorer", "select", "train-ppo", "evaluate")
+COMMANDS = (
+    "quickstart",
+    "run",
+    "launch",
+    "study",
+    "sft",
+    "strength",
+    "train-scorer",
+    "select",
+    "train-ppo",
+    "evaluate",
+)
 PAIR = {"prompt": "Reverse the letters of jnfl", "chosen": "lfnj", "rejected": "jnfl"}
 
 
@@ -78,7 +89,8 @@ def test_help_of_a_command(cli, command):
     assert "--output_dir" in done.out and "default: runs/default" in done.out
     assert "``" not in done.out and "configuration file." not in done.out
     own = {"train-scorer": "--objective {am,rm}", "launch": "--dry_run", "select": "--scorer SCORER",
-           "train-ppo": "--variant {rejection", "evaluate": "--policies NAME=FOLDER"}.get(command)  # fmt: skip
+           "train-ppo": "--variant {rejection", "evaluate": "--policies NAME=FOLDER",
+           "study": "--validation"}.get(command)  # fmt: skip
     assert own is None or own in done.out
 
 
@@ -111,7 +123,7 @@ def test_help_wins_over_other_arguments(cli, command):
         ("sft --engine.bf16 maybe", ["--engine.bf16: expected true or false, got 'maybe'"]),
         ("sft --engine.zero_stage 4", ["--engine.zero_stage: expected one of 0, 1, 2, 3, got '4'"]),
         ("sft --on-bad-row ignore", ["--data.on_bad_row: expected one of error, skip, got 'ignore'"]),
-        ("sft --variants [rm,xm]", ["--variants: expected one of rejection, rm, rm-ma, am, am-sr, got 'xm'"]),
+        ("sft --variants [rm,xm]", ["--variants: expected one of rejection, rm, rm-ma, am, am-sr, am-cri", "got 'xm'"]),
         ("sft --select.criteria high", ["--select.criteria: expected a mapping", "got 'high'"]),
         ("train-scorer --objective xm", ["--objective", "'xm'", "'am', 'rm'"]),
         ("train-scorer", ["required: --objective"]),
@@ -132,7 +144,14 @@ def test_help_wins_over_other_arguments(cli, command):
         ("train-ppo", ["required: --variant, --scorer"]),
         ("train-ppo --variant am", ["required: --scorer"]),
         ("train-ppo --scorer x", ["required: --variant"]),
-        ("evaluate", ["required: --policies"]),
+        ("evaluate", ["give --scorers NAME=FOLDER, --policies NAME=FOLDER, or both"]),
+        ("evaluate --scorers bad", ["--scorers", "'bad' is not NAME=FOLDER"]),
+        ("evaluate --scorers rm=x --test-pairs nowhere.jsonl", ["nowhere.jsonl: no such file"]),
+        ("evaluate --policies a=b", ["--model_name_or_path"]),
+        ("evaluate --policies a=b --evaluate.judge chat", ["needs evaluate.judge_base_url and evaluate.judge_model"]),
+        ("evaluate --evaluate.judge_workers 0", ["evaluate.judge_workers must be at least 1"]),
+        ("study", ["study needs a recipe first"]),
+        ("study no.yaml", ["'no.yaml'", "no such file"]),
         ("evaluate --policies", ["--policies"]),
         ("evaluate --policies bad --model-name-or-path m", ["--policies", "'bad' is not NAME=FOLDER"]),
         ("evaluate --policies [a=b,bad] --model-name-or-path m", ["'bad' is not NAME=FOLDER"]),
@@ -196,6 +215,13 @@ def test_refused_values_in_a_recipe(cli, tmp_path):
     cli("run", "my.yaml").refused("data.judge_fraction")
     cli("run", "my.yaml", "--data.judge_fraction", "0.2").refused("data.forget_tasks")
     cli("run", "my.yaml", "--data.judge_fraction", "0.2", "--data.forget_tasks", "a").refused("q: no such file")
+
+
+def test_scorers_without_scores_of_their_own(cli, tmp_path):
+    cli("evaluate", "--scorers", "rm=nowhere").refused("scorer 'rm'", "scores.json does not exist", "--test-pairs")
+    cli("evaluate", "--policies", "a=b", "--test-pairs", "x").refused("x: no such file")
+    (tmp_path / "x").write_text("{}")
+    cli("evaluate", "--policies", "a=b", "--test-pairs", "x").refused("--test_pairs are for scorers")
 
 
 def test_flags_win_over_the_recipe(cli, tmp_path):

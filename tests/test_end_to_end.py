@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from chat_endpoint import Endpoint, longest
 from cli_helpers import CONSOLE_SCRIPT, Done, Server, environment, run, shared_server, tiny_files
 
 STAGES = ["world", "sft", "pairs", "scorer-rm", "scorer-am", "selection", "ppo-rm", "ppo-am-sr", "evaluation"]
@@ -119,6 +120,8 @@ def test_the_report_is_one_file(folder, summary):
     assert len(loaded) >= 5 and all(v.startswith("data:image/") for v in loaded)
     assert not re.search(r"@import|url\(\s*['\"]?http", html)
     assert (folder / "overview.png").read_bytes().startswith(b"\x89PNG")
+    drawn = {p.stem for p in (folder / "pictures").iterdir() if p.read_bytes().startswith(b"\x89PNG")}
+    assert {"reliability", "difference", "densities", "task-densities", "tasks", "outcomes", "ppo"} <= drawn
     for text in ("Skill world", "AM-PPO-SR", "RM-PPO", "2309.10202"):
         assert text in html
     for name in ("rm", "am"):
@@ -132,7 +135,7 @@ def test_the_table_is_printed_and_its_figures_are_in_the_summary(first, summary)
         (line,) = [x for x in done.out.splitlines() if x.startswith(title)]
         printed = [float(x) for x in line.removeprefix(title).split()]
         wanted = [
-            100 * part["accuracy"]["value"], 100 * part["ece"]["value"], 100 * part["ece_after_temperature"],
+            100 * part["accuracy"]["value"], 100 * part["ece"]["value"], 100 * part["ece_after_temperature"]["value"],
             part["temperature"], part["task_mean_spread"], part["task_mean_spread"] / part["task_std_mean"],
         ]  # fmt: skip
         assert printed == pytest.approx(wanted, abs=0.051)
@@ -324,9 +327,9 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
 """
     )
 
-    def stage(command: str, *arguments: str) -> dict:
+    def stage(command: str, *arguments: str, **extra: str) -> dict:
         call = [command, "--config", "my.yaml", "--data-dir", "files", "--output-dir", "out", *arguments]
-        return json.loads(server(*call, cwd=tmp_path).worked().out)
+        return json.loads(server(*call, cwd=tmp_path, **extra).worked().out)
 
     sft = stage("sft", "--model-name-or-path", "files/model")
     assert sft["folder"] == "out/sft" and sft["steps"] == 3
@@ -347,6 +350,36 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
     again = stage("evaluate", *policy, "--policies", "[am-sr=out/ppo-am-sr]", "--judge-scorer", "out/scorer-rm",
                   "--output-dir", "other", "--evaluate.tie_margin", "1000")  # fmt: skip
     assert again["policies"]["am-sr"]["forget"]["tie"] == 1.0
+    endpoint = Endpoint()
+    endpoint.reply = longest
+    chat = ("--evaluate.judge", "chat", "--evaluate.judge_base_url", endpoint.url, "--evaluate.judge_model", "stub")
+    asked = stage("evaluate", *policy, names[0], names[1], *chat, "--output-dir", "chat", OPENAI_API_KEY="secret")
+    endpoint.close()
+    part = asked["policies"]["am-sr"]["main"]
+    assert part["judge"] == "chat model stub" and part["n"] == 8 and part["win"] + part["lose"] + part["tie"] == 1
+    counts = [asked["policies"]["am-sr"][on]["asked"] for on in ("main", "forget")]
+    assert len(endpoint.seen) == 2 * sum(counts) > 0 and part["order_agreement"] in (1.0, None)
+    assert {seen["key"] for seen in endpoint.seen} == {"Bearer secret"}
+    for path in (tmp_path / "chat").rglob("*.*"):
+        assert not path.is_file() or b"secret" not in path.read_bytes()
+    page = (tmp_path / "out/evaluation/report.html").read_text()
+    assert "AM-PPO-SR" in page and "During PPO" in page
+    with gzip.open(tmp_path / "out/evaluation/responses.jsonl.gz", "rt") as file:
+        answered = [json.loads(line) for line in file]
+    wins = [row["verdict"] for row in answered if (row["policy"], row["set"]) == ("am-sr", "main")].count("win")
+    assert wins == 8 * evaluation["policies"]["am-sr"]["main"]["win"]
+    scorers = ("--scorers", "rm=out/scorer-rm", "mine=out/scorer-am")
+    kept = stage("evaluate", *scorers, "--output-dir", "held-out")["scorers"]
+    assert kept.keys() == {"rm", "mine"} and kept["rm"]["pairs"] == 18 and "chosen" not in kept["rm"]
+    assert kept["rm"]["rows"] == kept["mine"]["rows"]
+    for name, objective in (("rm", "rm"), ("mine", "am")):
+        scores = json.loads((tmp_path / f"out/scorer-{objective}/scores.json").read_text())
+        better = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
+        assert kept[name]["accuracy"]["value"] == pytest.approx(sum(better) / 18)
+    page = (tmp_path / "held-out/evaluation/report.html").read_text()
+    assert "mine" in page and "measures models that were trained before" in page
+    every = stage("evaluate", *scorers, "--test-pairs", "pairs.jsonl", "--output-dir", "given")["scorers"]
+    assert every["rm"]["pairs"] == 60 and every["rm"]["rows"] == every["mine"]["rows"] != kept["rm"]["rows"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "embeddings", "evaluation", "ppo-am-sr", "ppo-rejection", "run.json", "scorer-am", "scorer-rm", "selection",
         "sft",

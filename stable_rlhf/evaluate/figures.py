@@ -5,12 +5,13 @@ One palette (Okabe and Ito's, safe for colour-blind readers) throughout: a score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES
+from stable_rlhf.evaluate.findings import scorer_names, variant_names
 from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
 from stable_rlhf.pictures import FAINT, INK, legend_below, picture, plain, png
 
@@ -20,7 +21,9 @@ COLOURS = {
     "rm-ma": "#E69F00",
     "am-sr": "#009E73",
     "rejection": "#7F7F7F",
+    "am-critic-free": "#56B4E9",
 }
+_OTHERS = ("#CC79A7", "#8C6D31", "#4B4B9B", "#222222")  # of scorers and policies with names of their own
 WIN, TIE, LOSE = "#1B7837", "#D9D9D9", "#762A83"
 CHOSEN, REJECTED = "#009E73", "#CC79A7"
 IDEAL = {"color": INK, "linestyle": "--", "linewidth": 1.2, "label": "ideal"}
@@ -28,44 +31,49 @@ MAX_RIDGES = 12
 MAX_TASK_LABELS = 24
 
 
-def _scorers(scorers: dict[str, Any]) -> list[str]:
-    return [key for key in ("rm", "am") if scorers.get(key)]
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each scorer or variant: its own where it has one, else the next of the spare ones."""
+    spare = cycle(_OTHERS)
+    return {name: COLOURS[name] if name in COLOURS else next(spare) for name in names}
 
 
-def _variants(policies: dict[str, Any]) -> list[str]:
-    return [key for key in VARIANT_NAMES if policies.get(key)]
-
-
-def _draw_reliability(axes: Any, key: str, part: dict[str, Any]) -> None:
-    rows = part["reliability"]
+def _draw_reliability(axes: Any, name: str, colour: str, rows: list[dict[str, Any]], ece: dict[str, float]) -> None:
     for row in rows:
         ci = wilson(row["accuracy"] * row["count"], row["count"])
         width = max(row["high"] - row["low"], 0.004)
-        axes.bar(
-            row["low"], row["accuracy"], width=width, align="edge", color=COLOURS[key], alpha=0.75, edgecolor="white"
-        )
+        axes.bar(row["low"], row["accuracy"], width=width, align="edge", color=colour, alpha=0.75, edgecolor="white")
         middle = row["low"] + width / 2
         axes.plot([middle, middle], [ci["low"], ci["high"]], color=INK, linewidth=1)
     axes.plot([0.5, 1], [0.5, 1], **IDEAL)
     axes.set(xlim=(0.5, 1), ylim=(0, 1.02), xlabel="confidence σ(|Δ|)", ylabel="share ranked right")
-    axes.set_title(f"{SCORER_NAMES[key]}: ECE {100 * part['ece']['value']:.1f} %")
+    axes.set_title(f"{name}: ECE {100 * ece['value']:.1f} %")
     axes.legend(loc="upper left")
 
 
 def reliability(scorers: dict[str, Any]) -> bytes:
-    """Reliability diagrams side by side; bars are accuracy per confidence bin, whiskers 95 % Wilson intervals."""
-    keys = _scorers(scorers)
-    with picture(len(keys), size=(9, 4), sharey=True) as (figure, axes):
-        for ax, key in zip(axes[0], keys, strict=True):
-            _draw_reliability(ax, key, scorers[key])
-        for ax in axes[0][1:]:
+    """Reliability diagrams side by side, as trained above and divided by a temperature fitted on other pairs below.
+
+    Bars are accuracy per confidence bin, whiskers 95 % Wilson intervals.
+    """
+    names = scorer_names(scorers)
+    paint = colours(names)
+    with picture(len(names), rows=2, size=(9, 7), sharey=True) as (figure, axes):
+        for column, key in zip(axes.T, names, strict=True):
+            part, name = scorers[key], plain(names[key])
+            _draw_reliability(column[0], name, paint[key], part["reliability"], part["ece"])
+            _draw_reliability(
+                column[1], f"{name} / T", paint[key], part["reliability_after_temperature"],
+                part["ece_after_temperature"],
+            )  # fmt: skip
+        for ax in axes[:, 1:].ravel():
             ax.set_ylabel("")
         return png(figure)
 
 
 def difference(scorers: dict[str, Any]) -> bytes:
     """Accuracy against score difference beside 1/(1 + e^−Δ), one panel per scorer as their scales differ (Fig. 2)."""
-    keys = _scorers(scorers)
+    names = scorer_names(scorers)
+    keys, paint = list(names), colours(names)
     with picture(len(keys), size=(9, 3.8), sharey=True) as (figure, axes):
         for ax, key in zip(axes[0], keys, strict=True):
             rows = scorers[key]["difference_curve"]
@@ -82,7 +90,7 @@ def difference(scorers: dict[str, Any]) -> bytes:
                 x,
                 y,
                 yerr=bars,
-                color=COLOURS[key],
+                color=paint[key],
                 marker="o",
                 markersize=5,
                 linewidth=1.6,
@@ -93,7 +101,7 @@ def difference(scorers: dict[str, Any]) -> bytes:
             line = np.linspace(0, end, 200)
             ax.plot(line, sigmoid(line), **{**IDEAL, "label": "1/(1 + e$^{-Δ}$)"})
             ax.set(xlim=(0, end), ylim=(min(0.4, float(y.min()) - 0.05), 1.02), xlabel="score difference |Δ| of a pair")
-            ax.set_title(SCORER_NAMES[key])
+            ax.set_title(plain(names[key]))
             ax.legend(loc="lower right")
         axes[0][0].set_ylabel("share ranked right")
         return png(figure)
@@ -108,9 +116,9 @@ def _edges(values: np.ndarray, bins: int = 40) -> np.ndarray:
 
 def densities(scorers: dict[str, Any]) -> bytes:
     """Score densities of chosen and rejected responses per scorer (Fig. 3)."""
-    keys = _scorers(scorers)
-    with picture(len(keys), size=(9, 3.6)) as (figure, axes):
-        for ax, key in zip(axes[0], keys, strict=True):
+    names = scorer_names(scorers)
+    with picture(len(names), size=(9, 3.6)) as (figure, axes):
+        for ax, key in zip(axes[0], names, strict=True):
             chosen, rejected = np.asarray(scorers[key]["chosen"]), np.asarray(scorers[key]["rejected"])
             edges = _edges(np.concatenate([chosen, rejected]))
             for values, colour, name in ((rejected, REJECTED, "rejected"), (chosen, CHOSEN, "chosen")):
@@ -124,24 +132,31 @@ def densities(scorers: dict[str, Any]) -> bytes:
                     label=name,
                 )
                 ax.axvline(values.mean(), color=colour, linewidth=1.6)
-            ax.set(xlabel="score", title=SCORER_NAMES[key], yticks=[])
+            ax.set(xlabel="score", title=plain(names[key]), yticks=[])
         axes[0][0].set_ylabel("density (lines: means)")
         legend_below(figure, axes[0][0], 2)
         return png(figure)
 
 
-def _largest_tasks(part: dict[str, Any], limit: int) -> list[str]:
-    tasks = part["tasks"]
-    kept = sorted(tasks, key=lambda name: (-tasks[name]["count"], name))[:limit]
+def _shared_tasks(scorers: dict[str, Any]) -> list[str]:
+    """Tasks that every scorer was measured on, by the first one's mean score."""
+    first, *others = [scorers[key]["tasks"] for key in scorer_names(scorers)]
+    shared = [name for name in first if all(name in tasks for tasks in others)]
+    return sorted(shared, key=lambda name: (first[name]["mean"], name))
+
+
+def _largest_tasks(scorers: dict[str, Any], limit: int) -> list[str]:
+    tasks = scorers[next(iter(scorer_names(scorers)))]["tasks"]
+    kept = sorted(_shared_tasks(scorers), key=lambda name: (-tasks[name]["count"], name))[:limit]
     return sorted(kept, key=lambda name: (tasks[name]["mean"], name))
 
 
 def task_densities(scorers: dict[str, Any]) -> bytes:
     """Score densities of the 12 largest tasks, one ridge each, ordered by the first scorer's mean (Fig. 1a)."""
-    keys = _scorers(scorers)
-    tasks = _largest_tasks(scorers[keys[0]], MAX_RIDGES)
-    with picture(len(keys), size=(9, 1.3 + 0.42 * len(tasks)), sharey=True) as (figure, axes):
-        for ax, key in zip(axes[0], keys, strict=True):
+    names = scorer_names(scorers)
+    paint, tasks = colours(names), _largest_tasks(scorers, MAX_RIDGES)
+    with picture(len(names), size=(9, 1.3 + 0.42 * len(tasks)), sharey=True) as (figure, axes):
+        for ax, key in zip(axes[0], names, strict=True):
             part = scorers[key]
             label = np.asarray(part["pair_tasks"], dtype=object)
             both = np.stack([np.asarray(part["chosen"]), np.asarray(part["rejected"])])
@@ -153,28 +168,27 @@ def task_densities(scorers: dict[str, Any]) -> bytes:
                 counts, _ = np.histogram(values, edges)
                 curve = np.convolve(counts, kernel, mode="same")
                 curve = 0.9 * curve / max(float(curve.max()), 1.0)
-                ax.fill_between(middle, height, height + curve, color=COLOURS[key], alpha=0.55, linewidth=0)
+                ax.fill_between(middle, height, height + curve, color=paint[key], alpha=0.55, linewidth=0)
                 ax.plot([values.mean()] * 2, [height, height + 0.9], color=INK, linewidth=1.4)
-            ax.set(xlabel="score (black: mean of the task)", title=SCORER_NAMES[key], ylim=(-0.1, len(tasks) + 0.05))
+            ax.set(xlabel="score (black: mean of the task)", title=plain(names[key]), ylim=(-0.1, len(tasks) + 0.05))
             ax.set_yticks(range(len(tasks)), [plain(task) for task in tasks])
         return png(figure)
 
 
 def per_task(scorers: dict[str, Any]) -> bytes:
     """Mean and deviation of the score for each task, and the mean in units of the scorer's own deviation (Fig. 4)."""
-    keys = _scorers(scorers)
-    first = scorers[keys[0]]["tasks"]
-    names = sorted(first, key=lambda name: (first[name]["mean"], name))
-    place, width = np.arange(len(names)), 0.8 / len(keys)
+    names, shown = scorer_names(scorers), _shared_tasks(scorers)
+    paint = colours(names)
+    place, width = np.arange(len(shown)), 0.8 / len(names)
     with picture(1, rows=3, size=(9, 7), sharex=True) as (figure, axes):
-        for k, key in enumerate(keys):
+        for k, key in enumerate(names):
             tasks = scorers[key]["tasks"]
-            means = np.array([tasks[name]["mean"] for name in names])
-            stds = np.array([tasks[name]["std"] for name in names])
+            means = np.array([tasks[name]["mean"] for name in shown])
+            stds = np.array([tasks[name]["std"] for name in shown])
             relative = (means - means.mean()) / max(float(stds.mean()), 1e-12)
             for ax, heights in zip(axes[:, 0], (means, stds, relative), strict=True):
-                at = place + (k - (len(keys) - 1) / 2) * width
-                ax.bar(at, heights, width, color=COLOURS[key], label=SCORER_NAMES[key])
+                at = place + (k - (len(names) - 1) / 2) * width
+                ax.bar(at, heights, width, color=paint[key], label=plain(names[key]))
         titles = (
             "Mean score of each task",
             "Standard deviation of the score within each task",
@@ -186,12 +200,12 @@ def per_task(scorers: dict[str, Any]) -> bytes:
             ax.axhline(0, color=INK, linewidth=0.8)
             ax.grid(axis="x", visible=False)
         last = axes[-1, 0]
-        if len(names) <= MAX_TASK_LABELS:
-            last.set_xticks(place, [plain(name, 16) for name in names], rotation=35, ha="right", rotation_mode="anchor")
+        if len(shown) <= MAX_TASK_LABELS:
+            last.set_xticks(place, [plain(name, 16) for name in shown], rotation=35, ha="right", rotation_mode="anchor")
         else:
             last.set_xticks([])
-            last.set_xlabel(f"{len(names)} tasks, ordered by the mean of the {SCORER_NAMES[keys[0]].lower()}")
-        legend_below(figure, axes[0, 0], len(keys))
+            last.set_xlabel(f"{len(shown)} tasks, ordered by the mean of the first scorer")
+        legend_below(figure, axes[0, 0], len(names))
         return png(figure)
 
 
@@ -206,17 +220,18 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def ppo_curves(policies: dict[str, Any]) -> bytes:
     """Score gained, gold score where known, KL and length over the steps of each variant (Fig. 5a)."""
-    variants = [key for key in _variants(policies) if policies[key].get("curve")]
+    names = {key: name for key, name in variant_names(policies).items() if policies[key].get("curve")}
+    paint = colours(names)
     panels = [
         ("score", "Score gained since the first step", "score − first"),
         ("gold", "Gold score (the truth)", "gold score"),
         ("kl", "KL from the SFT policy", "nats"),
         ("length", "Length of responses", "tokens"),
     ]
-    panels = [p for p in panels if any(row.get(p[0]) is not None for v in variants for row in policies[v]["curve"])]
+    panels = [p for p in panels if any(row.get(p[0]) is not None for v in names for row in policies[v]["curve"])]
     with picture(2, rows=(len(panels) + 1) // 2, size=(9, 0.7 + 2.7 * ((len(panels) + 1) // 2))) as (figure, axes):
         for ax, (key, title, unit) in zip(axes.ravel(), panels, strict=False):
-            for variant in variants:
+            for variant in names:
                 rows = [row for row in policies[variant]["curve"] if row.get(key) is not None]
                 if not rows:
                     continue
@@ -224,13 +239,13 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
                 smooth = _smooth(values)
                 if key == "score":
                     values, smooth = values - smooth[0], smooth - smooth[0]
-                ax.plot(steps, values, color=COLOURS[variant], alpha=0.25, linewidth=0.8)
+                ax.plot(steps, values, color=paint[variant], alpha=0.25, linewidth=0.8)
                 ax.plot(
                     steps,
                     smooth,
-                    color=COLOURS[variant],
+                    color=paint[variant],
                     linewidth=1.8,
-                    label=VARIANT_NAMES[variant],
+                    label=plain(names[variant]),
                     marker="o" if len(rows) < 3 else None,
                 )
             ax.set_title(title, loc="left")
@@ -241,7 +256,9 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
         return png(figure)
 
 
-def _draw_outcomes(axes: Any, policies: dict[str, Any], variants: Sequence[str], on: str) -> None:
+def _draw_outcomes(axes: Any, policies: dict[str, Any], on: str) -> None:
+    names = variant_names(policies)
+    variants = list(names)
     for place, variant in enumerate(variants):
         part, left = policies[variant].get(on), 0.0
         if not part:
@@ -256,7 +273,7 @@ def _draw_outcomes(axes: Any, policies: dict[str, Any], variants: Sequence[str],
     counts = {policies[variant][on]["n"] for variant in variants if policies[variant].get(on)}
     size = f", {counts.pop()} prompts" if len(counts) == 1 else ""
     axes.set(xlim=(0, 100), xlabel="share of prompts, %", title=f"{on.capitalize()} set{size}")
-    axes.set_yticks(range(len(variants)), [VARIANT_NAMES[variant] for variant in variants])
+    axes.set_yticks(range(len(variants)), [plain(names[variant]) for variant in variants])
     axes.set_ylim(len(variants) - 0.5, -0.5)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
@@ -265,11 +282,11 @@ def _draw_outcomes(axes: Any, policies: dict[str, Any], variants: Sequence[str],
 
 def outcomes(policies: dict[str, Any]) -> bytes:
     """Win, tie and lose shares against SFT of each variant, main and forget set side by side (Table 2)."""
-    variants = _variants(policies)
+    variants = list(variant_names(policies))
     sets = [on for on in ("main", "forget") if any(policies[variant].get(on) for variant in variants)]
     with picture(len(sets), size=(9, 1.6 + 0.45 * len(variants)), sharey=True) as (figure, axes):
         for ax, on in zip(axes[0], sets, strict=True):
-            _draw_outcomes(ax, policies, variants, on)
+            _draw_outcomes(ax, policies, on)
         _outcome_legend(figure)
         return png(figure)
 
@@ -304,24 +321,26 @@ def overview(summary: dict[str, Any]) -> bytes:
     Raises ValueError when the summary has neither scorers nor a forget (else main) set.
     """
     scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
-    keys, variants = _scorers(scorers), _variants(policies)
-    on = next((s for s in ("forget", "main") if any(policies[v].get(s) for v in variants)), None)
-    panels = [*keys, *([on] if on else [])]
+    names = scorer_names(scorers)
+    paint = colours(names)
+    on = next((s for s in ("forget", "main") if any(policies[v].get(s) for v in variant_names(policies))), None)
+    panels = [*names, *([on] if on else [])]
     if not panels:
         raise ValueError("summary has neither scorers nor policies: nothing to draw")
-    ratios = [1.0] * len(keys) + ([1.55] if on else [])
+    ratios = [1.0] * len(names) + ([1.55] if on else [])
     with picture(len(panels), size=(12, 5), gridspec_kw={"width_ratios": ratios}) as (figure, axes):
-        for ax, key in zip(axes[0], keys, strict=False):
-            _draw_reliability(ax, key, scorers[key])
-        if len(keys) > 1:
-            axes[0][1].set_ylabel("")
+        for ax, key in zip(axes[0], names, strict=False):
+            part = scorers[key]
+            _draw_reliability(ax, plain(names[key]), paint[key], part["reliability"], part["ece"])
+        for ax in axes[0][1 : len(names)]:
+            ax.set_ylabel("")
         if on:
-            _draw_outcomes(axes[0][-1], policies, variants, on)
+            _draw_outcomes(axes[0][-1], policies, on)
             axes[0][-1].set_title("Against SFT: " + axes[0][-1].get_title().lower())
             _outcome_legend(figure, loc="outside lower right")
         return png(figure, dpi=100)
 
 
 def has_tasks(scorers: dict[str, Any]) -> bool:
-    """Whether per-task pictures would show anything: at least two tasks."""
-    return any(len(set(scorers[key]["tasks"]) - {NO_TASK}) > 1 for key in _scorers(scorers))
+    """Whether per-task pictures would show anything: at least two tasks that all scorers share."""
+    return bool(scorer_names(scorers)) and len(set(_shared_tasks(scorers)) - {NO_TASK}) > 1

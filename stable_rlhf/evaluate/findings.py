@@ -9,7 +9,7 @@ of ECE between a good and a bad scorer is understated, on the cautious side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ VARIANT_NAMES = {
     "rm-ma": "RM-PPO w/ MA",
     "am": "AM-PPO",
     "am-sr": "AM-PPO-SR",
+    "am-critic-free": "AM, critic-free",
 }
 SCORER_NAMES = {"rm": "Reward model", "am": "Advantage Model"}
 CANNOT_TELL = "cannot tell at this size"
@@ -39,6 +40,22 @@ ACCURACY_MARGIN = 0.02  # "as accurate" means: less than two points below
 
 Finding = dict[str, Any]
 Statistic = Callable[[Floats], Floats]
+
+
+def scorer_names(found: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the scorers in ``found``: those of the paper first and by their full name, others as they are called."""
+    return _names(found, SCORER_NAMES)
+
+
+def variant_names(found: Mapping[str, Any]) -> dict[str, str]:
+    """The same of policies."""
+    return _names(found, VARIANT_NAMES)
+
+
+def _names(found: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+    present = [key for key in known if found.get(key)]
+    present += [key for key, part in found.items() if part and key not in known]
+    return {key: known.get(key, key) for key in present}
 
 
 def verdict(held: bool | None) -> str:
@@ -70,7 +87,9 @@ def _number(interval: Interval) -> str:
 
 
 def _paired(rm: dict[str, Any], am: dict[str, Any]) -> bool:
-    """Whether the two evaluations hold scores of the same pairs in the same order."""
+    """Whether the two evaluations hold scores of the same pairs in the same order (``rows``: a digest of them)."""
+    if rm.get("rows") != am.get("rows"):
+        return False
     if not all(isinstance(part.get(key), list) for part in (rm, am) for key in ("chosen", "rejected", "pair_tasks")):
         return False
     sizes = {len(part[key]) for part in (rm, am) for key in ("chosen", "rejected", "pair_tasks")}
@@ -117,7 +136,7 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
             "claim": "Its calibration is more than a matter of scale: "
             "it also beats a reward model with one fitted temperature.",
             "held": held,
-            "detail": f"ECE {_percent(am['ece'])} for AM as trained, {100 * rm['ece_after_temperature']:.2f} % for RM "
+            "detail": f"ECE {_percent(am['ece'])} for AM as trained, {_percent(rm['ece_after_temperature'])} for RM "
             f"divided by T = {rm['temperature']:.2f}; {words}",
         }
     )

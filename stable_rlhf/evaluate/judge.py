@@ -1,13 +1,19 @@
-"""Judges of responses, and the comparison of a policy with the SFT policy on a set of prompts."""
+"""Judges of responses, and the comparison of a policy with the SFT policy on a set of prompts.
+
+A judge scores one response at a time (`Judge`: the truth, or a scorer), or sees both and says which is better
+(`PairJudge`: a person's or a model's way; evaluate/chat.py). Scores know no order of presentation; a pair judge must
+see each pair in both orders.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from stable_rlhf.evaluate.metrics import win_lose_tie
+from stable_rlhf.evaluate.metrics import outcome_shares, score_verdicts
 
 if TYPE_CHECKING:
     from stable_rlhf.data.records import Prompt, PromptRow
@@ -21,6 +27,30 @@ class Judge(Protocol):
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str], tasks: Sequence[str | None]) -> list[float]:
         """One finite score per (prompt, response); the three sequences have one length."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """A pair judge's verdicts and how far it agrees with itself.
+
+    Attributes:
+        values: 1 where ours is better, −1 where the baseline is, 0 for a tie; one a prompt.
+        about: figures to report: how many pairs were asked, agreement of the two orders and the like.
+    """
+
+    values: list[int]
+    about: dict[str, Any]
+
+
+@runtime_checkable
+class PairJudge(Protocol):
+    """Anything that compares two responses to a prompt; it must not depend on which of them is shown first."""
+
+    name: str
+
+    def verdicts(self, prompts: Sequence[Prompt], ours: Sequence[str], baseline: Sequence[str]) -> Verdicts:
+        """One verdict per prompt; the three sequences have one length."""
         ...
 
 
@@ -63,7 +93,7 @@ class ScorerJudge:
 
 
 def compare(
-    judge: Judge,
+    judge: Judge | PairJudge,
     rows: Sequence[PromptRow],
     ours: Sequence[str],
     baseline: Sequence[str],
@@ -74,10 +104,11 @@ def compare(
 ) -> dict[str, Any]:
     """Win/lose/tie of ``ours`` against ``baseline``, one response of each per prompt of ``rows``.
 
-    tie_margin: defaults to the judge's own, else 0. kl: mean KL of the policy from the SFT policy in nats per response,
-    passed through. lengths: tokens per response of ours; without them ``length`` is in characters, as ``length_unit``
-    says.
+    tie_margin: of a judge that scores; defaults to its own, else 0. kl: mean KL of the policy from the SFT policy in
+    nats per response, passed through. lengths: tokens per response of ours; without them ``length`` is in characters,
+    as ``length_unit`` says.
     ``gold`` and ``sft_gold`` are the mean scores of ours and the baseline under a :class:`GoldJudge`, else None.
+    ``verdicts`` holds 1, −1 or 0 a prompt. A pair judge adds how far it agrees with itself.
     Raises ValueError when the sequences differ in length or are empty, or a score is not finite.
     """
     for name, values in (("ours", ours), ("baseline", baseline), ("lengths", lengths)):
@@ -86,16 +117,24 @@ def compare(
     if not rows:
         raise ValueError("rows is empty: nothing to compare")
     prompts, tasks = [row.prompt for row in rows], [row.task for row in rows]
-    margin = getattr(judge, "tie_margin", 0.0) if tie_margin is None else tie_margin
-    mine, theirs = judge.scores(prompts, ours, tasks), judge.scores(prompts, baseline, tasks)
-    exact = isinstance(judge, GoldJudge)
+    about: dict[str, Any] = {"judge": judge.name, "tie_margin": 0.0, "gold": None, "sft_gold": None}
+    if isinstance(judge, PairJudge):
+        found = judge.verdicts(prompts, ours, baseline)
+        if len(found.values) != len(rows):
+            raise ValueError(f"judge {judge.name!r} gave {len(found.values)} verdicts for {len(rows)} prompts")
+        verdicts, about = found.values, about | found.about
+    else:
+        margin = float(getattr(judge, "tie_margin", 0.0) if tie_margin is None else tie_margin)
+        mine, theirs = judge.scores(prompts, ours, tasks), judge.scores(prompts, baseline, tasks)
+        verdicts = score_verdicts(mine, theirs, margin).tolist()
+        about["tie_margin"] = margin
+        if isinstance(judge, GoldJudge):
+            about |= {"gold": float(np.mean(mine)), "sft_gold": float(np.mean(theirs))}
     return {
-        **win_lose_tie(mine, theirs, margin),
-        "judge": judge.name,
-        "tie_margin": float(margin),
-        "gold": float(np.mean(mine)) if exact else None,
-        "sft_gold": float(np.mean(theirs)) if exact else None,
+        **outcome_shares(verdicts),
+        **about,
         "kl": kl,
         "length": float(np.mean([len(text) for text in ours] if lengths is None else lengths)),
         "length_unit": "characters" if lengths is None else "tokens",
+        "verdicts": verdicts,
     }

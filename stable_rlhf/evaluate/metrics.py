@@ -23,7 +23,6 @@ Interval = dict[str, float]
 LEVEL = 0.95
 RESAMPLES = 1000
 NO_TASK = "(none)"
-_MIN_HALF = 10  # fewest pairs in each half for a cross-fitted temperature
 _CHUNK = 2_000_000  # elements of resampling weights held at once
 
 
@@ -313,20 +312,18 @@ def temperature_scaled(
     rejected: ArrayLike,
     *,
     fit_on: tuple[ArrayLike, ArrayLike] | None = None,
-    cross_fit: bool = True,
     seed: int = 0,
 ) -> tuple[Floats, str]:
-    """Differences Δ/T [pairs], and in words which pairs T was fitted on.
+    """Differences Δ/T [pairs], and in words which pairs T was fitted on: never those that it scales.
 
-    fit_on: (chosen, rejected) of a second set. Without it, ``cross_fit`` splits the pairs into two random halves and
-    scales each by the temperature of the other; with fewer than 20 pairs, or cross_fit=False, T is fitted on the very
-    pairs it is judged on, which flatters it.
+    fit_on: (chosen, rejected) of a second set. Without it the pairs are split into two random halves, and each is
+    scaled by the temperature of the other. A single pair has no other half and stays as it is.
     """
     c, r = _pairs(chosen, rejected)
     if fit_on is not None:
         return (c - r) / fit_temperature(*fit_on), "fitted on a second set"
-    if not cross_fit or c.size < 2 * _MIN_HALF:
-        return (c - r) / fit_temperature(c, r), "fitted on the same pairs"
+    if c.size < 2:
+        return c - r, "not fitted, as there is one pair only"
     order = np.random.default_rng(seed).permutation(c.size)
     halves = order[: c.size // 2], order[c.size // 2 :]
     scaled = np.empty(c.size)
@@ -406,24 +403,41 @@ def task_statistic(
     return statistic
 
 
-def win_lose_tie(ours: ArrayLike, baseline: ArrayLike, tie_margin: float = 0.0) -> dict[str, Any]:
-    """Shares of prompts on which ``ours`` scores above, below, or within ``tie_margin`` (inclusive) of ``baseline``.
-
-    Returns {"n", "win", "lose", "tie", "win_ci": [low, high], "lose_ci": [low, high]}, shares in 0..1, Wilson at 95 %.
-    """
+def score_verdicts(ours: ArrayLike, baseline: ArrayLike, tie_margin: float = 0.0) -> NDArray[np.int64]:
+    """1 where ``ours`` scores above ``baseline``, −1 where below, 0 within ``tie_margin`` (inclusive); [prompts]."""
     a, b = _two(ours, baseline, ("ours", "baseline"))
     if not (np.isfinite(tie_margin) and tie_margin >= 0):
         raise ValueError(f"tie_margin must be a finite number of at least 0, got {tie_margin}")
-    wins, loses = int((a - b > tie_margin).sum()), int((b - a > tie_margin).sum())
-    win, lose = wilson(wins, a.size), wilson(loses, a.size)
+    return (a - b > tie_margin).astype(np.int64) - (b - a > tie_margin)
+
+
+def outcome_shares(verdicts: ArrayLike) -> dict[str, Any]:
+    """Shares of prompts won (1), lost (−1) and tied (0).
+
+    Returns {"n", "win", "lose", "tie", "win_ci": [low, high], "lose_ci": [low, high]}, shares in 0..1, Wilson at 95 %.
+    """
+    values = _vector(verdicts, "verdicts")
+    wins, loses = int((values > 0).sum()), int((values < 0).sum())
+    win, lose = wilson(wins, values.size), wilson(loses, values.size)
     return {
-        "n": int(a.size),
+        "n": int(values.size),
         "win": win["value"],
         "lose": lose["value"],
-        "tie": (a.size - wins - loses) / a.size,
+        "tie": (values.size - wins - loses) / values.size,
         "win_ci": [win["low"], win["high"]],
         "lose_ci": [lose["low"], lose["high"]],
     }
+
+
+def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Agreement of two raters beyond what their own habits would give by chance, (p − p_chance) / (1 − p_chance).
+
+    1 is perfect, 0 chance; None where both always give the same one verdict, so that nothing can be said.
+    """
+    a, b = _two(first, second, ("first", "second"))
+    kinds = np.union1d(a, b)
+    chance = float(sum((a == kind).mean() * (b == kind).mean() for kind in kinds))
+    return None if chance == 1 else (float((a == b).mean()) - chance) / (1 - chance)
 
 
 def scorer_evaluation(
@@ -436,15 +450,17 @@ def scorer_evaluation(
     """Everything the report says of one scorer, as a JSON-ready dict.
 
     chosen, rejected: scores [pairs]; tasks: one label per pair or None. ``tasks[...]["count"]`` counts pairs, its mean
-    and std are over the 2 · count responses. ``temperature`` is fitted on all pairs; ``ece_after_temperature`` is
-    cross-fitted where there are pairs enough, ``temperature_fit`` says which. ``ece_if_calibrated`` is the mean ECE
-    that chance would give a perfect scorer on as many pairs. Two scorers are compared pair by pair, so give them the
-    same pairs in the same order. Pairs of one ranking share responses: intervals then are a little too narrow.
+    and std are over the 2 · count responses. ``temperature`` is fitted on all pairs and only told; what is measured
+    after scaling (``ece_after_temperature`` and its like) divides each pair by a temperature fitted on other pairs,
+    ``temperature_fit`` says which, and its interval takes that temperature as given. ``ece_if_calibrated`` is the mean
+    ECE that chance would give a perfect scorer on as many pairs. Two scorers are compared pair by pair, so give them
+    the same pairs in the same order. Pairs of one ranking share responses: intervals then are a little too narrow.
     """
     c, r = _pairs(chosen, rejected)
     names = _tasks([None] * c.size if tasks is None else tasks, c.size)
     credit = credits(c, r)
     scaled, how = temperature_scaled(c, r, seed=seed)
+    zero = np.zeros_like(scaled)
     table = per_task(np.concatenate([c, r]), names + names)
     label = np.asarray(names, dtype=object)
 
@@ -458,8 +474,11 @@ def scorer_evaluation(
         "brier": brier(c, r),
         "temperature": fit_temperature(c, r),
         "temperature_fit": how,
-        "ece_after_temperature": calibration(scaled, np.zeros_like(scaled), bins)[0],
+        "ece_after_temperature": ece_interval(scaled, zero, bins, seed=seed),
+        "ece_equal_mass_after_temperature": ece_interval(scaled, zero, bins, "equal", seed=seed),
+        "brier_after_temperature": brier(scaled, zero),
         "reliability": calibration(c, r, bins)[1],
+        "reliability_after_temperature": calibration(scaled, zero, bins)[1],
         "difference_curve": difference_curve(c, r, bins),
         "tasks": {
             task: {**row, "count": row["count"] // 2, "accuracy": float(credit[label == task].mean())}

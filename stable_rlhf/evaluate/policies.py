@@ -9,7 +9,7 @@ import torch
 
 from stable_rlhf.data.packing import response_targets
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.evaluate.judge import Judge, compare
+from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models import PolicyModel, length_batches, share_lower
 
@@ -40,7 +40,7 @@ def mean_kl(policy: PolicyModel, reference: PolicyModel, rollouts: Sequence[Roll
 
 
 def against(
-    judge: Judge,
+    judge: Judge | PairJudge,
     rows: Sequence[PromptRow],
     ours: Sequence[Rollout],
     baseline: Sequence[Rollout],

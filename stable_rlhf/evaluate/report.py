@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.evaluate import figures
-from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES, findings, verdict
+from stable_rlhf.evaluate.findings import (
+    VARIANT_NAMES,
+    findings,
+    scorer_names,
+    variant_names,
+    verdict,
+)
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.rehearsal import figures as selection_figures
 
@@ -59,30 +65,27 @@ Cell = tuple[str, str]  # figure, interval
 Rows = list[tuple[str, list[Cell]]]
 
 # The terminal shows the first TERMINAL_COLUMNS of each, so that the table fits 80 characters.
-SCORER_COLUMNS = ["accuracy %", "ECE %", "ECE % after T", "T", "spread of task means", "same / spread within", "Brier"]
+SCORER_COLUMNS = ["accuracy %", "ECE %", "ECE % after T", "T", "spread of task means", "same / spread within", "Brier",
+                  "ECE % equal mass"]  # fmt: skip
 POLICY_COLUMNS = ["main: wins %", "main: loses %", "forget: wins %", "forget: loses %", "gold − SFT", "KL", "length"]
 TERMINAL_COLUMNS = 6
 
 
 def _scorer_rows(scorers: dict[str, Any]) -> Rows:
     rows: Rows = []
-    for key, name in SCORER_NAMES.items():
-        part = scorers.get(key)
-        if part:
-            rows.append(
-                (
-                    name,
-                    [
-                        _interval(part["accuracy"]),
-                        _interval(part["ece"]),
-                        (_percent(part["ece_after_temperature"]), ""),
-                        (_number(part["temperature"]), ""),
-                        (_number(part["task_mean_spread"]), ""),
-                        (_number(_relative_spread(part)), ""),
-                        (_number(part["brier"], 3), ""),
-                    ],
-                )
-            )
+    for key, name in scorer_names(scorers).items():
+        part = scorers[key]
+        cells = [
+            _interval(part["accuracy"]),
+            _interval(part["ece"]),
+            _interval(part["ece_after_temperature"]),
+            (_number(part["temperature"]), ""),
+            (_number(part["task_mean_spread"]), ""),
+            (_number(_relative_spread(part)), ""),
+            (_number(part["brier"], 3), ""),
+            _interval(part["ece_equal_mass"]),
+        ]
+        rows.append((name, cells))
     return rows
 
 
@@ -100,25 +103,20 @@ def _gold(entry: dict[str, Any]) -> str:
 
 def _policy_rows(policies: dict[str, Any]) -> Rows:
     rows: Rows = []
-    for key, name in VARIANT_NAMES.items():
-        entry = policies.get(key)
-        if entry:
-            main, forget = entry.get("main"), entry.get("forget")
-            about = main or forget or {}
-            rows.append(
-                (
-                    name,
-                    [
-                        _share(main, "win"),
-                        _share(main, "lose"),
-                        _share(forget, "win"),
-                        _share(forget, "lose"),
-                        (_gold(entry), ""),
-                        (_number(about.get("kl")), ""),
-                        (_number(about.get("length"), 1), ""),
-                    ],
-                )
-            )
+    for key, name in variant_names(policies).items():
+        entry = policies[key]
+        main, forget = entry.get("main"), entry.get("forget")
+        about = main or forget or {}
+        cells = [
+            _share(main, "win"),
+            _share(main, "lose"),
+            _share(forget, "win"),
+            _share(forget, "lose"),
+            (_gold(entry), ""),
+            (_number(about.get("kl")), ""),
+            (_number(about.get("length"), 1), ""),
+        ]
+        rows.append((name, cells))
     return rows
 
 
@@ -142,9 +140,9 @@ def _paper_policy_rows() -> Rows:
 def _tokens(scorers: dict[str, Any], policies: dict[str, Any]) -> str:
     """Training tokens of every scorer and policy that says so, a scorer under ``training``."""
     seen = []
-    for names, group in ((SCORER_NAMES, scorers), (VARIANT_NAMES, policies)):
+    for names, group in ((scorer_names(scorers), scorers), (variant_names(policies), policies)):
         for key, name in names.items():
-            part = group.get(key) or {}
+            part = group[key]
             count = part.get("tokens_seen", (part.get("training") or {}).get("tokens_seen"))
             if count is not None:
                 seen.append(f"{name} {int(count):,}")
@@ -153,6 +151,27 @@ def _tokens(scorers: dict[str, Any], policies: dict[str, Any]) -> str:
 
 def _judges(policies: dict[str, Any]) -> list[str]:
     return sorted({entry[on]["judge"] for entry in policies.values() for on in _SETS if entry and entry.get(on)})
+
+
+def _agreement(policies: dict[str, Any]) -> list[tuple[str, str, str, str, str, int]]:
+    """How far a judge that compares two answers agrees with itself, one row a policy and set."""
+    rows = []
+    for key, name in variant_names(policies).items():
+        for on, words in _SETS.items():
+            part = policies[key].get(on) or {}
+            if part.get("order_agreement") is not None:
+                kappa, first = part["order_kappa"], part["first_position"]
+                rows.append(
+                    (
+                        f"{name}, {words}",
+                        str(part["asked"]),
+                        _percent(part["order_agreement"]),
+                        _number(kappa),
+                        _percent(first),
+                        part["unreadable"],
+                    )
+                )
+    return rows
 
 
 def _findings(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -240,63 +259,83 @@ def summary_markdown(summary: dict[str, Any]) -> str:
 def _lead(summary: dict[str, Any]) -> list[str]:
     """What the run is, in two sentences."""
     scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    names = [name.replace("Reward", "reward") for name in scorer_names(scorers).values()]
+    articled = [("a " if name[0].islower() else "an ") + name for name in names]
+    variants = list(variant_names(policies).values())
+    asks = (
+        f"It asks which claims of the paper on the Advantage Model and Selective Rehearsal ({SOURCE}) hold here; "
+        "one training seed, with 95 % intervals over the test items."
+    )
+    if summary.get("kind") == "evaluation":
+        return [
+            "This page measures models that were trained before: "
+            f"{', '.join([*scorer_names(scorers).values(), *variants])}.",
+            asks,
+        ]
     where = {
         "world": "a small world of text skills that the package generates itself, where the true quality of any "
         "response is known exactly",
         "real": "real preference pairs and prompts",
     }.get(str(summary.get("kind")), "the given data")
-    names = [SCORER_NAMES[key].replace("Reward", "reward") for key in SCORER_NAMES if scorers.get(key)]
-    articled = [("a " if name[0].islower() else "an ") + name for name in names]
     made = f"trained {' and '.join(articled)}" if names else "ran"
-    variants = [VARIANT_NAMES[key] for key in VARIANT_NAMES if policies.get(key)]
     tuned = f", and tuned a language model as {', '.join(variants)}," if variants else ""
-    return [
-        f"This run {made}{tuned} on {where}.",
-        f"It asks which claims of the paper on the Advantage Model and Selective Rehearsal ({SOURCE}) hold here; "
-        "one training seed, with 95 % intervals over the test items.",
-    ]
+    return [f"This run {made}{tuned} on {where}.", asks]
 
 
-Picture = dict[str, str]
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture: ``name`` is its file's, without ending."""
 
+    name: str
+    title: str
+    caption: str
+    png: bytes
 
-def _picture(draw: Callable[[], bytes], title: str, caption: str) -> Picture:
-    return {"title": title, "caption": caption, "data": base64.b64encode(draw()).decode("ascii")}
+    @property
+    def data(self) -> str:
+        """The bytes as the page embeds them."""
+        return base64.b64encode(self.png).decode("ascii")
 
 
 def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
     pictures = [
-        _picture(
-            lambda: figures.reliability(scorers),
+        Picture(
+            "reliability",
             "Confidence and accuracy",
             "A scorer that says 80 % should be right 80 % of the time: bars below the dashed line are overconfident, "
-            "bars above it underconfident.",
+            "bars above it underconfident. Below, scores are divided by the temperature T that fits other pairs best: "
+            "what is left there is not a matter of scale.",
+            figures.reliability(scorers),
         ),
-        _picture(
-            lambda: figures.difference(scorers),
+        Picture(
+            "difference",
             "Accuracy against score difference",
             "The further apart two scores are, the more often the ranking should be right; a calibrated scorer follows "
             "the dashed curve.",
+            figures.difference(scorers),
         ),
-        _picture(
-            lambda: figures.densities(scorers),
+        Picture(
+            "densities",
             "Scores of chosen and rejected responses",
             "The more the two shapes part, the better the scorer tells good from bad; each scorer has its own scale.",
+            figures.densities(scorers),
         ),
     ]
     if figures.has_tasks(scorers):
         pictures += [
-            _picture(
-                lambda: figures.task_densities(scorers),
+            Picture(
+                "task-densities",
                 "Scores task by task",
                 "A policy tuned on scores that sit higher for one task than for another may drift toward the style of "
                 "that task; ridges that line up are safer (at most the 12 largest tasks are shown).",
+                figures.task_densities(scorers),
             ),
-            _picture(
-                lambda: figures.per_task(scorers),
+            Picture(
+                "tasks",
                 "Level and spread of scores per task",
                 "Equal bars mean that all tasks are scored on one scale; the lowest panel compares the scorers "
                 "whatever their scales.",
+                figures.per_task(scorers),
             ),
         ]
     return pictures
@@ -304,22 +343,24 @@ def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
 
 def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
     pictures = []
-    if any((policies.get(v) or {}).get(on) for v in VARIANT_NAMES for on in _SETS):
+    if any((entry or {}).get(on) for entry in policies.values() for on in _SETS):
         pictures.append(
-            _picture(
-                lambda: figures.outcomes(policies),
+            Picture(
+                "outcomes",
                 "Who wins against the SFT policy",
                 "Each prompt is answered by the tuned policy and by the SFT policy it started from; the forget set "
                 "holds what SFT was already good at, so losses there are forgetting.",
+                figures.outcomes(policies),
             )
         )
-    if any((policies.get(v) or {}).get("curve") for v in VARIANT_NAMES):
+    if any((entry or {}).get("curve") for entry in policies.values()):
         pictures.append(
-            _picture(
-                lambda: figures.ppo_curves(policies),
+            Picture(
+                "ppo",
                 "During PPO",
                 "A score that rises while the gold score does not is reward hacking; KL says how far the policy has "
                 "moved from SFT (thick lines are moving averages; scores of different scorers have different scales).",
+                figures.ppo_curves(policies),
             )
         )
     return pictures
@@ -329,19 +370,30 @@ def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
     pictures = []
     if selection.get("map"):
         pictures.append(
-            _picture(
-                lambda: selection_figures.selection_map(selection),
+            Picture(
+                "selection-map",
                 "What is kept for rehearsal",
                 "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster "
                 "are rehearsed during PPO.",
+                selection_figures.selection_map(selection),
             )
         )
     if selection.get("clusters"):
         pictures.append(
-            _picture(
-                lambda: selection_figures.cluster_sizes(selection),
+            Picture(
+                "cluster-sizes",
                 "Cluster sizes",
                 "Keeping the same number from every cluster gives rare kinds of prompts a place.",
+                selection_figures.cluster_sizes(selection),
+            )
+        )
+    if selection.get("sweep"):
+        pictures.append(
+            Picture(
+                "cluster-sweep",
+                "Number of clusters",
+                "The same selection with other numbers of clusters; the dashed line is the number used.",
+                selection_figures.sweep(selection["sweep"], selection["num_clusters"]),
             )
         )
     return pictures
@@ -378,6 +430,59 @@ def render_report(summary: dict[str, Any]) -> str:
 
     Parts that the summary lacks (a scorer, the selection, policies, …) leave out their sections.
     """
+    return make_report(summary)[0]
+
+
+def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
+    """:func:`render_report`'s page and the pictures in it, each drawn once."""
+    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    selection, stages = summary.get("selection") or {}, summary.get("stages") or []
+    scorer_rows, policy_rows = _scorer_rows(scorers), _policy_rows(policies)
+    sections = {
+        "scorer_pictures": _scorer_pictures(scorers) if scorer_rows else [],
+        "policy_pictures": _policy_pictures(policies),
+        "selection_pictures": _selection_pictures(selection),
+        "stage_pictures": [
+            Picture("stages", "Time", "Seconds that each stage of the run took.", figures.stage_seconds(stages))
+        ]
+        if stages
+        else [],
+    }
+    page = render_template(
+        "report.html.j2",
+        **sections,
+        title=summary.get("title", "stable_rlhf"),
+        lead=_lead(summary),
+        findings=[{**item, "verdict": verdict(item["held"])} for item in _findings(summary)],
+        scorer_columns=SCORER_COLUMNS,
+        scorer_rows=scorer_rows,
+        paper_scorer_rows=_paper_scorer_rows(),
+        scorer_pairs=[(name, scorers[key]["pairs"]) for key, name in scorer_names(scorers).items()],
+        bins=sorted({part["bins"] for part in scorers.values() if part}),
+        ece_chance=[_percent(p["ece_if_calibrated"]) for p in scorers.values() if p and "ece_if_calibrated" in p],
+        temperature_fits=sorted({part.get("temperature_fit", "fitted") for part in scorers.values() if part}),
+        policy_columns=POLICY_COLUMNS,
+        policy_rows=policy_rows,
+        paper_policy_rows=_paper_policy_rows(),
+        judges=_judges(policies),
+        agreement=_agreement(policies),
+        tokens=_tokens(scorers, policies),
+        selection=selection,
+        selection_tasks=sorted((selection.get("tasks") or {}).items()),
+        examples=_examples(selection),
+        settings=summary.get("settings") or {},
+        versions=summary.get("versions") or {},
+        facts=[
+            (name, summary[key])
+            for name, key in (("Command", "command"), ("Seed", "seed"), ("Device", "device"))
+            if summary.get(key) is not None
+        ],
+    )
+    return page, [picture for pictures in sections.values() for picture in pictures]
+
+
+def render_template(name: str, **values: Any) -> str:
+    """A page from a template of this package: every value escaped, a missing one an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -387,42 +492,4 @@ def render_report(summary: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
-    selection, stages = summary.get("selection") or {}, summary.get("stages") or []
-    scorer_rows, policy_rows = _scorer_rows(scorers), _policy_rows(policies)
-    return environment.get_template("report.html.j2").render(
-        title=summary.get("title", "stable_rlhf"),
-        lead=_lead(summary),
-        findings=[{**item, "verdict": verdict(item["held"])} for item in _findings(summary)],
-        scorer_columns=SCORER_COLUMNS,
-        scorer_rows=scorer_rows,
-        paper_scorer_rows=_paper_scorer_rows(),
-        scorer_pairs=[(SCORER_NAMES[key], scorers[key]["pairs"]) for key in SCORER_NAMES if scorers.get(key)],
-        ece_chance=[_percent(p["ece_if_calibrated"]) for p in scorers.values() if p and "ece_if_calibrated" in p],
-        temperature_fits=sorted({part.get("temperature_fit", "fitted") for part in scorers.values() if part}),
-        scorer_pictures=_scorer_pictures(scorers) if scorer_rows else [],
-        policy_columns=POLICY_COLUMNS,
-        policy_rows=policy_rows,
-        paper_policy_rows=_paper_policy_rows(),
-        policy_pictures=_policy_pictures(policies),
-        judges=_judges(policies),
-        tokens=_tokens(scorers, policies),
-        selection=selection,
-        selection_tasks=sorted((selection.get("tasks") or {}).items()),
-        selection_pictures=_selection_pictures(selection),
-        examples=_examples(selection),
-        settings=summary.get("settings") or {},
-        versions=summary.get("versions") or {},
-        stages=stages,
-        stage_picture=_picture(
-            lambda: figures.stage_seconds(stages), "Time", "Seconds that each stage of the run took."
-        )
-        if stages
-        else None,
-        facts=[
-            (name, summary[key])
-            for name, key in (("Command", "command"), ("Seed", "seed"), ("Device", "device"))
-            if summary.get(key) is not None
-        ],
-        source=SOURCE,
-    )
+    return environment.get_template(name).render(**values)

@@ -72,7 +72,8 @@ def mixed_loss(
     policy_denominator: float,
     rehearsal_denominator: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_PPO + γ · NLL + vf_coef · L_value of one micro-batch, each sum divided by its own global count.
+    """L_PPO + γ · NLL + vf_coef · L_value of one micro-batch, each sum divided by its own global count; L_value is 0
+    without a critic.
 
     Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut."""
     # Rehearsal text was not sampled at this temperature: its NLL is the model's own.
@@ -87,8 +88,10 @@ def mixed_loss(
     )  # fmt: skip
     output = result["output"]
     ours = batch.kind == POLICY
-    error = clipped_value_loss(result["value"], batch.value, batch.returns, cliprange_value)
-    value_loss = torch.where(ours, error, 0.0).sum() / policy_denominator
+    value_loss = torch.zeros((), device=ours.device)
+    if "value" in result:
+        error = clipped_value_loss(result["value"], batch.value, batch.returns, cliprange_value)
+        value_loss = torch.where(ours, error, 0.0).sum() / policy_denominator
     loss = output.loss + vf_coef * value_loss
     share = ours.sum() / policy_denominator  # this micro-batch's weight in means over policy tokens
     metrics = {

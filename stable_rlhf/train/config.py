@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr"]
-VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr")
+Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free"]
+VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free")
 
 
 @dataclass
@@ -356,14 +356,40 @@ class EvaluateArguments:
     """Win, lose and tie against the SFT policy.
 
     Args:
-        judge: ``gold`` (the skill world's exact score) or ``scorer`` (a reward model trained on the judge's own pairs).
+        judge: ``gold`` (the skill world's exact score), ``scorer`` (a reward model trained on the judge's own pairs) or
+            ``chat`` (a language model behind an endpoint, asked about every pair in both orders).
         temperature: Sampling temperature of the compared responses (0: greedy).
-        tie_margin: A difference of at most this is a tie.
+        tie_margin: A difference of scores of at most this is a tie.
+        judge_base_url: The endpoint of ``chat``, OpenAI's chat completions: http://localhost:8000/v1.
+        judge_model: The model to ask for there.
+        judge_api_key_env: Environment variable that holds the endpoint's key, when it needs one.
+        judge_request: Further fields of each request to it.
+        judge_workers: Requests at the same time.
     """
 
-    judge: Literal["gold", "scorer"] = "scorer"
+    judge: Literal["gold", "scorer", "chat"] = "scorer"
     temperature: float = 0.0
     tie_margin: float = 0.0
+    judge_base_url: str | None = None
+    judge_model: str | None = None
+    judge_api_key_env: str = "OPENAI_API_KEY"
+    judge_request: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    judge_workers: int = 4
+
+
+@dataclass
+class StudyArguments:
+    """Variants x seeds (``stable-rlhf study``); within a seed the variants share SFT, pairs and scorers.
+
+    Args:
+        seeds: Seeds of the reported runs.
+        validation_seeds: Seeds to choose the settings on (``study --validation``), none of them reported.
+        workers: Seeds that run at the same time, each in a process of its own; they share out the CPU's cores.
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    validation_seeds: list[int] = field(default_factory=lambda: [101, 102])
+    workers: int = 1
 
 
 @dataclass
@@ -393,6 +419,7 @@ class Recipe:
         select: Rehearsal selection.
         ppo: PPO.
         evaluate: Comparison with SFT.
+        study: Seeds of ``stable-rlhf study``; no single run reads it.
     """
 
     title: str = "stable_rlhf run"
@@ -416,6 +443,7 @@ class Recipe:
     select: SelectArguments = field(default_factory=SelectArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
     evaluate: EvaluateArguments = field(default_factory=EvaluateArguments)
+    study: StudyArguments = field(default_factory=StudyArguments)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -429,7 +457,8 @@ _AT_LEAST_ONE = (
     "scorer.num_trainable_layers strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
     "select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
-    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit"
+    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit "
+    "evaluate.judge_workers study.workers"
 )
 _ABOVE_ZERO = (
     "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
@@ -481,3 +510,17 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")
+    if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
+        raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
+    _check_seeds(recipe.study)
+
+
+def _check_seeds(study: StudyArguments) -> None:
+    for name in ("seeds", "validation_seeds"):
+        given: list[int] = getattr(study, name)
+        if any(seed < 0 for seed in given) or len(set(given)) < len(given):
+            raise ValueError(f"study.{name}: seeds must be at least 0 and different, got {given}")
+    if both := sorted({*study.seeds} & {*study.validation_seeds}):
+        raise ValueError(
+            f"study.seeds and study.validation_seeds share {both}: what chose the settings cannot judge them"
+        )

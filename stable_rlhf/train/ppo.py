@@ -4,7 +4,7 @@ for every step:
     sample responses with the policy              generate
     score them                                    AdvantageModel (or reward model)
     rewards: score at the end, KL at each token   ppo.rewards
-    advantages                                    GAE, whitened over all ranks
+    advantages                                    GAE, whitened over all ranks; critic-free: the score itself
     for every mini-batch:
         one mixed batch: rollouts + rehearsal     ppo.update
         one loss, one backward, one step
@@ -135,7 +135,7 @@ class PPOTrainer:
                         score,
                         old_logprob=now["logprob"][i, where].cpu(),
                         ref_logprob=initial["logprob"][i, where].cpu(),
-                        value=now["value"][i, where].cpu(),
+                        value=now["value"][i, where].cpu() if "value" in now else torch.zeros(len(example.response)),
                         features=features[i] if features is not None else None,
                     )
                 )
@@ -161,8 +161,11 @@ class PPOTrainer:
                 experience.score = self.moments.normalise(experience.score)
         a = self.arguments
         group = torch.distributed.group.WORLD if world_size() > 1 else None
+        # Without a critic every value is 0. Undiscounted GAE then gives each token the score, less the KL penalty from
+        # that token on; an Advantage Model's score is an advantage already (Eq. 8), nothing is left to subtract.
+        gamma, lam = (a.gamma, a.lam) if self.policy.value_head is not None else (1.0, 1.0)
         add_advantages(
-            experiences, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, gamma=a.gamma, lam=a.lam,
+            experiences, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, gamma=gamma, lam=lam,
             whiten=a.whiten_advantages, group=group,
         )  # fmt: skip
 

@@ -7,10 +7,11 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +29,10 @@ from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
 from stable_rlhf.train.strength import measure_strength
 
-_SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am"}
+if TYPE_CHECKING:
+    from stable_rlhf.evaluate.report import Picture
+
+_SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am", "am-critic-free": "am"}
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -126,6 +130,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     )  # fmt: skip
     summary = summarise(recipe, part, run, scorers, selection, trained, evaluation)
     write_report(summary, run.root)
+    say(f"report: {run.root / 'report.html'}")
     barrier()
     return summary
 
@@ -181,10 +186,8 @@ def summarise(
         "title": recipe.title,
         "kind": "world" if recipe.model_name_or_path is None else "real",
         "seed": recipe.seed,
-        "command": shlex.join(["stable-rlhf", *sys.argv[1:]]),
+        **circumstances(),
         "settings": settings,
-        "versions": versions(),
-        "device": device_name(),
         "stages": [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages],
         "scorers": {},
         "policies": {},
@@ -196,6 +199,7 @@ def summarise(
             **scorer_evaluation(
                 scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
             ),
+            "rows": scores.get("rows"),
             "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
         }  # fmt: skip
     if selection is not None:
@@ -210,17 +214,70 @@ def summarise(
     return summary
 
 
+def evaluate_models(
+    recipe: Recipe, baseline: str | None, policies: Mapping[str, str], scorers: Mapping[str, str],
+    test_pairs: list[str], judge_scorer: str | None, folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure models of earlier runs: scorers on pairs, policies against ``baseline``; the report goes to ``folder``.
+
+    Returns the figures without the score of every single pair, which is in ``summary.json``.
+    """
+    from stable_rlhf.evaluate import paper
+    from stable_rlhf.evaluate.findings import findings
+
+    summary: dict[str, Any] = {
+        "title": recipe.title,
+        "kind": "evaluation",
+        "seed": recipe.seed,
+        **circumstances(),
+        "settings": recipe.as_dict(),
+        "scorers": stages.evaluate_scorers(recipe, scorers, test_pairs),
+        "policies": {},
+        "paper": paper.constants(),
+    }
+    if policies:
+        assert baseline is not None
+        judged = stages.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
+        summary["policies"] = {
+            name: {**judged[name], "curve": stages.read_curve(path)} for name, path in policies.items()
+        }
+    summary["findings"] = findings(summary)
+    write_report(summary, folder)
+    lists = ("chosen", "rejected", "pair_tasks", "reliability", "reliability_after_temperature", "difference_curve")
+    return {
+        "scorers": {n: {k: v for k, v in part.items() if k not in lists} for n, part in summary["scorers"].items()},
+        "policies": {n: {k: v for k, v in part.items() if k != "curve"} for n, part in summary["policies"].items()},
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """What was called, on what."""
+    return {
+        "command": shlex.join(["stable-rlhf", *sys.argv[1:]]), "versions": versions(), "device": device_name()
+    }  # fmt: skip
+
+
 def write_report(summary: dict[str, Any], folder: Path) -> None:
-    """``summary.json``, ``report.html`` and ``overview.png``."""
+    """``summary.json``, ``report.html``, ``overview.png``, and every picture of the report in ``pictures/``."""
     if not is_main_process():
         return
     from stable_rlhf.evaluate.figures import overview
-    from stable_rlhf.evaluate.report import render_report
+    from stable_rlhf.evaluate.report import make_report
 
+    page, pictures = make_report(summary)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "report.html").write_text(render_report(summary))
+    (folder / "report.html").write_text(page)
     (folder / "overview.png").write_bytes(overview(summary))
-    say(f"report: {folder / 'report.html'}")
+    write_pictures(pictures, folder / "pictures")
+
+
+def write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
+    """One PNG a picture; those of an earlier report go."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for picture in pictures:
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
 
 
 def versions() -> dict[str, str]:

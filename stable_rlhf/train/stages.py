@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stable_rlhf.data.packing import encode, encode_prompt
-from stable_rlhf.data.readers import read_demonstrations, read_prompts, write_jsonl
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, write_jsonl
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
-from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge
+from stable_rlhf.evaluate.chat import ChatJudge
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
+from stable_rlhf.evaluate.metrics import scorer_evaluation
 from stable_rlhf.evaluate.policies import against, mean_kl, respond
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer
@@ -24,7 +29,7 @@ from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
 from stable_rlhf.train.config import PPOArguments, Recipe, ScorerArguments, SelectArguments
 from stable_rlhf.train.datasets import PromptSplits, load_demonstrations, load_preferences, load_prompts, locate
-from stable_rlhf.train.engine import barrier, device
+from stable_rlhf.train.engine import barrier, device, gather_objects
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
@@ -177,6 +182,7 @@ def run_scorer(
         folder, dtype=_reading_dtype(recipe), num_trainable_layers=arguments.num_trainable_layers
     ).to(device())  # fmt: skip
     scores = score_pairs(saved, test, cache)
+    scores["rows"] = _digest(test)
     if is_main_process():
         (folder / "scores.json").write_text(json.dumps(scores) + "\n")
     correct = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
@@ -316,7 +322,7 @@ def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) ->
 
 
 def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path) -> Result:
-    """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am`` or ``am-sr``."""
+    """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am``, ``am-sr`` or ``am-critic-free``."""
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     arguments: PPOArguments = recipe.ppo
@@ -333,7 +339,8 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
         raise ValueError(
             f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K"
         )
-    model = load_policy(policy, num_trainable_layers=arguments.num_trainable_layers, value_head=variant != "rejection")
+    critic = variant not in ("rejection", "am-critic-free")
+    model = load_policy(policy, num_trainable_layers=arguments.num_trainable_layers, value_head=critic)
     gold = _gold(recipe)
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
     if variant == "rejection":
@@ -373,18 +380,91 @@ def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:
     return lambda row, response: gold_score(row.prompt, response)
 
 
-def make_judge(recipe: Recipe, scorer: str | None) -> Judge:
-    """The judge of the settings: the world's gold score, or a scorer's folder."""
-    if recipe.evaluate.judge == "gold":
+def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
+    """The judge of the settings: the world's gold score, a scorer's folder, or a chat endpoint."""
+    e = recipe.evaluate
+    if e.judge == "gold":
         from stable_rlhf.world import gold_score
 
         return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
+    if e.judge == "chat":
+        assert e.judge_base_url and e.judge_model  # `check` asks for them
+        return ChatJudge(
+            e.judge_base_url, e.judge_model, api_key=os.environ.get(e.judge_api_key_env), request=e.judge_request,
+            workers=e.judge_workers,
+        )  # fmt: skip
     if scorer is None:
         raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
     model = AdvantageModel.from_pretrained(scorer, dtype=_reading_dtype(recipe)).to(device())
     return ScorerJudge(
         lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
     )
+
+
+def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: list[str]) -> Result:
+    """Accuracy, calibration and per-task figures of each scorer folder: on every pair of the files ``test_pairs``, or
+    on the scores of held-out pairs that train-scorer kept in the folder."""
+    rows: list[Comparison] = []
+    if test_pairs:
+        rows = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row).rows
+    found: Result = {}
+    for name, folder in scorers.items():
+        say(f"  scorer {name}")
+        scores = _test_scores(recipe, name, folder, rows) if rows else _kept_scores(name, folder)
+        found[name] = {
+            **scorer_evaluation(
+                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
+            ),
+            "rows": scores.get("rows"),
+        }  # fmt: skip
+    return found
+
+
+def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
+    model = AdvantageModel.from_pretrained(folder, dtype=_reading_dtype(recipe)).to(device())
+    longest = min(recipe.data.max_length, model.max_length)
+    test, long = encode_comparisons(rows, model.tokenizer, longest, recipe.data.max_prompt_length)
+    if long:
+        say(f"  {long} of {len(rows)} comparisons are too long for scorer {name}: left out")
+    return {**score_pairs(model, test), "rows": _digest(test)}
+
+
+def _kept_scores(name: str, folder: str) -> dict[str, Any]:
+    path = Path(folder) / "scores.json"
+    if not path.is_file():
+        raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _digest(rows: list[EncodedComparison]) -> str:
+    """What pairs these are, so that two scorers are compared pair by pair only on the same ones."""
+    texts = [[r.row.prompt, r.row.responses, r.row.pairs] for r in rows]
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=12).hexdigest()
+
+
+def read_curve(folder: str) -> list[dict[str, float]]:
+    """What a policy's training logged at each step (score, KL, length, gold where known), where it was trained here."""
+    path = Path(folder) / "metrics.jsonl"
+    if not (path.is_file() and (path.parent / "stage.json").is_file()):
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if "score" in row]
+
+
+def _on_main_process(run: Callable[[], Result]) -> Result:
+    """``run`` on rank 0, its result or error on every rank: a judge that costs money is asked once."""
+    result: Result = {}
+    problem: ValueError | None = None
+    if is_main_process():
+        try:
+            result = run()
+        except ValueError as error:
+            problem = error
+    result, problem = gather_objects((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
 
 
 def run_evaluate(
@@ -409,21 +489,20 @@ def run_evaluate(
         for on, part in sets.items():
             say(f"  {name} on the {on} set")
             rollouts = respond(policy, tokenizer, [p.ids for p in part], settings, recipe.seed)
-            result["policies"][name][on] = against(
-                judge, [p.row for p in part], rollouts, answers[on],
-                tie_margin=recipe.evaluate.tie_margin, kl=mean_kl(policy, reference, rollouts),
-            )  # fmt: skip
+            kl = mean_kl(policy, reference, rollouts)
+            rows = [p.row for p in part]
+            judged = _on_main_process(
+                partial(against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl)
+            )
+            verdicts = judged.pop("verdicts")
+            result["policies"][name][on] = judged
             records += [
                 {
-                    "policy": name,
-                    "set": on,
-                    "prompt": p.row.prompt,
-                    "task": p.row.task,
-                    "response": r.text,
-                    "sft": s.text,
+                    "policy": name, "set": on, "prompt": row.prompt, "task": row.task, "response": r.text,
+                    "sft": s.text, "verdict": {1: "win", -1: "lose", 0: "tie"}[verdict],
                 }
-                for p, r, s in zip(part, rollouts, answers[on], strict=True)
-            ]
+                for row, r, s, verdict in zip(rows, rollouts, answers[on], verdicts, strict=True)
+            ]  # fmt: skip
         del policy  # before the next one is loaded: large models do not fit twice
     if is_main_process():
         write_jsonl(folder / "responses.jsonl.gz", records)

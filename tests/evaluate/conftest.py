@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stable_rlhf.evaluate.findings import findings
-from stable_rlhf.evaluate.metrics import scorer_evaluation, win_lose_tie
+from stable_rlhf.evaluate.metrics import outcome_shares, scorer_evaluation
 from stable_rlhf.evaluate.paper import constants
 
 TASKS = ["reverse", "sort", "add", "upper-case", "count vowels", "spell <b>out</b>", "last word", "repeat $n times"]
@@ -18,6 +18,7 @@ SHARES = {  # variant: (main win, main lose), (forget win, forget lose)
     "rm-ma": ((0.21, 0.18), (0.11, 0.29)),
     "am": ((0.24, 0.12), (0.07, 0.11)),
     "am-sr": ((0.30, 0.10), (0.08, 0.06)),
+    "am-critic-free": ((0.22, 0.12), (0.08, 0.10)),
 }
 
 
@@ -38,7 +39,7 @@ def scores(
 def outcome(rng: np.random.Generator, n: int, win: float, lose: float, judge: str) -> dict[str, Any]:
     wins, loses = round(win * n), round(lose * n)
     verdicts = rng.permutation(np.repeat([1.0, -1.0, 0.0], [wins, loses, n - wins - loses]))
-    part = win_lose_tie(verdicts, np.zeros(n))
+    part = outcome_shares(verdicts)
     gold = {"gold": 0.5 + (win - lose) / 2, "sft_gold": 0.5} if judge == "gold" else {"gold": None, "sft_gold": None}
     return {**part, **gold, "judge": judge, "kl": 3.2, "length": 14.5}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stable_rlhf.evaluate import metrics as m
-from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge, compare
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge, Verdicts, compare
 
 
 def planted(n: int, slope: float, seed: int = 0, spread: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +222,7 @@ def test_temperature_without_a_minimum_stays_finite() -> None:
 
 def test_temperature_scaling_mends_overconfidence_out_of_sample() -> None:
     c, r = planted(20_000, 1.0)
-    for kwargs in ({}, {"cross_fit": False}, {"fit_on": tuple(4 * x for x in planted(20_000, 1.0, seed=9))}):
+    for kwargs in ({}, {"fit_on": tuple(4 * x for x in planted(20_000, 1.0, seed=9))}):
         scaled, _ = m.temperature_scaled(4 * c, 4 * r, **kwargs)  # type: ignore[arg-type]
         assert m.calibration(scaled, np.zeros_like(scaled))[0] < 0.015
     assert m.calibration(4 * c, 4 * r)[0] > 0.1
@@ -237,8 +238,89 @@ def test_cross_fitting_uses_the_other_half() -> None:
     first, second = temperatures
     half = ratio == first
     assert m.fit_temperature(c[half], r[half]) == pytest.approx(second, rel=1e-6)
-    assert m.temperature_scaled(c[:19], r[:19])[1] == "fitted on the same pairs"
+    one = np.array([3.0])
+    assert m.temperature_scaled(one, 0 * one)[0] == one  # never fitted on the pair that it scales
+    a, b = np.array([1.0, 5.0]), np.array([0.0, 2.0])
+    scaled = m.temperature_scaled(a, b)[0]
+    assert scaled == pytest.approx([1 / m.fit_temperature([5.0], [2.0]), 3 / m.fit_temperature([1.0], [0.0])])
     assert m.temperature_scaled(c, r, fit_on=(c, r))[1] == "fitted on a second set"
+
+
+# -- against other computations of others ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slope", "bins"), [(1.0, 10), (0.4, 15), (2.0, 1)])
+def test_calibration_against_scikit_learn(slope: float, bins: int) -> None:
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import accuracy_score, brier_score_loss
+
+    c, r = planted(3000, slope, seed=5)
+    confidence, right = 1 / (1 + np.exp(-np.abs(c - r))), c > r
+    # scikit-learn's bins lie in [0, 1], ours in [0.5, 1]: the upper half of twice as many are the same ones.
+    for mass, strategy, count in (("width", "uniform", 2 * bins), ("equal", "quantile", bins)):
+        value, rows = m.calibration(c, r, bins, mass)  # type: ignore[arg-type]
+        share, mean = calibration_curve(right, confidence, n_bins=count, strategy=strategy)
+        assert [row["accuracy"] for row in rows] == pytest.approx(share)
+        assert [row["confidence"] for row in rows] == pytest.approx(mean)
+        sizes = np.array([row["count"] for row in rows])
+        assert value == pytest.approx(float((sizes * np.abs(share - mean)).sum() / c.size))
+        assert sizes.sum() == c.size
+    assert m.pair_accuracy(c, r) == pytest.approx(accuracy_score(np.ones(c.size, bool), right))
+    # A pair is one trial of "chosen is better" at probability σ(Δ); turned round it is the other label.
+    both = np.concatenate([c - r, r - c])
+    label = np.repeat([1, 0], c.size)
+    assert m.brier(c, r) == pytest.approx(brier_score_loss(label, 1 / (1 + np.exp(-both))))
+
+
+def test_temperature_against_logistic_regression_and_intervals_against_scipy() -> None:
+    from scipy.stats import binomtest
+    from sklearn.linear_model import LogisticRegression
+
+    c, r = planted(500, 0.6, seed=6)
+    both = np.concatenate([c - r, r - c])[:, None]
+    fit = LogisticRegression(C=1e10, fit_intercept=False, tol=1e-10).fit(both, np.repeat([1, 0], c.size))
+    assert m.fit_temperature(c, r) == pytest.approx(1 / fit.coef_[0, 0], rel=1e-4)
+    for successes, total in ((0, 5), (3, 7), (7, 7), (41, 250)):
+        wanted = binomtest(successes, total).proportion_ci(method="wilson")
+        got = m.wilson(successes, total)
+        assert (got["low"], got["high"]) == pytest.approx((wanted.low, wanted.high))
+
+
+def test_cohen_kappa_against_scikit_learn() -> None:
+    from sklearn.metrics import cohen_kappa_score
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a = rng.integers(-1, 2, 30)
+        b = np.where(rng.random(30) < 0.6, a, rng.integers(-1, 2, 30))
+        assert m.cohen_kappa(a, b) == pytest.approx(cohen_kappa_score(a, b))
+    assert m.cohen_kappa([1, 1], [1, 1]) is None  # never said anything else: chance explains it all
+
+
+def test_perfect_calibration_measures_its_own_sampling_error_and_overconfidence_its_analytic_value() -> None:
+    from scipy.integrate import quad
+    from scipy.stats import halfnorm
+
+    inside = 0
+    for seed in range(300):
+        c, r = planted(400, 1.0, seed=seed)
+        chance = m.ece_if_calibrated(c, r, seed=seed, resamples=200)
+        inside += m.calibration(c, r)[0] <= np.quantile(chance, 0.95)
+    assert 275 <= inside <= 297  # nominal 285
+
+    def sigma(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    for slope in (0.5, 0.25):  # |Δ| is half-normal of scale 2, the share ranked right σ(slope · |Δ|)
+        wanted, _ = quad(lambda x, s=slope: (sigma(x) - sigma(s * x)) * halfnorm.pdf(x, scale=2), 0, 40)
+        c, r = planted(100_000, slope, seed=3)
+        for mass in ("width", "equal"):
+            assert m.calibration(c, r, 15, mass)[0] == pytest.approx(wanted, abs=0.005)  # type: ignore[arg-type]
+        brier, _ = quad(
+            lambda x, s=slope: ((1 - sigma(x)) ** 2 * sigma(s * x) + sigma(x) ** 2 * (1 - sigma(s * x)))
+            * halfnorm.pdf(x, scale=2), 0, 40,
+        )  # fmt: skip
+        assert m.brier(c, r) == pytest.approx(brier, abs=0.005)
 
 
 def test_difference_curve_follows_the_sigmoid_when_calibrated() -> None:
@@ -261,15 +343,16 @@ def test_per_task_by_hand() -> None:
     assert m.task_std_mean(table) == pytest.approx(1 / 3)
 
 
-def test_win_lose_tie_and_its_margin() -> None:
-    got = m.win_lose_tie([1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0])
+def test_verdicts_their_margin_and_shares() -> None:
+    ours, baseline = [1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0]
+    assert m.score_verdicts(ours, baseline).tolist() == [0, 1, 1, -1]
+    got = m.outcome_shares([0, 1, 1, -1])
     assert (got["win"], got["lose"], got["tie"], got["n"]) == (0.5, 0.25, 0.25, 4)
     assert got["win_ci"] == [m.wilson(2, 4)["low"], m.wilson(2, 4)["high"]]
     assert got["lose_ci"] == [m.wilson(1, 4)["low"], m.wilson(1, 4)["high"]]
-    wide = m.win_lose_tie([1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0], tie_margin=0.5)
-    assert (wide["win"], wide["lose"], wide["tie"]) == (0.25, 0.25, 0.5)
+    assert m.score_verdicts(ours, baseline, tie_margin=0.5).tolist() == [0, 0, 1, -1]  # 0.5 itself is a tie
     with pytest.raises(ValueError, match="tie_margin"):
-        m.win_lose_tie([1], [1], tie_margin=-1)
+        m.score_verdicts([1], [1], tie_margin=-1)
 
 
 def test_scorer_evaluation_is_consistent_and_json_ready() -> None:
@@ -288,7 +371,14 @@ def test_scorer_evaluation_is_consistent_and_json_ready() -> None:
         both = np.concatenate([c[here], r[here]])
         assert row["accuracy"] == pytest.approx(m.pair_accuracy(c[here], r[here]))
         assert (row["mean"], row["std"]) == (pytest.approx(both.mean()), pytest.approx(both.std()))
-    assert got["ece_after_temperature"] < got["ece"]["value"]
+    assert got["ece_after_temperature"]["value"] < got["ece"]["value"]
+    assert got["brier_after_temperature"] < got["brier"]
+    scaled = m.temperature_scaled(c, r, seed=2)[0]
+    value, rows = m.calibration(scaled, np.zeros(200), 7)
+    assert got["ece_after_temperature"]["value"] == pytest.approx(value)
+    assert got["reliability_after_temperature"] == rows
+    equal = m.calibration(scaled, np.zeros(200), 7, "equal")[0]
+    assert got["ece_equal_mass_after_temperature"]["value"] == pytest.approx(equal)
 
 
 def test_one_pair_and_all_ties_work() -> None:
@@ -313,7 +403,7 @@ def test_one_pair_and_all_ties_work() -> None:
         (lambda: m.calibration([1.0], [0.0], mass="mass"), "mass must be 'width' or 'equal'"),  # type: ignore[arg-type]
         (lambda: m.fit_temperature([[1.0]], [[1.0]]), "chosen must be one-dimensional"),
         (lambda: m.per_task([1.0], ["a", "b"]), "tasks has 2 entries"),
-        (lambda: m.win_lose_tie([1.0], []), "baseline is empty"),
+        (lambda: m.score_verdicts([1.0], []), "baseline is empty"),
         (lambda: m.scorer_evaluation([1.0], [0.0], []), "tasks has 0 entries"),
         (lambda: m.bootstrap(lambda w: w[:, 0], 0), "n must be at least 1"),
     ],
@@ -337,6 +427,7 @@ def test_gold_judge_sees_prompt_and_task_and_reports_the_truth() -> None:
     assert (got["win"], got["lose"], got["tie"]) == pytest.approx((1 / 3, 0, 2 / 3))
     assert (got["gold"], got["sft_gold"]) == pytest.approx((2 / 3, 1 / 3))
     assert (got["judge"], got["kl"], got["length"], got["length_unit"]) == ("gold", 1.5, 4.0, "tokens")
+    assert got["verdicts"] == [0, 1, 0]
 
 
 def test_scorer_judge_has_its_own_margin_and_no_gold() -> None:
@@ -351,6 +442,9 @@ def test_scorer_judge_has_its_own_margin_and_no_gold() -> None:
 def test_compare_refuses_what_does_not_fit() -> None:
     judge = ScorerJudge(lambda prompts, responses: [0.0], "one score")
     rows = [Row("p", None), Row("q", None)]
+    few = types.SimpleNamespace(name="few", verdicts=lambda prompts, ours, baseline: Verdicts([1], {}))
+    with pytest.raises(ValueError, match="'few' gave 1 verdicts for 2 prompts"):
+        compare(few, rows, ["a", "b"], ["b", "c"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ours has 1 entries but rows has 2"):
         compare(judge, rows, ["a"], ["b", "c"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'one score' gave 1 scores for 2"):

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from stable_rlhf.evaluate import figures, paper
 from stable_rlhf.evaluate.findings import CANNOT_TELL, findings, verdict
-from stable_rlhf.evaluate.report import render_report, summary_markdown, summary_table
+from stable_rlhf.evaluate.report import make_report, render_report, summary_markdown, summary_table
 from stable_rlhf.rehearsal import figures as selection_figures
 
 SECTIONS = ["findings", "scorers", "policies", "selection", "time", "settings"]
@@ -156,12 +156,15 @@ def test_findings_are_json_and_say_numbers(summary: dict[str, Any]) -> None:
         assert len(re.findall(r"\d+\.\d+", item["detail"])) >= 3
 
 
-def test_report_holds_every_section_and_its_pictures(html: str) -> None:
+def test_report_holds_every_section_and_its_pictures(html: str, summary: dict[str, Any]) -> None:
     page = Page(html)
     assert page.ids == SECTIONS
     assert page.open == []
     pictures = [link for link in page.links if link.startswith("data:image/png;base64,")]
     assert len(pictures) == 10
+    drawn = make_report(summary)[1]
+    assert [base64.b64encode(picture.png).decode() for picture in drawn] == [p.partition(",")[2] for p in pictures]
+    assert len({picture.name for picture in drawn}) == 10
     for link in pictures:
         width, _ = size_of(base64.b64decode(link.partition(",")[2], validate=True))
         assert width == 1350
@@ -228,6 +231,38 @@ def test_one_scorer_and_one_variant(make_summary: Any) -> None:
     assert size_of(figures.overview(lone)) == (1200, 500)
 
 
+def test_names_of_their_own_are_shown_with_colours_of_their_own(make_summary: Any) -> None:
+    other = make_summary(pairs=60, prompts=20, variants=("am",))
+    other["scorers"] |= {"mine <b>": other["scorers"].pop("rm")}
+    other["policies"] |= {"bare": other["policies"]["am"]}
+    other |= {"kind": "evaluation", "findings": findings(other)}
+    page = Page(render_report(other))
+    assert "mine <b>" in page.text and "bare" in page.text and "trained before" in page.text
+    assert "mine <b>" in summary_markdown(other)
+    paint = figures.colours(["am", "mine", "bare", "third"])
+    assert paint["am"] == figures.COLOURS["am"] and len(set(paint.values())) == 4
+
+
+def test_scorers_of_other_tasks_show_what_they_share(make_summary: Any) -> None:
+    apart = make_summary(pairs=80, prompts=20)
+    part = apart["scorers"]["am"]
+    part["tasks"] = {name: row for name, row in part["tasks"].items() if name != "sort"}
+    render_report(apart)
+    part["tasks"] = {"elsewhere": {"count": 3, "mean": 0.0, "std": 1.0, "accuracy": 1.0}}
+    assert not figures.has_tasks(apart["scorers"])
+    assert "Scores task by task" not in render_report(apart)
+
+
+def test_a_chat_judges_agreement_is_told(make_summary: Any, undrawn: None) -> None:
+    asked = make_summary(pairs=40, prompts=20, variants=("am",))
+    asked["policies"]["am"]["main"] |= {
+        "asked": 17, "order_agreement": 0.625, "order_kappa": 0.4, "first_position": 0.75, "unreadable": 2,
+    }  # fmt: skip
+    page = Page(render_report(asked)).text
+    assert "AM-PPO, main set1762.50.4075.02" in page.replace("\n", "")
+    assert "AM-PPO, forget set" not in page
+
+
 def test_reports_say_plainly_what_is_not_reproduced(make_summary: Any, undrawn: None) -> None:
     flipped = make_summary(swap=True, pairs=600)
     page = Page(render_report(flipped))
@@ -251,7 +286,7 @@ def test_tables_carry_figures_intervals_and_tokens(summary: dict[str, Any]) -> N
     assert "AM-PPO-SR 1,234,567" in markdown
     assert "Reward model 55,555," in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 10}  # a scorer has one figure more
 
 
 def test_markdown_cells_cannot_break_the_table(summary: dict[str, Any]) -> None:
@@ -264,7 +299,7 @@ def test_markdown_cells_cannot_break_the_table(summary: dict[str, Any]) -> None:
 def test_pictures_have_their_size_and_follow_the_figures(summary: dict[str, Any]) -> None:
     scorers = summary["scorers"]
     assert size_of(figures.overview(summary)) == (1200, 500)
-    assert size_of(figures.reliability(scorers)) == (1350, 600)
+    assert size_of(figures.reliability(scorers)) == (1350, 1050)
     assert figures.reliability(scorers) == figures.reliability(scorers)
     assert figures.reliability(scorers) != figures.reliability({"rm": scorers["am"], "am": scorers["rm"]})
     with pytest.raises(ValueError, match="nothing to draw"):

@@ -43,13 +43,15 @@ def rehearsal(tokenizer) -> list[Encoded]:
 def make(tiny_model, tokenizer):
     made = []
 
-    def build(arguments=ARGUMENTS, objective="am", layers=None, scorer_seed=3, n=2, k=1, **settings) -> PPOTrainer:
+    def build(
+        arguments=ARGUMENTS, objective="am", layers=None, scorer_seed=3, n=2, k=1, critic=True, **settings
+    ) -> PPOTrainer:
         shape = {"num_policies": n, "num_alternates": k} if objective == "am" else {}
         scorer = AdvantageModel(
             tiny_model(seed=scorer_seed).base_model, tokenizer, ScorerSettings(objective=objective, **shape),
             num_trainable_layers=layers,
         )  # fmt: skip
-        policy = PolicyModel(tiny_model(), value_head=True, num_trainable_layers=layers)
+        policy = PolicyModel(tiny_model(), value_head=critic, num_trainable_layers=layers)
         made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(), seed=7, **settings))
         return made[-1]
 
@@ -317,3 +319,39 @@ def test_a_variant_without_what_it_needs_is_an_error(run_ppo):
         run_ppo(None)
     with pytest.raises(ValueError, match=r"variant 'rm-ma' needs a scorer with objective 'rm'"):
         run_ppo(None, variant="rm-ma")
+
+
+# -- without a critic ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_critic_the_score_is_every_tokens_advantage(make, tokenizer, prompts, tmp_path):
+    arguments = replace(ARGUMENTS, kl_coef=0.3, gamma=0.5, lam=0.5, whiten_advantages=False)
+    trainer = make(arguments, critic=False)
+    experiences = trainer.judge(as_rollouts(tokenizer))
+    for experience in experiences:  # as after some updates, so that there is a KL penalty
+        experience.ref_logprob = experience.ref_logprob - 0.1 * torch.arange(1, len(experience.ref_logprob) + 1)
+    trainer.estimate(experiences)
+    for experience in experiences:
+        penalty = 0.3 * (experience.old_logprob - experience.ref_logprob)
+        to_go = penalty.flip(0).cumsum(0).flip(0)  # γ and λ of GAE play no part
+        torch.testing.assert_close(experience.advantage, experience.score - to_go)
+    whitened = make(replace(arguments, whiten_advantages=True, kl_coef=0.0), critic=False)
+    experiences = whitened.judge(as_rollouts(tokenizer))
+    whitened.estimate(experiences)
+    every = torch.cat([e.advantage for e in experiences])
+    assert float(every.mean()) == pytest.approx(0, abs=1e-5) and float(every.std()) == pytest.approx(1, abs=0.1)
+    for experience in experiences:
+        assert float(experience.advantage.max() - experience.advantage.min()) < 1e-6
+
+    before = weights(trainer)
+    result = trainer.train(prompts, tmp_path)
+    assert float((weights(trainer) - before).abs().max()) > 1e-4
+    assert all(row["value_loss"] == 0 for row in result["curve"])
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "value_head.safetensors").exists()
+
+
+def test_the_variant_without_a_critic_takes_an_advantage_model(run_ppo):
+    trainer, prompts = run_ppo(None, variant="am-critic-free")
+    assert trainer.policy.value_head is None and trainer.rehearsal == [] and prompts == list(TEXTS)
+    trainer, _ = run_ppo(None, variant="am")
+    assert trainer.policy.value_head is not None

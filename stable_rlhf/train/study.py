@@ -1,0 +1,156 @@
+"""Variants x seeds: one whole run a seed, several at a time, and one comparison of them all.
+
+Every seed is an ordinary run in a folder of its own, so a study that was killed goes on like a run does: finished
+stages are not redone, an unfinished one goes on from its last snapshot. Seeds run in processes of their own; they end
+when the study's process ends, however it ends, so that the next call finds no other at work in its folders.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.progress import say
+from stable_rlhf.train.checkpoint import RunDirectory
+from stable_rlhf.train.config import Recipe
+from stable_rlhf.train.run import check_inputs, circumstances, run_recipe, write_pictures
+
+_NOT_A_SETTING = ("title", "output_dir", "seed", "report_to", "checkpoint", "launch", "study")
+_LOG_TAIL = 3  # lines of a failed seed's log in the error
+
+
+def run_study(recipe: Recipe, *, validation: bool = False) -> str:
+    """Run (or finish) every seed of the study and write ``results.json``, ``results.md``, ``report.html`` and
+    ``pictures/`` to ``recipe.output_dir``, or to its ``validation`` folder; returns the tables as Markdown.
+
+    Raises:
+        ValueError: settings that no run can use, a seed that failed, or a launcher around this process.
+    """
+    from stable_rlhf.evaluate.study import results
+    from stable_rlhf.evaluate.study_report import make_page, markdown
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("study starts processes of its own (--study.workers): run it without a launcher")
+    seeds = recipe.study.validation_seeds if validation else recipe.study.seeds
+    if not seeds:
+        raise ValueError(f"study.{'validation_seeds' if validation else 'seeds'}: name at least one")
+    check_inputs(recipe)
+    root = RunDirectory(recipe.output_dir).root  # a folder of something else is refused
+    folder = root / "validation" if validation else root
+    (folder / "seeds").mkdir(parents=True, exist_ok=True)
+    _run_seeds({seed: _of_seed(recipe, seed, folder / "seeds" / str(seed)) for seed in seeds}, recipe.study.workers)
+
+    summaries = [json.loads((folder / "seeds" / str(seed) / "summary.json").read_text()) for seed in seeds]
+    settings = {name: value for name, value in recipe.as_dict().items() if name not in _NOT_A_SETTING}
+    fingerprint = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+    every = [part for summary in summaries for part in summary["policies"].values()]
+    found = results(
+        summaries,
+        {
+            "title": recipe.title,
+            "kind": "validation" if validation else "reported",
+            "seeds": seeds,
+            "validation": None if validation else _validation(root, fingerprint),
+            "fingerprint": fingerprint,
+            "judges": sorted({part[on]["judge"] for part in every for on in ("main", "forget")}),
+            "hours": round(sum(stage["seconds"] for s in summaries for stage in s["stages"]) / 3600, 3),
+            **circumstances(),
+            "settings": settings,
+        },
+    )  # fmt: skip
+    page, pictures = make_page(found)
+    text = markdown(found)
+    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    (folder / "results.md").write_text(text)
+    (folder / "report.html").write_text(page)
+    write_pictures(pictures, folder / "pictures")
+    say(f"report: {folder / 'report.html'}")
+    return text
+
+
+def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What is known of the validation seeds, and whether they had the settings that are reported now."""
+    path = root / "validation" / "results.json"
+    if not path.is_file():
+        return None
+    known = json.loads(path.read_text())
+    return {"seeds": known["seeds"], "same_settings": known["fingerprint"] == fingerprint}
+
+
+def _of_seed(recipe: Recipe, seed: int, folder: Path) -> Recipe:
+    own = copy.deepcopy(recipe)
+    own.seed, own.output_dir, own.title = seed, str(folder), f"{recipe.title}, seed {seed}"
+    return own
+
+
+def _run_seeds(recipes: Mapping[int, Recipe], workers: int) -> None:
+    """Run every recipe in a process of its own, ``workers`` at a time; one that fails does not stop the others."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # The skill world's models are too small for two threads; a larger model gets its share of the cores.
+        first = next(iter(recipes.values()))
+        share = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = "1" if first.model_name_or_path is None else str(share)
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has loaded torch may hang
+    waiting = list(recipes.items())
+    running: dict[int, tuple[int, Any, Path, float]] = {}  # by what the operating system signals the end with
+    failed: dict[int, str] = {}
+    done = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                seed, recipe = waiting.pop(0)
+                log = Path(recipe.output_dir).with_suffix(".log")
+                process = spawn.Process(target=_run_seed, args=(recipe, str(log)), name=f"seed {seed}")
+                process.start()
+                running[process.sentinel] = (seed, process, log, time.monotonic())
+                say(f"[seed {seed}] started, its log is {log}")
+            for sentinel in connection.wait(list(running)):
+                assert isinstance(sentinel, int)
+                seed, process, log, began = running.pop(sentinel)
+                process.join()
+                done += 1
+                minutes = (time.monotonic() - began) / 60
+                if process.exitcode:
+                    failed[seed] = f"exit status {process.exitcode}: {_tail(log)} (log: {log})"
+                say(
+                    f"[seed {seed}] {'FAILED' if process.exitcode else 'done'} after {minutes:.1f} minutes, "
+                    f"{done} of {len(recipes)} seeds"
+                )
+    finally:
+        for _, process, _, _ in running.values():
+            process.terminate()
+            process.join()
+    if failed:
+        words = "; ".join(f"seed {seed}, {reason}" for seed, reason in failed.items())
+        raise ValueError(f"{len(failed)} of {len(recipes)} seeds failed, the others are kept: {words}")
+
+
+def _run_seed(recipe: Recipe, log: str) -> None:
+    """The whole life of a seed's process: its output goes to the log, and it ends with the study's process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    run_recipe(recipe)
+
+
+def _tail(log: Path) -> str:
+    text = log.read_text(errors="replace") if log.is_file() else "it said nothing"
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " / ".join(lines[-_LOG_TAIL:])
