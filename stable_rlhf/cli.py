@@ -59,7 +59,7 @@ Several processes (launch writes torchrun's command; deepspeed, torchrun and acc
 _ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"} | {
     f"--{name}": f"--launch.{name}" for name in LaunchArguments.__dataclass_fields__
 }
-_LISTS = {"--variants", "--report_to"} | {
+_LISTS = {"--variants", "--report_to", "--engine.lora_target_modules"} | {
     f"--data.{name}" for name in ("pairs", "prompts", "demonstrations", "eval_main", "eval_forget", "rehearsal",
                                   "forget_tasks")
 }  # fmt: skip

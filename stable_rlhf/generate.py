@@ -80,15 +80,15 @@ def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
 @contextmanager
 def _whole_weights(model: torch.nn.Module, engine: Any) -> Iterator[None]:
     """Under ZeRO-3, gather every weight once for the whole rollout and take the per-layer hooks off meanwhile
-    (gathering token by token is about a hundred times slower)."""
-    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not partitioned:
+    (gathering token by token is about a hundred times slower). Without an engine the hooks stay and gather."""
+    partitioned = _partitioned(model)
+    if not partitioned or engine is None:
         yield
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(partitioned):
-        offload = engine.optimizer.parameter_offload
+        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # the latter of a model that reads
         offload._remove_module_hooks()
         offload.forward_hooks.clear()
         offload.backward_hooks.clear()
@@ -96,6 +96,16 @@ def _whole_weights(model: torch.nn.Module, engine: Any) -> Iterator[None]:
             yield
         finally:
             offload.setup_zero_stage3_hooks()
+
+
+def _partitioned(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if hasattr(p, "ds_id")]
+
+
+def _most_over_ranks(count: int, device: torch.device) -> int:
+    most = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 @torch.no_grad()
@@ -113,7 +123,9 @@ def generate(
     """Sample one response per prompt.
 
     ``prompts``: token ids. ``seeds``: one integer a prompt (not needed when greedy). ``max_tokens`` bounds the padded
-    tokens of a batch, new ones included. ``engine``: the DeepSpeed engine whose ZeRO-3 holds the weights, if any.
+    tokens of a batch, new ones included. ``engine``: the DeepSpeed engine whose ZeRO-3 holds the weights, if any, to
+    gather them once; sharded weights without it are gathered layer by layer for every token, all ranks in step, which
+    needs no room for a whole model and takes far longer.
     """
     greedy = settings.temperature == 0
     if not greedy and (seeds is None or len(seeds) != len(prompts)):
@@ -138,6 +150,9 @@ def generate(
     causal_lm.eval()
     rollouts: list[Rollout | None] = [None] * len(prompts)
     batches = length_batches([len(p) + settings.max_new_tokens for p in prompts], max_tokens)
+    in_step = engine is None and bool(_partitioned(causal_lm))
+    if in_step and batches:  # every rank must run the same number of forwards: some repeat their last batch
+        batches += [batches[-1]] * (_most_over_ranks(len(batches), device) - len(batches))
     with _whole_weights(causal_lm, engine), progress(description, total=len(prompts), unit="responses") as bar:
         for rows in batches:
             batch = pad_sequences([prompts[i] for i in rows], side="left", pad_token_id=pad, device=device)
@@ -149,7 +164,7 @@ def generate(
                 processors.append(_SampleByUniforms(uniforms, width, settings))
             output = causal_lm.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                generation_config=config, logits_processor=processors,
+                generation_config=config, logits_processor=processors, synced_gpus=in_step,
             )  # fmt: skip
             for i, new in zip(rows, output[:, width:].tolist(), strict=True):
                 # The first EOS ends the response; what follows is padding, even where both have the same id.

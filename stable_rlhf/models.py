@@ -68,7 +68,8 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
-    """A transformers causal language model with plain (dequantised) weights of type ``dtype``."""
+    """A transformers causal language model with plain (dequantised) weights of type ``dtype``, and flash-attn where it
+    can run."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -90,6 +91,17 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remot
         )
     if gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now: a saved copy must load as such
+    return prefer_flash_attention(model, dtype)
+
+
+def prefer_flash_attention(model: Any, dtype: torch.dtype) -> Any:
+    """Let a model attend through flash-attn: with the package and its GPU there, 16-bit weights, and a model that can.
+    Else it keeps what transformers chose, SDPA where the model has it."""
+    from transformers.utils import is_flash_attn_2_available
+
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and getattr(model, "_supports_flash_attn", False) and is_flash_attn_2_available():
+        model.set_attn_implementation("flash_attention_2")
     return model
 
 
@@ -146,6 +158,9 @@ def _layout(backbone: nn.Module) -> _Layout:
 def _view(module: Any) -> Any:
     """A second module object over the same sub-modules, whose table of children can change without the first's."""
     clone = copy.copy(module)
+    for name, hooks in vars(module).items():  # of its own: ZeRO-3 hangs some on one part alone
+        if name.endswith(("_hooks", "_with_kwargs", "_always_called")):
+            setattr(clone, name, copy.copy(hooks))
     clone._modules = dict(module._modules)
     clone.config = copy.deepcopy(module.config)
     return clone
@@ -192,6 +207,7 @@ class Trunk(nn.Module):
             lower, upper = split_backbone(backbone, num_trainable_layers)
         self.upper = upper
         self.num_trainable_layers = num_trainable_layers
+        self.packing = False
         # Plain attributes: not children, so not parameters of this module.
         self.lower: Any
         self.backbone: Any
@@ -249,9 +265,33 @@ class Trunk(nn.Module):
         }
 
     def forward(self, **inputs: Tensor) -> Tensor:
+        """Hidden states [B, L, H] of right- or left-padded rows.
+
+        With :attr:`packing` the rows' tokens run end to end as one row, without padding; positions that start again at
+        0 tell attention where a sequence begins, so that none sees another's tokens (a block-diagonal mask in SDPA,
+        kernels for unequal lengths in flash-attn). The result is padded as the input was, with zeros.
+        """
+        if self.packing:
+            mask = inputs.pop("attention_mask").bool()
+            packed = {name: value[mask][None] for name, value in inputs.items()}
+            hidden = self.upper(**packed, use_cache=False).last_hidden_state[0]  # [tokens, H]
+            return hidden.new_zeros(*mask.shape, hidden.shape[-1]).masked_scatter(mask[..., None], hidden)
         if not _takes_positions(self.upper):
             inputs.pop("position_ids", None)
         return self.upper(**inputs, use_cache=False).last_hidden_state
+
+    def pack(self) -> None:
+        """Turn :attr:`packing` on.
+
+        Raises:
+            ValueError: the model takes no positions, so nothing would tell it where a sequence begins.
+        """
+        if not _takes_positions(self.upper):
+            raise ValueError(
+                f"engine.packing: a {self.upper.config.model_type} model takes no positions, by which the sequences of "
+                "a pack are told apart; leave it off"
+            )
+        self.packing = True
 
 
 def _takes_positions(module: Any) -> bool:
@@ -345,6 +385,7 @@ class PolicyModel(nn.Module):
         copied: dict[int, Any] = {}  # one for both: a head that is tied to the embedding stays tied
         trunk.upper = copy.deepcopy(self.trunk.upper, copied)
         trunk.num_trainable_layers = self.trunk.num_trainable_layers
+        trunk.packing = self.trunk.packing
         object.__setattr__(trunk, "lower", self.trunk.lower)
         object.__setattr__(trunk, "backbone", None)
         clone.trunk = trunk

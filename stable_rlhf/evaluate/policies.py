@@ -10,16 +10,8 @@ import torch
 from stable_rlhf.data.packing import response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
-from stable_rlhf.generate import GenerationSettings, Rollout, generate
+from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel, length_batches, share_lower
-
-
-def respond(
-    policy: PolicyModel, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seed: int
-) -> list[Rollout]:
-    """One response a prompt; every policy meets the same random numbers."""
-    seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
-    return generate(policy.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="evaluation responses")
 
 
 @torch.no_grad()

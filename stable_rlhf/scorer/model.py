@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from stable_rlhf import ops
 from stable_rlhf.data.packing import Encoded, encode, last_positions
 from stable_rlhf.data.records import Prompt
-from stable_rlhf.models import FeatureCache, Trunk, context_length, length_batches, load_tokenizer
+from stable_rlhf.models import (
+    FeatureCache,
+    Trunk,
+    context_length,
+    length_batches,
+    load_tokenizer,
+    prefer_flash_attention,
+)
 from stable_rlhf.progress import progress
 
 _SETTINGS_FILE = "advantage_model.json"
@@ -149,10 +156,14 @@ class AdvantageModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write backbone and tokenizer (which plain transformers loads), heads and settings to a folder."""
+        self.trunk.backbone.save_pretrained(folder)
+        self.save_heads(folder)
+
+    def save_heads(self, folder: str | Path) -> None:
+        """Write all but the backbone: tokenizer, heads and settings."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        self.trunk.backbone.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         heads = {"reward_head." + k: v for k, v in self.reward_head.state_dict().items()}
         if self.expected_head is not None:
@@ -174,6 +185,7 @@ class AdvantageModel(nn.Module):
                 raise ValueError(f"scorer {str(folder)!r}: no {name} there; is it a folder that train-scorer wrote?")
         settings = ScorerSettings(**json.loads((folder / _SETTINGS_FILE).read_text()))
         backbone = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        prefer_flash_attention(backbone, dtype)
         model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)
         heads = load_file(folder / _HEADS_FILE)
         missing, unexpected = model.load_state_dict(heads, strict=False)

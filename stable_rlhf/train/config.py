@@ -64,6 +64,17 @@ class EngineArguments:
         adam_beta1: AdamW's first coefficient.
         adam_beta2: AdamW's second coefficient.
         gradient_checkpointing: Recompute activations in the backward pass.
+        lora_r: Rank of LoRA adapters on the linear layers of the blocks that train; all else is frozen, and without the
+            adapters it is the reference (0: no LoRA, every weight trains).
+        lora_alpha: LoRA adds lora_alpha / lora_r times the product of its two matrices.
+        lora_dropout: Dropout of what enters an adapter.
+        lora_target_modules: Last names of the layers that get one, [q_proj, v_proj] (none: all linear layers).
+        packing: Lay the sequences of a micro-batch end to end in place of padding them; attention stays inside each.
+            For flash-attn, and sequences of unequal length.
+        offload_frozen: Keep the reference and the scorer of PPO in host memory and bring layer by layer to the GPU.
+        ds3_gather_for_generation: ZeRO 3 gathers the whole policy once a rollout; false: layer by layer for every
+            token, far slower, for policies that one device cannot hold.
+        ema_decay: Also keep the moving average of the policy's weights with this decay, in `ema` beside it (0: none).
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -74,6 +85,14 @@ class EngineArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     gradient_checkpointing: bool = False
+    lora_r: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] = field(default_factory=list)
+    packing: bool = False
+    offload_frozen: bool = False
+    ds3_gather_for_generation: bool = True
+    ema_decay: float = 0.0
 
 
 @dataclass
@@ -457,7 +476,7 @@ _AT_LEAST_ONE = (
     "scorer.num_trainable_layers strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
     "select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
-    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit "
+    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit engine.lora_alpha "
     "evaluate.judge_workers study.workers"
 )
 _ABOVE_ZERO = (
@@ -466,14 +485,16 @@ _ABOVE_ZERO = (
 )
 _NOT_NEGATIVE = (
     "seed launch.max_restarts checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm "
-    "engine.weight_decay guard.max_kl world.length_bonus sft.learning_rate sft.max_steps scorer.learning_rate "
-    "scorer.head_learning_rate scorer.expected_coef strength.examples select.max_candidates ppo.learning_rate "
+    "engine.weight_decay engine.lora_r guard.max_kl world.length_bonus sft.learning_rate sft.max_steps "
+    "scorer.learning_rate scorer.head_learning_rate scorer.expected_coef strength.examples select.max_candidates "
+    "ppo.learning_rate "
     "ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value "
     "ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
-    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing ppo.gamma ppo.lam ppo.top_p ppo.warmup_ratio"
+    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing ppo.gamma ppo.lam ppo.top_p ppo.warmup_ratio "
+    "engine.lora_dropout engine.ema_decay"
 )
 
 
@@ -506,6 +527,9 @@ def check(recipe: Recipe) -> None:
         check_criteria(f"select.{name}", getattr(recipe.select, name))
     if recipe.select.near_duplicate is not None and recipe.select.near_duplicate > 1:
         raise ValueError(f"select.near_duplicate is a cosine, at most 1, got {recipe.select.near_duplicate}")
+    for name in ("lora_dropout", "ema_decay"):
+        if getattr(recipe.engine, name) == 1:
+            raise ValueError(f"engine.{name} must be below 1: at 1 nothing of the training is left")
     if recipe.launch.port > 65535:
         raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):

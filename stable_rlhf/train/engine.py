@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stable_rlhf.lora import adapters_off, add_lora
 from stable_rlhf.train.config import EngineArguments
+from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
 
 HEADS = ("reward_head", "expected_head", "value_head")
 _TAG = "engine"
+_AVERAGE = "average.safetensors"
 
 
 def rank() -> int:
@@ -100,15 +105,64 @@ def start(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def read_only(module: nn.Module, arguments: EngineArguments) -> nn.Module:
+def _zero3(arguments: EngineArguments, *, offload: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that only reads, or is being loaded, in shards."""
+    zero: dict[str, Any] = {"stage": 3}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": arguments.bf16},
+        "steps_per_print": 10**9,
+    }
+
+
+@contextmanager
+def loading_in_shards(arguments: EngineArguments, *, frozen: bool = False) -> Iterator[None]:
+    """Context for loading a transformers model that an engine (``frozen``: :func:`read_only`) will take over under
+    ZeRO-3: rank 0 alone reads the file, into host memory, and every tensor is divided over the ranks as soon as it is
+    there, so that no device ever holds the model whole. Other stages load as usual.
+    """
+    if arguments.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(_zero3(arguments, offload=frozen and arguments.offload_frozen))
+    try:
+        yield
+    finally:
+        # transformers asks this global in other places too: generate would wait for ranks that have less to do.
+        unset_hf_deepspeed_config()
+        del kept  # transformers held it by a weak reference
+
+
+def read_only(module: Any, arguments: EngineArguments) -> Any:
     """A model that only reads, on this process's device and in the type that the engine trains in: half the memory in
-    bf16. Heads of one output stay in float32, scores and values want the digits."""
-    module.to(device())
+    bf16. Heads of one output stay in float32, scores and values want the digits.
+
+    Under ZeRO-3, and with ``offload_frozen``, it is an engine of its own that is called as the model is: its weights
+    lie in shards on the devices, or in host memory, and each layer's are gathered while it runs.
+    """
+    if arguments.packing:
+        module.trunk.pack()
+    sharded = arguments.zero_stage == 3 or arguments.offload_frozen
     if arguments.bf16:
         for name, child in module.named_children():
             if name not in HEADS:
                 child.to(torch.bfloat16)
-    return module.eval()
+    module.requires_grad_(False)
+    if not sharded:
+        return module.to(device()).eval()
+    import deepspeed
+
+    config = _zero3(arguments, offload=arguments.offload_frozen)
+    config["bf16"] = {"enabled": False}  # the types are as they shall be
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine.eval()
+    return engine
 
 
 def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
@@ -146,10 +200,20 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        self.accumulation = gradient_accumulation_steps
+        self.arguments, self.accumulation = arguments, gradient_accumulation_steps
         # DeepSpeed's own optimiser for bfloat16 without ZeRO steps once, with gradients of 0, when it is made: Adam's
         # count is one ahead and the first update a quarter too small. ZeRO 1 starts right and needs no more memory.
         self.zero_stage = max(arguments.zero_stage, 1) if arguments.bf16 else arguments.zero_stage
+        trunk: Any = getattr(module, "trunk", None)
+        # The transformers model that is saved: what a policy or a scorer stands on.
+        self.plain: Any = getattr(module, "causal_lm", None) or getattr(trunk, "backbone", None)
+        if arguments.lora_r:
+            add_lora(
+                self.plain, trunk.upper, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
+                target_modules=arguments.lora_target_modules, seed=torch.initial_seed(),
+            )  # fmt: skip
+        if arguments.packing:
+            trunk.pack()
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
@@ -177,7 +241,6 @@ class Engine:
                 raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
-        trunk: Any = getattr(module, "trunk", None)
         if arguments.bf16 and getattr(trunk, "lower", None) is not None:
             trunk.lower.to(torch.bfloat16)  # outside the module tree: DeepSpeed does not see it
         if arguments.gradient_checkpointing:
@@ -192,9 +255,15 @@ class Engine:
             config=config,
         )
         self._norm = float("nan")
+        self.average = Average(dict(named), arguments.ema_decay) if arguments.ema_decay else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
+
+    def without_adapters(self, *args: Any, **kwargs: Any) -> Any:
+        """The model as it was before training: the same call with LoRA's adapters switched off."""
+        with adapters_off(self.module):
+            return self.deepspeed(*args, **kwargs)
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -217,11 +286,14 @@ class Engine:
 
     def step(self) -> None:
         """Ends a micro-step; the optimiser moves at each accumulation boundary."""
-        if self.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        if self.zero_stage == 0 and boundary:
             # Plain float32 training: DeepSpeed clips without keeping the norm.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = float(nn.utils.get_total_norm(gradients)) if gradients else float("nan")
         self.deepspeed.step()
+        if boundary and self.average is not None:
+            self.average.update()
 
     @property
     def learning_rate(self) -> float:
@@ -235,15 +307,26 @@ class Engine:
 
     def whole_weights(self) -> Any:
         """Context in which ``module`` holds its full weights on every rank (ZeRO-3 gathers; otherwise nothing)."""
-        import deepspeed
+        return gathered(list(self.module.parameters()))
 
-        return deepspeed.zero.GatheredParameters(
-            [p for p in self.module.parameters() if hasattr(p, "ds_id")], enabled=self.zero_stage == 3
-        )
+    @property
+    def gathers_for_generation(self) -> Any:
+        """The DeepSpeed engine for ``generate``, which gathers ZeRO-3's weights once a rollout; nothing where the
+        settings say layer by layer."""
+        return self.deepspeed if self.arguments.ds3_gather_for_generation else None
+
+    def save_model(self, folder: Path, *, average: bool = False) -> None:
+        """Write the transformers model, adapters merged, or its moving average; every rank calls this."""
+        value_of: Whole = self.average.whole if average and self.average is not None else whole
+        save_model(self.plain, folder, value_of)
 
     def save(self, folder: Path) -> None:
         """Write what trains (weights, optimiser, schedule) to ``folder``; every rank calls this."""
         self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        if self.average is not None:
+            state = self.average.state()
+            if rank() == 0:
+                save_file({k: v.contiguous() for k, v in state.items()}, folder / _AVERAGE)
 
     def load(self, folder: Path) -> None:
         """Take up what :meth:`save` wrote, on the same number of ranks and with the same ZeRO stage."""
@@ -251,7 +334,20 @@ class Engine:
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if path is None:
             raise ValueError(f"checkpoint {str(folder)!r}: DeepSpeed could not load it")
+        if self.average is not None:
+            self.average.load(load_file(folder / _AVERAGE))
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the module keeps its weights (ZeRO 0 to 2)."""
-        self.deepspeed.destroy()
+        release(self.deepspeed)
+
+
+def release(model: Any) -> None:
+    """Let go of an engine, of training or of a model that only reads, so that its memory can be used again."""
+    if not hasattr(model, "destroy"):
+        return
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    model.destroy()
+    # ZeRO-3 puts every root module there and never takes it out: its shards would stay as long as the process.
+    FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not model.module]

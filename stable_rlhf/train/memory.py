@@ -4,7 +4,7 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
 
     P    parameters of a model, counted by building it on the meta device      W   processes (devices) of the run
     Q    those of them inside the DeepSpeed engine (with num_trainable_layers: the last blocks and the head)
-    R    those of them that train                                              e   bytes of a weight: 2 in bf16, else 4
+    R    those of them that train (LoRA: adapters and heads)                   e   bytes of a weight: 2 in bf16, else 4
     T    padded tokens of a micro-batch, B rows of L tokens                    n   blocks through which gradients flow
     h    width; k width of all key (or value) heads; f width of the MLP; a heads; V vocabulary
 
@@ -15,11 +15,14 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too. In bf16 the engine runs ZeRO 0
                   as ZeRO 1
                   With offload_optimizer it lies in host memory, with float32 gradients: 16·R/W
+    average       ema_decay: 4·R (ZeRO 3: /W)
     frozen        the models that only read, e each: for PPO the reference (what it does not share with the policy, Q
-                  without the value head) and the scorer, whole
+                  without the value head; with LoRA nothing) and the scorer: whole; ZeRO 3: /W; offload_frozen: on the
+                  host, and on the device what is gathered at once
     activations   of one block with sdpa attention and RMSNorm, gated MLP:  T·(e·(6h + 2k + 4f) + 8h)
                   of one block with LayerNorm, plain MLP:                   T·e·(6h + 2k + 2f)
-                  with eager attention besides: B·a·L²·e, and another B·a·L²·4 in 16 bits for the float32 softmax.
+                  with eager attention besides: B·a·L²·e, and another B·a·L²·4 in 16 bits for the float32 softmax;
+                  with LoRA T·e·r an adapted layer, and with its dropout T·(e + 1) an input of such a layer.
                   All n blocks; with gradient_checkpointing n·T·e·h for the blocks' inputs and one block whole.
                   Then the final norm, T·h·(2e + 4), and what backward holds on its way, T·e·(2h + 2f)
     communication ZeRO 1 and 2: e · reduce_bucket_size during an update; ZeRO 3: that buffer all the time, and during an
@@ -31,10 +34,12 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one)
     step          while the optimiser steps, without activations: a buffer of its own, 4·R, and in bf16 the gradients in
                   float32, 4·R (ZeRO 1 to 3: /W)
-    gathered      ZeRO 3 while it samples or saves: the weights whole, e·Q
-    loading       the policy whole in float32, 4·P, and for PPO its reference, 4·Q, before the engine casts and shards
-    host          of a node: each of its processes reads policy (float32) and scorer, 4·P + e·P, before they go to the
-                  device; or its share of an offloaded optimiser, where that is more
+    gathered      ZeRO 3 while it samples: the weights whole, e·Q (not with ds3_gather_for_generation false: then layer
+                  by layer, as in an update); while it saves: the largest tensor
+    loading       the policy whole, e·P, and for PPO its reference, e·Q (with LoRA nothing); ZeRO 3: /W, with the
+                  scorer, and the largest tensor; split backbones are always loaded whole
+    host          of a node: each of its processes reads policy and scorer, e·P each, before they go to the device;
+                  under ZeRO 3 one process alone; or their shares of what is offloaded, where that is more
     reserve       CUDA's context, NCCL's buffers, the allocator's fragments: 1 GiB and a twentieth of the rest
 
 A stage's need is the largest of its moments (loading, rollouts, update, step, saving), not their sum.
@@ -43,9 +48,10 @@ A stage's need is the largest of its moments (loading, rollouts, update, step, s
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,6 +59,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from stable_rlhf.lora import adapted_layers, add_lora
 from stable_rlhf.models import PolicyModel, Trunk, context_length, resolve_model
 from stable_rlhf.train.config import EngineArguments, Recipe
 
@@ -68,6 +75,7 @@ class ModelSizes:
     parameters: int
     in_engine: int
     small: int
+    largest: int
     trained: int
     trains_head: bool
     blocks: int
@@ -80,6 +88,12 @@ class ModelSizes:
     context: int
     gated: bool
     eager: bool
+    adapter_ranks: int = 0  # of all adapted layers of a block, summed
+    adapter_inputs: int = 0  # their widths, where each drops out an input of its own
+
+    @property
+    def split(self) -> bool:
+        return self.trained_blocks < self.blocks
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,9 @@ def read_config(name: str, shape: dict[str, Any]) -> tuple[Any, str]:
         ) from error
 
 
-def model_sizes(config: Any, source: str, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:
+def model_sizes(
+    config: Any, source: str, num_trainable_layers: int | None, *, scorer: bool = False, lora: Lora | None = None
+) -> ModelSizes:
     """Sizes of a policy with its value head, or of a scorer with its two heads, as the trainers build it. On the meta
     device: no weight is allocated."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -156,22 +172,30 @@ def model_sizes(config: Any, source: str, num_trainable_layers: int | None, *, s
             model["heads"] = nn.Linear(config.hidden_size, 2)
         else:
             model = PolicyModel(causal_lm, num_trainable_layers=num_trainable_layers, value_head=True)
-    whole = causal_lm.base_model if scorer else causal_lm
+        whole = causal_lm.base_model if scorer else causal_lm
+        trunk = model["trunk"] if scorer else model.trunk
+        if lora is not None:
+            add_lora(
+                whole, trunk.upper, r=lora.r, alpha=1, dropout=lora.dropout, target_modules=lora.target_modules
+            )  # fmt: skip
+    adapted = adapted_layers(trunk.upper)
     everything = {id(p): p for p in (*whole.parameters(), *model.parameters())}
     blocks = int(config.num_hidden_layers)
     heads = int(config.num_attention_heads)
     key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     mlp = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    trained_blocks = min(blocks, num_trainable_layers or blocks)
     return ModelSizes(
         source=source,
         parameters=sum(p.numel() for p in everything.values()),
         in_engine=sum(p.numel() for p in model.parameters()),
         small=sum(p.numel() for p in model.parameters() if p.numel() <= threshold),
+        largest=max(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         trains_head=not scorer and model.head.weight.requires_grad,
         blocks=blocks,
-        trained_blocks=min(blocks, num_trainable_layers or blocks),
+        trained_blocks=trained_blocks,
         hidden=int(config.hidden_size),
         key_width=key_heads * head_width,
         mlp_width=int(mlp),
@@ -180,6 +204,8 @@ def model_sizes(config: Any, source: str, num_trainable_layers: int | None, *, s
         context=context_length(config),
         gated=any("gate" in name for name, _ in causal_lm.named_parameters()),
         eager=not getattr(causal_lm, "_supports_sdpa", False),
+        adapter_ranks=lora.r * len(adapted) // trained_blocks if lora else 0,
+        adapter_inputs=sum(m.in_features for m in adapted) // trained_blocks if lora and lora.dropout else 0,
     )
 
 
@@ -187,6 +213,7 @@ def block_bytes(m: ModelSizes, rows: int, length: int, itemsize: int) -> int:
     """What autograd keeps of one block for its backward pass: see the module's formulas."""
     tokens, h = rows * length, m.hidden
     kept = itemsize * (6 * h + 2 * m.key_width + (4 if m.gated else 2) * m.mlp_width) + (8 * h if m.gated else 0)
+    kept += itemsize * m.adapter_ranks + (itemsize + 1) * m.adapter_inputs
     scores = rows * m.heads * length**2 * (itemsize + (4 if itemsize == 2 else 0)) if m.eager else 0
     return tokens * kept + scores
 
@@ -226,7 +253,39 @@ def engine_bytes(m: ModelSizes, engine: EngineArguments, world_size: int) -> tup
     if engine.offload_optimizer and stage:
         host, optimiser = optimiser + share(4 * m.trained, 1), 0
     weights = share(e * m.in_engine, 3) + e * (m.parameters - m.in_engine) + (e * m.small if stage == 3 else 0)
-    return {"weights": weights, "gradients": share(e * m.trained, 2), "optimiser": optimiser}, host
+    found = {"weights": weights, "gradients": share(e * m.trained, 2), "optimiser": optimiser}
+    if engine.ema_decay:
+        found["average"] = share(4 * m.trained, 3)
+    return found, host
+
+
+def _live(m: ModelSizes, itemsize: int) -> int:
+    """What ZeRO-3 has gathered at once while a model runs layer by layer."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return itemsize * max(min(m.in_engine, DeepSpeedZeroConfig(stage=3).max_live_parameters), m.largest)
+
+
+def _held(models: Sequence[ModelSizes], engine: EngineArguments, world_size: int) -> int:
+    """Weights of models that lie in shards, on a device."""
+    e = 2 if engine.bf16 else 4
+    return sum(-(-e * m.parameters // world_size) + e * m.small for m in models)
+
+
+def _loading(models: Sequence[ModelSizes], engine: EngineArguments, world_size: int) -> int:
+    """A device while models are loaded one after the other: those of ZeRO-3 are divided tensor by tensor."""
+    e, sharded = (2 if engine.bf16 else 4), [m for m in models if engine.zero_stage == 3 and not m.split]
+    largest = e * max((m.largest for m in sharded), default=0)
+    return _held(sharded, engine, world_size) + largest + sum(e * m.parameters for m in models if m not in sharded)
+
+
+def _frozen(m: ModelSizes, policy: ModelSizes, engine: EngineArguments, world_size: int) -> tuple[int, int]:
+    """Reference and scorer of PPO: on a device, and on the host for each process."""
+    e, counts = (2 if engine.bf16 else 4), m.parameters + (0 if engine.lora_r else policy.in_engine)
+    share = -(-e * counts // world_size)
+    if engine.offload_frozen:
+        return _live(policy, e), share
+    return (share + e * (m.small + policy.small) if engine.zero_stage == 3 else e * counts), 0
 
 
 def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
@@ -239,7 +298,7 @@ def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
     config, e = DeepSpeedZeroConfig(stage=stage), 2 if engine.bf16 else 4
     if stage < 3:
         return 0, e * config.reduce_bucket_size
-    return e * config.reduce_bucket_size, e * max(min(m.in_engine, config.max_live_parameters), m.vocabulary * m.hidden)
+    return e * config.reduce_bucket_size, _live(m, e)
 
 
 def _generation(m: ModelSizes, rows: int, length: int, itemsize: int) -> int:
@@ -268,7 +327,7 @@ def _training_moments(
         kept = {k: v for k, v in more.items() if k == "frozen"}
         yield Moment(stage, "step", state | {"step": temporary, "communication": _buffers(m, engine)[0]} | kept)
     if engine.zero_stage == 3:
-        gathered = {"gathered": e * m.in_engine, "communication": _buffers(m, engine)[0]}
+        gathered = {"gathered": e * m.largest, "communication": _buffers(m, engine)[0]}
         yield Moment(stage, "saving", state | gathered | {k: v for k, v in more.items() if k == "frozen"})
 
 
@@ -287,24 +346,36 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     if data.demonstrations or recipe.model_name_or_path is None:
         whole = _policy_sizes(recipe, None)
         rows = recipe.sft.per_device_train_batch_size
-        moments.append(Moment("sft", "loading", {"loading": 4 * whole.parameters}))
+        moments.append(Moment("sft", "loading", {"loading": _loading([whole], engine, world_size)}))
         loss = loss_bytes(whole, rows * longest, e)
         moments += _training_moments("sft", whole, engine, world_size, rows, longest, **{"loss": loss})
     pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
-    moments.append(Moment("scorer", "loading", {"loading": 4 * scorer.parameters}))
+    moments.append(Moment("scorer", "loading", {"loading": _loading([scorer], engine, world_size)}))
     moments += _training_moments("scorer", scorer, engine, world_size, pairs, min(data.max_length, scorer.context))
     answering = _generation(policy, recipe.ppo.rollout_batch_size, rolled, e)
+    in_shards = engine.zero_stage == 3 and not engine.ds3_gather_for_generation
+    reader = _held([policy], engine, world_size) if in_shards else e * policy.parameters
+    live = {"communication": _live(policy, e)} if in_shards else {}
     if "am-sr" in recipe.variants:
-        items = {"weights": e * policy.parameters, "frozen": e * scorer.parameters, "generation": answering}
+        items = {"weights": reader, "frozen": e * scorer.parameters, "generation": answering} | live
         moments.append(Moment("selection", "rollouts", items))
-    frozen = {"frozen": e * (policy.in_engine + scorer.parameters)}
+    held, frozen_host = _frozen(scorer, policy, engine, world_size)
+    frozen = {"frozen": held}
     state, _ = engine_bytes(policy, engine, world_size)
-    moments.append(Moment("ppo", "loading", {"loading": 4 * (policy.parameters + policy.in_engine)}))
+    models = [policy, scorer] if engine.zero_stage == 3 else [policy]  # else the scorer is read into host memory
+    reference = 0 if engine.lora_r else e * policy.in_engine
+    if engine.zero_stage == 3 and not policy.split and reference:
+        reference = _held([policy], engine, world_size)
+    moments.append(Moment("ppo", "loading", {"loading": _loading(models, engine, world_size) + reference}))
     share = -(-ppo.rollout_batch_size // world_size)
     rollouts = {k: v for k, v in state.items() if k != "gradients" or engine.zero_stage == 3} | frozen
     rollouts["generation"] = _generation(policy, share, rolled, e)
     if engine.zero_stage == 3:
-        rollouts |= {"gathered": e * policy.in_engine, "communication": _buffers(policy, engine)[0]}
+        bucket = _buffers(policy, engine)[0]
+        if in_shards:
+            rollouts |= {"communication": bucket + _live(policy, e)}
+        else:
+            rollouts |= {"gathered": e * policy.in_engine, "communication": bucket}
     moments.append(Moment("ppo", "rollouts", rollouts))
     old = ppo.per_device_rehearsal_batch_size if "am-sr" in recipe.variants else 0
     rows, length = ppo.per_device_train_batch_size + old, max(rolled, longest if old else 0)
@@ -312,20 +383,39 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     loss = loss_bytes(policy, active, e)
     moments += _training_moments("ppo", policy, engine, world_size, rows, length, **frozen, loss=loss)
     judge = e * scorer.parameters if recipe.evaluate.judge == "scorer" else 0
-    items = {"weights": e * policy.parameters, "frozen": e * policy.parameters + judge, "generation": answering}
+    items = {"weights": reader, "frozen": reader + judge, "generation": answering} | live
     moments.append(Moment("evaluation", "rollouts", items))
-    reading = 4 * policy.parameters + e * scorer.parameters
-    host = max(reading, *(engine_bytes(m, engine, world_size)[1] for m in (policy, scorer)))
-    return Estimate({"policy": policy, "scorer": scorer}, moments, host * devices_per_node)
+    reading = sum(
+        e * m.parameters * (1 if engine.zero_stage == 3 and not m.split else devices_per_node) for m in (policy, scorer)
+    )
+    policy_host, scorer_host = (engine_bytes(m, engine, world_size)[1] for m in (policy, scorer))
+    offloaded = max(policy_host + frozen_host, scorer_host)
+    host = max(reading, offloaded * devices_per_node)
+    return Estimate({"policy": policy, "scorer": scorer}, moments, host)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The settings of LoRA that sizes depend on."""
+
+    r: int
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+def _lora(engine: EngineArguments) -> Lora | None:
+    return Lora(engine.lora_r, engine.lora_dropout, tuple(engine.lora_target_modules)) if engine.lora_r else None
 
 
 def _policy_sizes(recipe: Recipe, num_trainable_layers: int | None, *, scorer: bool = False) -> ModelSizes:
     if recipe.model_name_or_path is None:
         w = recipe.world
         return _world_sizes(
-            w.hidden_size, w.num_hidden_layers, w.num_attention_heads, w.architecture, num_trainable_layers, scorer
-        )
-    return _sizes(recipe.model_name_or_path, json.dumps(recipe.model_shape), num_trainable_layers, scorer)
+            w.hidden_size, w.num_hidden_layers, w.num_attention_heads, w.architecture, num_trainable_layers, scorer,
+            _lora(recipe.engine),
+        )  # fmt: skip
+    shape = json.dumps(recipe.model_shape)
+    return _sizes(recipe.model_name_or_path, shape, num_trainable_layers, scorer, _lora(recipe.engine))
 
 
 def _models(recipe: Recipe) -> tuple[ModelSizes, ModelSizes]:
@@ -334,27 +424,28 @@ def _models(recipe: Recipe) -> tuple[ModelSizes, ModelSizes]:
     if recipe.scorer_model_name_or_path is None:
         return policy, _policy_sizes(recipe, layers, scorer=True)
     shape = json.dumps(recipe.scorer_model_shape or recipe.model_shape)
-    return policy, _sizes(recipe.scorer_model_name_or_path, shape, layers, True)
+    return policy, _sizes(recipe.scorer_model_name_or_path, shape, layers, True, _lora(recipe.engine))
 
 
 # Remembered: the search for remedies asks for the same few models many times.
 @functools.cache
-def _sizes(name: str, shape: str, num_trainable_layers: int | None, scorer: bool) -> ModelSizes:
+def _sizes(name: str, shape: str, num_trainable_layers: int | None, scorer: bool, lora: Lora | None) -> ModelSizes:
     config, source = read_config(name, json.loads(shape))
-    return model_sizes(config, source, num_trainable_layers, scorer=scorer)
+    return model_sizes(config, source, num_trainable_layers, scorer=scorer, lora=lora)
 
 
 @functools.cache
 def _world_sizes(
-    width: int, blocks: int, heads: int, architecture: Literal["llama", "bloom"], layers: int | None, scorer: bool
-) -> ModelSizes:
+    width: int, blocks: int, heads: int, architecture: Literal["llama", "bloom"], layers: int | None, scorer: bool,
+    lora: Lora | None,
+) -> ModelSizes:  # fmt: skip
     from stable_rlhf.world import build_model, build_tokenizer
 
     built = build_model(
         build_tokenizer(), hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
         architecture=architecture,
     )  # fmt: skip
-    return model_sizes(built.config, "the skill world's settings", layers, scorer=scorer)
+    return model_sizes(built.config, "the skill world's settings", layers, scorer=scorer, lora=lora)
 
 
 def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: int) -> list[str]:
@@ -369,6 +460,11 @@ def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: i
         ("micro-batches of 1", {f"{s}.per_device_train_batch_size": 1 for s in ("sft", "scorer", "ppo")}
          | {"ppo.per_device_rehearsal_batch_size": 1}),
     ]  # fmt: skip
+    if importlib.util.find_spec("peft") and not recipe.engine.lora_r:
+        changes.append(("engine.lora_r 16", {"engine.lora_r": 16}))
+    if recipe.engine.ds3_gather_for_generation:
+        changes.append(("engine.ds3_gather_for_generation false, with engine.zero_stage 3",
+                        {"engine.ds3_gather_for_generation": False, "engine.zero_stage": 3}))  # fmt: skip
     blocks = _policy_sizes(recipe, None).blocks
     layers = max(1, min(blocks - 1, blocks // 8))
     if blocks > 1 and recipe.ppo.num_trainable_layers is None:

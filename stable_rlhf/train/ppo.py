@@ -57,7 +57,10 @@ def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
 
 
 class PPOTrainer:
-    """Holds the policy's engine, the frozen reference and the scorer; :meth:`train` is the algorithm."""
+    """Holds the policy's engine, the frozen reference and the scorer; :meth:`train` is the algorithm.
+
+    ``reference``: the initial policy, where a copy cannot be taken (a policy loaded in shards); not needed with LoRA.
+    """
 
     def __init__(
         self,
@@ -67,13 +70,15 @@ class PPOTrainer:
         arguments: PPOArguments,
         engine_arguments: EngineArguments,
         *,
+        reference: PolicyModel | None = None,
         rehearsal: Sequence[Encoded] = (),
         moving_average: bool = False,
         seed: int = 0,
     ) -> None:
         check_sizes(arguments)
-        self.tokenizer, self.scorer, self.arguments = tokenizer, scorer, arguments
-        self.policy, self.reference = policy, policy.reference()
+        self.tokenizer, self.policy, self.arguments = tokenizer, policy, arguments
+        # A copy, taken before the engine shards the policy, unless the adapters of LoRA can be switched off.
+        initial = None if engine_arguments.lora_r else reference or policy.reference()
         self.rehearsal, self.seed = list(rehearsal), seed
         self.moments = RunningMoments() if moving_average else None
         self.accumulation = arguments.rollout_batch_size // (
@@ -86,8 +91,8 @@ class PPOTrainer:
             warmup_ratio=arguments.warmup_ratio, micro_batch_size=arguments.per_device_train_batch_size,
             gradient_accumulation_steps=self.accumulation,
         )  # fmt: skip
-        read_only(self.reference, engine_arguments)
-        read_only(self.scorer, engine_arguments)
+        self.reference = self.engine.without_adapters if initial is None else read_only(initial, engine_arguments)
+        self.scorer = read_only(scorer, engine_arguments)
         self.shares_features = share_lower(policy.trunk, scorer.trunk)
         self.cache = FeatureCache()
         self.cache.fill(policy.trunk, [e.ids for e in self.rehearsal], description="rehearsal hidden states")
@@ -105,8 +110,8 @@ class PPOTrainer:
         settings = GenerationSettings(self.arguments.max_new_tokens, self.arguments.temperature, self.arguments.top_p)
         return generate(
             self.policy.causal_lm, self.tokenizer, [p.ids for p in prompts], settings,
-            seeds=[stream_seed(self.seed, "rollout", step, place) for place in places], engine=self.engine.deepspeed,
-            description="rollouts",
+            seeds=[stream_seed(self.seed, "rollout", step, place) for place in places],
+            engine=self.engine.gathers_for_generation, description="rollouts",
         )  # fmt: skip
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,19 +59,20 @@ def train_rejection(
     report_to: Sequence[str] = (),
     checkpoint: CheckpointArguments | None = None,
     gold: Callable[[PromptRow, str], float] | None = None,
+    reference: PolicyModel | None = None,
 ) -> dict[str, Any]:
     """``total_steps`` rounds of ``rollout_batch_size`` responses, ``rejection_samples`` a prompt; one optimiser step a
     round on what is kept."""
     a, world = arguments, world_size()
     per_round = check_rounds(a)
-    reference = policy.reference()
+    initial = None if engine_arguments.lora_r else reference or policy.reference()
     per_device = a.per_device_train_batch_size
     engine = Engine(
         policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
         micro_batch_size=per_device, gradient_accumulation_steps=1,
     )  # fmt: skip
-    read_only(reference, engine_arguments)
-    read_only(scorer, engine_arguments)
+    before = engine.without_adapters if initial is None else read_only(initial, engine_arguments)
+    scorer = read_only(scorer, engine_arguments)
     settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p)
     snapshots = Snapshots(folder, engine, checkpoint)
     done, carried = snapshots.restore()
@@ -86,11 +88,12 @@ def train_rejection(
             mine = [prompts[indices[p]] for p in places for _ in range(a.rejection_samples)]
             seeds = [stream_seed(seed, "rollout", step, p, k) for p in places for k in range(a.rejection_samples)]
             rollouts: list[Rollout] = generate(
-                policy.causal_lm, tokenizer, [p.ids for p in mine], settings, seeds=seeds, engine=engine.deepspeed
+                policy.causal_lm, tokenizer, [p.ids for p in mine], settings, seeds=seeds,
+                engine=engine.gathers_for_generation,
             )  # fmt: skip
             examples = [r.encoded for r in rollouts]
-            scores = scorer.score_encoded(examples).tolist()
-            kl = _kl(policy, reference, engine, examples, per_device, a.temperature)
+            scores = _scores(scorer, examples, per_device)
+            kl = _kl(policy, before, engine, examples, per_device, a.temperature)
             kept = [examples[i] for i in keep(scores, a.rejection_samples, a.rejection_threshold)]
             loss = _imitate(engine, policy, [e for part in gather_objects(kept) for e in part], per_device)
             golds = [gold(p.row, r.text) for p, r in zip(mine, rollouts, strict=True)] if gold else []
@@ -114,8 +117,18 @@ def train_rejection(
     return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
 
 
+@torch.no_grad()
+def _scores(scorer: Any, examples: Sequence[Encoded], per_device: int) -> list[float]:
+    # Fixed chunks, not length-sorted ones: under ZeRO-3 every rank must run the same number of forwards.
+    chunks = [examples[start : start + per_device] for start in range(0, len(examples), per_device)]
+    scores = [s for c in chunks for s in scorer.advantage(*scorer(*scorer.prepare(c))).tolist()]
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("the scorer gave a score that is not finite")
+    return scores
+
+
 def _kl(
-    policy: PolicyModel, reference: PolicyModel, engine: Engine, examples: Sequence[Encoded], per_device: int,
+    policy: PolicyModel, reference: Callable[..., Any], engine: Engine, examples: Sequence[Encoded], per_device: int,
     temperature: float,
 ) -> float:  # fmt: skip
     """Sum over responses of log π(y) − log π_init(y)."""

@@ -57,7 +57,9 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         initial, inputs = world.folder / "model", [world]
     else:
         model = run.stage(
-            "initial-policy", {"model": recipe.model_name_or_path}, lambda f: stages.run_materialise(recipe, f)
+            "initial-policy",
+            {"model": recipe.model_name_or_path, "bf16": recipe.engine.bf16},
+            lambda f: stages.run_materialise(recipe, f),
         )
         initial, inputs = model.folder, [model]
     settings_data = {**part["data"]}

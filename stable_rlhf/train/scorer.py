@@ -18,9 +18,10 @@ from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, ScorerArguments
-from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
+from stable_rlhf.train.engine import HEADS, Engine, barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
+from stable_rlhf.train.weights import gathered
 
 
 @dataclass
@@ -235,9 +236,11 @@ def train_scorer(
             tracker.log(step, metrics)
             bar.advance(note=f"loss {loss_sum:.3f}")
             snapshots.save(step, {"tokens": tokens}, last=steps)
-    with engine.whole_weights():
+    engine.save_model(folder)
+    heads = [m for name, m in model.named_children() if name in HEADS]
+    with gathered([p for head in heads for p in head.parameters()]):
         if is_main_process():
-            model.save_pretrained(folder)
+            model.save_heads(folder)
     barrier()
     tracker.close()
     engine.close()

@@ -17,8 +17,11 @@ from stable_rlhf.train.config import CheckpointArguments, EngineArguments, SFTAr
 from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
+from stable_rlhf.train.weights import gathered
 
 _NLL = PolicyLossConfig(rehearsal_coef=1.0)  # an SFT token is a rehearsal token of weight one
+AVERAGE = "ema"  # folder of the averaged policy inside the policy's
+_VALUE_HEAD = "value_head.safetensors"
 
 
 def nll_step(engine: Engine, policy: PolicyModel, micros: Sequence[Sequence[Encoded]], cache: FeatureCache) -> float:
@@ -89,14 +92,19 @@ def train_sft(
 
 
 def save_policy(engine: Engine, policy: PolicyModel, tokenizer: Any, folder: Path) -> None:
-    """Weights (safetensors), configuration and tokenizer as plain transformers loads them, and the critic's head."""
+    """Weights (safetensors; adapters merged), configuration and tokenizer as plain transformers loads them, and the
+    critic's head; with LoRA also the adapter, in `adapter`, and with `ema_decay` the averaged policy, in `ema`."""
     from safetensors.torch import save_file
 
-    with engine.whole_weights():
+    engine.save_model(folder)
+    if engine.average is not None:
+        engine.save_model(folder / AVERAGE, average=True)
+    head = policy.value_head
+    with gathered(list(head.parameters()) if head is not None else []):
         if is_main_process():
-            policy.causal_lm.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            if policy.value_head is not None:
-                head = {k: v.detach().clone() for k, v in policy.value_head.state_dict().items()}
-                save_file(head, folder / "value_head.safetensors")
+            for place in (folder, folder / AVERAGE):
+                if place.is_dir():
+                    tokenizer.save_pretrained(place)
+            if head is not None:
+                save_file({k: v.detach().clone() for k, v in head.state_dict().items()}, folder / _VALUE_HEAD)
     barrier()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,26 @@ from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
 from stable_rlhf.evaluate.metrics import scorer_evaluation
-from stable_rlhf.evaluate.policies import against, mean_kl, respond
-from stable_rlhf.generate import GenerationSettings, generate
-from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer
+from stable_rlhf.evaluate.policies import against, mean_kl
+from stable_rlhf.generate import GenerationSettings, Rollout, generate
+from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
-from stable_rlhf.train.config import PPOArguments, Recipe, ScorerArguments, SelectArguments
+from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe, ScorerArguments, SelectArguments
 from stable_rlhf.train.datasets import PromptSplits, load_demonstrations, load_preferences, load_prompts, locate
-from stable_rlhf.train.engine import barrier, device, gather_objects
+from stable_rlhf.train.engine import (
+    barrier,
+    device,
+    gather_objects,
+    loading_in_shards,
+    rank,
+    read_only,
+    release,
+    world_size,
+)
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
@@ -39,17 +49,51 @@ Result = dict[str, Any]
 
 
 def load_policy(
-    path: str, *, num_trainable_layers: int | None = None, value_head: bool = False, dtype: torch.dtype = torch.float32
-) -> PolicyModel:
-    """A policy on this process's device; float32 to train, ``_reading_dtype`` to read."""
-    return PolicyModel(
-        load_causal_lm(path, dtype=dtype), num_trainable_layers=num_trainable_layers, value_head=value_head
-    ).to(device())  # fmt: skip
+    path: str, engine: EngineArguments | None = None, *, num_trainable_layers: int | None = None,
+    value_head: bool = False, frozen: bool = False,
+) -> PolicyModel:  # fmt: skip
+    """A policy on this process's device in the engine's type (without one float32); in shards, for an engine to take
+    over, where ``in_shards`` says so."""
+    shards = engine is not None and in_shards(engine, path, num_trainable_layers)
+    with loading_in_shards(engine, frozen=frozen) if engine and shards else nullcontext():
+        model = load_causal_lm(path, dtype=_dtype(engine))
+    return PolicyModel(model, num_trainable_layers=num_trainable_layers, value_head=value_head).to(device())
 
 
-def _reading_dtype(recipe: Recipe) -> torch.dtype:
-    """The type of models that do not train."""
-    return torch.bfloat16 if recipe.engine.bf16 else torch.float32
+def in_shards(engine: EngineArguments, path: str, num_trainable_layers: int | None) -> bool:
+    """Whether a model is divided over the ranks while it is loaded: under ZeRO-3, but for split backbones (no engine
+    gathers their frozen lower blocks) and GGUF files (every rank reads those)."""
+    return engine.zero_stage == 3 and num_trainable_layers is None and resolve_model(path)[1] is None
+
+
+def _dtype(engine: EngineArguments | None) -> torch.dtype:
+    # To train as well: DeepSpeed casts to bfloat16 before it makes its float32 master weights.
+    return torch.bfloat16 if engine is not None and engine.bf16 else torch.float32
+
+
+def load_reader(path: str, engine: EngineArguments, *, num_trainable_layers: int | None = None) -> Any:
+    """A policy that only reads, whole on this device. Where the settings say that a device cannot hold one
+    (``ds3_gather_for_generation`` false) it lies in shards, and all ranks must use it in step."""
+    if engine.zero_stage != 3 or engine.ds3_gather_for_generation:
+        whole = replace(engine, zero_stage=0)
+        return load_policy(path, whole, num_trainable_layers=num_trainable_layers)
+    return read_only(load_policy(path, engine, num_trainable_layers=num_trainable_layers, frozen=True), engine)
+
+
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[EncodedPrompt], settings: GenerationSettings, seeds: Sequence[int],
+    description: str,
+) -> list[Rollout]:  # fmt: skip
+    """One response a prompt, all of them on every rank. A policy in shards is slow to sample from, whatever the size of
+    a batch, so there each rank answers a share of the prompts."""
+    world = 1 if isinstance(model, PolicyModel) else world_size()
+    mine = list(range(rank() % world, len(prompts), world)) or [0]  # no rank may stay away from the others' forwards
+    found = generate(
+        model.causal_lm, tokenizer, [prompts[i].ids for i in mine], settings, seeds=[seeds[i] for i in mine],
+        description=description,
+    )  # fmt: skip
+    parts = gather_objects(found) if world > 1 else [found]
+    return [parts[i % world][i // world] for i in range(len(prompts))]
 
 
 def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
@@ -81,12 +125,14 @@ def run_world(recipe: Recipe, folder: Path) -> Result:
 def run_materialise(recipe: Recipe, folder: Path) -> Result:
     """Load the initial policy once (hub, folder or GGUF) and keep it as plain safetensors."""
     assert recipe.model_name_or_path is not None
-    model, tokenizer = load_causal_lm(recipe.model_name_or_path), load_tokenizer(recipe.model_name_or_path)
-    if is_main_process():
+    result: Result = {"model": recipe.model_name_or_path}
+    if is_main_process():  # alone: a large model is not read once a process
+        model = load_causal_lm(recipe.model_name_or_path, dtype=_dtype(recipe.engine))
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(recipe.model_name_or_path).save_pretrained(folder)
+        result["parameters"] = sum(p.numel() for p in model.parameters())
     barrier()
-    return {"model": recipe.model_name_or_path, "parameters": sum(p.numel() for p in model.parameters())}
+    return result
 
 
 def run_sft(recipe: Recipe, model: str, folder: Path, *, early_share: float | None = None) -> Result:
@@ -94,7 +140,7 @@ def run_sft(recipe: Recipe, model: str, folder: Path, *, early_share: float | No
     if not recipe.data.demonstrations:
         raise DataError("data.demonstrations: name at least one prompt/response file")
     tokenizer = load_tokenizer(model)
-    policy = load_policy(model)
+    policy = load_policy(model, recipe.engine)
     data = replace(recipe.data, max_length=min(recipe.data.max_length, context_length(policy.causal_lm.config)))
     examples, _ = load_demonstrations(data, data.demonstrations, tokenizer)
     return dict(
@@ -144,7 +190,9 @@ def run_scorer(
     chosen: list[Comparison] = rows.train if split == "train" else rows.judge
     if not chosen:
         raise DataError("data.judge_fraction is 0, so there are no pairs to train a judge on")
-    trunk = load_causal_lm(backbone).base_model
+    shards = in_shards(recipe.engine, backbone, arguments.num_trainable_layers)
+    with loading_in_shards(recipe.engine) if shards else nullcontext():
+        trunk = load_causal_lm(backbone, dtype=_dtype(recipe.engine)).base_model
     limits = min(recipe.data.max_length, context_length(trunk.config)), recipe.data.max_prompt_length
     train, long = encode_comparisons(chosen, tokenizer, *limits)
     counts: dict[str, int] = {}
@@ -179,7 +227,7 @@ def run_scorer(
     # Scores are taken from what was saved: what a user loads is what is measured.
     barrier()
     saved = AdvantageModel.from_pretrained(
-        folder, dtype=_reading_dtype(recipe), num_trainable_layers=arguments.num_trainable_layers
+        folder, dtype=_dtype(recipe.engine), num_trainable_layers=arguments.num_trainable_layers
     ).to(device())  # fmt: skip
     scores = score_pairs(saved, test, cache)
     scores["rows"] = _digest(test)
@@ -248,13 +296,11 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
             len(prompts), generator=torch.Generator().manual_seed(stream_seed(recipe.seed, "candidates"))
         ).tolist()
         prompts = [prompts[i] for i in sorted(order[: s.max_candidates])]
-    model = load_policy(policy, dtype=_reading_dtype(recipe))
+    model = load_reader(policy, recipe.engine)
     settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
-    rollouts = generate(
-        model.causal_lm, tokenizer, [p.ids for p in prompts], settings, seeds=seeds, description="candidates"
-    )
-    judge = AdvantageModel.from_pretrained(scorer, dtype=_reading_dtype(recipe)).to(device())
+    rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
+    judge = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
     check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     scores = judge.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
     candidates: list[dict[str, Any]] = [
@@ -267,6 +313,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     if "entropy" in s.criteria:
         for candidate, value in zip(candidates, _entropies(model, rollouts), strict=True):
             candidate["entropy"] = value
+    release(model)
     outside = []
     if recipe.data.rehearsal:
         outside = read_demonstrations(
@@ -326,9 +373,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     arguments: PPOArguments = recipe.ppo
-    judge = AdvantageModel.from_pretrained(
-        scorer, dtype=_reading_dtype(recipe), num_trainable_layers=recipe.scorer.num_trainable_layers
-    )
+    layers = recipe.scorer.num_trainable_layers
+    with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
+        judge = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine), num_trainable_layers=layers)
     check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
     wanted = "am" if variant.startswith("am") else "rm"
     if judge.settings.objective != wanted:
@@ -339,14 +386,18 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
         raise ValueError(
             f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K"
         )
+    layers = arguments.num_trainable_layers
     critic = variant not in ("rejection", "am-critic-free")
-    model = load_policy(policy, num_trainable_layers=arguments.num_trainable_layers, value_head=critic)
+    model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=critic)
+    reference = None
+    if in_shards(recipe.engine, policy, layers) and not recipe.engine.lora_r:
+        reference = load_policy(policy, recipe.engine, frozen=True)  # shards cannot be copied
     gold = _gold(recipe)
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
     if variant == "rejection":
         return train_rejection(
             model, tokenizer, judge, prompts, arguments, recipe.engine, folder,
-            seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold,
+            seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold, reference=reference,
         )  # fmt: skip
     old = []
     if variant == "am-sr":
@@ -364,8 +415,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
                     "ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO"
                 )
     trainer = PPOTrainer(
-        model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed
-    )
+        model, tokenizer, judge, arguments, recipe.engine, reference=reference, rehearsal=old,
+        moving_average=variant == "rm-ma", seed=seed,
+    )  # fmt: skip
     return trainer.train(
         prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
         guard_arguments=recipe.guard, gold=gold,
@@ -395,7 +447,7 @@ def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
         )  # fmt: skip
     if scorer is None:
         raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
-    model = AdvantageModel.from_pretrained(scorer, dtype=_reading_dtype(recipe)).to(device())
+    model = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
     return ScorerJudge(
         lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
     )
@@ -421,7 +473,7 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
 
 
 def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
-    model = AdvantageModel.from_pretrained(folder, dtype=_reading_dtype(recipe)).to(device())
+    model = AdvantageModel.from_pretrained(folder, dtype=_dtype(recipe.engine)).to(device())
     longest = min(recipe.data.max_length, model.max_length)
     test, long = encode_comparisons(rows, model.tokenizer, longest, recipe.data.max_prompt_length)
     if long:
@@ -477,18 +529,21 @@ def run_evaluate(
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
     settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.evaluate.temperature, recipe.ppo.top_p)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
-    reference = load_policy(baseline, num_trainable_layers=layers, dtype=_reading_dtype(recipe))
-    answers = {
-        on: respond(reference, tokenizer, [p.ids for p in part], settings, recipe.seed) for on, part in sets.items()
-    }
+    reference = load_reader(baseline, recipe.engine, num_trainable_layers=layers)
+
+    def respond(policy: Any, part: list[EncodedPrompt]) -> list[Rollout]:  # every policy meets the same random numbers
+        seeds = [recipe.seed * 1_000_003 + i for i in range(len(part))]
+        return answer(policy, tokenizer, part, settings, seeds, "evaluation responses")
+
+    answers = {on: respond(reference, part) for on, part in sets.items()}
     result: Result = {"policies": {}}
     records: list[dict[str, Any]] = []
     for name, path in policies.items():
-        policy = load_policy(path, num_trainable_layers=layers, dtype=_reading_dtype(recipe))
+        policy = load_reader(path, recipe.engine, num_trainable_layers=layers)
         result["policies"][name] = {}
         for on, part in sets.items():
             say(f"  {name} on the {on} set")
-            rollouts = respond(policy, tokenizer, [p.ids for p in part], settings, recipe.seed)
+            rollouts = respond(policy, part)
             kl = mean_kl(policy, reference, rollouts)
             rows = [p.row for p in part]
             judged = _on_main_process(
@@ -503,7 +558,8 @@ def run_evaluate(
                 }
                 for row, r, s, verdict in zip(rows, rollouts, answers[on], verdicts, strict=True)
             ]  # fmt: skip
-        del policy  # before the next one is loaded: large models do not fit twice
+        release(policy)  # before the next one is loaded: large models do not fit twice
+        del policy
     if is_main_process():
         write_jsonl(folder / "responses.jsonl.gz", records)
     barrier()

@@ -13,7 +13,7 @@ import torch
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.engine import Engine, rank, start, world_size
-from stable_rlhf.train.memory import engine_bytes, model_sizes
+from stable_rlhf.train.memory import Lora, engine_bytes, model_sizes
 from stable_rlhf.world import build_model, build_tokenizer
 
 BUCKET = 10**9  # bytes: no tensor of these models is as large, ZeRO 3's buffer for gradients is
@@ -36,7 +36,8 @@ def measure(tokenizer: Any, arguments: EngineArguments, layers: int | None) -> t
     """Bytes of an engine's tensors just before its second step, their estimate, and how many weights train."""
     before = held()
     built = build_model(tokenizer, hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
-    sizes = model_sizes(built.config, "", layers)
+    lora = Lora(arguments.lora_r, arguments.lora_dropout, ()) if arguments.lora_r else None
+    sizes = model_sizes(built.config, "", layers, lora=lora)
     policy = PolicyModel(built, num_trainable_layers=layers, value_head=True)
     engine = Engine(policy, arguments, learning_rate=1e-3, total_steps=4)
     for step in range(2):

@@ -14,6 +14,7 @@ from test_parallel import launch
 from stable_rlhf.train.config import EngineArguments, Recipe
 from stable_rlhf.train.memory import (
     GIB,
+    Lora,
     activation_bytes,
     block_bytes,
     engine_bytes,
@@ -127,6 +128,61 @@ def test_every_setting_moves_the_estimate_its_way():
     lines = remedies(recipe, world_size=8, devices_per_node=8, limit=80 * GIB)
     assert any(line.startswith("engine.bf16 true: ") for line in lines)
     assert lines[-1].startswith("all of these") and lines[-1].endswith("which fits")
+
+
+def changed(**settings: object) -> Recipe:
+    recipe = Recipe(model_name_or_path="nobody/nothing", model_shape=LLAMA_7B)
+    return replace(recipe, engine=replace(recipe.engine, bf16=True, gradient_checkpointing=True, **settings))
+
+
+def items(recipe: Recipe, stage: str, moment: str, world_size: int = 8) -> dict[str, int]:
+    found = estimate(recipe, world_size=world_size, devices_per_node=8)
+    return next(m.items for m in found.moments if (m.stage, m.name) == (stage, moment))
+
+
+def test_lora_by_hand():
+    sizes = model_sizes(read_config("nobody/nothing", LLAMA_7B)[0], "", None, lora=Lora(8, 0.1, ()))
+    adapters = 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert sizes.trained == adapters + 4097
+    assert sizes.adapter_ranks == 7 * 8 and sizes.adapter_inputs == 6 * 4096 + 11008
+    assert not sizes.trains_head
+    chosen = model_sizes(read_config("nobody/nothing", LLAMA_7B)[0], "", 2, lora=Lora(8, 0.0, ("q_proj", "v_proj")))
+    assert chosen.trained == 2 * 8 * 2 * 2 * 4096 + 4097 and chosen.adapter_inputs == 0
+    # The reference costs nothing: it is the policy.
+    frozen, alone = (items(changed(lora_r=r), "ppo", "update")["frozen"] for r in (0, 8))
+    assert frozen - alone == pytest.approx(2 * sizes.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (2, True)])
+def test_an_engine_with_lora_and_an_average_holds_what_is_estimated(one_process, tokenizer, stage, bf16, layers):
+    arguments = EngineArguments(zero_stage=stage, bf16=bf16, lora_r=8, ema_decay=0.9)
+    measured, wanted, trained = measure(tokenizer, arguments, layers)
+    assert wanted["average"] == 4 * trained and trained < 100_000
+    assert measured == pytest.approx(sum(wanted.values()), rel=0.02)
+
+
+def test_zero_3_shares_reference_scorer_loading_and_saving():
+    whole = read_config("nobody/nothing", LLAMA_7B)[0]
+    sizes, scorer = model_sizes(whole, "", None), model_sizes(whole, "", None, scorer=True)
+    largest = 2 * 32000 * 4096
+    plain, sharded = changed(zero_stage=2), changed(zero_stage=3)
+    both = 2 * (sizes.parameters + scorer.parameters)
+    assert items(plain, "ppo", "update")["frozen"] == both
+    assert items(sharded, "ppo", "update")["frozen"] == pytest.approx(both / 8, rel=0.01)
+    assert items(plain, "ppo", "loading")["loading"] == 2 * 2 * sizes.parameters
+    loading = (both + 2 * sizes.parameters) / 8 + largest
+    assert items(sharded, "ppo", "loading")["loading"] == pytest.approx(loading, rel=0.01)
+    assert items(sharded, "ppo", "saving")["gathered"] == largest
+    assert items(sharded, "ppo", "rollouts")["gathered"] == 2 * sizes.parameters
+    slow = changed(zero_stage=3, ds3_gather_for_generation=False)
+    assert "gathered" not in items(slow, "ppo", "rollouts")
+    assert items(slow, "selection", "rollouts")["weights"] == pytest.approx(2 * sizes.parameters / 8, rel=0.01)
+    assert items(sharded, "selection", "rollouts")["weights"] == 2 * sizes.parameters
+    offloaded = changed(zero_stage=2, offload_frozen=True)
+    assert items(offloaded, "ppo", "update")["frozen"] == 2 * 10**9
+    hosts = [estimate(r, world_size=8, devices_per_node=8).host_bytes for r in (plain, sharded, offloaded)]
+    assert hosts[0] == 8 * both and hosts[1] == both and hosts[2] == 8 * both
 
 
 def test_sizes_that_nobody_knows():

@@ -1,0 +1,122 @@
+"""A model's weights as plain transformers loads them: whole, adapters merged, written by rank 0; and their average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stable_rlhf.lora import adapted_layers, adapter_of, adapter_weights, save_adapter
+from stable_rlhf.progress import is_main_process
+
+ADAPTER = "adapter"  # folder inside a saved model's
+
+Whole = Callable[[Tensor], Tensor | None]
+
+
+def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
+    """Context in which these parameters are whole on every rank: ZeRO-3's shards are gathered, others left alone."""
+    import deepspeed
+
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
+    return context
+
+
+def whole(tensor: Tensor) -> Tensor | None:
+    """A weight's full value on rank 0, nothing on others; of a ZeRO-3 shard a copy in host memory."""
+    with gathered([tensor]):
+        if not is_main_process():
+            return None
+        return tensor.detach().to("cpu", copy=True) if hasattr(tensor, "ds_id") else tensor.detach()
+
+
+def plain_weights(model: nn.Module, value_of: Whole = whole) -> dict[str, Tensor]:
+    """Weights and buffers of a transformers model under its own names, on rank 0 (nothing on others): ZeRO-3's shards
+    are gathered one tensor at a time, and LoRA's adapters are added to the weights they adapt.
+
+    Every rank calls this. ``value_of`` gives a weight's full value, another one than its own where an average is saved.
+    """
+    adapted = {id(layer.base_layer.weight): layer for layer in adapted_layers(model)}
+    found: dict[str, Tensor] = {}
+    seen: dict[int, Tensor | None] = {}  # tied weights stay one tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".lora_" in name:
+            continue
+        if id(tensor) not in seen:
+            value = value_of(tensor)
+            if id(tensor) in adapted:
+                first, second, scaling = adapter_of(adapted[id(tensor)])
+                a, b = value_of(first), value_of(second)
+                if value is not None and a is not None and b is not None:
+                    value = (value.float() + scaling * (b.float() @ a.float()).to(value.device)).cpu()
+            seen[id(tensor)] = None if value is None else value.to(tensor.dtype)
+        if (kept := seen[id(tensor)]) is not None:
+            found[name.replace(".base_layer.", ".")] = kept
+    return found
+
+
+def save_model(model: Any, folder: Path, value_of: Whole = whole) -> None:
+    """Write a transformers model to ``folder`` as safetensors, and its adapter, where it has one, to
+    ``folder/adapter``. Every rank calls this; rank 0 writes."""
+    weights = plain_weights(model, value_of)
+    if is_main_process():
+        model.save_pretrained(folder, state_dict=weights)
+    if adapted_layers(model):
+        adapter = adapter_weights(model, value_of)
+        if is_main_process():
+            save_adapter(model, adapter, folder / ADAPTER)
+
+
+class Average:
+    """Exponential moving average of the weights that train, in float32: e ← decay · e + (1 − decay) · w.
+
+    Under ZeRO-3 each rank averages its own shards.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.values = {id(p): _shard(p).detach().float().clone() for p in self.parameters.values()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take up the weights as they are now: once after each optimiser step."""
+        for parameter in self.parameters.values():
+            value = self.values[id(parameter)]
+            value.lerp_(_shard(parameter).detach().to(value.dtype), 1 - self.decay)
+
+    def whole(self, tensor: Any) -> Tensor | None:
+        """Like :func:`whole`, but the average of a weight that trains."""
+        value = self.values.get(id(tensor))
+        if value is None:
+            return whole(tensor)
+        if hasattr(tensor, "ds_id"):
+            parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, value)
+            value = torch.cat(parts)[: tensor.ds_numel].view(tensor.ds_shape)
+        return value.cpu() if is_main_process() else None
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages by the parameters' names, whole, on rank 0; every rank calls this."""
+        found = {name: self.whole(p) for name, p in self.parameters.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave, on any number of ranks."""
+        for name, parameter in self.parameters.items():
+            value, own = state[name].flatten(), self.values[id(parameter)]
+            if hasattr(parameter, "ds_id"):  # the last shards are padded
+                start = dist.get_rank() * own.numel()
+                value = nn.functional.pad(value, (0, own.numel() * dist.get_world_size() - value.numel()))
+                value = value[start : start + own.numel()]
+            own.copy_(value.view_as(own))
+
+
+def _shard(parameter: Any) -> Tensor:
+    held: Tensor = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
+    return held
