@@ -71,7 +71,7 @@ def train_rejection(
     )  # fmt: skip
     read_only(reference, engine_arguments)
     read_only(scorer, engine_arguments)
-    settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p)
+    settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p, tuple(a.stop))
     snapshots = Snapshots(folder, engine, checkpoint)
     done, carried = snapshots.restore()
     tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)

@@ -28,6 +28,7 @@ from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
 from stable_rlhf.train.sft import train_sft
+from stable_rlhf.vllm_rollouts import VLLMRollouts
 
 Result = dict[str, Any]
 
@@ -44,6 +45,10 @@ def load_policy(
 def _reading_dtype(recipe: Recipe) -> torch.dtype:
     """The type of models that do not train."""
     return torch.bfloat16 if recipe.engine.bf16 else torch.float32
+
+
+def _sampling(recipe: Recipe, temperature: float) -> GenerationSettings:
+    return GenerationSettings(recipe.ppo.max_new_tokens, temperature, recipe.ppo.top_p, tuple(recipe.ppo.stop))
 
 
 def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
@@ -193,7 +198,7 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
         raise DataError(
             "scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)"
         )
-    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
+    settings = _sampling(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
     prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
     sampled = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
@@ -215,7 +220,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
         ).tolist()
         prompts = [prompts[i] for i in sorted(order[: s.max_candidates])]
     model = load_policy(policy, dtype=_reading_dtype(recipe))
-    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
+    settings = _sampling(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
     rollouts = generate(
         model.causal_lm, tokenizer, [p.ids for p in prompts], settings, seeds=seeds, description="candidates"
@@ -290,7 +295,8 @@ def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) ->
 def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path) -> Result:
     """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am`` or ``am-sr``."""
     tokenizer = load_tokenizer(policy)
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    splits = load_prompts(recipe.data, tokenizer, recipe.seed)
+    prompts = splits.train
     arguments: PPOArguments = recipe.ppo
     judge = AdvantageModel.from_pretrained(
         scorer, dtype=_reading_dtype(recipe), num_trainable_layers=recipe.scorer.num_trainable_layers
@@ -329,11 +335,13 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
                     "ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO"
                 )
     trainer = PPOTrainer(
-        model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed
-    )
+        model, tokenizer, judge, arguments, recipe.engine, rehearsal=old, moving_average=variant == "rm-ma", seed=seed,
+        rollouts=VLLMRollouts(recipe.rollout.server, tokenizer) if recipe.rollout.server else None,
+    )  # fmt: skip
     return trainer.train(
         prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
-        guard_arguments=recipe.guard, gold=gold,
+        guard_arguments=recipe.guard, gold=gold, samples=splits.main[: recipe.rollout.sample_prompts],
+        sample_steps=recipe.rollout.sample_steps,
     )  # fmt: skip
 
 
@@ -367,7 +375,7 @@ def run_evaluate(
     tokenizer = load_tokenizer(baseline)
     splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
-    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.evaluate.temperature, recipe.ppo.top_p)
+    settings = _sampling(recipe, recipe.evaluate.temperature)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
     reference = load_policy(baseline, num_trainable_layers=layers, dtype=_reading_dtype(recipe))
     answers = {
