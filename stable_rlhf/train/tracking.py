@@ -13,9 +13,8 @@ from typing import Any
 
 from stable_rlhf.progress import is_main_process
 
-_METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
+METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
 _SERVICES = ("wandb", "trackio")
-_MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_reporters(report_to: Iterable[str]) -> None:
@@ -24,7 +23,7 @@ def check_reporters(report_to: Iterable[str]) -> None:
     Raises:
         ValueError: names the package, and the extra that brings it."""
     for name in report_to:
-        if importlib.util.find_spec(_MODULES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"report_to: {name} is not installed; `pip install 'stable-rlhf[tracking]'`, or leave it out"
             )
@@ -46,7 +45,7 @@ class Tracker:
         settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         check_reporters(report_to)
-        self.history: list[dict[str, float]] = _before(folder / _METRICS, after) if after else []
+        self.history: list[dict[str, float]] = _before(folder / METRICS, after) if after else []
         # Samples of a step are taken before that step's update, so those of ``after`` itself come again.
         self.samples: list[dict[str, Any]] = _before(folder / _SAMPLES, after - 1) if after else []
         self._folder, self._main = folder, is_main_process()
@@ -56,7 +55,7 @@ class Tracker:
         if not self._main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / _METRICS).open("w")
+        self._file = (folder / METRICS).open("w")
         self._file.writelines(json.dumps(row) + "\n" for row in self.history)
         (folder / _SAMPLES).unlink(missing_ok=True)
         self._write_samples(self.samples)

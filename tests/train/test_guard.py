@@ -153,7 +153,7 @@ def test_a_task_whose_score_moves_against_the_others_is_named():
         guard.look(step, {**CALM, "score_std": 0.3}, [s for s in scores if s[0] != "new" or step == 1])
     ((step, name, text),) = guard.warnings
     assert name == "task_drift" and "task 'math'" in text and step > 32
-    assert "-1.0" in text  # standard deviations below the median task, as soon as it is more than one
+    assert "moved -1.1 standard deviations" in text  # as soon as it is more than one
 
 
 def test_tasks_that_move_together_or_are_few_say_nothing():
