@@ -34,8 +34,8 @@ class Tracker:
 
     Args:
         folder: The stage's working folder.
-        report_to: ``tensorboard``, ``wandb``, ``trackio``. The last two take project and account from their own
-            variables (WANDB_PROJECT, WANDB_MODE=offline, …); the project is ``stable_rlhf`` where none is named.
+        report_to: ``tensorboard``, ``wandb``, ``trackio``. The project is WANDB_PROJECT or TRACKIO_PROJECT, else
+            ``stable_rlhf``; account and mode (WANDB_MODE=offline) come from the packages' own variables.
         after: The step that a resumed stage goes on from; what was logged beyond it will be logged again.
         settings: What wandb and trackio show as the run's configuration.
     """
