@@ -132,7 +132,8 @@ def test_a_response_cut_at_a_stop_string_is_finished_and_unpunished(make, tokeni
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"stop": ["a", ""]}, r"ppo\.stop"), ({"rollout_importance_clip": 0.0}, r"rollout_importance_clip must be above 0"),
+    [({"stop": ["a", ""]}, r"ppo\.stop"),
+     ({"rollout_importance_clip": 0.0}, r"rollout_importance_clip must be above 0"),
      ({"kl_target": 0.0}, r"ppo\.kl_target must be above 0")],
 )  # fmt: skip
 def test_bad_settings_are_named(settings, message):
