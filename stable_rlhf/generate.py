@@ -1,8 +1,8 @@
-"""Rollouts with transformers' ``generate``, reproducible prompt by prompt.
+"""Rollouts: one interface, and transformers' ``generate`` behind it, reproducible prompt by prompt.
 
 Every prompt draws its tokens from its own stream of uniform numbers, seeded by the caller (for training: by the
 prompt's global index and step), so what is sampled does not depend on the batch size or on how many ranks share
-the work.
+the work. ``vllm_rollouts.py`` has the same interface over a vLLM server.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ from stable_rlhf.progress import progress
 @dataclass(frozen=True)
 class GenerationSettings:
     """How responses are sampled: ``temperature`` 0 is greedy, ``top_p`` keeps the smallest set of tokens with at least
-    that probability."""
+    that probability, and a response ends with EOS or with the token that completes one of the ``stop`` strings."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -36,15 +38,66 @@ class GenerationSettings:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response: its token ids with the prompt's, its text, and whether it ended by itself (EOS)."""
+    """One sampled response.
+
+    encoded: token ids of prompt and response; EOS or the tokens of a stop string, where it ended with them, included.
+    text: of the response, without EOS and the stop string.
+    finished: it ended by itself, not at ``max_new_tokens``.
+    logprobs: of each response token under the distribution that it was drawn from (``temperature`` and ``top_p``
+        applied), nats; None when greedy.
+    """
 
     encoded: Encoded
     text: str
     finished: bool
+    logprobs: tuple[float, ...] | None = None
+
+
+class RolloutEngine(Protocol):
+    """Where a trainer's responses come from."""
+
+    holds_a_copy: bool  # of the policy: its weights must be loaded after every update
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """One response per prompt (token ids), drawn from the stream of its own seed; every rank calls this."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take up the weights (safetensors, as transformers saves them) in ``folder``; only the first rank calls."""
+        ...
+
+
+class LocalRollouts:
+    """The policy itself, by transformers' ``generate``; ``engine`` is the DeepSpeed engine around it, if any."""
+
+    holds_a_copy = False
+
+    def __init__(self, causal_lm: Any, tokenizer: Any, engine: Any = None) -> None:
+        self.causal_lm, self.tokenizer, self.engine = causal_lm, tokenizer, engine
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        return generate(
+            self.causal_lm, self.tokenizer, prompts, settings, seeds=seeds, engine=self.engine, description="rollouts"
+        )
+
+    def load(self, folder: Path) -> None:
+        raise ValueError("the policy samples itself: there is no copy to load weights into")
+
+
+def response_text(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> str:
+    """The text of response tokens, up to the first stop string in it."""
+    text: str = tokenizer.decode(response, skip_special_tokens=True)
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
 class _SampleByUniforms:
@@ -56,6 +109,7 @@ class _SampleByUniforms:
 
         self.uniforms = uniforms  # [B, max_new_tokens] float64
         self.prompt_length = prompt_length
+        self.logprobs: list[Tensor] = []  # of what was drawn, [B] a step
         self.warpers: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
         if settings.top_p < 1:
             self.warpers.append(TopPLogitsWarper(settings.top_p))
@@ -64,12 +118,36 @@ class _SampleByUniforms:
         scores = scores.float()
         for warper in self.warpers:
             scores = warper(input_ids, scores)
-        cumulative = scores.softmax(-1).double().cumsum(-1)  # [B, V]
+        probability = scores.softmax(-1)
+        cumulative = probability.double().cumsum(-1)  # [B, V]
         draw = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, draw, right=True)
         # A draw of the very last bit could fall on trailing tokens of probability 0: step back to a possible one.
         chosen = chosen.clamp_max(scores.shape[-1] - 1)
+        self.logprobs.append(probability.gather(1, chosen).log().squeeze(1))
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+class _StopAtStrings:
+    """A stopping criterion: a row ends with the token that completes a stop string in the response's text.
+
+    (transformers' own also matches strings that begin inside the prompt, and does not say where a row ended.)"""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int, rows: int) -> None:
+        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+        # A token has at least one byte of text; four more, lest a piece of a character or a stripped space be first.
+        self.window = max(len(s.encode()) for s in stop) + 4
+        self.ends: list[int | None] = [None] * rows  # response tokens, the completing one included
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        length = input_ids.shape[1] - self.prompt_length
+        tails = input_ids[:, input_ids.shape[1] - min(length, self.window) :].tolist()
+        for i, tail in enumerate(tails):
+            if self.ends[i] is None:
+                text = self.tokenizer.decode(tail, skip_special_tokens=True)
+                if any(s in text for s in self.stop):
+                    self.ends[i] = length
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
 
 def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
@@ -139,39 +217,55 @@ def generate(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {settings.max_new_tokens} that is more than "
                 f"the model's context of {limit}: lower data.max_prompt_length or ppo.max_new_tokens"
             )
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, use_cache=True
     )
     device = next(causal_lm.parameters()).device
-    was_training = causal_lm.training
+    was_training, own_config = causal_lm.training, causal_lm.generation_config
+    # transformers fills what a configuration leaves open from the model's own: a repetition penalty there, say, would
+    # sample from another distribution than the one that is trained.
+    causal_lm.generation_config = config
     causal_lm.eval()
     rollouts: list[Rollout | None] = [None] * len(prompts)
     batches = length_batches([len(p) + settings.max_new_tokens for p in prompts], max_tokens)
     in_step = engine is None and bool(_partitioned(causal_lm))
     if in_step and batches:  # every rank must run the same number of forwards: some repeat their last batch
         batches += [batches[-1]] * (_most_over_ranks(len(batches), device) - len(batches))
-    with _whole_weights(causal_lm, engine), progress(description, total=len(prompts), unit="responses") as bar:
-        for rows in batches:
-            batch = pad_sequences([prompts[i] for i in rows], side="left", pad_token_id=pad, device=device)
-            processors = LogitsProcessorList()
-            width = batch.input_ids.shape[1]
-            if not greedy:
-                assert seeds is not None
-                uniforms = _uniforms([seeds[i] for i in rows], settings.max_new_tokens, device)
-                processors.append(_SampleByUniforms(uniforms, width, settings))
-            output = causal_lm.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                generation_config=config, logits_processor=processors, synced_gpus=in_step,
-            )  # fmt: skip
-            for i, new in zip(rows, output[:, width:].tolist(), strict=True):
-                # The first EOS ends the response; what follows is padding, even where both have the same id.
-                finished = eos in new
-                response = new[: new.index(eos) + 1] if finished else new
-                text = tokenizer.decode(response[:-1] if finished else response, skip_special_tokens=True)
-                rollouts[i] = Rollout(Encoded((*prompts[i], *response), len(prompts[i])), text, finished)
-            bar.advance(len(rows))
-    causal_lm.train(was_training)
+    try:
+        with _whole_weights(causal_lm, engine), progress(description, total=len(prompts), unit="responses") as bar:
+            for rows in batches:
+                batch = pad_sequences([prompts[i] for i in rows], side="left", pad_token_id=pad, device=device)
+                width = batch.input_ids.shape[1]
+                sampler, stopper = None, None
+                if not greedy:
+                    assert seeds is not None
+                    uniforms = _uniforms([seeds[i] for i in rows], settings.max_new_tokens, device)
+                    sampler = _SampleByUniforms(uniforms, width, settings)
+                if settings.stop:
+                    stopper = _StopAtStrings(tokenizer, settings.stop, width, len(rows))
+                output = causal_lm.generate(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
+                    logits_processor=LogitsProcessorList([sampler] if sampler else []),
+                    stopping_criteria=StoppingCriteriaList([stopper] if stopper else []), synced_gpus=in_step,
+                )  # fmt: skip
+                logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler else None
+                for row, (i, new) in enumerate(zip(rows, output[:, width:].tolist(), strict=True)):
+                    # The first EOS or stop string ends the response; what follows is padding, whatever its id.
+                    ends = [new.index(eos) + 1] if eos in new else []
+                    if stopper and (end := stopper.ends[row]) is not None:
+                        ends.append(end)
+                    response = new[: min(ends, default=len(new))]
+                    rollouts[i] = Rollout(
+                        Encoded((*prompts[i], *response), len(prompts[i])),
+                        response_text(tokenizer, response, settings.stop),
+                        finished=bool(ends),
+                        logprobs=tuple(logprobs[row][: len(response)]) if logprobs else None,
+                    )
+                bar.advance(len(rows))
+    finally:
+        causal_lm.generation_config = own_config
+        causal_lm.train(was_training)
     return [r for r in rollouts if r is not None]

@@ -16,13 +16,16 @@ from stable_rlhf.data.packing import Encoded
 
 @dataclass
 class Experience:
-    """One rollout with all that an update needs; per-token tensors are float32 [response tokens] on the CPU."""
+    """One rollout with all that an update needs; per-token tensors are float32 [response tokens] on the CPU.
+
+    ``old_logprob`` is the trainer's own, ``rollout_logprob`` what the rollout engine said when it drew the token."""
 
     encoded: Encoded
     score: float
     old_logprob: Tensor
     ref_logprob: Tensor
     value: Tensor
+    rollout_logprob: Tensor | None = None
     features: Tensor | None = None
     advantage: Tensor | None = None
     returns: Tensor | None = None
@@ -84,3 +87,21 @@ def add_advantages(
         advantage = ops.masked_whiten(advantage, group=group)
     for experience, a, r in zip(experiences, advantage.split(lengths), returns.split(lengths), strict=True):
         experience.advantage, experience.returns = a, r
+
+
+def logprob_gap(experiences: Sequence[Experience]) -> Tensor:
+    """log π_trainer − log π_rollout of every response token that both know: [tokens]. Zero but for rounding when the
+    engine that sampled computes what the trainer computes."""
+    known = [e.old_logprob - e.rollout_logprob for e in experiences if e.rollout_logprob is not None]
+    return torch.cat(known) if known else torch.zeros(0)
+
+
+def correct_for_rollouts(experiences: Sequence[Experience], clip: float) -> None:
+    """Multiply each token's advantage by min(π_trainer / π_rollout, ``clip``).
+
+    Importance sampling, truncated (Ionides 2008): the tokens were drawn by the rollout engine, whose distribution is
+    not quite the one that PPO's ratio starts from. The weights are constants; returns are left as they are."""
+    for e in experiences:
+        if e.rollout_logprob is not None:
+            assert e.advantage is not None
+            e.advantage = e.advantage * (e.old_logprob - e.rollout_logprob).exp().clamp_max(clip)

@@ -75,7 +75,8 @@ def mixed_loss(
     """L_PPO + γ · NLL + vf_coef · L_value of one micro-batch, each sum divided by its own global count; L_value is 0
     without a critic.
 
-    Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut."""
+    Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut; ``max_log_ratio``,
+    the largest |log π − log π_old|, is a maximum instead."""
     # Rehearsal text was not sampled at this temperature: its NLL is the model's own.
     temperatures = torch.where(batch.kind == REHEARSAL, 1.0, temperature)
     result = engine(
@@ -102,5 +103,6 @@ def mixed_loss(
         "clip_fraction": output.metrics["clip_fraction"] * share,
         "approx_kl": output.metrics["approx_kl"] * share,
         "entropy": output.metrics["entropy"] * share,
+        "max_log_ratio": torch.where(ours, output.logprob - batch.old_logprob, 0.0).abs().max(),
     }
     return loss, metrics

@@ -113,15 +113,37 @@ class CheckpointArguments:
 
 @dataclass
 class GuardArguments:
-    """The stability guard of PPO: it warns about clipping, entropy, length, gradients; about the KL it can also stop.
+    """The stability guard of PPO: it warns about KL, clipping, entropy, length, tasks, gradients, rollouts.
 
     Args:
         max_kl: KL to the initial policy, in nats a response, that is too much (unset: no limit).
-        on_kl: ``warn`` and go on, or ``stop``: the policy of that moment is saved, and the stage stays unfinished.
+        on_kl: ``warn`` and go on; ``lower_target`` also halves ppo.kl_target; ``stop``: the policy of that moment is
+            saved, and the stage stays unfinished.
+        max_update_kl: KL of the policy to the one that sampled, in nats a token, at which the rest of a step's updates
+            is left out (unset: no limit).
+        on_nonfinite: A loss or gradient norm that is not finite never reaches the weights: ``stop`` there, or ``skip``
+            that update and go on.
     """
 
     max_kl: float | None = None
-    on_kl: Literal["warn", "stop"] = "warn"
+    on_kl: Literal["warn", "lower_target", "stop"] = "warn"
+    max_update_kl: float | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class RolloutArguments:
+    """Where PPO's responses come from, and which are shown; a run may go on with other ones.
+
+    Args:
+        server: Address of a vLLM server that samples, http://host:port (unset: the policy itself, by transformers).
+        sample_steps: Answer the same few evaluation prompts after every so many steps, in samples.jsonl (0: never).
+        sample_prompts: How many of them.
+    """
+
+    server: str | None = None
+    sample_steps: int = 0
+    sample_prompts: int = 4
 
 
 @dataclass
@@ -321,6 +343,7 @@ class PPOArguments:
         rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.
         kl_coef: The paper's beta: weight of the per-token KL penalty in the reward.
         kl_estimator: Estimator of that penalty.
+        kl_target: Lead kl_coef towards this KL to the initial policy, in nats a response (unset: kl_coef is constant).
         cliprange: Clip range of the probability ratio.
         cliprange_high: Upper clip range, when different.
         cliprange_value: Clip range of the value function.
@@ -333,6 +356,8 @@ class PPOArguments:
         max_new_tokens: Longest response.
         temperature: Sampling temperature of rollouts, used for their log-probs too.
         top_p: Nucleus sampling.
+        stop: A response also ends with the token that completes one of these strings, and counts as finished.
+        rollout_importance_clip: Multiply each advantage by min(trainer / rollout probability, this) (unset: off).
         num_trainable_layers: Train only the last blocks (unset: all).
         warmup_ratio: Share of steps with rising learning rate.
         rejection_samples: Responses per prompt in rejection sampling.
@@ -352,6 +377,7 @@ class PPOArguments:
     rehearsal_prompts_in_ppo: bool = True
     kl_coef: float = 0.05
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target: float | None = None
     cliprange: float = 0.2
     cliprange_high: float | None = None
     cliprange_value: float = 0.2
@@ -364,6 +390,8 @@ class PPOArguments:
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 1.0
+    stop: list[str] = field(default_factory=list)
+    rollout_importance_clip: float | None = None
     num_trainable_layers: int | None = None
     warmup_ratio: float = 0.0
     rejection_samples: int = 4
@@ -422,7 +450,7 @@ class Recipe:
         output_dir: Where everything is written.
         seed: Seed of everything random.
         variants: Which policies to train and compare.
-        report_to: ``tensorboard`` and/or nothing; metrics.jsonl is always written.
+        report_to: ``tensorboard``, ``wandb``, ``trackio`` or none of them; metrics.jsonl is always written.
         model_shape: transformers' config fields of the policy (``model_type`` first), for the memory estimate of
             ``launch`` alone and only where the model's own config is not on this machine.
         scorer_model_shape: The same for scorer_model_name_or_path (unset: model_shape).
@@ -431,6 +459,7 @@ class Recipe:
         engine: DeepSpeed.
         checkpoint: Snapshots inside a stage.
         guard: What PPO is watched for.
+        rollout: Where PPO's responses come from.
         world: The generated skill world; used when model_name_or_path is unset.
         sft: Supervised fine-tuning.
         scorer: Reward and Advantage Model.
@@ -447,7 +476,7 @@ class Recipe:
     output_dir: str = "runs/default"
     seed: int = 0
     variants: list[Variant] = field(default_factory=lambda: ["rm", "am", "am-sr"])
-    report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     model_shape: dict[str, Any] = field(default_factory=dict)
     scorer_model_shape: dict[str, Any] = field(default_factory=dict)
     launch: LaunchArguments = field(default_factory=LaunchArguments)
@@ -455,6 +484,7 @@ class Recipe:
     engine: EngineArguments = field(default_factory=EngineArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
     guard: GuardArguments = field(default_factory=GuardArguments)
+    rollout: RolloutArguments = field(default_factory=RolloutArguments)
     world: WorldArguments = field(default_factory=WorldArguments)
     sft: SFTArguments = field(default_factory=SFTArguments)
     scorer: ScorerArguments = field(default_factory=ScorerArguments)
@@ -476,20 +506,20 @@ _AT_LEAST_ONE = (
     "scorer.num_trainable_layers strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
     "select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
-    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples checkpoint.save_total_limit engine.lora_alpha "
-    "evaluate.judge_workers study.workers"
+    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples rollout.sample_prompts "
+    "checkpoint.save_total_limit engine.lora_alpha evaluate.judge_workers study.workers"
 )
 _ABOVE_ZERO = (
     "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
-    "world.hot_temperature ppo.temperature select.near_duplicate"
+    "world.hot_temperature ppo.temperature ppo.kl_target ppo.rollout_importance_clip guard.max_update_kl "
+    "select.near_duplicate"
 )
 _NOT_NEGATIVE = (
-    "seed launch.max_restarts checkpoint.save_steps data.max_pairs data.max_prompts_per_task engine.max_grad_norm "
-    "engine.weight_decay engine.lora_r guard.max_kl world.length_bonus sft.learning_rate sft.max_steps "
-    "scorer.learning_rate scorer.head_learning_rate scorer.expected_coef strength.examples select.max_candidates "
-    "ppo.learning_rate "
-    "ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value "
-    "ppo.vf_coef evaluate.temperature evaluate.tie_margin"
+    "seed launch.max_restarts checkpoint.save_steps rollout.sample_steps data.max_pairs data.max_prompts_per_task "
+    "engine.max_grad_norm engine.weight_decay engine.lora_r guard.max_kl world.length_bonus sft.learning_rate "
+    "sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef strength.examples "
+    "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
+    "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
@@ -534,6 +564,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")
+    if not all(recipe.ppo.stop):
+        raise ValueError("ppo.stop: an empty string would end every response at once")
+    server = recipe.rollout.server
+    if server is not None and not server.startswith(("http://", "https://")):
+        raise ValueError(f"rollout.server must be an address, http://host:port, got {server!r}")
+    if recipe.guard.on_kl == "lower_target" and (recipe.ppo.kl_target is None or recipe.guard.max_kl is None):
+        raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")
     if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
         raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
     _check_seeds(recipe.study)

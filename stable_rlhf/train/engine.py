@@ -53,6 +53,11 @@ def sum_over_ranks(values: Iterable[float]) -> list[float]:
     return total.tolist()
 
 
+def max_over_ranks(values: Iterable[float]) -> list[float]:
+    """Element-wise maxima over all ranks."""
+    return [max(column) for column in zip(*gather_objects([float(v) for v in values]), strict=True)]
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
@@ -178,11 +183,23 @@ def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
     return factor
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW with the flag of DeepSpeed's own optimisers: while ``overflow`` is set a step leaves the weights alone."""
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.overflow else super().step(closure)
+
+
 class Engine:
     """One DeepSpeed engine around a module whose ``forward`` computes its own loss.
 
     Gradients of all micro-steps and ranks are **summed** (DeepSpeed averages; :meth:`backward` undoes that), so a loss
     divided by a global count gives the same step however the batch is cut.
+
+    A loss or a gradient norm that is not finite never reaches the weights: it raises FloatingPointError, or, with
+    ``skip_nonfinite``, the optimiser step is left out (and so are all its micro-steps).
     """
 
     def __init__(
@@ -222,7 +239,8 @@ class Engine:
         groups = [{"params": [p for _, p in named if id(p) not in held], "lr": learning_rate}]
         groups.append({"params": heads, "lr": head_learning_rate or learning_rate})
         groups = [g for g in groups if g["params"]]
-        optimizer = torch.optim.AdamW(
+        kind = _AdamW if self.zero_stage == 0 else torch.optim.AdamW
+        optimizer = kind(
             groups, lr=learning_rate, betas=(arguments.adam_beta1, arguments.adam_beta2), eps=1e-8,
             weight_decay=arguments.weight_decay,
         )  # fmt: skip
@@ -231,7 +249,7 @@ class Engine:
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "gradient_clipping": arguments.max_grad_norm,
             "zero_optimization": {"stage": self.zero_stage},
-            "bf16": {"enabled": arguments.bf16},
+            "bf16": {"enabled": arguments.bf16, "check_grad_overflow": True},
             "zero_allow_untested_optimizer": True,
             "wall_clock_breakdown": False,
             "steps_per_print": 10**9,
@@ -256,6 +274,8 @@ class Engine:
         )
         self._norm = float("nan")
         self.average = Average(dict(named), arguments.ema_decay) if arguments.ema_decay else None
+        self.skip_nonfinite = False
+        self._dropping = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -271,29 +291,53 @@ class Engine:
     def eval(self) -> None:
         self.deepspeed.eval()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, drop: bool = False) -> None:
         """One micro-step: exactly one ``backward`` before each ``step``.
+
+        ``drop``, the same on every rank: leave out the optimiser step that this micro-step belongs to.
 
         Raises:
             FloatingPointError: the loss is not finite on some rank; this step has not touched the weights.
         """
-        if sum_over_ranks([float(not torch.isfinite(loss))])[0]:
+        broken = sum_over_ranks([float(not torch.isfinite(loss))])[0] > 0
+        if broken and not self.skip_nonfinite:
             raise FloatingPointError(
                 f"the loss is not finite (rank {rank()}: {float(loss.detach()):g}); the weights are those of the step "
                 "before. Look at the last rows of metrics.jsonl; lower learning_rate, or set max_grad_norm"
             )
+        if broken or drop:
+            # No finite gradient is left: under every ZeRO stage DeepSpeed then leaves the step out by itself, and
+            # forgets what the step's other micro-steps have gathered.
+            self._dropping = True
+            loss = loss * float("nan")
         self.deepspeed.backward(loss * (world_size() * self.accumulation))
 
-    def step(self) -> None:
-        """Ends a micro-step; the optimiser moves at each accumulation boundary."""
+    def step(self) -> bool:
+        """Ends a micro-step; the optimiser moves at each accumulation boundary. False: this step was left out.
+
+        Raises:
+            FloatingPointError: the gradient's norm is not finite; this step has not touched the weights.
+        """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         if self.zero_stage == 0 and boundary:
-            # Plain float32 training: DeepSpeed clips without keeping the norm.
+            # Plain float32 training: DeepSpeed clips without keeping the norm, and looks at nothing before it steps.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = float(nn.utils.get_total_norm(gradients)) if gradients else float("nan")
+            self.optimizer.overflow = bool(gradients) and not math.isfinite(self._norm)
         self.deepspeed.step()
-        if boundary and self.average is not None:
-            self.average.update()
+        if not boundary:
+            return True
+        dropped, self._dropping = self._dropping, False
+        if self.deepspeed.was_step_applied():
+            if self.average is not None:
+                self.average.update()
+            return True
+        if not (dropped or self.skip_nonfinite):
+            raise FloatingPointError(
+                "the gradient's norm is not finite; the weights are those of the step before. Look at this step's data "
+                "and the last rows of metrics.jsonl; lower learning_rate"
+            )
+        return False
 
     @property
     def learning_rate(self) -> float:

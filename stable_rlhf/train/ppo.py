@@ -1,20 +1,25 @@
 """PPO with Selective Rehearsal (Eq. 2 and 9), from top to bottom.
 
 for every step:
-    sample responses with the policy              generate
+    sample responses with the policy              generate, or a vLLM server that gets its weights first
     score them                                    AdvantageModel (or reward model)
     rewards: score at the end, KL at each token   ppo.rewards
-    advantages                                    GAE, whitened over all ranks; critic-free: the score itself
+    advantages                                    GAE, whitened over all ranks, corrected for another rollout engine;
+                                                  critic-free: the score itself
     for every mini-batch:
         one mixed batch: rollouts + rehearsal     ppo.update
         one loss, one backward, one step
+    watch the figures, adapt the KL coefficient   guard, ppo.kl
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +27,20 @@ import torch
 
 from stable_rlhf.data.packing import Encoded, response_targets
 from stable_rlhf.data.records import DataError, PromptRow
-from stable_rlhf.generate import GenerationSettings, Rollout, generate
+from stable_rlhf.generate import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.models import FeatureCache, PolicyModel, share_lower
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages
+from stable_rlhf.ppo.kl import KLController
+from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages, correct_for_rollouts
 from stable_rlhf.ppo.update import mix, mixed_loss
-from stable_rlhf.progress import progress, say
+from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments
-from stable_rlhf.train.engine import Engine, rank, read_only, sum_over_ranks, world_size
+from stable_rlhf.train.engine import Engine, gather_objects, max_over_ranks, rank, read_only, sum_over_ranks, world_size
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
+from stable_rlhf.train.page import write_page
+from stable_rlhf.train.rollout_metrics import rollout_metrics
 from stable_rlhf.train.sft import save_policy
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
@@ -60,6 +68,7 @@ class PPOTrainer:
     """Holds the policy's engine, the frozen reference and the scorer; :meth:`train` is the algorithm.
 
     ``reference``: the initial policy, where a copy cannot be taken (a policy loaded in shards); not needed with LoRA.
+    ``rollouts``: where responses come from; None: the policy itself.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class PPOTrainer:
         reference: PolicyModel | None = None,
         rehearsal: Sequence[Encoded] = (),
         moving_average: bool = False,
+        rollouts: RolloutEngine | None = None,
         seed: int = 0,
     ) -> None:
         check_sizes(arguments)
@@ -81,6 +91,8 @@ class PPOTrainer:
         initial = None if engine_arguments.lora_r else reference or policy.reference()
         self.rehearsal, self.seed = list(rehearsal), seed
         self.moments = RunningMoments() if moving_average else None
+        self.kl = KLController(arguments.kl_coef, arguments.kl_target)
+        self.max_update_kl: float | None = None
         self.accumulation = arguments.rollout_batch_size // (
             arguments.num_mini_batches * arguments.per_device_train_batch_size * world_size()
         )
@@ -93,6 +105,10 @@ class PPOTrainer:
         )  # fmt: skip
         self.reference = self.engine.without_adapters if initial is None else read_only(initial, engine_arguments)
         self.scorer = read_only(scorer, engine_arguments)
+        self.rollouts = rollouts or LocalRollouts(policy.causal_lm, tokenizer, self.engine.gathers_for_generation)
+        self.sampling = GenerationSettings(
+            arguments.max_new_tokens, arguments.temperature, arguments.top_p, tuple(arguments.stop)
+        )
         self.shares_features = share_lower(policy.trunk, scorer.trunk)
         self.cache = FeatureCache()
         self.cache.fill(policy.trunk, [e.ids for e in self.rehearsal], description="rehearsal hidden states")
@@ -105,14 +121,27 @@ class PPOTrainer:
 
     # -- rollouts ------------------------------------------------------------------------------------------------------
 
+    def publish(self, folder: Path, step: int) -> None:
+        """Give a rollout engine that holds a copy of the policy its present weights, through a folder."""
+        if not self.rollouts.holds_a_copy:
+            return
+        path = folder / "rollout-weights" / str(step)  # another name each time: a loader may remember what it has read
+        self.engine.save_model(path)
+        problem = None
+        if is_main_process():
+            try:
+                self.rollouts.load(path)
+            except ValueError as error:
+                problem = str(error)
+            shutil.rmtree(path.parent)
+        problem = gather_objects(problem)[0]  # and nobody samples before the weights are there
+        if problem:
+            raise ValueError(problem)
+
     def sample(self, prompts: Sequence[EncodedPrompt], step: int, places: Sequence[int]) -> list[Rollout]:
         """One response per prompt; ``places`` are the prompts' places in the global batch, which seed their draws."""
-        settings = GenerationSettings(self.arguments.max_new_tokens, self.arguments.temperature, self.arguments.top_p)
-        return generate(
-            self.policy.causal_lm, self.tokenizer, [p.ids for p in prompts], settings,
-            seeds=[stream_seed(self.seed, "rollout", step, place) for place in places],
-            engine=self.engine.gathers_for_generation, description="rollouts",
-        )  # fmt: skip
+        seeds = [stream_seed(self.seed, "rollout", step, place) for place in places]
+        return self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
 
     @torch.no_grad()
     def judge(self, rollouts: Sequence[Rollout]) -> list[Experience]:
@@ -141,6 +170,7 @@ class PPOTrainer:
                         old_logprob=now["logprob"][i, where].cpu(),
                         ref_logprob=initial["logprob"][i, where].cpu(),
                         value=now["value"][i, where].cpu() if "value" in now else torch.zeros(len(example.response)),
+                        rollout_logprob=torch.tensor(rollout.logprobs) if rollout.logprobs is not None else None,
                         features=features[i] if features is not None else None,
                     )
                 )
@@ -170,48 +200,86 @@ class PPOTrainer:
         # that token on; an Advantage Model's score is an advantage already (Eq. 8), nothing is left to subtract.
         gamma, lam = (a.gamma, a.lam) if self.policy.value_head is not None else (1.0, 1.0)
         add_advantages(
-            experiences, kl_coef=a.kl_coef, kl_estimator=a.kl_estimator, gamma=gamma, lam=lam,
+            experiences, kl_coef=self.kl.value, kl_estimator=a.kl_estimator, gamma=gamma, lam=lam,
             whiten=a.whiten_advantages, group=group,
         )  # fmt: skip
+        if a.rollout_importance_clip is not None:
+            correct_for_rollouts(experiences, a.rollout_importance_clip)
+
+    def show(self, prompts: Sequence[EncodedPrompt], step: int, tracker: Tracker) -> None:
+        """Answer fixed prompts, with the same draws every time, and keep the answers and their scores."""
+        seeds = [stream_seed(self.seed, "samples", i) for i in range(len(prompts))]
+        rollouts = self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
+        rows = [
+            {
+                "prompt": prompt.row.prompt, "task": prompt.row.task, "response": rollout.text,
+                "score": experience.score, "length": len(rollout.encoded.response), "finished": rollout.finished,
+            }
+            for prompt, rollout, experience in zip(prompts, rollouts, self.judge(rollouts), strict=True)
+        ]  # fmt: skip
+        tracker.sample(step, rows)
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
     def update(self, experiences: Sequence[Experience], step: int) -> dict[str, float]:
-        """All passes over this rank's rollouts; metrics are means over optimiser steps, of global values."""
-        a = self.arguments
-        per_device, world = a.per_device_train_batch_size, world_size()
-        micro = [experiences[s : s + per_device] for s in range(0, len(experiences), per_device)]
+        """All passes over this rank's rollouts; metrics are means over the updates that were made, of global values."""
         totals: dict[str, float] = {}
-        updates = 0
+        made, skipped, largest = 0, 0, 0.0
         self.engine.train()
-        for epoch in range(a.num_ppo_epochs):
+        for groups, old in self._mini_batches(experiences, step):
+            metrics, moved, too_far = self._optimise(groups, old)
+            largest = max(largest, metrics.pop("max_log_ratio"))
+            if moved:
+                made += 1
+                metrics["gradient_norm"] = self.engine.gradient_norm
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            else:
+                skipped += 1
+            if too_far:
+                break
+        found = {name: value / made for name, value in totals.items()}
+        return found | {"skipped_updates": float(skipped), "max_log_ratio": largest}
+
+    def _mini_batches(
+        self, experiences: Sequence[Experience], step: int
+    ) -> Iterator[tuple[list[Sequence[Experience]], list[list[Encoded]]]]:
+        """For each optimiser step: its micro-batches of rollouts, and the rehearsal sequences of each (all ranks')."""
+        per_device = self.arguments.per_device_train_batch_size
+        micro = [experiences[s : s + per_device] for s in range(0, len(experiences), per_device)]
+        for epoch in range(self.arguments.num_ppo_epochs):
             generator = torch.Generator().manual_seed(stream_seed(self.seed, "mini-batches", step, epoch))
             order = torch.randperm(len(micro), generator=generator).tolist()
             for start in range(0, len(order), self.accumulation):
                 chosen = [micro[i] for i in order[start : start + self.accumulation]]
-                old = [self._rehearsal(step, epoch, start + i) for i in range(len(chosen))]
-                tokens = sum(len(e.encoded.response) for group in chosen for e in group)
-                tokens_everywhere = sum_over_ranks([tokens])[0]
-                everyone = [e for row in old for e in row]
-                counts = {"mean": sum(len(e.response) for e in everyone), "sum": len(everyone)}
-                metrics: dict[str, float] = {}
-                for group, row in zip(chosen, old, strict=True):
-                    ours = row[rank() * len(row) // world : (rank() + 1) * len(row) // world]
-                    loss, parts = mixed_loss(
-                        self.engine, mix(self.policy, group, ours, self.cache), self.loss_config,
-                        temperature=a.temperature, cliprange_value=a.cliprange_value, vf_coef=a.vf_coef,
-                        policy_denominator=tokens_everywhere,
-                        rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
-                    )  # fmt: skip
-                    self.engine.backward(loss)
-                    self.engine.step()
-                    for name, part in parts.items():
-                        metrics[name] = metrics.get(name, 0.0) + float(part)
-                for name, value in zip(metrics, sum_over_ranks(metrics.values()), strict=True):
-                    totals[name] = totals.get(name, 0.0) + value
-                totals["gradient_norm"] = totals.get("gradient_norm", 0.0) + self.engine.gradient_norm
-                updates += 1
-        return {name: value / updates for name, value in totals.items()}
+                yield chosen, [self._rehearsal(step, epoch, start + i) for i in range(len(chosen))]
+
+    def _optimise(
+        self, groups: Sequence[Sequence[Experience]], old: Sequence[Sequence[Encoded]]
+    ) -> tuple[dict[str, float], bool, bool]:
+        """One optimiser step; returns its metrics, whether the weights moved, and whether the policy was too far."""
+        a, world = self.arguments, world_size()
+        tokens = sum_over_ranks([sum(len(e.encoded.response) for group in groups for e in group)])[0]
+        everyone = [e for row in old for e in row]
+        counts = {"mean": sum(len(e.response) for e in everyone), "sum": len(everyone)}
+        metrics: dict[str, float] = {}
+        largest, moved, too_far = 0.0, True, False
+        for i, (group, row) in enumerate(zip(groups, old, strict=True)):
+            ours = row[rank() * len(row) // world : (rank() + 1) * len(row) // world]
+            loss, parts = mixed_loss(
+                self.engine, mix(self.policy, group, ours, self.cache), self.loss_config,
+                temperature=a.temperature, cliprange_value=a.cliprange_value, vf_coef=a.vf_coef,
+                policy_denominator=tokens, rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
+            )  # fmt: skip
+            largest = max(largest, float(parts.pop("max_log_ratio")))
+            for name, part in parts.items():
+                metrics[name] = metrics.get(name, 0.0) + float(part)
+            if i == len(groups) - 1 and self.max_update_kl is not None:
+                too_far = sum_over_ranks([metrics["approx_kl"]])[0] > self.max_update_kl
+            self.engine.backward(loss, drop=too_far)
+            moved = self.engine.step()
+        found = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))
+        return found | {"max_log_ratio": max_over_ranks([largest])[0]}, moved, too_far
 
     def _rehearsal(self, step: int, epoch: int, micro: int) -> list[Encoded]:
         """The rehearsal sequences of one micro-step, over all ranks (every rank draws the same list)."""
@@ -220,14 +288,6 @@ class PPOTrainer:
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "rehearsal", step, epoch, micro))
         count = self.arguments.per_device_rehearsal_batch_size * world_size()
         return [self.rehearsal[i] for i in torch.randint(len(self.rehearsal), (count,), generator=generator).tolist()]
-
-    def watch(self, guard: StabilityGuard, step: int, metrics: dict[str, float], folder: Path) -> None:
-        """Let the guard look; when it stops the run, the policy of this moment is kept in ``folder/stopped``."""
-        try:
-            guard.look(step, metrics)
-        except KLTooHigh:
-            save_policy(self.engine, self.policy, self.tokenizer, folder / "stopped")
-            raise
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -241,15 +301,24 @@ class PPOTrainer:
         checkpoint: CheckpointArguments | None = None,
         guard_arguments: GuardArguments | None = None,
         gold: Callable[[PromptRow, str], float] | None = None,
+        samples: Sequence[EncodedPrompt] = (),
+        sample_steps: int = 0,
     ) -> dict[str, Any]:
         """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
-        the policy."""
+        the policy. Every ``sample_steps`` steps (0: never) ``samples`` are answered and kept."""
         a, snapshots = self.arguments, Snapshots(folder, self.engine, checkpoint)
-        guard = StabilityGuard(guard_arguments or GuardArguments())
+        limits = guard_arguments or GuardArguments()
+        guard = StabilityGuard(limits, self.kl.lower_target)
+        self.engine.skip_nonfinite, self.max_update_kl = limits.on_nonfinite == "skip", limits.max_update_kl
         done, carried = snapshots.restore()
-        tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)
-        if self.moments is not None and done:
-            self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]
+        settings = {"ppo": asdict(a), "guard": asdict(limits), "seed": self.seed, "ranks": world_size()}
+        tracker, tokens = Tracker(folder, report_to, after=done, settings=settings), carried.get("tokens", 0.0)
+        if done:
+            self.kl.value, self.kl.target = carried["kl"]
+            guard.restore(carried["guard"], tracker.history)
+            if self.moments is not None:
+                self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]
+        page = partial(write_page, folder, name, settings, tracker, guard, total_steps=a.total_steps)
         batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
         with progress(name, total=a.total_steps, unit="steps") as bar:
             bar.advance(done)
@@ -257,38 +326,47 @@ class PPOTrainer:
                 if step < done:
                     continue
                 began = time.monotonic()
+                self.publish(folder, step)
+                if samples and sample_steps and step % sample_steps == 0:
+                    self.show(samples, step, tracker)
                 shares = micro_steps(list(range(len(indices))), a.per_device_train_batch_size, rank(), world_size())
                 places = [place for share in shares for place in share]
                 mine = [prompts[indices[place]] for place in places]
                 rollouts = self.sample(mine, step, places)
                 experiences = self.judge(rollouts)
-                raw_scores = [e.score for e in experiences]
+                scores = [e.score for e in experiences]
                 self.estimate(experiences)
                 metrics = self.update(experiences, step)
                 golds = [gold(p.row, r.text) for p, r in zip(mine, rollouts, strict=True)] if gold else []
-                kl = [float((e.old_logprob - e.ref_logprob).sum()) for e in experiences]
-                n, score, squares, golden, kl_sum, length, finished, seen = sum_over_ranks(
-                    [
-                        len(mine), sum(raw_scores), sum(s * s for s in raw_scores), sum(golds), sum(kl),
-                        sum(len(e.encoded.response) for e in experiences), sum(r.finished for r in rollouts),
-                        sum(len(e.encoded) for e in experiences),
-                    ]
-                )  # fmt: skip
-                tokens += seen
+                metrics |= rollout_metrics(rollouts, experiences, scores, golds)
+                tokens += metrics.pop("seen")
                 metrics |= {
-                    "score": score / n, "score_std": max(0.0, squares / n - (score / n) ** 2) ** 0.5,
-                    "kl": kl_sum / n, "length": length / n, "finished": finished / n, "tokens": tokens,
-                    "learning_rate": self.engine.learning_rate, "seconds": time.monotonic() - began,
+                    "tokens": tokens, "kl_coef": self.kl.value, "learning_rate": self.engine.learning_rate,
+                    "seconds": time.monotonic() - began,
                 }  # fmt: skip
-                if gold:
-                    metrics["gold"] = golden / n
+                self.kl.update(metrics["kl"])
                 tracker.log(step + 1, metrics)
-                self.watch(guard, step + 1, metrics, folder)
-                bar.advance(note=f"score {score / n:.3f} kl {kl_sum / n:.3f}")
+                by_task = [(at, p.row.task, s) for at, p, s in zip(places, mine, scores, strict=True) if p.row.task]
+                try:
+                    guard.look(step + 1, metrics, [row[1:] for row in sorted(chain(*gather_objects(by_task)))])
+                except KLTooHigh:
+                    save_policy(self.engine, self.policy, self.tokenizer, folder / "stopped")
+                    page()
+                    raise
+                bar.advance(note=f"score {metrics['score']:.3f} kl {metrics['kl']:.3f}")
                 moments = self.moments
-                carried = {"tokens": tokens, "moments": [moments.count, moments.mean, moments.m2] if moments else None}
+                carried = {
+                    "tokens": tokens, "moments": [moments.count, moments.mean, moments.m2] if moments else None,
+                    "kl": [self.kl.value, self.kl.target], "guard": guard.state(),
+                }  # fmt: skip
                 snapshots.save(step + 1, carried, last=a.total_steps)
+                if snapshots.arguments.save_steps and (step + 1) % snapshots.arguments.save_steps == 0:
+                    page()
+        if samples and sample_steps:
+            self.publish(folder, a.total_steps)
+            self.show(samples, a.total_steps, tracker)
         save_policy(self.engine, self.policy, self.tokenizer, folder)
+        page()
         tracker.close()
         self.engine.close()
         return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}

@@ -73,7 +73,7 @@ def train_rejection(
     )  # fmt: skip
     before = engine.without_adapters if initial is None else read_only(initial, engine_arguments)
     scorer = read_only(scorer, engine_arguments)
-    settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p)
+    settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p, tuple(a.stop))
     snapshots = Snapshots(folder, engine, checkpoint)
     done, carried = snapshots.restore()
     tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)

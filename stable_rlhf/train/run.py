@@ -28,6 +28,7 @@ from stable_rlhf.train.engine import barrier, start, world_size
 from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
 from stable_rlhf.train.strength import measure_strength
+from stable_rlhf.train.tracking import check_reporters
 
 if TYPE_CHECKING:
     from stable_rlhf.evaluate.report import Picture
@@ -158,6 +159,7 @@ def check_inputs(recipe: Recipe) -> None:
         ):  # fmt: skip
             for files in filter(None, names):
                 read(locate(data, files), on_bad_row=data.on_bad_row)
+    check_reporters(recipe.report_to)
     if "rejection" in recipe.variants:
         check_rounds(recipe.ppo)
     if set(recipe.variants) - {"rejection"}:

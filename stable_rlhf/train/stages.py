@@ -44,6 +44,7 @@ from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
 from stable_rlhf.train.sft import train_sft
+from stable_rlhf.vllm_rollouts import VLLMRollouts
 
 Result = dict[str, Any]
 
@@ -94,6 +95,10 @@ def answer(
     )  # fmt: skip
     parts = gather_objects(found) if world > 1 else [found]
     return [parts[i % world][i // world] for i in range(len(prompts))]
+
+
+def _sampling(recipe: Recipe, temperature: float) -> GenerationSettings:
+    return GenerationSettings(recipe.ppo.max_new_tokens, temperature, recipe.ppo.top_p, tuple(recipe.ppo.stop))
 
 
 def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
@@ -275,7 +280,7 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
         raise DataError(
             "scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)"
         )
-    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
+    settings = _sampling(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
     prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
     sampled = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
@@ -297,7 +302,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
         ).tolist()
         prompts = [prompts[i] for i in sorted(order[: s.max_candidates])]
     model = load_reader(policy, recipe.engine)
-    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_p)
+    settings = _sampling(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
     rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
     judge = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
@@ -371,7 +376,8 @@ def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) ->
 def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path) -> Result:
     """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am``, ``am-sr`` or ``am-critic-free``."""
     tokenizer = load_tokenizer(policy)
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    splits = load_prompts(recipe.data, tokenizer, recipe.seed)
+    prompts = splits.train
     arguments: PPOArguments = recipe.ppo
     layers = recipe.scorer.num_trainable_layers
     with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
@@ -417,10 +423,12 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     trainer = PPOTrainer(
         model, tokenizer, judge, arguments, recipe.engine, reference=reference, rehearsal=old,
         moving_average=variant == "rm-ma", seed=seed,
+        rollouts=VLLMRollouts(recipe.rollout.server, tokenizer) if recipe.rollout.server else None,
     )  # fmt: skip
     return trainer.train(
         prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
-        guard_arguments=recipe.guard, gold=gold,
+        guard_arguments=recipe.guard, gold=gold, samples=splits.main[: recipe.rollout.sample_prompts],
+        sample_steps=recipe.rollout.sample_steps,
     )  # fmt: skip
 
 
@@ -527,7 +535,7 @@ def run_evaluate(
     tokenizer = load_tokenizer(baseline)
     splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
-    settings = GenerationSettings(recipe.ppo.max_new_tokens, recipe.evaluate.temperature, recipe.ppo.top_p)
+    settings = _sampling(recipe, recipe.evaluate.temperature)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
     reference = load_reader(baseline, recipe.engine, num_trainable_layers=layers)
 

@@ -1,47 +1,71 @@
-"""Metrics to ``metrics.jsonl`` and TensorBoard, from rank 0 only."""
+"""Metrics to ``metrics.jsonl``, TensorBoard, wandb and trackio, samples to ``samples.jsonl``; from rank 0 only."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
-from collections.abc import Sequence
+import os
+import secrets
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stable_rlhf.progress import is_main_process
 
-_METRICS = "metrics.jsonl"
+METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
+_SERVICES = ("wandb", "trackio")
+
+
+def check_reporters(report_to: Iterable[str]) -> None:
+    """Refuse a package that is not installed.
+
+    Raises:
+        ValueError: names the package, and the extra that brings it."""
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"report_to: {name} is not installed; `pip install 'stable-rlhf[tracking]'`, or leave it out"
+            )
 
 
 class Tracker:
-    """``tracker.log(step, {"loss": …})`` appends one JSON line, and one point per metric in TensorBoard.
+    """``tracker.log(step, {"loss": …})`` appends one JSON line, and one point per metric elsewhere.
 
-    ``after``: the step that a resumed stage goes on from; what was logged beyond it will be logged again."""
+    Args:
+        folder: The stage's working folder.
+        report_to: ``tensorboard``, ``wandb``, ``trackio``. The project is WANDB_PROJECT or TRACKIO_PROJECT, else
+            ``stable_rlhf``; account and mode (WANDB_MODE=offline) come from the packages' own variables.
+        after: The step that a resumed stage goes on from; what was logged beyond it will be logged again.
+        settings: What wandb and trackio show as the run's configuration.
+    """
 
-    def __init__(self, folder: Path, report_to: Sequence[str] = ("tensorboard",), *, after: int = 0) -> None:
-        self.history: list[dict[str, float]] = self._before(folder / _METRICS, after) if after else []
+    def __init__(
+        self, folder: Path, report_to: Sequence[str] = ("tensorboard",), *, after: int = 0,
+        settings: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        check_reporters(report_to)
+        self.history: list[dict[str, float]] = _before(folder / METRICS, after) if after else []
+        # Samples of a step are taken before that step's update, so those of ``after`` itself come again.
+        self.samples: list[dict[str, Any]] = _before(folder / _SAMPLES, after - 1) if after else []
+        self._folder, self._main = folder, is_main_process()
         self._file: Any = None
         self._board: Any = None
-        if not is_main_process():
+        self._services: list[Any] = []
+        if not self._main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / _METRICS).open("w")
+        self._file = (folder / METRICS).open("w")
         self._file.writelines(json.dumps(row) + "\n" for row in self.history)
+        (folder / _SAMPLES).unlink(missing_ok=True)
+        self._write_samples(self.samples)
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
-
-    @staticmethod
-    def _before(path: Path, after: int) -> list[dict[str, float]]:
-        rows = []
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # the line that was being written when the stage was killed
-            if row["step"] <= after:
-                rows.append(row)
-        return rows
+        for name in _SERVICES:
+            if name in report_to:
+                self._services.append(_service(name, folder, after, settings))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
@@ -52,9 +76,54 @@ class Tracker:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
+        for service in self._services:
+            service.log({name: float(value) for name, value in metrics.items()}, step=step)
+
+    def sample(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep what the policy answers after ``step`` steps."""
+        found = [{"step": step, **row} for row in rows]
+        self.samples += found
+        if self._main:
+            self._write_samples(found)
+
+    def _write_samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        if rows:
+            with (self._folder / _SAMPLES).open("a") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        for service in self._services:
+            service.finish()
+
+
+def _before(path: Path, after: int) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines up to step ``after``."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # the line that was being written when the stage was killed
+        if row["step"] <= after:
+            rows.append(row)
+    return rows
+
+
+def _service(name: str, folder: Path, after: int, settings: dict[str, Any] | None) -> Any:
+    """A run of wandb or trackio; a resumed stage goes on with the run that it had."""
+    path = folder / _IDENTITY
+    identity = json.loads(path.read_text())["id"] if after and path.is_file() else secrets.token_hex(4)
+    path.write_text(json.dumps({"id": identity}) + "\n")
+    about: dict[str, Any] = {
+        "project": os.environ.get(f"{name.upper()}_PROJECT", "stable_rlhf"),
+        "name": f"{folder.resolve().parent.name}-{folder.name.removesuffix('.tmp')}-{identity}",
+        "config": settings or {},
+        "resume": "allow",
+    }
+    if name == "wandb":
+        about |= {"id": identity, "dir": str(folder)}
+    return importlib.import_module(name).init(**about)

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from stable_rlhf.data.packing import Encoded
-from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages
+from stable_rlhf.ppo.kl import KLController
+from stable_rlhf.ppo.rewards import (
+    Experience,
+    RunningMoments,
+    add_advantages,
+    correct_for_rollouts,
+    logprob_gap,
+)
 
 LENGTHS = (5, 1, 8, 3, 1)
 
@@ -171,3 +178,55 @@ def test_a_constant_score_does_not_divide_by_zero(score):
     assert moments.std == pytest.approx(0, abs=1e-5)
     assert moments.normalise(score) == pytest.approx(0, abs=1e-6)
     assert moments.normalise(score + 1e-3) == pytest.approx(10, rel=1e-3)  # the floor of the deviation is 1e-4
+
+
+# -- KL controller -----------------------------------------------------------------------------------------------------
+
+
+def test_the_kl_coefficient_follows_ziegler_et_al():
+    controller = KLController(0.2, target=4.0)
+    controller.update(4.4)  # error 0.1
+    assert controller.value == pytest.approx(0.2 * 1.01)
+    controller.update(400.0)  # clipped at 0.2
+    assert controller.value == pytest.approx(0.2 * 1.01 * 1.02)
+    controller.update(-3.0)
+    assert controller.value == pytest.approx(0.2 * 1.01 * 1.02 * 0.98)
+    controller.lower_target()
+    assert controller.target == 2.0
+    for _ in range(500):  # a policy whose KL falls as the coefficient rises is led to the target
+        controller.update(1.0 / controller.value)
+    assert 1.0 / controller.value == pytest.approx(2.0, rel=1e-3)
+
+
+def test_without_a_target_the_coefficient_stays():
+    controller = KLController(0.3)
+    controller.update(1e6)
+    controller.lower_target()
+    assert (controller.value, controller.target) == (0.3, None)
+
+
+# -- another engine's rollouts -----------------------------------------------------------------------------------------
+
+
+def test_the_gap_is_the_trainers_logprob_less_the_engines():
+    experiences = rollouts()
+    for experience in experiences[:-1]:  # one is not known
+        experience.rollout_logprob = experience.old_logprob - torch.linspace(-1, 2, len(experience.old_logprob))
+    gap = logprob_gap(experiences)
+    assert gap.shape == (sum(LENGTHS[:-1]),) and float(gap.min()) == pytest.approx(-1)
+    assert float(gap[: LENGTHS[0]].max()) == pytest.approx(2)
+    assert logprob_gap(experiences[-1:]).shape == (0,)
+
+
+def test_advantages_are_weighted_by_the_truncated_ratio_and_returns_are_not():
+    plain, corrected = rollouts(), rollouts()
+    for experiences in (plain, corrected):
+        add_advantages(experiences, kl_coef=0.1)
+    for experience in corrected[:-1]:
+        experience.rollout_logprob = experience.old_logprob - torch.linspace(-1, 200, len(experience.old_logprob))
+    correct_for_rollouts(corrected, clip=2.0)
+    for before, after in zip(plain[:-1], corrected[:-1], strict=True):
+        gap = (after.old_logprob - after.rollout_logprob).double()
+        assert after.advantage.tolist() == pytest.approx((before.advantage * gap.exp().clamp(max=2.0)).tolist())
+        assert torch.equal(after.returns, before.returns)
+    assert torch.equal(corrected[-1].advantage, plain[-1].advantage)  # not known: not touched

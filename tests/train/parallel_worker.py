@@ -133,6 +133,30 @@ def ppo_losses(stage: int, micro: int, tokenizer) -> tuple[list[float], list[lis
     return losses, everyone.int().tolist()
 
 
+def nonfinite(stage: int, tokenizer) -> list[float]:
+    """Two steps, the first with an infinite gradient on the last rank alone; returns for each whether the weights moved
+    (as the engine says) and by how much."""
+    policy = PolicyModel(model(tokenizer))
+    engine = Engine(policy, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=9)
+    engine.skip_nonfinite = True
+    engine.train()
+
+    def weights() -> torch.Tensor:
+        with engine.whole_weights():
+            return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
+
+    found, before = [], weights()
+    for planted in (True, False):
+        logprob = engine(policy.trunk.inputs([[5, 6, 7], [8, 9]]), torch.full((2, 3), 7))["logprob"]
+        loss = -logprob.mean()
+        if planted and rank() == world_size() - 1:  # its value is as before, its gradient is infinite
+            loss = loss + (logprob - logprob.detach()).clamp_min(0).sqrt().sum()
+        engine.backward(loss)
+        found += [float(engine.step()), float((weights() - before).abs().max())]
+    engine.close()
+    return found
+
+
 def main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     output, micro, stages = Path(arguments[0]), int(arguments[1]), [int(s) for s in arguments[2].split(",")]
@@ -142,7 +166,8 @@ def main() -> None:
     found = {}
     for stage in stages:
         losses, drawn = ppo_losses(stage, micro, tokenizer)
-        found[stage] = {"scorer": scorer_losses(stage, micro, tokenizer), "ppo": losses, "drawn": drawn}
+        found[stage] = {"scorer": scorer_losses(stage, micro, tokenizer), "ppo": losses, "drawn": drawn,
+                        "nonfinite": nonfinite(stage, tokenizer)}  # fmt: skip
     if rank() == 0:
         output.write_text(json.dumps(found))
     # A rank that ends while another still talks to it can take that one down with it.

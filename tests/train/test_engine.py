@@ -62,3 +62,79 @@ def test_a_reference_keeps_tied_weights_tied(tiny_model):
     reference = policy.reference()
     assert reference.head.weight is reference.trunk.upper.word_embeddings.weight
     assert reference.head.weight is not policy.head.weight
+
+
+# -- gradients that are not finite -------------------------------------------------------------------------------------
+
+EVERY_STAGE = [{"zero_stage": stage} for stage in (0, 1, 2, 3)] + [
+    {"bf16": True}, {"bf16": True, "zero_stage": 2}, {"bf16": True, "zero_stage": 3},
+    {"zero_stage": 0, "max_grad_norm": 0.0}, {"zero_stage": 2, "max_grad_norm": 0.0},
+    {"zero_stage": 2, "offload_optimizer": True},
+]  # fmt: skip
+
+
+def steps(model, settings: dict, kinds: str, skip: bool) -> tuple[list[bool], list[torch.Tensor]]:
+    """Optimiser steps of two micro-steps each: ``.`` an ordinary one, ``i`` one whose first loss is finite and has an
+    infinite gradient, ``n`` one whose first loss is not a number, ``d`` one that is dropped. Returns what ``step`` said
+    at each boundary, and the weights at the start and after each."""
+    policy = PolicyModel(model, value_head=True)
+    engine = Engine(
+        policy, EngineArguments(**settings), learning_rate=1e-2, total_steps=9, gradient_accumulation_steps=2
+    )
+    engine.skip_nonfinite = skip
+    engine.train()
+
+    def weights() -> torch.Tensor:
+        with engine.whole_weights():
+            return torch.cat([p.detach().float().flatten() for p in policy.parameters()]).clone()
+
+    moved, found = [], [weights()]
+    try:
+        for kind in kinds:
+            for first in (True, False):
+                inputs = policy.trunk.inputs([[5, 6, 7, 8], [9, 10, 11]])
+                logprob = engine(inputs, torch.full((2, 4), 7))["logprob"]
+                loss = -logprob.mean()
+                if first and kind == "i":
+                    # The root's slope at 0 is infinite: the loss is as before, its gradient is not.
+                    loss = loss + (logprob - logprob.detach()).clamp_min(0).sqrt().sum()
+                if first and kind == "n":
+                    loss = loss * float("nan")
+                engine.backward(loss, drop=kind == "d" and not first)
+                said = engine.step()
+            moved.append(said)
+            found.append(weights())
+    finally:
+        engine.close()
+    return moved, found
+
+
+@pytest.mark.parametrize("settings", EVERY_STAGE, ids=str)
+def test_an_infinite_gradient_never_reaches_the_weights(plain, tiny_model, settings):
+    with pytest.raises(FloatingPointError, match=r"gradient's norm is not finite; the weights are those of the step"):
+        steps(tiny_model(), settings, ".i", skip=False)
+    moved, weights = steps(tiny_model(), settings, ".ind.", skip=True)
+    assert moved == [True, False, False, False, True]
+    for at in (1, 2, 3):
+        assert torch.equal(weights[at], weights[at + 1])
+    # Nothing of the steps that were left out stays behind, in gradients or in Adam's moments.
+    without, expected = steps(tiny_model(), settings, "..", skip=False)
+    assert without == [True, True] and not torch.equal(expected[1], expected[2])
+    assert torch.equal(weights[1], expected[1]) and torch.equal(weights[5], expected[2])
+
+
+def test_the_weights_are_whole_after_the_error(plain, tiny_model, monkeypatch):
+    """The error leaves the model as it was before the step, so that it can be saved."""
+    kept = []
+    close = Engine.close
+
+    def keep(engine):
+        kept.append([p.detach().clone() for p in engine.module.parameters()])
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", keep)
+    model = tiny_model()
+    before = [p.detach().clone() for p in PolicyModel(model, value_head=True).parameters()]
+    with pytest.raises(FloatingPointError):
+        steps(model, {"zero_stage": 1}, "i", skip=False)
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], before, strict=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.config import EngineArguments, GuardArguments, PPOArguments
-from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments, Recipe, check
+from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.tracking import Tracker
 
 CALM = {
     "kl": 0.5, "clip_fraction": 0.05, "approx_kl": 0.01, "entropy": 2.0, "length": 20.0, "score": 1.0, "finished": 0.9,
-    "gradient_norm": 0.4,
+    "gradient_norm": 0.4, "max_log_ratio": 0.3, "logprob_gap": 1e-6, "skipped_updates": 0.0, "score_std": 0.5,
+    "score_length_correlation": 0.1,
 }  # fmt: skip
 
 
@@ -42,6 +46,10 @@ def test_a_calm_run_is_left_in_peace(capsys):
         ({"length": 60.0, "score": 2.0}, "length", "the scorer may pay for length"),
         ({"finished": 0.3}, "finished", "raise max_new_tokens"),
         ({"gradient_norm": 40.0}, "gradient_norm", "max_grad_norm"),
+        ({"max_log_ratio": 6.0}, "max_log_ratio", "over a hundred times more or less likely"),
+        ({"entropy": 5.0}, "entropy", "turning into noise"),
+        ({"logprob_gap": 0.2}, "logprob_gap", "ppo.rollout_importance_clip"),
+        ({"skipped_updates": 1.0}, "skipped_updates", "weights untouched"),
     ],
 )
 def test_each_warning_says_what_to_try(changes, name, advice, capsys):
@@ -62,21 +70,35 @@ def test_a_warning_is_not_repeated_at_every_step():
 
 def test_kl_above_its_limit_warns_or_stops():
     ((_, name, text),) = after({"kl": 30.0}, GuardArguments(max_kl=20.0)).warnings
-    assert name == "kl" and "30.0 nats" in text
+    assert name == "max_kl" and "30.0 nats" in text
     with pytest.raises(KLTooHigh, match=r"stopped after step 9: KL .* 30\.0 nats a response, above guard\.max_kl 20"):
         after({"kl": 30.0}, GuardArguments(max_kl=20.0, on_kl="stop"))
     assert after({"kl": 19.0}, GuardArguments(max_kl=20.0, on_kl="stop")).warnings == []
 
 
+PPO = PPOArguments(
+    learning_rate=1e-2, total_steps=3, rollout_batch_size=4, per_device_train_batch_size=2, max_new_tokens=4
+)
+
+
 @pytest.fixture
-def trainer(tiny_model, tokenizer, one_process):
-    arguments = PPOArguments(
-        learning_rate=1e-2, total_steps=3, rollout_batch_size=4, per_device_train_batch_size=2, max_new_tokens=4
-    )
-    scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"))
-    made = PPOTrainer(PolicyModel(tiny_model(), value_head=True), tokenizer, scorer, arguments, EngineArguments())
-    yield made
-    made.engine.close()
+def make(tiny_model, tokenizer, one_process):
+    made = []
+
+    def build(arguments=PPO, stage=0) -> PPOTrainer:
+        scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"))
+        policy = PolicyModel(tiny_model(), value_head=True)
+        made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage)))
+        return made[-1]
+
+    yield build
+    for trainer in made:
+        trainer.engine.close()
+
+
+@pytest.fixture
+def trainer(make):
+    return make()
 
 
 @pytest.fixture
@@ -105,3 +127,144 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(planted, trainer, p
     with pytest.raises(FloatingPointError, match=r"loss is not finite \(rank 0: (nan|inf)\); the weights are those"):
         trainer.train(prompts, tmp_path)
     assert all(torch.equal(p, b) for p, b in zip(trainer.policy.parameters(), before, strict=True))
+
+
+# -- what lasts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "advice"),
+    [("score_length_correlation", 0.8, "pay for length"), ("kl", -2.0, "it cannot be negative")],
+)
+def test_what_one_batch_may_show_by_chance_must_last(metric, value, advice):
+    guard = StabilityGuard(GuardArguments())
+    for step in range(1, 15):
+        guard.look(step, {**CALM, metric: value} if step in (3, 4, *range(8, 15)) else CALM)
+    ((step, name, text),) = guard.warnings
+    assert (step, name) == (10, metric) and advice in text  # three of the last five
+
+
+def test_a_task_whose_score_moves_against_the_others_is_named():
+    guard = StabilityGuard(GuardArguments())
+    tasks = {"copy": 1.0, "count": 1.2, "math": -0.5, "new": 0.0}
+    for step in range(1, 41):
+        drift = (step - 20) / 20 if step > 20 else 0.0
+        scores = [(task, at + (drift if task != "math" else 0.0)) for task, at in tasks.items() for _ in range(2)]
+        guard.look(step, {**CALM, "score_std": 0.3}, [s for s in scores if s[0] != "new" or step == 1])
+    ((step, name, text),) = guard.warnings
+    assert name == "task_drift" and "task 'math'" in text and step > 32
+    assert "moved -1.1 standard deviations" in text  # as soon as it is more than one
+
+
+def test_tasks_that_move_together_or_are_few_say_nothing():
+    drift = TaskDrift()
+    for moved in (0.0, 5.0):
+        drift.add((task, moved + i) for i, task in enumerate("abc") for _ in range(32))
+    assert drift.worst(1.0) == ("a", 0.0)
+    few = TaskDrift()
+    few.add((task, score) for score in (0.0, 9.0) for task in "ab" for _ in range(32))
+    assert few.worst(1.0) == ("", 0.0) and drift.worst(0.0) == ("", 0.0)
+
+
+def test_a_guard_goes_on_from_what_a_snapshot_keeps():
+    rows = [{**CALM, "finished": 0.1 if step == 3 else 0.9} for step in range(1, 13)]
+    whole, first = StabilityGuard(GuardArguments()), StabilityGuard(GuardArguments())
+    scores = [[(task, step * i) for i, task in enumerate("abc")] for step in range(12)]
+    for step, (row, part) in enumerate(zip(rows, scores, strict=True), start=1):
+        whole.look(step, row, part)
+        if step <= 7:
+            first.look(step, row, part)
+    again = StabilityGuard(GuardArguments())
+    again.restore(json.loads(json.dumps(first.state())), rows[:7])
+    for step in range(8, 13):
+        again.look(step, rows[step - 1], scores[step - 1])
+    for guard in (whole, again):
+        guard.look(13, {**CALM, "finished": 0.1, "gradient_norm": 40.0})
+    assert again.warnings == whole.warnings and [w[1] for w in whole.warnings] == ["finished", "gradient_norm"]
+    assert again.drift.scores == whole.drift.scores
+
+
+# -- what it does ------------------------------------------------------------------------------------------------------
+
+
+def test_lowering_the_kl_target_needs_one_and_a_limit():
+    recipe = Recipe(guard=GuardArguments(on_kl="lower_target", max_kl=5.0))
+    with pytest.raises(ValueError, match=r"guard\.on_kl 'lower_target' needs guard\.max_kl and ppo\.kl_target"):
+        check(recipe)
+    recipe.ppo.kl_target = 2.0
+    check(recipe)
+
+
+def test_the_target_is_lowered_with_each_warning_and_no_more():
+    lowered = []
+    guard = StabilityGuard(GuardArguments(on_kl="lower_target", max_kl=5.0), lambda: lowered.append(True))
+    for step in range(1, 42):
+        guard.look(step, {**CALM, "kl": 9.0})
+    assert len(lowered) == len(guard.warnings) == 3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_updates_that_are_not_finite_can_be_skipped(stage, make, prompts, tmp_path, monkeypatch, capsys):
+    """The second of three steps has an infinite return: its updates are left out, those of the others are made."""
+    trainer = make(stage=stage)
+    estimate, calls, seen = trainer.estimate, [], []
+
+    def plant(experiences):
+        estimate(experiences)
+        calls.append(1)
+        with trainer.engine.whole_weights():
+            seen.append([p.detach().clone() for p in trainer.policy.parameters()])
+        if len(calls) == 2:
+            experiences[0].returns = torch.full_like(experiences[0].returns, math.inf)
+
+    monkeypatch.setattr(trainer, "estimate", plant)
+    curve = trainer.train(prompts, tmp_path, guard_arguments=GuardArguments(on_nonfinite="skip"))["curve"]
+    assert [row["skipped_updates"] for row in curve] == [0, 1, 0] and "loss" not in curve[1]
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert all(math.isfinite(value) for row in curve for value in row.values())
+    assert "left out, the weights untouched" in capsys.readouterr().err
+    assert "skipped_updates" in (tmp_path / "training.html").read_text()
+
+
+def test_a_policy_that_runs_away_within_a_step_leaves_out_the_rest_of_it(make, prompts, tmp_path):
+    arguments = replace(PPO, total_steps=1, num_ppo_epochs=6, num_mini_batches=2)
+    free = make(arguments).train(prompts, tmp_path / "free")["curve"][0]
+    held = make(arguments)
+    steps = []
+    step = held.engine.step
+    held.engine.step = lambda: steps.append(step()) or steps[-1]
+    row = held.train(prompts, tmp_path / "held", guard_arguments=GuardArguments(max_update_kl=1e-3))["curve"][0]
+    assert free["skipped_updates"] == 0 and free["approx_kl"] > 1e-3  # so that there is something to hold
+    assert row["skipped_updates"] == 1 and steps[-1] is False and all(steps[:-1]) and len(steps) < 12
+    assert row["approx_kl"] <= 1e-3 and row["max_log_ratio"] < free["max_log_ratio"]
+
+
+def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts, tmp_path, monkeypatch):
+    arguments = replace(PPO, total_steps=4, kl_coef=0.2, kl_target=1e-3)
+    limits = GuardArguments(max_kl=0.01, on_kl="lower_target")
+    every = CheckpointArguments(save_steps=1)
+    shown = prompts[:2]
+
+    def run(folder):
+        return make(arguments).train(
+            prompts, folder, checkpoint=every, guard_arguments=limits, samples=shown, sample_steps=2
+        )["curve"]  # fmt: skip
+
+    whole = run(tmp_path / "whole")
+    assert len({row["kl_coef"] for row in whole}) > 2 and whole[0]["kl_coef"] == 0.2
+    log = Tracker.log
+
+    def killed(self, step, metrics):
+        log(self, step, metrics)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tracker, "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    monkeypatch.setattr(Tracker, "log", log)
+    again = run(tmp_path / "killed")
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in whole]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "killed")]
+    assert samples[0] == samples[1] and [json.loads(s)["step"] for s in samples[0].splitlines()] == [0, 0, 2, 2, 4, 4]

@@ -54,3 +54,10 @@ def test_live_sampling_draws_the_same_tokens_on_any_number_of_ranks(losses, stag
     one, two = losses
     assert one[stage]["drawn"] == two[stage]["drawn"] == one["0"]["drawn"]
     assert len({tuple(row) for row in one["0"]["drawn"]}) > 8
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_an_infinite_gradient_on_one_rank_moves_the_weights_of_none(losses, stage):
+    for ranks in losses:
+        moved, by_how_much, then_moved, then_by_how_much = ranks[stage]["nonfinite"]
+        assert (moved, by_how_much) == (0.0, 0.0) and then_moved == 1.0 and 1e-4 < then_by_how_much < 1.0

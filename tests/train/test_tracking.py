@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import pytest
 import torch
 
 from stable_rlhf.train.tracking import Tracker
@@ -58,3 +60,80 @@ def test_a_second_attempt_starts_the_curve_again(tmp_path):
     tracker.log(1, {"loss": 7})
     tracker.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 7.0}]
+
+
+def test_a_resumed_stage_keeps_what_was_logged_before_it(tmp_path):
+    tracker = fill(tmp_path, report_to=())
+    for step in (0, 1, 2):
+        tracker.sample(step, [{"prompt": "a", "response": f"answer {step}"}])
+    tracker.close()
+    again = Tracker(tmp_path, (), after=1)
+    # Samples of a step are taken before its update: those of step 1 come again.
+    assert again.history == ROWS[:1] and [row["step"] for row in again.samples] == [0]
+    again.sample(1, [{"prompt": "a", "response": "ä"}])
+    again.close()
+    kept = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [0, 1] and "ä" in kept[1]
+    Tracker(tmp_path, ()).close()
+    assert not (tmp_path / "samples.jsonl").exists() and lines(tmp_path) == []
+
+
+STAND_IN = """
+import json, pathlib
+calls = pathlib.Path(__file__).with_name("calls-NAME.jsonl")
+def _note(*call):
+    with calls.open("a") as file:
+        file.write(json.dumps(call) + "\\n")
+class Run:
+    def log(self, metrics, step):
+        _note("log", step, metrics)
+    def finish(self):
+        _note("finish")
+def init(**about):
+    _note("init", about)
+    return Run()
+"""
+
+
+@pytest.fixture
+def services(tmp_path, monkeypatch):
+    """wandb and trackio as small modules that note how they are called; returns what was noted."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    for name in ("wandb", "trackio"):
+        (folder / f"{name}.py").write_text(STAND_IN.replace("NAME", name))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    yield lambda name: [json.loads(line) for line in (folder / f"calls-{name}.jsonl").read_text().splitlines()]
+    for name in ("wandb", "trackio"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_services_get_settings_metrics_and_the_same_run_after_a_resume(services, name, tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "mine" / "ppo-am.tmp"
+    tracker = Tracker(folder, (name,), settings={"ppo": {"kl_coef": 0.1}})
+    tracker.log(1, {"loss": 0.5, "score": torch.tensor(2.0)})
+    tracker.close()
+    (_, about), *rest = services(name)
+    assert rest == [["log", 1, {"loss": 0.5, "score": 2.0}], ["finish"]]
+    assert about["project"] == "stable_rlhf" and about["config"] == {"ppo": {"kl_coef": 0.1}}
+    assert about["name"].startswith("mine-ppo-am-") and about["resume"] == "allow"
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "other")
+    Tracker(folder, (name,), after=1).close()
+    Tracker(folder, (name,)).close()
+    resumed, anew = (call[1] for call in services(name)[3:] if call[0] == "init")
+    assert resumed["name"] == about["name"] != anew["name"] and resumed["project"] == "other"
+    if name == "wandb":
+        assert resumed["id"] == about["id"] != anew["id"] and about["dir"] == str(folder)
+
+
+def test_a_missing_package_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("tensorboard", "wandb", "trackio"):
+        with pytest.raises(
+            ValueError, match=rf"report_to: {name} is not installed; `pip install 'stable-rlhf\[tracking\]'"
+        ):
+            Tracker(tmp_path / "run", (name,))
+    assert list(tmp_path.iterdir()) == []
