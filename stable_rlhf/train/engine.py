@@ -223,7 +223,7 @@ class Engine:
         self.zero_stage = max(arguments.zero_stage, 1) if arguments.bf16 else arguments.zero_stage
         trunk: Any = getattr(module, "trunk", None)
         # The transformers model that is saved: what a policy or a scorer stands on.
-        self.plain: Any = getattr(module, "causal_lm", None) or getattr(trunk, "backbone", None)
+        self.plain: Any = getattr(module, "causal_lm", getattr(trunk, "backbone", module))
         if arguments.lora_r:
             add_lora(
                 self.plain, trunk.upper, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,

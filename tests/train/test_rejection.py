@@ -76,18 +76,17 @@ def weights(policy) -> torch.Tensor:
 def test_rounds_imitate_the_best_response_of_each_prompt(train, tiny_model, one_process, monkeypatch):
     policy = PolicyModel(tiny_model())
     before, judged, imitated = weights(copy.deepcopy(policy)), [], []
-    score, imitate = AdvantageModel.score_encoded, rejection._imitate
+    score, imitate = rejection._scores, rejection._imitate
 
-    def watch_scores(self, examples, **settings):
-        scores = score(self, examples, **settings)
-        judged.append((examples, scores.tolist()))
-        return scores
+    def watch_scores(scorer, examples, per_device):
+        judged.append((examples, score(scorer, examples, per_device)))
+        return judged[-1][1]
 
     def watch_imitation(engine, policy, kept, per_device):
         imitated.append(list(kept))
         return imitate(engine, policy, kept, per_device)
 
-    monkeypatch.setattr(AdvantageModel, "score_encoded", watch_scores)
+    monkeypatch.setattr(rejection, "_scores", watch_scores)
     monkeypatch.setattr(rejection, "_imitate", watch_imitation)
     result = train(policy)
     assert len(judged) == len(imitated) == 2
