@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stable_rlhf.train.config import EngineArguments
+from stable_rlhf.train.shards import load_shards, save_shard
 
 HEADS = ("reward_head", "expected_head", "value_head")
-_TAG = "engine"
+_SCHEDULE = "schedule.json"
 
 
 def rank() -> int:
@@ -98,6 +100,13 @@ def start(seed: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     torch.manual_seed(seed)
+
+
+def finish() -> None:
+    """Leave the process group, all ranks together: one that ends while another still talks to it takes that one down."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
 
 
 def read_only(module: nn.Module, arguments: EngineArguments) -> nn.Module:
@@ -242,15 +251,17 @@ class Engine:
         )
 
     def save(self, folder: Path) -> None:
-        """Write what trains (weights, optimiser, schedule) to ``folder``; every rank calls this."""
-        self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; every rank calls this."""
+        save_shard(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
+        if rank() == 0:
+            (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n")
 
     def load(self, folder: Path) -> None:
-        """Take up what :meth:`save` wrote, on the same number of ranks and with the same ZeRO stage."""
-        # Frozen weights are not in it, hence not strict. The files are this run's own: DeepSpeed unpickles them.
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise ValueError(f"checkpoint {str(folder)!r}: DeepSpeed could not load it")
+        """Take up what :meth:`save` wrote, on any number of ranks and with any ZeRO stage."""
+        load_shards(sorted(folder.glob("engine-*.safetensors")), self.module, self.optimizer, self.zero_stage)
+        self.scheduler.load_state_dict(json.loads((folder / _SCHEDULE).read_text()))
+        for group, value in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = value
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the module keeps its weights (ZeRO 0 to 2)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from stable_rlhf.progress import is_main_process
 
-_METRICS = "metrics.jsonl"
+METRICS = "metrics.jsonl"
 
 
 class Tracker:
@@ -18,13 +18,13 @@ class Tracker:
     ``after``: the step that a resumed stage goes on from; what was logged beyond it will be logged again."""
 
     def __init__(self, folder: Path, report_to: Sequence[str] = ("tensorboard",), *, after: int = 0) -> None:
-        self.history: list[dict[str, float]] = self._before(folder / _METRICS, after) if after else []
+        self.history: list[dict[str, float]] = self._before(folder / METRICS, after) if after else []
         self._file: Any = None
         self._board: Any = None
         if not is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / _METRICS).open("w")
+        self._file = (folder / METRICS).open("w")
         self._file.writelines(json.dumps(row) + "\n" for row in self.history)
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
