@@ -95,7 +95,9 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 _TAKES_RECIPE = ("run", "launch")
 # What gloo and NCCL say to a rank whose peer is gone.
-_LOST = re.compile(r"closed by (remote )?peer|onnection reset|Broken pipe|remote process exited|Socket Timeout|Timed out wait")
+_LOST = re.compile(
+    r"closed by (remote )?peer|onnection reset|Broken pipe|remote process exited|Socket Timeout|Timed out wait"
+)
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
     "list": "a list, [a, b]", "dict": "a mapping, {a: 1}",
@@ -330,8 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, SafetensorError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            fail("another rank has ended, so this one cannot go on; what that one said, or the launcher, tells why. The "
-                 "same command goes on from the last checkpoint")  # fmt: skip
+            fail("another rank has ended, so this one cannot go on; what it said, or the launcher, tells why",
+                 hint="the same command goes on from the last checkpoint")  # fmt: skip
         _unexpected(error, Path(recipe.output_dir))
 
 

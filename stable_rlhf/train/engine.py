@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stable_rlhf.train.config import EngineArguments
-from stable_rlhf.train.shards import load_shards, save_shard
+from stable_rlhf.train.pieces import load_pieces, save_pieces
 
 HEADS = ("reward_head", "expected_head", "value_head")
 _SCHEDULE = "schedule.json"
@@ -103,7 +103,7 @@ def start(seed: int) -> None:
 
 
 def finish() -> None:
-    """Leave the process group, all ranks together: one that ends while another still talks to it takes that one down."""
+    """Leave the process group, all ranks together: one that ends while others still talk to it can take them down."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
@@ -251,14 +251,14 @@ class Engine:
         )
 
     def save(self, folder: Path) -> None:
-        """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; every rank calls this."""
-        save_shard(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
+        """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; all ranks call this."""
+        save_pieces(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
         if rank() == 0:
             (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n")
 
     def load(self, folder: Path) -> None:
         """Take up what :meth:`save` wrote, on any number of ranks and with any ZeRO stage."""
-        load_shards(sorted(folder.glob("engine-*.safetensors")), self.module, self.optimizer, self.zero_stage)
+        load_pieces(sorted(folder.glob("engine-*.safetensors")), self.module, self.optimizer, self.zero_stage)
         self.scheduler.load_state_dict(json.loads((folder / _SCHEDULE).read_text()))
         for group, value in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = value

@@ -141,11 +141,11 @@ class PPOTrainer:
                     )
                 )
         bad = [i for i, e in enumerate(experiences) if not math.isfinite(e.score)]
-        if sum_over_ranks([len(bad)])[0]:  # an error on every rank: one that stopped alone would leave the others waiting
-            where = f"to the response {rollouts[bad[0]].text[:60]!r}" if bad else "on another rank"
+        if sum_over_ranks([len(bad)])[0]:  # on every rank: none waits for one that stopped
+            whose = f"to the response {rollouts[bad[0]].text[:60]!r}" if bad else "on another rank"
             raise ValueError(
-                f"the scorer gave a score that is not finite {where}; the weights are those of the step before. Are the "
-                "scorer's own weights finite?"
+                f"the scorer gave a score that is not finite {whose}; the policy's weights are those of the step "
+                "before. Are the scorer's own weights finite?"
             )
         return experiences
 
@@ -155,7 +155,11 @@ class PPOTrainer:
             device = self.policy.trunk.device
             last = torch.tensor([len(e) - 1 for e in chunk], device=device)  # the policy's inputs are right-padded
             prompt_last = torch.tensor([e.prompt_length - 1 for e in chunk], device=device)
-        return self.scorer.advantage(*self.scorer(prepared, last, prompt_last)).tolist()
+        reward, expected = self.scorer(prepared, last, prompt_last)
+        finite = torch.isfinite(reward) if expected is None else torch.isfinite(reward) & torch.isfinite(expected)
+        if not finite.all():  # the operation would stop this rank alone: `judge` stops all
+            return torch.where(finite, reward, math.nan).tolist()
+        return self.scorer.advantage(reward, expected).tolist()
 
     def estimate(self, experiences: Sequence[Experience]) -> None:
         """Normalise scores when a moving average is kept, then rewards, advantages and returns."""

@@ -1,9 +1,9 @@
 """Snapshots inside a stage: a killed stage goes on from its last good one, to the same bits as if nothing had happened.
 
 Everything random in the trainers follows from the seed and the step, so a snapshot holds weights, optimiser and
-schedule (shards.py), torch's generators of every rank, the metrics so far, and the few numbers a trainer carries from
-step to step. It is written under another name, checked off file by file in a manifest, and renamed: what has its name is
-whole, and the newest whole one is the one to go on from. All ranks write it, or none has: a rank that cannot (a full
+schedule (pieces.py), torch's generators of every rank, the metrics so far, and the few numbers a trainer carries from
+step to step. It is written under another name, checked off file by file in a manifest, and renamed: what has its name
+is whole, and the newest whole one is the one to go on from. All ranks write it, or none has: a rank that cannot (a full
 disk) is an error on all of them, and the snapshots before it stay.
 """
 
@@ -61,15 +61,17 @@ class Snapshots:
         if isinstance(found, str):
             raise ValueError(found)
         if self.arguments.resume_from_checkpoint != "none":
-            self.arguments.resume_from_checkpoint = "auto"  # a named one is for one stage: those after it have their own
+            self.arguments.resume_from_checkpoint = (
+                "auto"  # a named one is for one stage: those after it have their own
+            )
         if found is None:
             return 0, {}
         path, record = found
         if record["rows"] != self.rows:
             raise ValueError(
-                f"checkpoint {str(path)!r} was made with {record['rows']} rows a step, this run has {self.rows}: choose "
-                "per_device_train_batch_size and gradient_accumulation_steps so that their product with the number of "
-                "ranks is the same"
+                f"checkpoint {str(path)!r} was made with {record['rows']} rows a step, this run has {self.rows}: "
+                "choose per_device_train_batch_size and gradient_accumulation_steps so that their product with the "
+                "number of ranks is the same"
             )
         if record["shape"] != self.shape:
             if not self.arguments.universal:

@@ -100,7 +100,7 @@ def recorded(tokenizer) -> tuple[list[Experience], list[Encoded]]:
     return experiences, rehearsal
 
 
-def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[float], list[list[int]]]:
+def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[float], list[float], list[list[int]]]:
     """Losses and gradient norms of PPO with its critic, and what is sampled after it."""
     experiences, rehearsal = recorded(tokenizer)
     arguments = PPOArguments(
@@ -114,12 +114,13 @@ def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[
         policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), rehearsal=rehearsal if rehearse else ()
     )
     places = [p for share in micro_steps(list(range(16)), micro, rank(), world_size()) for p in share]
-    losses = []
+    losses, norms = [], []
     for step in range(UPDATES):
         mine = [Experience(**vars(experiences[p])) for p in places]
         trainer.estimate(mine)
         metrics = trainer.update(mine, step)
-        losses += [metrics["loss"], metrics["gradient_norm"]]
+        losses.append(metrics["loss"])
+        norms.append(metrics["gradient_norm"])
     # Sampling from the trained (under ZeRO-3: partitioned) weights, then one more update through the restored hooks.
     prompts = [EncodedPrompt(PromptRow(""), list(e.encoded.ids[: e.encoded.prompt_length])) for e in experiences]
     rollouts = trainer.sample([prompts[p] for p in places], 9, places)
@@ -136,7 +137,7 @@ def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[
         drawn[place, : len(rollout.encoded.response)] = torch.tensor(rollout.encoded.response, dtype=torch.float64)
     everyone = torch.tensor(sum_over_ranks((drawn + 1).flatten().tolist())).reshape(16, 64) - 1
     trainer.engine.close()
-    return losses, everyone.int().tolist()
+    return losses, norms, everyone.int().tolist()
 
 
 def head_gradient(stage: int, micro: int, tied: bool) -> list[float]:
@@ -180,10 +181,11 @@ def main() -> None:
     tokenizer = build_tokenizer()
     found = {}
     for stage in stages:
-        plain, drawn = ppo_losses(stage, micro, tokenizer, rehearse=False)
-        rehearsed, drawn_too = ppo_losses(stage, micro, tokenizer, rehearse=True)
+        plain, norms, drawn = ppo_losses(stage, micro, tokenizer, rehearse=False)
+        rehearsed, norms_too, drawn_too = ppo_losses(stage, micro, tokenizer, rehearse=True)
         found[stage] = {
             "scorer": scorer_losses(stage, micro, tokenizer), "ppo": plain, "ppo-sr": rehearsed,
+            "norms": norms + norms_too,
             "head": head_gradient(stage, micro, tied=False), "tied head": head_gradient(stage, micro, tied=True),
             "drawn": [drawn, drawn_too],
         }  # fmt: skip

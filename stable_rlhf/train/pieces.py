@@ -68,7 +68,7 @@ def _state(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer).state
 
 
-def save_shard(path: Path, module: nn.Module, optimizer: Any, zero_stage: int) -> None:
+def save_pieces(path: Path, module: nn.Module, optimizer: Any, zero_stage: int) -> None:
     """Write this rank's pieces to ``path``."""
     state = _state(optimizer)
     index: dict[str, tuple[int, int, int]] = {}
@@ -83,8 +83,8 @@ def save_shard(path: Path, module: nn.Module, optimizer: Any, zero_stage: int) -
     save_file(tensors, path, metadata={"index": json.dumps(index)})
 
 
-def load_shards(paths: Sequence[Path], module: nn.Module, optimizer: Any, zero_stage: int) -> None:
-    """Take up what all ranks wrote with :func:`save_shard`, on any number of ranks and with any ZeRO stage.
+def load_pieces(paths: Sequence[Path], module: nn.Module, optimizer: Any, zero_stage: int) -> None:
+    """Take up what all ranks wrote with :func:`save_pieces`, on any number of ranks and with any ZeRO stage.
 
     Raises:
         ValueError: a parameter is missing, or has another size.
