@@ -61,9 +61,7 @@ class Snapshots:
         if isinstance(found, str):
             raise ValueError(found)
         if self.arguments.resume_from_checkpoint != "none":
-            self.arguments.resume_from_checkpoint = (
-                "auto"  # a named one is for one stage: those after it have their own
-            )
+            self.arguments.resume_from_checkpoint = "auto"  # a named one is for one stage, not for those after it
         if found is None:
             return 0, {}
         path, record = found
