@@ -88,6 +88,7 @@ class Snapshots:
                 torch.cuda.set_rng_state(states["cuda"])
         metrics = self.folder.parent / METRICS
         if is_main_process() and not metrics.exists():
+            metrics.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path / METRICS, metrics)  # a snapshot of another run folder
         barrier()  # nobody reads the metrics before they are there
         say(f"  going on after step {record['step']}")
