@@ -87,9 +87,9 @@ class Snapshots:
             if "cuda" in states and torch.cuda.is_available():
                 torch.cuda.set_rng_state(states["cuda"])
         metrics = self.folder.parent / METRICS
-        if is_main_process() and not metrics.exists():
+        if is_main_process():  # a snapshot of another folder, or the file was being written when the stage was killed
             metrics.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path / METRICS, metrics)  # a snapshot of another run folder
+            shutil.copy(path / METRICS, metrics)
         barrier()  # nobody reads the metrics before they are there
         say(f"  going on after step {record['step']}")
         return int(record["step"]), record["state"]

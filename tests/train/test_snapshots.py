@@ -257,6 +257,13 @@ def test_a_snapshot_of_another_folder(stopped, trainers, tmp_path):
         trainers["sft"](tmp_path / "other", EngineArguments(), replace(EVERY_STEP, resume_from_checkpoint=str(two)))
 
 
+def test_metrics_that_a_kill_cut_off_come_from_the_snapshot(stopped, trainers, tmp_path):
+    (stopped / "metrics.jsonl").write_text("")
+    trainers["sft"](stopped, EngineArguments(), EVERY_STEP)
+    trainers["sft"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
+    assert outcome(stopped) == outcome(tmp_path / "whole")
+
+
 def test_what_was_given_up_is_not_the_newest(trainers, killed_after, tmp_path):
     """A stage that goes on from an earlier step, or begins again, must not find its later steps after the next kill."""
     run, all_kept = tmp_path / "run", replace(EVERY_STEP, save_total_limit=9)
