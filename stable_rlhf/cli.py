@@ -105,6 +105,10 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }  # fmt: skip
 _TAKES_RECIPE = ("run", "launch", "study")
+# What gloo and NCCL say to a rank whose peer is gone.
+_LOST = re.compile(
+    r"closed by (remote )?peer|onnection reset|Broken pipe|remote process exited|Socket Timeout|Timed out wait"
+)
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
     "list": "a list, [a, b]", "dict": "a mapping, {a: 1}",
@@ -331,8 +335,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":
             raise
-        if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
+        from safetensors import SafetensorError
+
+        if "No space left" in str(error):
+            hint = "with space made there, the same command goes on from the last checkpoint"
+            fail(f"{error}; output_dir is {recipe.output_dir!r}", hint=hint)
+        if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, SafetensorError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
+        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            fail("another rank has ended, so this one cannot go on; what it said, or the launcher, tells why",
+                 hint="the same command goes on from the last checkpoint")  # fmt: skip
         _unexpected(error, Path(recipe.output_dir))
 
 
@@ -341,7 +353,10 @@ def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
     if not output_dir.is_dir():
         raise error
     path = output_dir / f"error-{os.environ.get('RANK', '0')}.txt"
-    path.write_text("".join(traceback.format_exception(error)))
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:  # a full disk, most likely, and perhaps what the error is about
+        raise error from None
     fail(f"{type(error).__name__}: {error}", hint=f"this was not foreseen; the traceback is in {path}")
 
 
@@ -350,9 +365,11 @@ def _run(recipe: Recipe, own: argparse.Namespace) -> None:
 
     from stable_rlhf.evaluate.report import summary_table
     from stable_rlhf.progress import is_main_process
+    from stable_rlhf.train.engine import finish
     from stable_rlhf.train.run import run_recipe
 
     summary = run_recipe(recipe)
+    finish()
     if is_main_process():
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(summary_table(summary))
@@ -383,14 +400,15 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
     from stable_rlhf.progress import is_main_process
     from stable_rlhf.rehearsal.store import join_ranks
     from stable_rlhf.train.checkpoint import RunDirectory
-    from stable_rlhf.train.engine import start
+    from stable_rlhf.train.engine import finish, start
 
     if engine:
         start(recipe.seed)
     else:
         join_ranks()
     settings = _settings(recipe, sections, inputs, engine=engine)
-    stage = RunDirectory(recipe.output_dir).stage(name, settings, run)
+    stage = RunDirectory(recipe.output_dir, recipe.checkpoint).stage(name, settings, run)
+    finish()
     if is_main_process():
         result = {k: v for k, v in stage.result.items() if k != "curve"}
         print(json.dumps({"stage": name, "folder": str(stage.folder), **result}, indent=1))
@@ -442,13 +460,14 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.progress import is_main_process
     from stable_rlhf.scorer.report import in_words, notable_tables
     from stable_rlhf.train.checkpoint import RunDirectory
-    from stable_rlhf.train.engine import start
+    from stable_rlhf.train.engine import finish, start
     from stable_rlhf.train.strength import measure_strength
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
     start(recipe.seed)
     settings = _settings(recipe, "scorer_model_name_or_path data engine scorer", {})
-    stage = measure_strength(recipe, RunDirectory(recipe.output_dir), backbone, settings)
+    stage = measure_strength(recipe, RunDirectory(recipe.output_dir, recipe.checkpoint), backbone, settings)
+    finish()
     if is_main_process():
         summary = json.loads((stage.folder / "strength.json").read_text())
         console = Console(width=None if sys.stdout.isatty() else 140)

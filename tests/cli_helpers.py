@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -73,28 +74,46 @@ class Server:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
 
-    def __call__(self, *arguments: str | Path, cwd: Path, kill_after: float | None = None, **extra: str) -> Done:
-        """``kill_after``: SIGKILL the call after so many seconds, if it still runs then (its code is then -9)."""
+    def __call__(self, *arguments: object, cwd: Path, kill: float | str | None = None, **extra: str) -> Done:
+        """``kill``: SIGKILL the call after so many seconds, or once a file of this name (a glob in ``cwd``) is there;
+        if it still runs then, its code is -9."""
+        return self._run(1, arguments, cwd, kill, [0], extra)[0]
+
+    def ranks(
+        self, count: int, *arguments: object, cwd: Path, kill: float | str | None = None, who: list[int] | None = None,
+        **extra: str,
+    ) -> list[Done]:  # fmt: skip
+        """The same as ``count`` ranks, as a launcher would start them; ``who``: the ranks to kill (all)."""
+        launcher = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return self._run(count, arguments, cwd, kill, who or list(range(count)), launcher | extra)
+
+    def _run(
+        self, count: int, arguments: tuple[object, ...], cwd: Path, kill: float | str | None, who: list[int],
+        extra: dict[str, str],
+    ) -> list[Done]:  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
+            outputs = [(Path(folder, f"out-{i}"), Path(folder, f"err-{i}")) for i in range(count)]
             call: dict[str, Any] = {
-                "argv": list(map(str, arguments)),
-                "cwd": str(cwd),
-                "out": str(out),
-                "err": str(err),
-                "env": extra,
-            }
-            call["kill_after"] = kill_after
+                "argv": list(map(str, arguments)), "cwd": str(cwd), "env": extra, "kill": kill, "who": who,
+                "outputs": [(str(out), str(err)) for out, err in outputs],
+            }  # fmt: skip
             assert self.process.stdin and self.process.stdout
             self.process.stdin.write(json.dumps(call) + "\n")
             self.process.stdin.flush()
-            code = int(self.process.stdout.readline())
-            return Done(code, out.read_text(), err.read_text())
+            codes = json.loads(self.process.stdout.readline())
+            return [Done(code, out.read_text(), err.read_text())
+                    for code, (out, err) in zip(codes, outputs, strict=True)]  # fmt: skip
 
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @functools.cache
@@ -111,45 +130,89 @@ def _serve() -> None:
     from torch.utils import tensorboard  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
+    import stable_rlhf.cli
     import stable_rlhf.train.run  # noqa: F401
-    from stable_rlhf.cli import main
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         call = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(call[name], os.O_WRONLY | os.O_CREAT, 0o600), number)
-            os.chdir(call["cwd"])
-            os.environ.update(call["env"])
-            sys.argv = ["stable-rlhf", *call["argv"]]
-            code: Any = 0
-            try:
-                main()
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        ended, status = 0, 0
-        if call["kill_after"] is not None:
-            until = time.monotonic() + call["kill_after"]
-            while not ended and time.monotonic() < until:
-                time.sleep(0.005)
-                ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended:
-                os.kill(child, signal.SIGKILL)
-        if not ended:
-            _, status = os.waitpid(child, 0)
-        replies.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        children = [_fork(call, rank) for rank in range(len(call["outputs"]))]
+        codes: list[int | None] = [None] * len(children)
+        kill, began = call["kill"], time.monotonic()
+        while None in codes:
+            for rank, child in enumerate(children):
+                if codes[rank] is None:
+                    ended, status = os.waitpid(child, os.WNOHANG)
+                    codes[rank] = os.waitstatus_to_exitcode(status) if ended else None
+            if kill is not None and (
+                any(Path(call["cwd"]).glob(kill)) if isinstance(kill, str) else time.monotonic() - began > kill
+            ):
+                kill = None
+                for rank in call["who"]:
+                    if codes[rank] is None:
+                        os.kill(children[rank], signal.SIGKILL)
+            time.sleep(0.005)
+        replies.write(json.dumps(codes) + "\n")
         replies.flush()
+
+
+def _fork(call: dict[str, Any], rank: int) -> int:
+    """Start one rank of a call; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    for number, name in enumerate(call["outputs"][rank], 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.chdir(call["cwd"])
+    os.environ.update(call["env"])
+    if "WORLD_SIZE" in call["env"] and "RANK" not in call["env"]:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv = ["stable-rlhf", *call["argv"]]
+    code: Any = 0
+    try:
+        from stable_rlhf.cli import main
+
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below ``pid``, children before their own children."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for process in found:  # grows while it is read
+        found += children.get(process, [])
+    return found[1:]
+
+
+def workers(pid: int) -> list[int]:
+    """Processes below a launcher that run the command line themselves."""
+    found = []
+    for process in descendants(pid):
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"torch.distributed.run" not in words and b"stable_rlhf" in words:
+            found.append(process)
+    return found
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -193,6 +256,56 @@ def tiny_files(folder: Path, *, pairs: int = 40, prompts: int = 40, demonstratio
     made = [draw(i) for i in range(demonstrations)]
     write_lines(folder / "sft.jsonl", [{"prompt": p, "response": a, "task": t} for p, a, t in made])
     return folder
+
+
+def small_sft(files: Path) -> list[object]:
+    """Arguments of an SFT of ``tiny_files`` that takes a moment a step and writes a snapshot after each."""
+    return [
+        "sft", "--model-name-or-path", files / "model", "--data.demonstrations", files / "sft.jsonl",
+        "--data.max_length", 40, "--sft.max_steps", 12, "--sft.num_train_epochs", 99, "--sft.learning_rate", "1e-2",
+        "--sft.per_device_train_batch_size", 4, "--checkpoint.save_steps", 1, "--report_to", "[]",
+    ]  # fmt: skip
+
+
+def small_ppo(files: Path, scorer: Path) -> list[object]:
+    """The same for PPO with Selective Rehearsal; ``scorer``: from :func:`small_scorer`."""
+    return [
+        "train-ppo", "--variant", "am-sr", "--scorer", scorer, "--rehearsal", files / "sft.jsonl",
+        "--model-name-or-path", files / "model", "--data.prompts", files / "prompts.jsonl",
+        "--data.forget_tasks", "old", "--data.max_prompt_length", 24, "--data.max_length", 40,
+        "--ppo.total_steps", 9, "--ppo.rollout_batch_size", 8,
+        "--ppo.num_mini_batches", 2, "--ppo.per_device_train_batch_size", 2, "--ppo.per_device_rehearsal_batch_size", 2,
+        "--ppo.rehearsal_coef", 0.1, "--ppo.max_new_tokens", 4, "--ppo.learning_rate", "3e-3",
+        "--ppo.head_learning_rate", "1e-2", "--ppo.warmup_ratio", 0.5, "--checkpoint.save_steps", 1,
+        "--report_to", "[]",
+    ]  # fmt: skip
+
+
+def small_scorer(server: Server, files: Path) -> Path:
+    """An Advantage Model on ``tiny_files``, in ``files/out/scorer-am``."""
+    server(
+        "train-scorer", "--objective", "am", "--model-name-or-path", files / "model", "--data.pairs",
+        files / "pairs.jsonl", "--data.max_length", 40, "--scorer.head_learning_rate", "1e-2", "--output-dir",
+        files / "out", "--report_to", "[]", cwd=files,
+    ).worked()  # fmt: skip
+    return files / "out" / "scorer-am"
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """What a stage saved, bit for bit."""
+    found = {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+    assert found
+    return found
+
+
+def whole_snapshots(stage: Path) -> list[str]:
+    """Names of the snapshots in a stage's working folder, each checked against its manifest; no other file is there."""
+    from stable_rlhf.train.snapshots import _read
+
+    found = sorted((stage / "checkpoints").iterdir())
+    for path in found:
+        assert not isinstance(record := _read(path), str), record
+    return [path.name for path in found]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,24 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def server():
+    """Calls of the command line without the seconds that its imports take: see cli_helpers."""
+    from cli_helpers import shared_server
+
+    return shared_server()
+
+
+@pytest.fixture
+def cli(server, tmp_path):
+    """``cli("sft", "--seed", 3)`` in an empty folder."""
+
+    def call(*arguments: object, **extra: str):
+        return server(*arguments, cwd=tmp_path, **extra)
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     from stable_rlhf.world import build_tokenizer
 

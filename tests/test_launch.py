@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_helpers import CONSOLE_SCRIPT, Done, Server, environment, shared_server, tiny_files
+from cli_helpers import CONSOLE_SCRIPT, Done, environment, free_port, tiny_files, workers
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = """
@@ -30,30 +30,11 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, max
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return shared_server()
-
-
-@pytest.fixture
-def cli(server, tmp_path):
-    def call(*arguments: object, **extra: str) -> Done:
-        return server(*map(str, arguments), cwd=tmp_path, **extra)
-
-    return call
-
-
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     tiny_files(tmp_path / "files")
     (tmp_path / "my.yaml").write_text(TINY)
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
@@ -287,39 +268,21 @@ def test_two_hosts_of_the_loopback_range(tiny):
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again(tiny):
-    """One process of two is killed in the middle of a run: torchrun starts both again and the run goes on."""
-    process = subprocess.Popen(
-        [CONSOLE_SCRIPT, "launch", "--port", str(free_port()), "--max-restarts", "1", "my.yaml"], cwd=tiny,
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    lines = []
-    killed = None
-    assert process.stdout
-    for line in process.stdout:
-        lines.append(line)
-        if killed is None and line.startswith("[scorer-rm]"):
-            killed = worker(process.pid)
-            os.kill(killed, signal.SIGKILL)
-    text = "".join(lines)
-    assert process.wait(timeout=60) == 0, text[-6000:]
-    assert killed and "[sft] finished before" in text
+    """One process of two is killed in the middle of a stage: torchrun starts both again, and they go on from the last
+    snapshot."""
+    log = tiny / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [CONSOLE_SCRIPT, "launch", "--port", str(free_port()), "--max-restarts", "1", "my.yaml", "--sft.max_steps",
+             "60", "--sft.num_train_epochs", "99", "--checkpoint.save_steps", "1"],
+            cwd=tiny, env=environment(), stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while not (tiny / "out" / "sft.tmp" / "checkpoints" / "step-00000003").exists():
+        assert process.poll() is None, log.read_text()[-6000:]
+        time.sleep(0.01)
+    os.kill(max(workers(process.pid)), signal.SIGKILL)
+    assert process.wait(timeout=280) == 0, log.read_text()[-6000:]
+    assert log.read_text().count("[sft]\n") == 2 and "going on after step" in log.read_text()
+    steps = [json.loads(line)["step"] for line in (tiny / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
     finished(tiny / "out", 2)
-
-
-def worker(pid: int) -> int:
-    """The last process below ``pid`` that runs the command line."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    waiting, found = [pid], []
-    while waiting:
-        waiting += children.get(below := waiting.pop(), [])
-        words = Path(f"/proc/{below}/cmdline").read_bytes().split(b"\0")
-        if b"torch.distributed.run" not in words and b"stable_rlhf" in words:
-            found.append(below)
-    return max(found)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.train.config import CheckpointArguments
 from stable_rlhf.train.engine import barrier, gather_objects
 
 _MARKER = "run.json"
@@ -19,6 +20,14 @@ _STAGE = "stage.json"
 _ATTEMPT = "attempt.json"  # which settings an unfinished stage has
 SNAPSHOTS = "checkpoints"  # of a stage that trains; see snapshots.py
 _FORMAT = 1
+_T = TypeVar("_T")
+# Settings that say how a stage is spread over ranks and memory, not what it computes.
+_LAYOUT = frozenset(
+    (
+        "zero_stage", "offload_optimizer", "gradient_checkpointing", "per_device_train_batch_size",
+        "per_device_rehearsal_batch_size", "gradient_accumulation_steps",
+    )
+)  # fmt: skip
 
 
 class RunError(ValueError):
@@ -42,40 +51,56 @@ class RunDirectory:
 
     Each stage is written to ``<name>.tmp`` and renamed when it is done, with ``stage.json`` (settings, result,
     seconds) inside. A stage with the same settings and the same input stages is not redone; one with other
-    settings is an error. An unfinished stage is begun again, or, where it left snapshots and its settings are the same,
-    finds them in its folder.
+    settings is an error. An unfinished stage is begun again, or, where it left snapshots, finds them in its folder;
+    then other settings are an error too, for snapshots are work. Under ``checkpoint.universal`` settings of the layout
+    may be others.
     """
 
-    def __init__(self, output_dir: str | Path) -> None:
+    def __init__(self, output_dir: str | Path, checkpoint: CheckpointArguments | None = None) -> None:
         self.root = Path(output_dir)
+        self.checkpoint = checkpoint or CheckpointArguments()
         self.stages: list[Stage] = []
-        problem = self._open() if is_main_process() else None
-        problem = gather_objects(problem)[0]
+        self._first_rank(self._open)
+
+    def _first_rank(self, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns on rank 0, on every rank; where it fails there, every rank fails alike."""
+        found: Any = None
+        problem = None
+        if is_main_process():
+            try:
+                found = work()
+            except RunError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"output_dir {str(self.root)!r}: {error}"
+        found, problem = gather_objects((found, problem))[0]
         if problem:
             raise RunError(problem)
+        return found
 
-    def _open(self) -> str | None:
+    def _open(self) -> None:
         marker = self.root / _MARKER
         if self.root.exists() and not self.root.is_dir():
-            return f"output_dir {str(self.root)!r} is a file"
+            raise RunError(f"output_dir {str(self.root)!r} is a file")
         if marker.is_file():
             try:
                 found = json.loads(marker.read_text())["format"]
             except (ValueError, KeyError, TypeError):
-                return (
+                raise RunError(
                     f"output_dir {str(self.root)!r}: {_MARKER} is damaged; choose another output_dir or delete this one"
-                )
+                ) from None
             if found != _FORMAT:
-                return f"output_dir {str(self.root)!r} was written by another version (format {found}); choose another"
-            return None
+                raise RunError(
+                    f"output_dir {str(self.root)!r} was written by another version (format {found}); choose another"
+                )
+            return
         if self.root.exists() and any(self.root.iterdir()):
-            return (
+            raise RunError(
                 f"output_dir {str(self.root)!r} is not empty and was not written by stable_rlhf; nothing is "
                 "overwritten: choose another output_dir"
             )
         self.root.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps({"format": _FORMAT, "made_by": "stable_rlhf"}) + "\n")
-        return None
 
     def stage(
         self, name: str, settings: dict[str, Any], run: Callable[[Path], dict[str, Any]], inputs: Sequence[Stage] = ()
@@ -84,75 +109,101 @@ class RunDirectory:
         folder = self.root / name
         key = {"settings": settings, "inputs": {s.name: s.fingerprint for s in inputs}}
         fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
-        known: dict[str, Any] | None = None
-        problem = None
-        if is_main_process():
-            known, problem = self._look(name, folder, key, fingerprint)
-        known, problem = gather_objects((known, problem))[0]
-        if problem:
-            raise RunError(problem)
+        known = self._first_rank(lambda: self._look(name, folder, key, fingerprint))
         if known is not None:
             say(f"[{name}] finished before ({known['seconds']:.0f} s), not redone")
-            done = Stage(name, folder, known["result"], known["seconds"], True, fingerprint)
+            done = Stage(name, folder, known["result"], known["seconds"], True, known["fingerprint"])
             self.stages.append(done)
             return done
         say(f"[{name}]")
         working = self.root / f"{name}.tmp"
-        if is_main_process():
-            if _may_go_on(working, fingerprint):
-                say(f"  an earlier attempt at {name} did not finish: its checkpoints are there")
-            else:
-                if working.exists():
-                    say(f"  an earlier attempt at {name} did not finish: starting it again")
-                    shutil.rmtree(working)
-                working.mkdir(parents=True)
-                (working / _ATTEMPT).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-        barrier()
+        self._first_rank(lambda: self._begin(name, working, key, fingerprint))
         began = time.monotonic()
         result = run(working)
         barrier()  # another rank may still be reading what it loads back from there
         seconds = time.monotonic() - began
-        if is_main_process():
+
+        def finish() -> None:
             record = {"name": name, "fingerprint": fingerprint, **key, "seconds": seconds, "result": result}
             (working / _STAGE).write_text(json.dumps(record, indent=1) + "\n")
             shutil.rmtree(working / SNAPSHOTS, ignore_errors=True)
             (working / _ATTEMPT).unlink()
             working.rename(folder)
-        barrier()
+
+        self._first_rank(finish)
         say(f"[{name}] {seconds:.0f} s")
         done = Stage(name, folder, result, seconds, False, fingerprint)
         self.stages.append(done)
         return done
 
-    def _look(
-        self, name: str, folder: Path, key: dict[str, Any], fingerprint: str
-    ) -> tuple[dict[str, Any] | None, str | None]:
+    def _look(self, name: str, folder: Path, key: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
         if not folder.exists():
-            return None, None
+            return None
         remedy = f"delete {str(folder)!r} to redo it, or choose another output_dir"
         try:
             known = json.loads((folder / _STAGE).read_text())
             seen, _, _ = known["fingerprint"], known["seconds"], known["result"]
         except (OSError, ValueError, KeyError, TypeError):
-            return (
-                None,
-                f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign; {remedy}",
-            )
-        if seen != fingerprint:
-            changed = _differences(known.get("settings", {}), key["settings"])
-            if known.get("inputs") != key["inputs"]:
-                changed.append("its input stages")
-            return None, f"stage {name} was made with other settings ({', '.join(changed) or 'unknown'}); {remedy}"
-        return known, None
+            raise RunError(
+                f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign; {remedy}"
+            ) from None
+        if seen != fingerprint and not (self.checkpoint.universal and _layout_alone(known, key)):
+            changed = ", ".join(_changes(known, key))
+            raise RunError(f"stage {name} was made with other settings ({changed}); {remedy}")
+        return dict(known)
+
+    def _begin(self, name: str, working: Path, key: dict[str, Any], fingerprint: str) -> None:
+        """Make an unfinished stage's folder ready; snapshots of an attempt with other settings are in the way."""
+        attempt = working / _ATTEMPT
+        if any(p.suffix != ".tmp" for p in (working / SNAPSHOTS).glob("step-*")):
+            try:
+                before = json.loads(attempt.read_text())
+                same = before["fingerprint"] == fingerprint
+            except (OSError, ValueError, KeyError, TypeError):
+                before, same = {}, False
+            if not same and self.checkpoint.resume_from_checkpoint != "none":
+                alone = _layout_alone(before, key)
+                if not (alone and self.checkpoint.universal):
+                    raise RunError(
+                        f"stage {name}: {str(working)!r} holds checkpoints of an attempt with other settings "
+                        f"({', '.join(_changes(before, key))}); give the same settings to go on, "
+                        + ("set checkpoint.universal to true to go on with these, " if alone else "")
+                        + "set checkpoint.resume_from_checkpoint to 'none' to begin the stage again, or choose another "
+                        "output_dir"
+                    )
+                same = True
+                _note(attempt, {"fingerprint": fingerprint, **key})
+            if same:
+                say(f"  an earlier attempt at {name} did not finish: its checkpoints are there")
+                return
+        if working.exists():
+            say(f"  an earlier attempt at {name} did not finish: starting it again")
+            shutil.rmtree(working)
+        working.mkdir(parents=True)
+        _note(attempt, {"fingerprint": fingerprint, **key})
 
 
-def _may_go_on(working: Path, fingerprint: str) -> bool:
-    """Whether an unfinished stage was begun with the same settings and left something to go on from."""
-    try:
-        same = json.loads((working / _ATTEMPT).read_text())["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError):
+def _note(path: Path, record: dict[str, Any]) -> None:
+    """Write a record that is whole at every moment: without it, snapshots beside it could not be used."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record) + "\n")
+    part.replace(path)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """In words, what makes two stages' settings and inputs different."""
+    changed = _differences(old.get("settings", {}), new["settings"])
+    if old.get("inputs") != new["inputs"]:
+        changed.append("its input stages")
+    return changed or ["unknown"]
+
+
+def _layout_alone(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two stages would compute the same, up to rounding."""
+    if old.get("inputs") != new["inputs"] or "settings" not in old:
         return False
-    return same and any((working / SNAPSHOTS).glob("step-*"))
+    changed = _differences(old["settings"], new["settings"])
+    return all(text.split(":")[0].rsplit(".", 1)[-1] in _LAYOUT for text in changed)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -104,11 +104,14 @@ class CheckpointArguments:
         save_total_limit: Keep this many of them while the stage runs; a finished stage keeps none.
         resume_from_checkpoint: ``auto`` goes on from the newest good one of an unfinished stage, ``none`` begins the
             stage again, a folder is that snapshot.
+        universal: Go on from a snapshot of another number of ranks, ZeRO stage or cut into micro-batches: to rounding,
+            not to the bit. The rows of a step must stay the same.
     """
 
     save_steps: int = 100
     save_total_limit: int = 2
     resume_from_checkpoint: str = "auto"
+    universal: bool = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from stable_rlhf.lora import adapters_off, add_lora
 from stable_rlhf.train.config import EngineArguments
+from stable_rlhf.train.pieces import load_pieces, save_pieces
 from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
 
 HEADS = ("reward_head", "expected_head", "value_head")
-_TAG = "engine"
+_SCHEDULE = "schedule.json"
 _AVERAGE = "average.safetensors"
 
 
@@ -108,6 +110,13 @@ def start(seed: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     torch.manual_seed(seed)
+
+
+def finish() -> None:
+    """Leave the process group, all ranks together: one that ends while others still talk to it can take them down."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
 
 
 def _zero3(arguments: EngineArguments, *, offload: bool) -> dict[str, Any]:
@@ -365,19 +374,21 @@ class Engine:
         save_model(self.plain, folder, value_of)
 
     def save(self, folder: Path) -> None:
-        """Write what trains (weights, optimiser, schedule) to ``folder``; every rank calls this."""
-        self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; all ranks call this."""
+        save_pieces(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
+        if rank() == 0:
+            (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n")
         if self.average is not None:
             state = self.average.state()
             if rank() == 0:
                 save_file({k: v.contiguous() for k, v in state.items()}, folder / _AVERAGE)
 
     def load(self, folder: Path) -> None:
-        """Take up what :meth:`save` wrote, on the same number of ranks and with the same ZeRO stage."""
-        # Frozen weights are not in it, hence not strict. The files are this run's own: DeepSpeed unpickles them.
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise ValueError(f"checkpoint {str(folder)!r}: DeepSpeed could not load it")
+        """Take up what :meth:`save` wrote, on any number of ranks and with any ZeRO stage."""
+        load_pieces(sorted(folder.glob("engine-*.safetensors")), self.module, self.optimizer, self.zero_stage)
+        self.scheduler.load_state_dict(json.loads((folder / _SCHEDULE).read_text()))
+        for group, value in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = value
         if self.average is not None:
             self.average.load(load_file(folder / _AVERAGE))
 

@@ -14,6 +14,7 @@ for every step:
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +175,13 @@ class PPOTrainer:
                         features=features[i] if features is not None else None,
                     )
                 )
+        bad = [i for i, e in enumerate(experiences) if not math.isfinite(e.score)]
+        if sum_over_ranks([len(bad)])[0]:  # on every rank: none waits for one that stopped
+            whose = f"to the response {rollouts[bad[0]].text[:60]!r}" if bad else "on another rank"
+            raise ValueError(
+                f"the scorer gave a score that is not finite {whose}; the policy's weights are those of the step "
+                "before. Are the scorer's own weights finite?"
+            )
         return experiences
 
     def _scores(self, chunk: Sequence[Encoded], inputs: dict[str, torch.Tensor] | None) -> list[float]:
@@ -182,10 +190,11 @@ class PPOTrainer:
             device = self.policy.trunk.device
             last = torch.tensor([len(e) - 1 for e in chunk], device=device)  # the policy's inputs are right-padded
             prompt_last = torch.tensor([e.prompt_length - 1 for e in chunk], device=device)
-        scores = self.scorer.advantage(*self.scorer(prepared, last, prompt_last))
-        if not torch.isfinite(scores).all():
-            raise ValueError("the scorer gave a score that is not finite")
-        return scores.tolist()
+        reward, expected = self.scorer(prepared, last, prompt_last)
+        finite = torch.isfinite(reward) if expected is None else torch.isfinite(reward) & torch.isfinite(expected)
+        if not finite.all():  # the operation would stop this rank alone: `judge` stops all
+            return torch.where(finite, reward, math.nan).tolist()
+        return self.scorer.advantage(reward, expected).tolist()
 
     def estimate(self, experiences: Sequence[Experience]) -> None:
         """Normalise scores when a moving average is kept, then rewards, advantages and returns."""

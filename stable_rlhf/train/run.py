@@ -45,7 +45,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         torch.set_num_threads(1)
     if not (Path(recipe.output_dir) / "evaluation").exists():
         check_inputs(recipe)
-    run = RunDirectory(recipe.output_dir)
+    run = RunDirectory(recipe.output_dir, recipe.checkpoint)
     part = recipe.as_dict()
     common = {"seed": recipe.seed, "engine": part["engine"]}
     cache = FeatureCache()  # scorers on the same frozen lower blocks share their hidden states

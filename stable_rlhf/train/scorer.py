@@ -195,7 +195,7 @@ def train_scorer(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
-    snapshots = Snapshots(folder, engine, checkpoint)
+    snapshots = Snapshots(folder, engine, checkpoint, rows=global_batch)
     done, carried = snapshots.restore()
     tracker = Tracker(folder, report_to, after=done)
     tokens = carried.get("tokens", 0)

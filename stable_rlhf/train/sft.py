@@ -67,7 +67,7 @@ def train_sft(
         micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
-    snapshots = Snapshots(folder, engine, checkpoint)
+    snapshots = Snapshots(folder, engine, checkpoint, rows=global_batch)
     done, carried = snapshots.restore()
     tracker, cache = Tracker(folder, report_to, after=done), FeatureCache()
     early = round(early_share * steps) if early_share is not None else 0

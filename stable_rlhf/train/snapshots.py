@@ -1,8 +1,10 @@
 """Snapshots inside a stage: a killed stage goes on from its last good one, to the same bits as if nothing had happened.
 
 Everything random in the trainers follows from the seed and the step, so a snapshot holds weights, optimiser and
-schedule (DeepSpeed's own files), torch's generators of every rank, and the few numbers a trainer carries from step to
-step. It is written under another name, checked off file by file in a manifest, and renamed: what has its name is whole.
+schedule (pieces.py), torch's generators of every rank, the metrics so far, and the few numbers a trainer carries from
+step to step. It is written under another name, checked off file by file in a manifest, and renamed: what has its name
+is whole, and the newest whole one is the one to go on from. All ranks write it, or none has: a rank that cannot (a full
+disk) is an error on all of them, and the snapshots before it stay.
 """
 
 from __future__ import annotations
@@ -10,18 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.train.checkpoint import SNAPSHOTS
 from stable_rlhf.train.config import CheckpointArguments
 from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, world_size
+from stable_rlhf.train.tracking import METRICS
 
 _MANIFEST = "manifest.json"
+_FORMAT = 2
 _CHUNK = 1 << 22
 
 
@@ -32,64 +38,122 @@ class Snapshots:
         folder: The stage's working folder.
         engine: Whose weights, optimiser and schedule are kept.
         arguments: How often, how many, and where to resume from; None: the defaults.
+        rows: Rows a step, where that follows from the number of ranks: then another number of ranks must come to the
+            same, or the stage would go on with other data.
     """
 
-    def __init__(self, folder: Path, engine: Engine, arguments: CheckpointArguments | None) -> None:
+    def __init__(
+        self, folder: Path, engine: Engine, arguments: CheckpointArguments | None, *, rows: int | None = None
+    ) -> None:
+        self.stage = folder.name.removesuffix(".tmp")
         self.folder, self.engine, self.arguments = folder / SNAPSHOTS, engine, arguments or CheckpointArguments()
-        self.shape = {"world_size": world_size(), "zero_stage": engine.zero_stage}
+        self.rows, self.shape = rows, {"world_size": world_size(), "zero_stage": engine.zero_stage}
 
     def restore(self) -> tuple[int, dict[str, Any]]:
         """Load the newest good snapshot; returns its step and what :meth:`save` was given, or (0, {}) without one.
 
         Raises:
-            ValueError: ``resume_from_checkpoint`` names a folder that is missing or damaged, or the snapshot was made
-                by another number of ranks or another ZeRO stage.
+            ValueError: ``resume_from_checkpoint`` names a folder that is missing, damaged or another stage's; the
+                snapshot was made by another number of ranks or another ZeRO stage and ``universal`` is off; or its
+                steps have another number of rows.
         """
         found = gather_objects(self._newest() if is_main_process() else None)[0]
         if isinstance(found, str):
             raise ValueError(found)
+        if self.arguments.resume_from_checkpoint != "none":
+            self.arguments.resume_from_checkpoint = "auto"  # a named one is for one stage, not for those after it
         if found is None:
             return 0, {}
         path, record = found
-        if record["shape"] != self.shape:
+        if record["rows"] != self.rows:
             raise ValueError(
-                f"checkpoint {str(path)!r} was made with {_words(record['shape'])}, this run has {_words(self.shape)}; "
-                "go on with the same, or set checkpoint.resume_from_checkpoint to 'none' to begin the stage again"
+                f"checkpoint {str(path)!r} was made with {record['rows']} rows a step, this run has {self.rows}: "
+                "choose per_device_train_batch_size and gradient_accumulation_steps so that their product with the "
+                "number of ranks is the same"
             )
+        if record["shape"] != self.shape:
+            if not self.arguments.universal:
+                raise ValueError(
+                    f"checkpoint {str(path)!r} was made with {_words(record['shape'])}, this run has "
+                    f"{_words(self.shape)}; go on with the same, set checkpoint.universal to true to go on with these, "
+                    "or checkpoint.resume_from_checkpoint to 'none' to begin the stage again"
+                )
+            say(f"  made with {_words(record['shape'])}: results go on to rounding, not to the bit")
         self.engine.load(path)
-        generators = load_file(path / f"generators-{rank()}.safetensors")
-        torch.set_rng_state(generators["cpu"])
-        if "cuda" in generators:
-            torch.cuda.set_rng_state(generators["cuda"])
+        generators = path / f"generators-{rank()}.safetensors"
+        if generators.exists():  # not on ranks that were not there: they keep the one they were started with
+            states = load_file(generators)
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
+        metrics = self.folder.parent / METRICS
+        if is_main_process():  # a snapshot of another folder, or the file was being written when the stage was killed
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path / METRICS, metrics)
+        barrier()  # nobody reads the metrics before they are there
         say(f"  going on after step {record['step']}")
         return int(record["step"]), record["state"]
 
     def save(self, step: int, state: dict[str, Any], *, last: int) -> None:
-        """Write a snapshot after ``step`` when one is due; ``last`` is the stage's last step, which needs none."""
+        """Write a snapshot after ``step`` when one is due; ``last`` is the stage's last step, which needs none.
+
+        ``state``: what the trainer carries besides (counts, moments, a controller's coefficient), as JSON has it.
+
+        Raises:
+            OSError: it could not be written on some rank; nothing of it is left, and the ones before it are.
+        """
         every = self.arguments.save_steps
         if every == 0 or step % every or step >= last:
             return
         path = self.folder / f"step-{step:08d}"
         working = path.with_suffix(".tmp")
-        if is_main_process():
+        what = f"checkpoint {str(path)!r} could not be written"
+
+        def prepare() -> None:
             shutil.rmtree(working, ignore_errors=True)
             working.mkdir(parents=True)
-        barrier()
-        self.engine.save(working)
-        generators = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.cuda.get_rng_state()
-        save_file(generators, working / f"generators-{rank()}.safetensors")
-        barrier()
-        if is_main_process():
+            shutil.copy(self.folder.parent / METRICS, working)
+
+        def write() -> None:
+            self.engine.save(working)
+            generators = {"cpu": torch.get_rng_state()}
+            if torch.cuda.is_available():
+                generators["cuda"] = torch.cuda.get_rng_state()
+            save_file(generators, working / f"generators-{rank()}.safetensors")
+
+        def finish() -> None:
             files = {str(f.relative_to(working)): _digest(f) for f in sorted(working.rglob("*")) if f.is_file()}
-            record = {"step": step, "shape": self.shape, "state": state, "files": files}
+            record = {"format": _FORMAT, "stage": self.stage, "step": step, "rows": self.rows, "shape": self.shape,
+                      "state": state, "files": files}  # fmt: skip
             (working / _MANIFEST).write_text(json.dumps(record) + "\n")
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)  # of an attempt that was begun again from an earlier step, as are later ones
             working.rename(path)
-            for old in self._all()[self.arguments.save_total_limit :]:
-                shutil.rmtree(old)
-        barrier()
+            whole = self._all()
+            kept = [p for p in whole if p <= path][: self.arguments.save_total_limit]
+            for old in set(whole) - set(kept):
+                _remove(old)
+
+        try:
+            self._everywhere(prepare if is_main_process() else None, what)
+            self._everywhere(write, what)
+            self._everywhere(finish if is_main_process() else None, what)
+        except OSError:
+            if is_main_process():
+                shutil.rmtree(working, ignore_errors=True)
+            raise
+
+    def _everywhere(self, work: Callable[[], None] | None, what: str) -> None:
+        """Do this rank's ``work`` and wait for the others'; where a file fails on some rank, raise on every rank."""
+        problem = None
+        try:
+            if work is not None:
+                work()
+        except (OSError, SafetensorError) as error:
+            problem = f"{error} (rank {rank()})"
+        problems = [p for p in gather_objects(problem) if p]
+        if problems:
+            good = [p.name for p in self._all()] or ["none"]
+            raise OSError(f"{what}: {problems[0]}; {good[0]} is the last good one")
 
     def _all(self) -> list[Path]:
         """Finished snapshots, the newest first."""
@@ -101,12 +165,18 @@ class Snapshots:
             shutil.rmtree(leftover)
         wanted = self.arguments.resume_from_checkpoint
         if wanted == "none":
+            shutil.rmtree(self.folder, ignore_errors=True)
             return None
         if wanted != "auto":
             path = Path(wanted)
             record = _read(path)
             if isinstance(record, str):
                 return f"checkpoint.resume_from_checkpoint: {record}"
+            if record["stage"] != self.stage:
+                return (
+                    f"checkpoint.resume_from_checkpoint: checkpoint {wanted!r} is of stage {record['stage']}, and the "
+                    f"first that has something to train is {self.stage}"
+                )
             return path, record
         for path in self._all():
             record = _read(path)
@@ -125,12 +195,20 @@ def _read(path: Path) -> dict[str, Any] | str:
         files = record["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"checkpoint {str(path)!r} has no readable {_MANIFEST}"
+    if record.get("format") != _FORMAT:
+        return f"checkpoint {str(path)!r} was written by another version"
     for name, digest in files:
         if not (path / name).is_file():
             return f"checkpoint {str(path)!r} is damaged: {name} is missing"
         if _digest(path / name) != digest:
             return f"checkpoint {str(path)!r} is damaged: {name} is not what was written"
     return record
+
+
+def _remove(path: Path) -> None:
+    """Delete a snapshot; what a kill leaves of it must not look like a damaged one."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Trains a scorer and a policy for five updates on recorded data under each ZeRO stage; rank 0 writes the losses.
+"""Trains a scorer and policies for ten updates on recorded data under each ZeRO stage; rank 0 writes the losses.
 
 Run by test_parallel.py under one and two ranks. Arguments: output file, micro-batch per rank, ZeRO stages.
 """
@@ -15,6 +15,7 @@ from stable_rlhf.data.packing import Encoded, encode
 from stable_rlhf.data.records import Comparison, PromptRow
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel
+from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import micro_steps, shuffled_steps
@@ -23,6 +24,8 @@ from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_rank
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer
+
+UPDATES = 10
 
 
 def model(tokenizer):
@@ -57,13 +60,13 @@ def scorer_losses(stage: int, micro: int, tokenizer) -> list[float]:
         rows.append(EncodedComparison(row, examples, ours))
     scorer = AdvantageModel(model(tokenizer).base_model, tokenizer, ScorerSettings(num_policies=3, num_alternates=2))
     engine = Engine(
-        scorer, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=5, micro_batch_size=micro,
+        scorer, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=UPDATES, micro_batch_size=micro,
         gradient_accumulation_steps=2,
     )  # fmt: skip
     engine.train()
     global_batch = micro * world_size() * 2
     losses = []
-    for indices in shuffled_steps(len(rows), global_batch, 5, seed=3):
+    for indices in shuffled_steps(len(rows), global_batch, UPDATES, seed=3):
         total = 0.0
         for share in micro_steps(indices, micro, rank(), world_size()):
             loss, _, _ = scorer_loss(engine, scorer, [rows[i] for i in share], ScorerArguments(), None, global_batch)
@@ -97,23 +100,27 @@ def recorded(tokenizer) -> tuple[list[Experience], list[Encoded]]:
     return experiences, rehearsal
 
 
-def ppo_losses(stage: int, micro: int, tokenizer) -> tuple[list[float], list[list[int]]]:
+def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[float], list[float], list[list[int]]]:
+    """Losses and gradient norms of PPO with its critic, and what is sampled after it."""
     experiences, rehearsal = recorded(tokenizer)
     arguments = PPOArguments(
-        learning_rate=1e-2, total_steps=5, rollout_batch_size=16, num_mini_batches=2, per_device_train_batch_size=micro,
+        learning_rate=1e-2, total_steps=UPDATES, rollout_batch_size=16, per_device_train_batch_size=micro,
         per_device_rehearsal_batch_size=micro, rehearsal_coef=0.5, vf_coef=0.3, entropy_coef=0.01,
         max_new_tokens=12,
     )  # fmt: skip
     scorer = AdvantageModel(model(tokenizer).base_model, tokenizer)
     policy = PolicyModel(model(tokenizer), value_head=True)
-    trainer = PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), rehearsal=rehearsal)
+    trainer = PPOTrainer(
+        policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), rehearsal=rehearsal if rehearse else ()
+    )
     places = [p for share in micro_steps(list(range(16)), micro, rank(), world_size()) for p in share]
-    losses = []
-    for step in range(3):
+    losses, norms = [], []
+    for step in range(UPDATES):
         mine = [Experience(**vars(experiences[p])) for p in places]
         trainer.estimate(mine)
         metrics = trainer.update(mine, step)
-        losses += [metrics["loss"], metrics["gradient_norm"]]
+        losses.append(metrics["loss"])
+        norms.append(metrics["gradient_norm"])
     # Sampling from the trained (under ZeRO-3: partitioned) weights, then one more update through the restored hooks.
     prompts = [EncodedPrompt(PromptRow(""), list(e.encoded.ids[: e.encoded.prompt_length])) for e in experiences]
     rollouts = trainer.sample([prompts[p] for p in places], 9, places)
@@ -123,14 +130,47 @@ def ppo_losses(stage: int, micro: int, tokenizer) -> tuple[list[float], list[lis
         ) if stage != 3 else []  # fmt: skip
     mine = [Experience(**vars(experiences[p])) for p in places]
     trainer.estimate(mine)
-    losses.append(trainer.update(mine, 4)["loss"])
+    losses.append(trainer.update(mine, UPDATES)["loss"])
     assert stage == 3 or plain
     drawn = torch.full((16, 64), -1, dtype=torch.float64)
     for place, rollout in zip(places, rollouts, strict=True):
         drawn[place, : len(rollout.encoded.response)] = torch.tensor(rollout.encoded.response, dtype=torch.float64)
     everyone = torch.tensor(sum_over_ranks((drawn + 1).flatten().tolist())).reshape(16, 64) - 1
     trainer.engine.close()
-    return losses, everyone.int().tolist()
+    return losses, norms, everyone.int().tolist()
+
+
+def head_gradient(stage: int, micro: int, tied: bool) -> list[float]:
+    """Of the policy's head, projected on a few fixed directions: after a mixed batch through the fused loss."""
+    from deepspeed.utils import safe_get_full_grad
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    # 131,072 weights: what has up to 100,000 is whole on every rank under ZeRO-3 too.
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.15,
+    )  # fmt: skip
+    policy = PolicyModel(LlamaForCausalLM(config))
+    engine = Engine(policy, EngineArguments(zero_stage=stage), learning_rate=1e-3, total_steps=2)
+    engine.train()
+    rows = torch.randint(4, 4096, (16, 7), generator=torch.Generator().manual_seed(6))
+    mine = rows[rank() * micro * 4 : (rank() + 1) * micro * 4]  # one rank has 16, two have 8 each
+    inputs = policy.trunk.inputs(mine.tolist())
+    target = torch.cat([mine[:, 1:], torch.full((len(mine), 1), -1)], dim=1)
+    kind = torch.tensor([1, 1, 1, 2, 2, 2, 0]).expand_as(mine)
+    old = -8 + 0.1 * torch.cos(mine.float())
+    loss = engine(inputs, target, loss={
+        "kind": kind, "config": PolicyLossConfig(rehearsal_coef=0.5), "old_logprob": old, "advantage": old.sin(),
+        "policy_denominator": 48, "rehearsal_denominator": 48,
+    })["output"].loss  # fmt: skip
+    engine.backward(loss)
+    gradient = safe_get_full_grad(policy.head.weight) if stage else policy.head.weight.grad
+    directions = torch.randn(8, *gradient.shape, generator=torch.Generator().manual_seed(7))
+    found = (directions * gradient).sum((1, 2)).tolist()
+    engine.step()
+    engine.close()
+    return found
 
 
 def nonfinite(stage: int, tokenizer) -> list[float]:
@@ -165,9 +205,14 @@ def main() -> None:
     tokenizer = build_tokenizer()
     found = {}
     for stage in stages:
-        losses, drawn = ppo_losses(stage, micro, tokenizer)
-        found[stage] = {"scorer": scorer_losses(stage, micro, tokenizer), "ppo": losses, "drawn": drawn,
-                        "nonfinite": nonfinite(stage, tokenizer)}  # fmt: skip
+        plain, norms, drawn = ppo_losses(stage, micro, tokenizer, rehearse=False)
+        rehearsed, norms_too, drawn_too = ppo_losses(stage, micro, tokenizer, rehearse=True)
+        found[stage] = {
+            "scorer": scorer_losses(stage, micro, tokenizer), "ppo": plain, "ppo-sr": rehearsed,
+            "norms": norms + norms_too,
+            "head": head_gradient(stage, micro, tied=False), "tied head": head_gradient(stage, micro, tied=True),
+            "drawn": [drawn, drawn_too], "nonfinite": nonfinite(stage, tokenizer),
+        }  # fmt: skip
     if rank() == 0:
         output.write_text(json.dumps(found))
     # A rank that ends while another still talks to it can take that one down with it.

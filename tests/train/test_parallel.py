@@ -41,11 +41,14 @@ def losses(tmp_path_factory) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
-@pytest.mark.parametrize("what", ["scorer", "ppo"])
-def test_two_ranks_equal_one(losses, stage, what):
+@pytest.mark.parametrize(
+    ("what", "rel"), [("scorer", 0), ("ppo", 0), ("ppo-sr", 0), ("norms", 1e-4), ("head", 0), ("tied head", 0)]
+)
+def test_two_ranks_equal_one(losses, stage, what, rel):
+    """Losses of ten updates, norms of their gradients, and gradients of the head through the fused loss."""
     one, two = losses
-    assert two[stage][what] == pytest.approx(one[stage][what], abs=1e-5)
-    assert one[stage][what] == pytest.approx(one["0"][what], abs=1e-5)  # and every ZeRO stage equals plain training
+    assert two[stage][what] == pytest.approx(one[stage][what], abs=1e-5, rel=rel)
+    assert one[stage][what] == pytest.approx(one["0"][what], abs=1e-5, rel=rel)  # every ZeRO stage is plain training
     assert len(set(one[stage][what])) == len(one[stage][what])  # the model moved
 
 
@@ -53,7 +56,7 @@ def test_two_ranks_equal_one(losses, stage, what):
 def test_live_sampling_draws_the_same_tokens_on_any_number_of_ranks(losses, stage):
     one, two = losses
     assert one[stage]["drawn"] == two[stage]["drawn"] == one["0"]["drawn"]
-    assert len({tuple(row) for row in one["0"]["drawn"]}) > 8
+    assert all(len({tuple(row) for row in drawn}) > 8 for drawn in one["0"]["drawn"])
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from stable_rlhf.data.packing import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory
+from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments, SFTArguments
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
@@ -88,12 +90,16 @@ def snapshots(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / SNAPSHOTS).iterdir())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["ppo", "sft", "rejection"])
-def test_resumed_equals_uninterrupted_to_the_bit(name, stage, trainers, killed_after, tmp_path):
-    if stage and name != "ppo":
-        pytest.skip("every ZeRO stage with PPO, the other trainers with none")
-    engine = EngineArguments(zero_stage=stage)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("ppo", {"zero_stage": stage}) for stage in range(4)),
+        ("sft", {}), ("rejection", {}), ("sft", {"bf16": True}), ("sft", {"bf16": True, "zero_stage": 3}),
+        ("sft", {"offload_optimizer": True, "zero_stage": 2}), ("sft", {"offload_optimizer": True, "zero_stage": 3}),
+    ],
+)  # fmt: skip
+def test_resumed_equals_uninterrupted_to_the_bit(name, settings, trainers, killed_after, tmp_path):
+    engine = EngineArguments(**settings)
     trainers[name](tmp_path / "whole", engine, CheckpointArguments(save_steps=0))
     assert not (tmp_path / "whole" / SNAPSHOTS).exists()
     for step in (2, 3):  # killed twice
@@ -181,6 +187,113 @@ def test_another_zero_stage_is_an_error_that_names_both(stopped, trainers):
         trainers["sft"](stopped, EngineArguments(zero_stage=2), EVERY_STEP)
 
 
+_WHOLE: dict[str, list[dict]] = {}
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2), (2, 3), (3, 0), (0, 3), (3, 1)])
+def test_universal_goes_on_with_another_zero_stage(before, after, trainers, killed_after, tmp_path, capsys):
+    if not _WHOLE:
+        trainers["ppo"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
+        _WHOLE["ppo"] = outcome(tmp_path / "whole")[1]
+    killed_after(3)
+    with pytest.raises(Killed):
+        trainers["ppo"](tmp_path / "run", EngineArguments(zero_stage=before), EVERY_STEP)
+    killed_after(None)
+    trainers["ppo"](tmp_path / "run", EngineArguments(zero_stage=after), replace(EVERY_STEP, universal=True))
+    assert "results go on to rounding, not to the bit\n  going on after step 2" in capsys.readouterr().err
+    for found, wanted in zip(outcome(tmp_path / "run")[1], _WHOLE["ppo"], strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5, rel=1e-5)
+
+
+def test_a_snapshot_of_another_model_is_refused(stopped, tiny_model, tokenizer):
+    wider = PolicyModel(tiny_model(layers=4))
+    rows = [encode(tokenizer, TEXTS[0], "dcba")] * 2
+    arguments = SFTArguments(max_steps=4, num_train_epochs=9, per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match=r"step-00000003' has no trunk\.upper\.layers\.3\..* elements"):
+        train_sft(wider, tokenizer, rows, arguments, EngineArguments(), stopped, seed=1, checkpoint=EVERY_STEP)
+
+
+@pytest.mark.parametrize(
+    "call", ["pieces.save_file", "snapshots.save_file", "snapshots.shutil.copy", "snapshots._digest"]
+)
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_a_disk_that_is_full_while_a_snapshot_is_written(call, good, trainers, tmp_path, monkeypatch):
+    """The write breaks off, after so many good ones: nothing of it is left, and what was there is whole."""
+    module, name = call.split(".", 1)
+    target = import_module(f"stable_rlhf.train.{module}")
+    torn = tmp_path / "run" / SNAPSHOTS / f"step-{good + 1:08d}.tmp"
+    if name == "shutil.copy":
+        target, name = shutil, "copy"
+    right = getattr(target, name)
+
+    def breaks(*arguments, **keywords):
+        found = right(*arguments, **keywords)
+        if torn.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return found
+
+    monkeypatch.setattr(target, name, breaks)
+    last = f"step-{good:08d}" if good else "none"
+    wanted = (
+        rf"step-{good + 1:08d}' could not be written: .*No space left on device \(rank 0\); {last} is the last good"
+    )
+    with pytest.raises(OSError, match=wanted):
+        trainers["sft"](tmp_path / "run", EngineArguments(), EVERY_STEP)
+    assert snapshots(tmp_path / "run") == [f"step-{i:08d}" for i in range(1, good + 1)]
+    monkeypatch.undo()
+    trainers["sft"](tmp_path / "run", EngineArguments(), EVERY_STEP)
+    trainers["sft"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_snapshot_of_another_folder(stopped, trainers, tmp_path):
+    """Named by its path: the metrics before it come along."""
+    two = stopped / SNAPSHOTS / "step-00000002"
+    elsewhere = tmp_path / "elsewhere" / "run"
+    trainers["sft"](elsewhere, EngineArguments(), replace(EVERY_STEP, resume_from_checkpoint=str(two)))
+    trainers["sft"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
+    assert outcome(elsewhere) == outcome(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"is of stage run, and the first that has something to train is other"):
+        trainers["sft"](tmp_path / "other", EngineArguments(), replace(EVERY_STEP, resume_from_checkpoint=str(two)))
+
+
+def test_metrics_that_a_kill_cut_off_come_from_the_snapshot(stopped, trainers, tmp_path):
+    (stopped / "metrics.jsonl").write_text("")
+    trainers["sft"](stopped, EngineArguments(), EVERY_STEP)
+    trainers["sft"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
+    assert outcome(stopped) == outcome(tmp_path / "whole")
+
+
+def test_what_was_given_up_is_not_the_newest(trainers, killed_after, tmp_path):
+    """A stage that goes on from an earlier step, or begins again, must not find its later steps after the next kill."""
+    run, all_kept = tmp_path / "run", replace(EVERY_STEP, save_total_limit=9)
+    first = str(run / SNAPSHOTS / "step-00000001")
+    for kill, resume, left in ((4, "auto", 3), (3, first, 2), (2, "none", 1)):
+        killed_after(kill)
+        with pytest.raises(Killed):
+            trainers["sft"](run, EngineArguments(), replace(all_kept, resume_from_checkpoint=resume))
+        assert snapshots(run) == [f"step-{i:08d}" for i in range(1, left + 1)]
+
+
+def test_a_score_that_is_not_finite_stops_before_the_update(trainers, monkeypatch, tmp_path):
+    """One planted in the third step: the snapshot of the second is whole, and without it the run is as any other."""
+    scores, calls = PPOTrainer._scores, []
+
+    def planted(self, chunk, inputs):
+        calls.append(chunk)
+        found = scores(self, chunk, inputs)
+        return found if len(calls) < 6 else [found[0], float("nan")]  # the last of two chunks in step 3
+
+    monkeypatch.setattr(PPOTrainer, "_scores", planted)
+    with pytest.raises(ValueError, match=r"a score that is not finite to the response .*weights are those of the step"):
+        trainers["ppo"](tmp_path / "run", EngineArguments(), EVERY_STEP)
+    monkeypatch.undo()
+    assert snapshots(tmp_path / "run") == ["step-00000001", "step-00000002"]
+    trainers["ppo"](tmp_path / "run", EngineArguments(), EVERY_STEP)
+    trainers["ppo"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_a_stage_finds_its_snapshots_again_only_with_the_same_settings(tmp_path):
     seen = []
 
@@ -191,11 +304,19 @@ def test_a_stage_finds_its_snapshots_again_only_with_the_same_settings(tmp_path)
             raise Killed
         return {}
 
-    for settings in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {"seed": 1}):
-        try:
-            stage = RunDirectory(tmp_path).stage("sft", settings, work)
-        except Killed:
-            continue
+    def stage(settings: dict, **arguments):
+        return RunDirectory(tmp_path, CheckpointArguments(**arguments)).stage("sft", settings, work)
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            stage({"seed": 0})
+    with pytest.raises(RunError, match=r"holds checkpoints of an attempt with other settings \(seed: 0 -> 1\)"):
+        stage({"seed": 1})
+    with pytest.raises(RunError, match=r"\(seed: 0 -> 1\)"):
+        stage({"seed": 1}, universal=True)
+    with pytest.raises(Killed):
+        stage({"seed": 1}, resume_from_checkpoint="none")
+    stage = stage({"seed": 1})
     fresh, kept = ["attempt.json"], ["attempt.json", SNAPSHOTS]
     assert seen == [fresh, kept, fresh, kept]
     assert sorted(p.name for p in stage.folder.iterdir()) == ["stage.json"]  # a finished stage keeps none
