@@ -7,6 +7,7 @@ its final name is whole. The finished folder holds ``embeddings.npy`` in the ord
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -343,7 +344,16 @@ def join_ranks() -> tuple[int, int]:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _leave() -> None:
+    """Ends gloo's threads before the process does: one that is torn down under them may abort."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _Ranks:
