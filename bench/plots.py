@@ -134,10 +134,10 @@ def roofline(lines: Sequence[Line]) -> Any:
     left, right = min(*intensities, 0.1) / 2, max(*intensities, peak / copied) * 4
     ridge = peak / copied
     axes.plot([left, ridge, right], [left * copied, peak, peak], color="#444444", linewidth=1.4)
-    colors = plt.get_cmap("tab10")
+    colors = plt.get_cmap("tab20")
     for i, (op, group) in enumerate(points.items()):
         xs, ys = zip(*((x["flops"] / x["bytes"], x["flops_per_s"]) for x in group), strict=True)
-        axes.scatter(xs, ys, s=46, color=colors(i % 10), label=op, zorder=4, edgecolor="white", linewidth=0.7)
+        axes.scatter(xs, ys, s=46, color=colors(i % 20), label=op, zorder=4, edgecolor="white", linewidth=0.7)
     axes.set(xscale="log", yscale="log", xlabel="flops a byte that has to move", ylabel="FLOP/s", xlim=(left, right))
     axes.text(
         right, peak * 1.12, f"matrix products, {peak / 1e9:,.0f} GFLOP/s", ha="right", fontsize=8, color="#444444"

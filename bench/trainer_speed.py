@@ -1,6 +1,6 @@
 """Steps of PPO a second, beside TRL's PPO trainer: the quickstart's model, batch and lengths, random weights.
 
-    python bench/trainer_speed.py --peer-python PEER/bin/python [--steps 12] [--rounds 3]
+    python -m bench.trainer_speed --peer-python PEER/bin/python [--steps 12] [--rounds 3]
 
 TRL dropped its PPO trainer after 0.29, so it runs in an environment of its own (`pip install trl==0.29.0` and what it
 needs). The two take turns. Ours does PPO with Selective Rehearsal (32 rehearsal sequences in every micro-step, which
@@ -158,8 +158,14 @@ def main() -> None:
     if len(medians) == 2:
         print(f"ours is {medians['trl'] / medians['ours']:.2f} times as fast")
     if given.output:
-        given.output.write_text(json.dumps({"settings": vars(given) | {"output": None, "peer_python": None},
-                                            "seconds": found}, default=str, indent=1) + "\n")  # fmt: skip
+        import torch
+
+        from bench.common import environment, write_json
+
+        settings = {"steps": given.steps, "rounds": given.rounds, "threads": given.threads, "batch": BATCH}
+        record = {"what": "trainer-speed", "environment": environment(torch.device("cpu")), "settings": settings}
+        record["environment"]["command"] = ["bench.trainer_speed"]
+        write_json(record | {"steps_per_s": {k: 1 / m for k, m in medians.items()}, "seconds": found}, given.output)
 
 
 if __name__ == "__main__":
