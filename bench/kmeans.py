@@ -17,7 +17,9 @@ from bench.common import Step, describe
 from bench.suite import OURS, Case, Contender, Prepared, Settings
 
 BLOCK = 2048  # rows of a product of the floor
-INERTIA = 0.03  # further than this share above the best, a result is another one (random starts differ by about 1 %)
+# Further than this share above the best, a result is another one. Random starts differ by about 1 %, on a few dozen
+# rows by much more.
+INERTIA, INERTIA_OF_FEW = 0.03, 0.5
 
 
 def mixture(rows: int, width: int, *, groups: int = 2000, seed: int = 0, start: int = 0) -> np.ndarray:
@@ -114,10 +116,10 @@ def prepare(case: Case, settings: Settings) -> Prepared:
                 inertia[contender.name] = contender.make()()
             except Exception as error:
                 report[contender.name] = {"failure": describe(error)}
-        best = min(inertia.values(), default=0.0)
+        best, allowed = min(inertia.values(), default=0.0), INERTIA if n >= 4096 else INERTIA_OF_FEW
         for name, value in inertia.items():
             above = value / best - 1.0
-            report[name] = {"errors": {"inertia": above}, "verdict": "right" if above < INERTIA else "WRONG"}
+            report[name] = {"errors": {"inertia": above}, "verdict": "right" if above < allowed else "WRONG"}
         return report
 
     contenders = [Contender(name, make, "ours" if name.startswith(OURS) else "peer") for name, make in makers.items()]

@@ -102,14 +102,14 @@ def sweeps(lines: Sequence[Line]) -> Any:
 
 
 def memory(lines: Sequence[Line]) -> Any:
-    found = _series(lines, "sweep:vocabulary", "vocabulary", "peak_mib")
+    found = _series(lines, "sweep:memory", "vocabulary", "peak_mib")
     if not found:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for peer, points in found.items():
         _plot(axes, peer, points, "peak_mib")
     _finish(axes, [x for points in found.values() for x, _ in points], True)
-    axes.set(xlabel="vocabulary V", ylabel="MiB that a call adds, gradients included", ylim=(0, None))
+    axes.set(xlabel="vocabulary V, T 1,024", ylabel="MiB that a call adds, gradients included", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
     axes.set_title(_where(lines), fontsize=8, color="#555555")
     return figure

@@ -91,13 +91,16 @@ def readme() -> list[Case]:
 def sweep() -> list[Case]:
     """The lines of the plots: time against rows, vocabulary and active share, memory against vocabulary."""
     base = {"rows": 256, "width": 512, "vocabulary": 16_384}
-    heads = (8_192, 16_384, 32_768, 65_536)
+    heads, large_heads = (8_192, 16_384, 32_768, 65_536), (32_768, 65_536, 131_072, 250_880)
+    # Enough rows that their logits outgrow any workspace; narrow, since memory does not mind and time does.
+    many = {"rows": 1024, "width": 64}
     return [
         *(
             replace(linear("policy", {**base, "rows": n}, study="sweep:rows"), memory=False)
             for n in (64, 128, 256, 512)
         ),
-        *(linear("policy", {**base, "vocabulary": v}, study="sweep:vocabulary") for v in heads),
+        *(replace(linear("policy", {**base, "vocabulary": v}, study="sweep:vocabulary"), memory=False) for v in heads),
+        *(linear("policy", {**many, "vocabulary": v}, study="sweep:memory") for v in large_heads),
         *(
             replace(linear("policy", base, study="sweep:active", active=share), memory=False)
             for share in (0.1, 0.25, 0.5, 0.75, 1.0)

@@ -219,7 +219,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_result_is_the_same(tmp_path):
     rng = random.Random(1)
-    done = [kill_and_finish(tmp_path / str(i), 160, 0.02, rng.uniform(0, 0.7)) for i in range(20)]
+    done = [kill_and_finish(tmp_path / str(i), 160, 0.02, rng.uniform(0, 0.4)) for i in range(20)]
     assert sum(0 < d < 20 for d in done) >= 10, done
 
 
