@@ -163,8 +163,8 @@ def main() -> None:
         from bench.common import environment, write_json
 
         settings = {"steps": given.steps, "rounds": given.rounds, "threads": given.threads, "batch": BATCH}
-        record = {"what": "trainer-speed", "environment": environment(torch.device("cpu")), "settings": settings}
-        record["environment"]["command"] = ["bench.trainer_speed"]
+        where = environment(torch.device("cpu")) | {"command": "python -m bench.trainer_speed"}
+        record = {"what": "trainer-speed", "environment": where, "settings": settings}
         write_json(record | {"steps_per_s": {k: 1 / m for k, m in medians.items()}, "seconds": found}, given.output)
 
 

@@ -221,7 +221,7 @@ def test_results_name_no_place_on_anybodys_disk():
 
 
 def test_tables_and_plots_of_whatever_there_is(lines, tmp_path):
-    for sweep, axis in (("sweep:rows", "rows"), ("sweep:vocabulary", "vocabulary")):
+    for sweep, axis in (("sweep:rows", "rows"), ("sweep:vocabulary", "vocabulary"), ("sweep:memory", "vocabulary")):
         for factor in (1, 2):
             lines = lines + [
                 x | {"study": sweep, "shape": {**x["shape"], axis: factor * 64}, "peak_mib": 3.0}
