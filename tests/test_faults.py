@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import small_ppo, small_scorer, small_sft, tiny_files, weights, whole_snapshots
 
+pytestmark = pytest.mark.slow  # whole runs, a minute and more
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:

@@ -35,6 +35,9 @@ def figures(folder: Path) -> dict:
     return {key: found[key] for key in ("policies", "scorers", "means", "comparisons", "claims", "curves", "seeds")}
 
 
+pytestmark = pytest.mark.slow  # whole runs, a minute and more
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     """A finished study (only to be read)."""
