@@ -3,307 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser
-
 from stable_rlhf import __version__
-from stable_rlhf.train.config import VARIANTS, LaunchArguments, Recipe, check
+from stable_rlhf.arguments import COMMANDS, USAGE, fail, parse, suggestion
+from stable_rlhf.train.config import Recipe, check
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-USAGE = """\
-usage: stable-rlhf COMMAND [options]
-
-Advantage Model and Selective Rehearsal (arXiv 2309.10202) for RLHF that stays stable.
-
-whole runs
-  quickstart     the whole method in a generated skill world: no data, no download, a few minutes
-  run RECIPE     every stage of a YAML recipe; finished stages are not redone
-  launch RECIPE  `run` on several devices or nodes; --dry-run: the commands and the memory they need
-  study RECIPE   `run` for several seeds, and a comparison with intervals over them; goes on after a kill
-
-single stages
-  sft            supervised fine-tuning of a policy
-  strength       how sure several reward models are of each preference pair, for reading and for denoising
-  train-scorer   reward model or Advantage Model (--objective rm|am)
-  select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
-  train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr|am-critic-free)
-  evaluate       a report on scorers (accuracy, calibration, tasks) and on policies against SFT (win, lose, tie)
-
-  env            what a bug report needs: versions, devices, kernels, compilers, launcher variables
-
-`stable-rlhf COMMAND --help` lists a command's settings. Every setting of a recipe can be given on the command line:
-  stable-rlhf run recipes/smollm2-pairs.yaml --data-dir DIR --ppo.total_steps 10
-Several processes (launch writes torchrun's command; deepspeed, torchrun and accelerate launch work as well):
-  stable-rlhf launch --dry-run recipes/h100x8-7b.yaml
-  stable-rlhf launch --devices-per-node 2 recipes/smollm2-pairs.yaml --data-dir DIR
-  stable-rlhf launch --hostfile HOSTS recipes/h100x8-7b.yaml --data-dir DIR
-  deepspeed --num_accelerators 2 --module stable_rlhf run recipes/smollm2-pairs.yaml --data-dir DIR
-"""
-
-_ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"} | {
-    f"--{name}": f"--launch.{name}" for name in LaunchArguments.__dataclass_fields__
-}
-_LISTS = {"--variants", "--report_to", "--engine.lora_target_modules"} | {
-    f"--data.{name}" for name in ("pairs", "prompts", "demonstrations", "eval_main", "eval_forget", "rehearsal",
-                                  "forget_tasks")
-}  # fmt: skip
-# Flags that only one command has. They are not settings of a recipe, so they have a parser of their own.
-_OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "quickstart": [],
-    "run": [],
-    "launch": [
-        ("--hostfile", {"metavar": "FILE", "help": "Nodes, one a line: ADDRESS slots=N (DeepSpeed's form). This "
-                        "machine's own addresses are started here, others by ssh."}),
-        ("--slurm", {"metavar": "FILE", "help": "Write a batch script for sbatch to FILE and start nothing."}),
-        ("--dry_run", {"action": "store_true", "help": "Print each node's exact command and the memory of a device; "
-                       "exit status 3, with the shortfall, where it does not fit."}),
-    ],
-    "study": [
-        ("--validation", {"action": "store_true", "help": "Run study.validation_seeds, to choose settings by."}),
-    ],
-    "sft": [],
-    "train-scorer": [
-        ("--objective", {"choices": ["am", "rm"], "required": True, "help": "Advantage Model or reward model."}),
-        ("--policy", {"help": "The policy to be tuned, for importance weights (Eq. 8)."}),
-    ],
-    "strength": [],
-    "select": [
-        ("--scorer", {"help": "Folder that train-scorer wrote: it scores what the policy answers to --data.prompts."}),
-        ("--candidates", {"nargs": "+", "action": "extend", "metavar": "FILE",
-                          "help": "Answers with a score, in place of --scorer and a policy (docs/data.md)."}),
-    ],
-    "train-ppo": [
-        ("--variant", {"choices": list(VARIANTS), "required": True, "help": "Which policy to train."}),
-        ("--scorer", {"required": True, "help": "Folder that train-scorer wrote."}),
-        ("--rehearsal", {"help": "rehearsal.jsonl.gz that select wrote (am-sr)."}),
-    ],
-    "evaluate": [
-        ("--scorers", {"nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
-                       "help": "Scorers to measure, each with a name: rm=DIR am=DIR. Without --test_pairs: on the "
-                       "held-out pairs that train-scorer scored."}),
-        ("--test_pairs", {"nargs": "+", "action": "extend", "metavar": "FILE",
-                          "help": "Preference files, every pair of which the scorers are measured on."}),
-        ("--policies", {"nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
-                        "help": "Policies to compare with --model_name_or_path, each with a name: am=DIR am-sr=DIR"}),
-        ("--judge_scorer", {"help": "Scorer folder that judges."}),
-    ],
-}  # fmt: skip
-_TAKES_RECIPE = ("run", "launch", "study")
 # What gloo and NCCL say to a rank whose peer is gone.
 _LOST = re.compile(
     r"closed by (remote )?peer|onnection reset|Broken pipe|remote process exited|Socket Timeout|Timed out wait"
 )
-_TYPES = {
-    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
-    "list": "a list, [a, b]", "dict": "a mapping, {a: 1}",
-}  # fmt: skip
-
-
-class _Parser(ArgumentParser):
-    """The settings of a recipe as flags, with short help and errors of one line."""
-
-    own: argparse.ArgumentParser
-    given: list[str]
-
-    def known(self) -> list[str]:
-        actions = [*self._actions, *self.own._actions]
-        return [name for action in actions for option in action.option_strings if (name := option.lstrip("-")) != "h"]
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(_plain(message, self.given) + self._suggestion(message), hint=f"see `{self.prog} --help`")
-
-    def _suggestion(self, message: str) -> str:
-        if "nrecognized" in message:
-            return suggestion(re.findall(r"--([\w.\-]+)", message), self.known())
-        return ""
-
-    def format_help(self, formatter: Any = None) -> str:
-        own = self.own._get_formatter()
-        own.start_section("this command")
-        own.add_arguments([a for a in self.own._actions if a.option_strings])
-        own.end_section()
-        section = own.format_help()
-        text = super().format_help(formatter).replace("``", "`")
-        return text.replace("\noptions:\n", f"\n{section}\noptions:\n", 1) if section else text
-
-
-class _OwnParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(message, hint=f"see `{self.prog} --help`")
-
-
-def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """The known name that was probably meant, in words, or nothing."""
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        if not near:  # perhaps the right name in the wrong section
-            last = {k.rsplit(".", 1)[-1]: k for k in known}
-            near = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)]
-        if near:
-            return f"; did you mean {near[0]!r}?"
-    return ""
-
-
-def _plain(message: str, given: Sequence[str]) -> str:
-    """jsonargparse's report of a wrong value in one line: which setting, what it takes, what it got."""
-    key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.S)
-    wanted = [w for line in message.splitlines() for w in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", line)]
-    if not (key and value and wanted):
-        return message.strip()
-    words = []
-    for kind in wanted:
-        if kind.startswith("typing.Literal["):
-            words.append("one of " + ", ".join(str(v) for v in ast.literal_eval(kind.removeprefix("typing.Literal"))))
-        else:
-            name = kind.removeprefix("<class '").removesuffix("'>")
-            words.append(_TYPES.get(name, name))
-    flag = f"--{key[1]}"
-    where = flag if any(g == flag or g.startswith(f"{flag}=") for g in given) else f"setting {key[1]!r} of the recipe"
-    return f"{where}: expected {' or '.join(dict.fromkeys(words))}, got {value[1].strip()!r}"
-
-
-def fail(message: str, *, hint: str = "") -> NoReturn:
-    """One clear message on standard error, exit status 2."""
-    rank = os.environ.get("RANK", "0")
-    print(f"stable-rlhf: error: {message}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-    if hint and rank == "0":
-        print(f"  {hint}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def build_parser(command: str) -> _Parser:
-    """The parser of one command: every setting of a recipe, and in ``own`` the command's flags."""
-    name = f"stable-rlhf {command}"
-    usage = f"{name}{' RECIPE' if command in _TAKES_RECIPE else ''} [options]"
-    parser = _Parser(prog=name, usage=usage, description=_describe(command), allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="A YAML recipe; flags after it override it.")
-    parser.add_class_arguments(Recipe, None)
-    for action in parser._actions:
-        if action.help == "Path to a configuration file.":  # --ppo FILE and the like: nobody needs to know
-            action.help = argparse.SUPPRESS
-    parser.own = _OwnParser(prog=name, add_help=False, allow_abbrev=False)
-    for flag, options in _OWN[command]:
-        parser.own.add_argument(flag, **options)
-    parser.given = []
-    return parser
-
-
-def _describe(command: str) -> str:
-    for line in USAGE.splitlines():
-        words = line.split()
-        if words and words[0] == command:
-            return " ".join(words[2 if words[1] == "RECIPE" else 1 :])
-    return ""
-
-
-def check_recipe(path: str, known: Sequence[str]) -> None:
-    """Refuse what is not a recipe, naming the file and the line or the setting; values are checked by the parser."""
-    if Path(path).is_dir():
-        fail(f"recipe {path!r}: is a folder")
-    try:
-        content = yaml.safe_load(Path(path).read_bytes())
-    except FileNotFoundError:
-        fail(f"recipe {path!r}: no such file")
-    except OSError as error:
-        fail(f"recipe {path!r}: cannot be read: {error.strerror or error}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        fail(f"recipe {path!r}{line}: not YAML: {problem}")
-    if content is None:
-        fail(f"recipe {path!r}: the file is empty")
-    if not isinstance(content, dict):
-        fail(f"recipe {path!r}: expected settings as `name: value`, found {type(content).__name__}")
-    settings, sections = set(known), {k.split(".")[0] for k in known if "." in k}
-    for name, value in content.items():
-        if name in sections and name not in settings - sections:
-            if not isinstance(value, dict):
-                fail(
-                    f"recipe {path!r}: {name!r} is a section of settings (`{name}:` and indented lines), got {value!r}"
-                )
-            unknown = [f"{name}.{key}" for key in value if f"{name}.{key}" not in settings]
-        else:
-            unknown = [] if name in settings else [str(name)]
-        if unknown:
-            names = [k for k in known if k not in ("help", "config", "print_config")]
-            fail(f"recipe {path!r}: unknown setting {unknown[0]!r}{suggestion(unknown[:1], names)}")
-
-
-def normalise(argv: Sequence[str]) -> list[str]:
-    """Hyphens or underscores in flag names, short names of common settings, one file where a list is wanted, and no
-    ``--local_rank`` of a launcher."""
-    found: list[str] = []
-    wants_list = False
-    for argument in argv:
-        if not argument.startswith("--") or argument == "--":
-            found.append(_as_list(argument) if wants_list else argument)
-            wants_list = False
-            continue
-        name, equals, value = argument.partition("=")
-        name = "--" + name[2:].replace("-", "_")
-        name = _ALIASES.get(name, name)
-        wants_list = name in _LISTS and not equals
-        if name != "--local_rank":
-            found.append(name + equals + (_as_list(value) if name in _LISTS and equals else value))
-    return found
-
-
-def _recipe_first(command: str, arguments: list[str], switches: Sequence[str]) -> list[str]:
-    """The arguments with the recipe, which is the first that is neither a flag nor a flag's value, as ``--config``."""
-    at = 0
-    while at < len(arguments) and arguments[at].startswith("-"):
-        at += 1 if "=" in arguments[at] or arguments[at] in switches else 2
-    if at >= len(arguments):
-        usage = f"stable-rlhf {command} RECIPE.yaml [options]"
-        fail(f"{command} needs a recipe first: {usage}", hint=f"see `stable-rlhf {command} --help`")
-    return ["--config", arguments[at], *arguments[:at], *arguments[at + 1 :]]
-
-
-def _as_list(value: str) -> str:
-    return value if value.lstrip().startswith("[") else json.dumps([part for part in value.split(",") if part])
-
-
-def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
-    """A recipe and the command's own flags from its arguments."""
-    arguments = normalise(argv)
-    parser = build_parser(command)
-    if any(a in ("-h", "--help") for a in arguments):
-        parser.print_help()
-        raise SystemExit(0)
-    if command in _TAKES_RECIPE:
-        switches = [o for a in parser.own._actions if a.nargs == 0 for o in a.option_strings]
-        arguments = _recipe_first(command, arguments, switches)
-    own, settings = parser.own.parse_known_args(arguments)
-    parser.given = settings
-    for flag, value in pairwise([*settings, ""]):
-        name, equals, inline = flag.partition("=")
-        if name == "--config" and (inline or not equals):
-            check_recipe(inline if equals else value, parser.known())
-    if command == "quickstart":
-        with resources.as_file(resources.files("stable_rlhf.recipes") / "quickstart.yaml") as recipe:
-            space = parser.parse_args(["--config", str(recipe), *settings])
-    else:
-        space = parser.parse_args(settings)
-    made = parser.instantiate(space)
-    own.given = settings
-    return Recipe(**{name: made[name] for name in Recipe.__dataclass_fields__}), own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -320,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if command == "env":
         return _print_environment()
-    if command not in _OWN:
+    if command not in COMMANDS:
         fail(
-            f"unknown command {command!r}" + suggestion([command], [*_OWN, "env"]),
+            f"unknown command {command!r}" + suggestion([command], [*COMMANDS, "env"]),
             hint="see `stable-rlhf --help`",
         )
     recipe, own = parse(command, rest)
