@@ -117,6 +117,9 @@ def _add_how(run: argparse.ArgumentParser) -> None:
     how.add_argument("--backends", default="", help="ours also with these forced: triton, cpu, torch")
     how.add_argument("--peers", help="comma-separated parts of peers' names; 'none': only ours and the floor")
     how.add_argument(
+        "--active-only", action="store_true", help="peers with the active rows only, not once more with all and a mask"
+    )
+    how.add_argument(
         "--text", type=Path, help="JSON lines with prompt and chosen (docs/data.md), for real hidden states"
     )
     how.add_argument(
@@ -150,7 +153,7 @@ def settings_of(given: argparse.Namespace, quick: bool) -> Settings:
         device=given.device, rounds=given.rounds or (5 if quick else 15 if cuda else 7), warmup=given.warmup,
         limit=given.limit or (10.0 if quick else 20.0), budget=given.budget or (2.0 if quick else 7.0),
         memory=not given.no_memory, budget_mib=given.memory_budget or (40_960.0 if cuda else 1024.0), peers=peers,
-        backends=tuple(name for name in given.backends.split(",") if name),
+        as_called=not given.active_only, backends=tuple(name for name in given.backends.split(",") if name),
         seed=given.seed, text=str(text) if text else None, model=given.model,
     )  # fmt: skip
 

@@ -127,7 +127,8 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
     problem = problem_of(case, settings)
     active = problem.active()
     if case.op == "policy":
-        contenders = own_contenders(case, settings) + peers.policy_peers(device, all_rows=count < case.shape["rows"])
+        all_rows = settings.as_called and count < case.shape["rows"]
+        contenders = own_contenders(case, settings) + peers.policy_peers(device, all_rows)
     else:
         contenders = peers.logprob_contenders(gradient=products > 1)
     bare = floors(products, count) if native else []

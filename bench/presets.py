@@ -131,10 +131,11 @@ def cpu() -> list[Case]:
         linear("policy", SMALL, "bfloat16", "cpu", active=0.5, clipped=0.2, rehearsal=0.1),
         linear("policy", wide, "bfloat16", "cpu", active=0.5),
         linear("policy", {**SMALL, "rows": 4096}, "bfloat16", "cpu", chunks=4),
-        linear("policy", wide, study="cpu", active=0.5),
         linear("policy", {**SMALL, "rows": 4096}, study="cpu", chunks=4),
+        replace(linear("policy", SMALL, "bfloat16", "cpu", states=1, tolerance=2.0**-8), memory=False),
         linear("logprob", SMALL, "bfloat16", "cpu"),
         linear("logprob-grad", SMALL, "bfloat16", "cpu"),
+        linear("policy", wide, study="large-vocabulary", active=0.5),
     ]
 
 

@@ -13,6 +13,11 @@ from bench.suite import OURS, Line
 
 MARKED = re.compile(r"<!-- bench:(?P<name>[a-z-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
 COMMAND = "make bench-readme"
+# What takes long on a CPU is a preset of its own, kept in the same file.
+LONG = {
+    "cpu": "--peers none",
+    "large-vocabulary": "--peers plain,compile,cut-,Liger --active-only --rounds 3 --limit 60 --budget 1",
+}
 
 
 def in_units(seconds: float) -> str:
@@ -144,9 +149,9 @@ def origin(lines: Sequence[Line], study: str) -> str:
         changed = " with changes" if run.get("tree_is_dirty") else ""
         told.append((device, run["versions"]["torch"], (run["commit"] or "unknown")[:8] + changed, run["time"][:10]))
     sources = dict.fromkeys(f"{device}, torch {torch}, commit {commit}, {day}" for device, torch, commit, day in told)
-    # The bfloat16 cases take long where products are emulated: a preset of their own, kept in the same file.
-    other = "python -m bench --preset cpu --peers none --output bench/results/readme.jsonl"
-    again = f"`{COMMAND}` or `python -m bench --preset readme --study {study}`" if study != "cpu" else f"`{other}`"
+    again = f"`{COMMAND}` or `python -m bench --preset readme --study {study}`"
+    if study in LONG:
+        again = f"`python -m bench --preset cpu --study {study} {LONG[study]} --output bench/results/readme.jsonl`"
     return f"{'; '.join(sources)}. Again: {again}.\n"
 
 

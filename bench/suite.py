@@ -45,6 +45,7 @@ class Settings:
     memory: bool = True
     budget_mib: float = 1024.0  # within which the largest batch of an update is looked for
     peers: tuple[str, ...] | None = None  # parts of names; None: all; empty: none
+    as_called: bool = True  # peers once more with all rows and a mask
     backends: tuple[str, ...] = ()  # ours once more with each of these forced
     seed: int = 0
     text: str | None = None  # preference pairs, for real hidden states
