@@ -1,13 +1,17 @@
 """The Advantage Model's loss, forward + backward.
 
-With alternates (K > 0) the floor is the time of reading every log-probability once, at the rate of a copy. Without, a
-few thousand numbers are a matter of overhead, and the floor is what an empty registered operation with one tensor costs
-forward and backward.
+With alternates (K > 0) the floor is the time of reading every log-probability once, at the rate of a copy; calls take
+turns with copies of the inputs that no cache holds together, since a floor of memory says nothing about a cache.
+Without, a few thousand numbers are a matter of overhead, and the floor is what an empty registered operation with one
+tensor costs forward and backward.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from bench.common import Step
 from bench.suite import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
 
 MARGIN = 2.5
+ROTATION = 128 << 20  # bytes of inputs that calls take turns with: several times the last cache
 
 
 @functools.cache
@@ -71,7 +76,7 @@ def prepare(case: Case, settings: Settings) -> Prepared:
     reward = torch.randn(2 * pairs, generator=g).to(device)
     expected = 0.3 * torch.randn(pairs, generator=g).to(device) if shape.get("expected") else None
     options: dict[str, Any] = {}
-    padded: tuple[Tensor, Tensor, Tensor] | None = None
+    turns: Iterator[tuple[Tensor, Tensor]] | None = None
     if count:
         # Sequences of equal length: padded rows then lose nothing to padding, and are a view of the packed ones.
         tokens = 2 * pairs * shape["length"]
@@ -79,8 +84,10 @@ def prepare(case: Case, settings: Settings) -> Prepared:
         alternates = logprob + 0.2 * torch.randn(count, tokens, generator=g)
         limits = torch.arange(0, tokens + 1, shape["length"], device=device)
         options = {"logprob": logprob.to(device), "alt_logprob": alternates.to(device), "cu_seqlens": limits}
-        rows = options["logprob"].view(2 * pairs, -1)
-        padded = rows, options["alt_logprob"].view(count, 2 * pairs, -1), torch.ones_like(rows)
+        mask = torch.ones(2 * pairs, shape["length"], device=device)
+        # Whoever is called takes the copy that was used the longest ago: its code may be warm, its data are not.
+        number = math.ceil(ROTATION / (4.0 * (count + 1) * tokens)) if settings.device == "cpu" else 1
+        turns = itertools.cycle([(options["logprob"].clone(), options["alt_logprob"].clone()) for _ in range(number)])
 
     def with_gradients(loss_of: Any, dtype: torch.dtype = torch.float32) -> Step:
         def step() -> tuple[Tensor | None, ...]:
@@ -92,17 +99,30 @@ def prepare(case: Case, settings: Settings) -> Prepared:
 
         return step
 
+    def on_padded_rows(loss_of: Any, dtype: torch.dtype = torch.float32) -> Step:
+        if turns is None:
+            return with_gradients(lambda r, e: loss_of(r, e, None, None, None), dtype)
+
+        def call(reward: Tensor, expected: Tensor | None) -> Tensor:
+            given = (x.to(dtype).view(*x.shape[:-1], 2 * pairs, -1) for x in next(turns))
+            return loss_of(reward, expected, *given, mask.to(dtype))
+
+        return with_gradients(call, dtype)
+
     def plain(dtype: torch.dtype) -> Step:
-        given = (None, None, None) if padded is None else tuple(x.to(dtype) for x in padded)
-        return with_gradients(lambda r, e: plain_loss(r, e, *given), dtype)
+        return on_padded_rows(plain_loss, dtype)
 
     def compiled() -> Step:
-        function = torch.compile(plain_loss, dynamic=False)
-        given = (None, None, None) if padded is None else padded
-        return with_gradients(lambda r, e: function(r, e, *given))
+        return on_padded_rows(torch.compile(plain_loss, dynamic=False))
 
     def own() -> Step:
-        return with_gradients(lambda r, e: ops.advantage_loss(r, e, margin=MARGIN, **options).loss)
+        def call(reward: Tensor, expected: Tensor | None) -> Tensor:
+            given = (
+                options if turns is None else options | dict(zip(("logprob", "alt_logprob"), next(turns), strict=True))
+            )
+            return ops.advantage_loss(reward, expected, margin=MARGIN, **given).loss
+
+        return with_gradients(call)
 
     contender = Contender(OURS, own, "ours")
     contenders = [
@@ -119,12 +139,14 @@ def prepare(case: Case, settings: Settings) -> Prepared:
         return check_outputs(makers, plain(torch.float64), names, torch.float32)
 
     moved = 4.0 * (reward.numel() * 3 + sum(x.numel() for x in options.values() if x.dtype == torch.float32))
-    if padded is None:
-        bare = Contender("empty operation", lambda: _empty_step(reward), "floor", "registered, forward + backward")
+    if turns is None:
+        bare = [Contender("empty operation", lambda: _empty_step(reward), "floor", "registered, forward + backward")]
     else:
-        bare = copy_floor(moved, device)
+        # A copy also writes, which goes beside its reads: who only reads gets less of the memory's rate.
+        reading = Contender("torch.sum of the inputs", lambda: lambda: [x.sum() for x in next(turns)], "floor")
+        bare = [copy_floor(moved, device), reading]
     return Prepared(
-        [*contenders, bare],
+        [*contenders, *bare],
         checked,
         flops=2.0 * count * reward.numel() * shape.get("length", 0) + 40.0 * reward.numel(),
         moved=moved,

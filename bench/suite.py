@@ -248,7 +248,7 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
         log(f"  {contender.name}: {failure}")
     timings = measure(
         steps, device, rounds=settings.rounds, warmup=settings.warmup, limit=settings.limit, budget=settings.budget,
-        shortest=2e-3, report=lambda text: log(f"  {text}"),
+        shortest=10e-3, report=lambda text: log(f"  {text}"),
     )  # fmt: skip
     scales = {c.name: c.scale for c in wanted}
     for name, timing in timings.items():

@@ -85,7 +85,7 @@ bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>
     weight->resize(R * K);
     // Work is shared out by tokens: runs of short responses, and pieces of long ones. Pieces start at the response's own
     // first token, so that a sum does not depend on what lies before it.
-    constexpr int64_t kPiece = 32768;
+    constexpr int64_t kPiece = 32768, kRun = 4096;
     struct Item {
         int64_t first, last;  // responses
         int64_t begin, end;   // tokens
@@ -115,17 +115,19 @@ bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>
     parallel_for(static_cast<int64_t>(items.size()), 1, call.num_threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const Item& item = items[i];
-            for (int64_t r = item.first; r < item.last; ++r) {
-                const int64_t begin = item.partial < 0 ? bounds[r] : item.begin;
-                const int64_t end = item.partial < 0 ? bounds[r + 1] : item.end;
+            const auto sum_of = [&](int64_t k, int64_t begin, int64_t end) {
+                const T* alternate = call.alt_logprob + k * call.tokens;
+                return difference_sum(kernels, call.logprob + begin, alternate + begin, end - begin);
+            };
+            if (item.partial >= 0) {
+                for (int64_t k = 0; k < K; ++k) partial[item.partial * K + k] = sum_of(k, item.begin, item.end);
+                continue;
+            }
+            // Memory is read fastest in long runs: one alternate over several responses, then the next.
+            for (int64_t r = item.first, last; r < item.last; r = last) {
+                for (last = r + 1; last < item.last && bounds[last + 1] - bounds[r] <= kRun;) ++last;
                 for (int64_t k = 0; k < K; ++k) {
-                    const T* alternate = call.alt_logprob + k * call.tokens;
-                    const double sum = difference_sum(kernels, call.logprob + begin, alternate + begin, end - begin);
-                    if (item.partial < 0) {
-                        finish(r, k, sum);
-                    } else {
-                        partial[item.partial * K + k] = sum;
-                    }
+                    for (int64_t j = r; j < last; ++j) finish(j, k, sum_of(k, bounds[j], bounds[j + 1]));
                 }
             }
         }
