@@ -208,7 +208,15 @@ def test_presets_name_operations_that_exist(preset):
 def test_readme_shows_what_the_results_hold():
     readme = (ROOT / "README.md").read_text()
     marked = [match["name"] for match in render.MARKED.finditer(readme)]
-    assert marked == ["policy-loss", "cpu", "advantage-loss", "contrastive", "small-operations", "updates"]
+    assert marked == [
+        "policy-loss",
+        "large-vocabulary",
+        "cpu",
+        "advantage-loss",
+        "contrastive",
+        "small-operations",
+        "updates",
+    ]
     assert render.rendered(readme, read_lines(command.README_LINES)) == readme, "run: python -m bench report --readme"
     studies = {case.study for preset in ("readme", "cpu") for case in PRESETS[preset]()}
     assert studies == set(marked)

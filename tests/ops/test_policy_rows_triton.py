@@ -488,6 +488,30 @@ class TestGpu:
         torch.testing.assert_close(on_gpu.logprob.cpu().double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_streams_give_what_one_gives():
+    """Workspaces belong to the stream that asked for them: nobody writes into another's logits."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000, 64, generator=g).cuda()
+    hidden = torch.randn(4, 300, 64, generator=g).cuda()
+    target = torch.randint(0, 5000, (4, 300), generator=g).cuda()
+
+    def gradient(i):
+        leaf = hidden[i].clone().requires_grad_()
+        ops.linear_policy_loss(leaf, weight, target[i], torch.full_like(target[i], 2)).loss.backward()
+        return leaf.grad
+
+    want = [gradient(i) for i in range(4)]
+    torch.cuda.synchronize()
+    streams, got = [torch.cuda.Stream(), torch.cuda.Stream()], []
+    for i in range(4):
+        with torch.cuda.stream(streams[i % 2]):
+            got.append(gradient(i))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @interpreted
 def test_peaked_rows_keep_their_digits():
     """A target that the policy is nearly sure of: 1 - p is made of what float32 loses beside 1."""
