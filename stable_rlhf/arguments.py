@@ -57,6 +57,7 @@ _LISTS = {"--variants", "--report_to", "--engine.lora_target_modules"} | {
     f"--data.{name}" for name in ("pairs", "prompts", "demonstrations", "eval_main", "eval_forget", "rehearsal",
                                   "forget_tasks")
 }  # fmt: skip
+_NUMBERS = {"--study.seeds", "--study.validation_seeds", "--select.devices", "--select.sweep"}
 # Flags that only one command has. They are not settings of a recipe, so they have a parser of their own.
 _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "quickstart": [],
@@ -238,21 +239,20 @@ def check_recipe(path: str, known: Sequence[str]) -> None:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Hyphens or underscores in flag names, short names of common settings, one file where a list is wanted, and no
-    ``--local_rank`` of a launcher."""
+    """Hyphens or underscores in flag names, short names of common settings, one file or number where a list is wanted,
+    and no ``--local_rank`` of a launcher."""
     found: list[str] = []
-    wants_list = False
+    name = equals = ""
     for argument in argv:
         if not argument.startswith("--") or argument == "--":
-            found.append(_as_list(argument) if wants_list else argument)
-            wants_list = False
+            found.append(argument if equals else _as_list(name, argument))
+            name = ""
             continue
         name, equals, value = argument.partition("=")
         name = "--" + name[2:].replace("-", "_")
         name = _ALIASES.get(name, name)
-        wants_list = name in _LISTS and not equals
         if name != "--local_rank":
-            found.append(name + equals + (_as_list(value) if name in _LISTS and equals else value))
+            found.append(name + equals + (_as_list(name, value) if equals else value))
     return found
 
 
@@ -267,8 +267,13 @@ def _recipe_first(command: str, arguments: list[str], switches: Sequence[str]) -
     return ["--config", arguments[at], *arguments[:at], *arguments[at + 1 :]]
 
 
-def _as_list(value: str) -> str:
-    return value if value.lstrip().startswith("[") else json.dumps([part for part in value.split(",") if part])
+def _as_list(name: str, value: str) -> str:
+    """``a,b`` as ``["a", "b"]`` for a setting that is a list of words, ``[1, 2]`` for one of numbers."""
+    if value.lstrip().startswith("[") or value == "null":
+        return value
+    if name in _NUMBERS:
+        return f"[{value}]"
+    return json.dumps([part for part in value.split(",") if part]) if name in _LISTS else value
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:

@@ -12,6 +12,7 @@ import pytest
 from cli_helpers import environment, run, tiny_files, write_lines
 
 import stable_rlhf
+from stable_rlhf.arguments import normalise
 
 COMMANDS = (
     "quickstart",
@@ -207,6 +208,20 @@ def test_scorers_without_scores_of_their_own(cli, tmp_path):
     cli("evaluate", "--policies", "a=b", "--test-pairs", "x").refused("x: no such file")
     (tmp_path / "x").write_text("{}")
     cli("evaluate", "--policies", "a=b", "--test-pairs", "x").refused("--test_pairs are for scorers")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--study.seeds 101", "--study.seeds [101]"),
+        ("--study.validation-seeds=1,2 --validation", "--study.validation_seeds=[1,2] --validation"),
+        ("--variants rm,am x", '--variants ["rm", "am"] x'),
+        ("--select.devices null --seed 3", "--select.devices null --seed 3"),
+        ("--data.pairs [a] --seed=3 4,5", "--data.pairs [a] --seed=3 4,5"),
+    ],
+)
+def test_a_list_may_be_one_value_or_several_with_commas(given, meant):
+    assert " ".join(normalise(given.split())) == meant
 
 
 def test_flags_win_over_the_recipe(cli, tmp_path):
