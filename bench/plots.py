@@ -96,7 +96,8 @@ def sweeps(lines: Sequence[Line]) -> Any:
     all_axes[1][0].set_ylabel("times of the floor")
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.0))
-    figure.suptitle(_where(lines), y=0.02, fontsize=8, color="#555555")
+    shown = [line for found in panels.values() for points in found.values() for _, line in points]
+    figure.suptitle(_where(shown), y=0.02, fontsize=8, color="#555555")
     figure.subplots_adjust(top=0.9, hspace=0.18, wspace=0.12)
     return figure
 
@@ -111,7 +112,8 @@ def memory(lines: Sequence[Line]) -> Any:
     _finish(axes, [x for points in found.values() for x, _ in points], True)
     axes.set(xlabel="vocabulary V, T 1,024", ylabel="MiB that a call adds, gradients included", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(_where(lines), fontsize=8, color="#555555")
+    shown = [line for points in found.values() for _, line in points]
+    axes.set_title(_where(shown), fontsize=8, color="#555555")
     return figure
 
 
@@ -139,9 +141,7 @@ def roofline(lines: Sequence[Line]) -> Any:
         xs, ys = zip(*((x["flops"] / x["bytes"], x["flops_per_s"]) for x in group), strict=True)
         axes.scatter(xs, ys, s=46, color=colors(i % 20), label=op, zorder=4, edgecolor="white", linewidth=0.7)
     axes.set(xscale="log", yscale="log", xlabel="flops a byte that has to move", ylabel="FLOP/s", xlim=(left, right))
-    axes.text(
-        right, peak * 1.12, f"matrix products, {peak / 1e9:,.0f} GFLOP/s", ha="right", fontsize=8, color="#444444"
-    )
+    axes.text(ridge, peak * 1.12, f"matrix products, {peak / 1e9:,.0f} GFLOP/s", fontsize=8, color="#444444")
     axes.text(
         ridge / 3, ridge / 3 * copied * 1.5, f"copy, {copied / 1e9:,.1f} GB/s", ha="right", fontsize=8, color="#444444"
     )
@@ -181,7 +181,14 @@ def parts(lines: Sequence[Line]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     all_axes[-1, 0].set_xlabel("ms")
-    figure.text(0.99, 0.005, _where(lines), ha="right", fontsize=7, color="#555555")
+    figure.text(
+        0.99,
+        0.005,
+        _where([line for group in groups.values() for line in group]),
+        ha="right",
+        fontsize=7,
+        color="#555555",
+    )
     handles, labels = all_axes[0, 0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0.02, 1, 0.95))
     figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, fontsize=8, bbox_to_anchor=(0.5, 1.0))
@@ -189,8 +196,10 @@ def parts(lines: Sequence[Line]) -> Any:
 
 
 def _where(lines: Sequence[Line]) -> str:
+    """Device, versions, and the commits and days of all lines."""
     seen = lines[0]["environment"]
     device = seen.get("gpu") or f"{seen['cpu']}, {seen['threads']} threads"
-    return (
-        f"{device}, torch {seen['versions']['torch']}, commit {(seen['commit'] or 'unknown')[:8]}, {seen['time'][:10]}"
-    )
+    runs = [line["environment"] for line in lines]
+    commits = ", ".join(sorted({(run["commit"] or "unknown")[:8] for run in runs}))
+    days = sorted({run["time"][:10] for run in runs})
+    return f"{device}, torch {seen['versions']['torch']}, commit {commits}, {' to '.join(days[:: len(days) - 1 or 1])}"
