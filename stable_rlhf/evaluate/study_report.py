@@ -9,7 +9,7 @@ import numpy as np
 
 from stable_rlhf.evaluate.figures import colours
 from stable_rlhf.evaluate.findings import SCORER_NAMES, verdict
-from stable_rlhf.evaluate.paper import SOURCE
+from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.evaluate.report import Picture, render_template
 from stable_rlhf.evaluate.study import COMPARED, NAMES
 from stable_rlhf.pictures import FAINT, INK, legend_below, picture, plain, png
@@ -54,7 +54,8 @@ def _cell(interval: Mapping[str, float | None] | None, factor: float, digits: in
 
 
 def tables(results: Results) -> list[Table]:
-    """Policies, policies minus RM-PPO, and scorers; each figure is a mean over seeds with its 95 % interval."""
+    """Policies, policies minus RM-PPO, scorers, and what the paper has of both; each figure is a mean over seeds with
+    its 95 % interval."""
     found: list[Table] = []
 
     def of(title: str, group: Mapping[str, Any], names: Mapping[str, str], figures: Mapping[str, Any]) -> None:
@@ -81,6 +82,34 @@ def tables(results: Results) -> list[Table]:
         ]
         found.append((f"Minus {minus}, seed by seed", [POLICY_FIGURES[key][0] for key in keys], rows))
     of("Scorer", results["means"]["scorers"], SCORER_NAMES, SCORER_FIGURES)
+    return found + _beside_the_paper(results)
+
+
+def _beside_the_paper(results: Results) -> list[Table]:
+    """Its tables 1 and 2 beside the same figures of these runs, in percent."""
+    found: list[Table] = []
+    policies, scorers = results["means"]["policies"], results["means"]["scorers"]
+    known = {name: row for name, row in TABLE_2.items() if name in policies}
+    keys = [(on, what) for on in ("main", "forget") for what in ("win", "lose")]
+    if known:
+        columns = [part for on, what in keys for part in (f"{on}: {what}s %", "paper")]
+        rows = []
+        for name, row in known.items():
+            cells: list[Cell] = []
+            for on, what in keys:
+                cells += [_cell(policies[name].get(f"{on}_{what}"), 100, 1), (f"{row[on][what]:.2f}", "")]
+            rows.append((NAMES.get(name, name), cells))
+        found.append(("Beside the paper's Table 2", columns, rows))
+    if {"rm", "am"} <= set(scorers):
+        columns = ["accuracy %", *(f"{data}" for data in TABLE_1), "ECE %", *(f"{data}" for data in TABLE_1)]
+        rows = []
+        for name in ("rm", "am"):
+            cells = []
+            for key in ("accuracy", "ece"):
+                cells.append(_cell(scorers[name].get(key), 100, 1))
+                cells += [(f"{table[name][key]:.2f}", "") for table in TABLE_1.values()]
+            rows.append((SCORER_NAMES[name], cells))
+        found.append(("Beside the paper's Table 1", columns, rows))
     return found
 
 

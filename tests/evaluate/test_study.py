@@ -221,10 +221,13 @@ def test_the_page_is_one_file_with_figures_and_pictures(results: Any) -> None:
 def test_markdown_has_whole_tables(results: Any) -> None:
     text = study_report.markdown(results)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 3 * 2 + 7 + 5 + 2
+    assert len(rows) == 5 * 2 + 7 + 5 + 2 + 3 + 2  # the paper has three of the policies, and both scorers
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "- **reproduced**: " in text
+    of_the_paper = next(row for row in reversed(rows) if row.startswith("| AM-PPO-SR"))
+    own = results["means"]["policies"]["am-sr"]["main_win"]["value"]
+    assert of_the_paper.startswith(f"| AM-PPO-SR | {100 * own:.1f} [") and "] | 15.78 | " in of_the_paper
 
 
 def test_the_page_says_what_the_settings_were_chosen_on(results: Any) -> None:
