@@ -23,6 +23,7 @@ from stable_rlhf.models import (
     prefer_flash_attention,
 )
 from stable_rlhf.progress import progress
+from stable_rlhf.scorer.contrastive import Contrastive
 
 _SETTINGS_FILE = "advantage_model.json"
 _HEADS_FILE = "heads.safetensors"
@@ -79,19 +80,32 @@ class AdvantageModel(nn.Module):
         size = self.trunk.hidden_size
         self.reward_head = new_head(size, generator)
         self.expected_head = new_head(size, generator) if settings.objective == "am" else None
+        self.contrastive: Contrastive | None = None  # of a trainer that wants it; nothing else needs it
         self.max_length = context_length(backbone.config)
 
-    def forward(self, inputs: dict[str, Tensor], last: Tensor, prompt_last: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        last: Tensor,
+        prompt_last: Tensor,
+        views: Tensor | None = None,
+        pairs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Rewards [B] at columns ``last`` and expectations [B] at columns ``prompt_last`` (``None`` for a reward
-        model), both float32."""
+        model), both float32. With ``views`` and ``pairs`` of the first rows also their contrastive loss: it is computed
+        here because ZeRO-3 gathers prototypes only inside the engine's forward."""
         hidden = self.trunk(**inputs)  # [B, L, H]
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         dtype = self.reward_head.weight.dtype
-        reward = self.reward_head(hidden[rows, last].to(dtype)).squeeze(-1).float()
+        features = hidden[rows, last]
+        reward = self.reward_head(features.to(dtype)).squeeze(-1).float()
         expected = None
         if self.expected_head is not None:
             expected = self.expected_head(hidden[rows, prompt_last].to(dtype)).squeeze(-1).float()
-        return reward, expected
+        if views is None:
+            return reward, expected
+        assert self.contrastive is not None and pairs is not None
+        return reward, expected, self.contrastive(features[: views.shape[1]], views, pairs)
 
     def prepare(
         self, examples: Sequence[Encoded], cache: FeatureCache | None = None, side: str = "right"

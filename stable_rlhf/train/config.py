@@ -242,6 +242,12 @@ class ScorerArguments:
         bins: Bins of the calibration error.
         denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md). The pairs must
             carry it: ``strength`` writes it, ``run`` measures it first.
+        contrastive: A contrastive term beside the ranking loss (docs/scorers.md): ``simcse`` or ``swav``.
+        contrastive_on: What it tells apart: ``responses``, or the ``differences`` of each pair.
+        contrastive_coef: Its weight (unset: simcse 1; swav 0.1 on responses, 0.5 on differences).
+        contrastive_temperature: Its temperature (unset: simcse 0.05, swav 0.1).
+        contrastive_dropout: Dropout of the features that makes the two views.
+        swav_prototypes: Prototypes of swav (unset: 50 on responses, 20 on differences).
     """
 
     learning_rate: float = 5e-6
@@ -260,6 +266,12 @@ class ScorerArguments:
     num_trainable_layers: int | None = None
     bins: int = 10
     denoise: list[dict[str, Any]] = field(default_factory=list)
+    contrastive: Literal["none", "simcse", "swav"] = "none"
+    contrastive_on: Literal["responses", "differences"] = "responses"
+    contrastive_coef: float | None = None
+    contrastive_temperature: float | None = None
+    contrastive_dropout: float = 0.05
+    swav_prototypes: int | None = None
 
 
 @dataclass
@@ -506,7 +518,7 @@ _AT_LEAST_ONE = (
     "world.hidden_size world.num_hidden_layers world.num_attention_heads world.comparisons "
     "sft.per_device_train_batch_size sft.gradient_accumulation_steps "
     "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
-    "scorer.num_trainable_layers strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
+    "scorer.num_trainable_layers scorer.swav_prototypes strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
     "select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples rollout.sample_prompts "
@@ -514,19 +526,19 @@ _AT_LEAST_ONE = (
 )
 _ABOVE_ZERO = (
     "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
-    "world.hot_temperature ppo.temperature ppo.kl_target ppo.rollout_importance_clip guard.max_update_kl "
+    "scorer.contrastive_temperature world.hot_temperature ppo.temperature ppo.kl_target ppo.rollout_importance_clip guard.max_update_kl "
     "select.near_duplicate"
 )
 _NOT_NEGATIVE = (
     "seed launch.max_restarts checkpoint.save_steps rollout.sample_steps data.max_pairs data.max_prompts_per_task "
     "engine.max_grad_norm engine.weight_decay engine.lora_r guard.max_kl world.length_bonus sft.learning_rate "
-    "sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef strength.examples "
+    "sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef scorer.contrastive_coef strength.examples "
     "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
     "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
-    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing ppo.gamma ppo.lam ppo.top_p ppo.warmup_ratio "
+    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing scorer.contrastive_dropout ppo.gamma ppo.lam ppo.top_p ppo.warmup_ratio "
     "engine.lora_dropout engine.ema_decay"
 )
 
@@ -560,9 +572,9 @@ def check(recipe: Recipe) -> None:
         check_criteria(f"select.{name}", getattr(recipe.select, name))
     if recipe.select.near_duplicate is not None and recipe.select.near_duplicate > 1:
         raise ValueError(f"select.near_duplicate is a cosine, at most 1, got {recipe.select.near_duplicate}")
-    for name in ("lora_dropout", "ema_decay"):
-        if getattr(recipe.engine, name) == 1:
-            raise ValueError(f"engine.{name} must be below 1: at 1 nothing of the training is left")
+    for section, name in (("engine", "lora_dropout"), ("engine", "ema_decay"), ("scorer", "contrastive_dropout")):
+        if getattr(getattr(recipe, section), name) == 1:
+            raise ValueError(f"{section}.{name} must be below 1: at 1 nothing is left to train with")
     if recipe.launch.port > 65535:
         raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):

@@ -21,7 +21,7 @@ from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.pieces import load_pieces, save_pieces
 from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
 
-HEADS = ("reward_head", "expected_head", "value_head")
+HEADS = ("reward_head", "expected_head", "value_head", "contrastive")
 _SCHEDULE = "schedule.json"
 _AVERAGE = "average.safetensors"
 

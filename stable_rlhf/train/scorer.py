@@ -18,10 +18,16 @@ from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, ScorerArguments
+from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import HEADS, Engine, barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
 from stable_rlhf.train.weights import gathered
+
+# What the metrics of a step are made of, summed over micro-steps and ranks.
+_SUMS = (
+    "pairs", "loss", "correct", "effective_sample_size", "sign_flip_share", "expected_error", "contrastive_loss"
+)  # fmt: skip
 
 
 @dataclass
@@ -101,10 +107,11 @@ def response_logprobs(policy: PolicyModel, examples: Sequence[Encoded], *, tempe
 
 def scorer_loss(
     engine: Any, model: AdvantageModel, batch: Sequence[EncodedComparison], arguments: ScorerArguments,
-    cache: FeatureCache | None, comparisons: int,
-) -> tuple[Tensor, ops.AdvantageLossOutput, Tensor | None]:  # fmt: skip
+    cache: FeatureCache | None, comparisons: int, contrast: tuple[float, Tensor] | None = None,
+) -> tuple[Tensor, ops.AdvantageLossOutput, dict[str, Tensor]]:  # fmt: skip
     """This rank's part of the loss of one step with ``comparisons`` comparisons over all ranks: (loss, the op's output,
-    mean square error of e(x) when it is regressed)."""
+    this rank's part of the terms beside the ranking loss: ``expected_error``, the mean square error of e(x) where it is
+    regressed, and ``contrastive_loss`` with ``contrast``, its coefficient and its dropout masks)."""
     first, pairs, prompt_of, weights, margins = [], [], [], [], []
     smoothing: list[float] = []
     rank_margins: list[float] = []
@@ -121,8 +128,11 @@ def scorer_loss(
         examples += item.examples
     responses = len(examples)
     sampled = [(i, e) for i, item in enumerate(batch) for e in item.samples] if arguments.expected_coef else []
-    reward, expected = engine(*model.prepare(examples + [e for _, e in sampled], cache))
-    device = reward.device
+    prepared = model.prepare(examples + [e for _, e in sampled], cache)
+    device = prepared[1].device
+    couples = torch.tensor(pairs, device=device)
+    views = (contrast[1].to(device), couples) if contrast else ()
+    reward, expected, *contrastive = engine(*prepared, *views)
     kwargs: dict[str, Any] = {}
     if model.settings.objective == "am":
         assert expected is not None
@@ -137,21 +147,27 @@ def scorer_loss(
     else:
         kwargs = {"margin": None}
     output = ops.advantage_loss(
-        reward[:responses], pairs=torch.tensor(pairs, device=device), pair_weight=torch.tensor(weights, device=device),
+        reward[:responses], pairs=couples, pair_weight=torch.tensor(weights, device=device),
         label_smoothing=torch.tensor(smoothing, dtype=torch.float32, device=device),
         rank_margin=torch.tensor(rank_margins, dtype=torch.float32, device=device), **kwargs,
     )  # fmt: skip
     # The op's mean over pairs becomes a mean over comparisons of the whole step, however it is cut.
     loss = output.loss * (len(pairs) / comparisons)
-    error = None
+    terms: dict[str, Tensor] = {}
     if sampled and expected is not None:
         # Eq. 7: e(x) is the mean reward of the policy's own samples; the reward is not trained by this term.
         owner = torch.tensor([i for i, _ in sampled], device=device)
         count = torch.zeros_like(expected).index_add(0, owner, torch.ones_like(owner, dtype=expected.dtype))
         mean = torch.zeros_like(expected).index_add(0, owner, reward[responses:].detach()) / count.clamp_min(1)
-        error = ((expected - mean) ** 2 * (count > 0)).sum() / comparisons
-        loss = loss + arguments.expected_coef * error
-    return loss, output, error
+        terms["expected_error"] = ((expected - mean) ** 2 * (count > 0)).sum() / comparisons
+        loss = loss + arguments.expected_coef * terms["expected_error"]
+    if contrast:
+        world = world_size()
+        whole = contrastive[0] * (len(batch) * world / comparisons)  # micro-steps weigh the same
+        # Every rank has the loss of all, and the gradient of its own rows: its part of the value is one in `world`.
+        terms["contrastive_loss"] = whole / world + (1 - 1 / world) * (whole - whole.detach())
+        loss = loss + contrast[0] * terms["contrastive_loss"]
+    return loss, output, terms
 
 
 def _packed_logprobs(batch: Sequence[EncodedComparison], device: torch.device) -> dict[str, Tensor]:
@@ -185,6 +201,7 @@ def train_scorer(
     cache.fill(model.trunk, [e.ids for r in train for e in (*r.examples, *r.samples)], description="hidden states")
     if model.settings.objective == "am" and model.settings.num_alternates == 0:
         say("  no alt_logprobs in the data: the Advantage Model trains with K = 0, a = r - e")
+    term = contrastive_term(model, arguments, seed)
     per_device = arguments.per_device_train_batch_size
     global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
     steps = count_steps(len(train), global_batch, arguments.num_train_epochs)
@@ -199,42 +216,44 @@ def train_scorer(
     done, carried = snapshots.restore()
     tracker = Tracker(folder, report_to, after=done)
     tokens = carried.get("tokens", 0)
-    name = "reward model" if model.settings.objective == "rm" else "Advantage Model"
-    with progress(name, total=steps, unit="steps") as bar:
+    title = "reward model" if model.settings.objective == "rm" else "Advantage Model"
+    with progress(title, total=steps, unit="steps") as bar:
         bar.advance(done)
         for step, indices in enumerate(shuffled_steps(len(train), global_batch, steps, seed), start=1):
             if step <= done:
                 continue
-            sums = [0.0] * 6
-            for micro in micro_steps(indices, per_device, rank(), world_size()):
-                batch = [train[i] for i in micro]
-                loss, output, error = scorer_loss(engine, model, batch, arguments, cache, global_batch)
+            sums = dict.fromkeys(_SUMS, 0.0)
+            for places in micro_steps(list(range(global_batch)), per_device, rank(), world_size()):
+                batch = [train[indices[place]] for place in places]
+                contrast = term and term.views(step, places, [len(item.examples) for item in batch])
+                loss, output, terms = scorer_loss(engine, model, batch, arguments, cache, global_batch, contrast)
                 engine.backward(loss)
                 engine.step()
                 pairs = sum(len(r.row.pairs) for r in batch)
-                parts: list[Any] = [
-                    loss.detach(),
-                    output.accuracy * pairs,
-                    output.effective_sample_size,
-                    output.sign_flip_share,
-                ]
-                parts.append(torch.zeros(()) if error is None else error.detach())
-                sums = [s + float(v) for s, v in zip(sums, [pairs, *parts], strict=True)]
-            count, loss_sum, correct, ess, flipped, expected_error = sum_over_ranks(sums)
+                found = {
+                    "pairs": pairs, "loss": loss, "correct": output.accuracy * pairs,
+                    "effective_sample_size": output.effective_sample_size, "sign_flip_share": output.sign_flip_share,
+                    **terms,
+                }  # fmt: skip
+                for name, value in found.items():
+                    sums[name] += float(value.detach() if isinstance(value, Tensor) else value)
+            sums = dict(zip(sums, sum_over_ranks(sums.values()), strict=True))
             micros = world_size() * arguments.gradient_accumulation_steps
             tokens += sum(len(e) for i in indices for e in train[i].examples)
             metrics = {
-                "loss": loss_sum,
-                "accuracy": correct / count,
+                "loss": sums["loss"],
+                "accuracy": sums["correct"] / sums["pairs"],
                 "learning_rate": engine.learning_rate,
                 "tokens": tokens,
             }
             if model.settings.num_alternates:
-                metrics |= {"effective_sample_size": ess / micros, "sign_flip_share": flipped / micros}
+                metrics |= {name: sums[name] / micros for name in ("effective_sample_size", "sign_flip_share")}
             if arguments.expected_coef and model.settings.objective == "am":
-                metrics["expected_error"] = expected_error
+                metrics["expected_error"] = sums["expected_error"]
+            if term:
+                metrics["contrastive_loss"] = sums["contrastive_loss"]
             tracker.log(step, metrics)
-            bar.advance(note=f"loss {loss_sum:.3f}")
+            bar.advance(note=f"loss {sums['loss']:.3f}")
             snapshots.save(step, {"tokens": tokens}, last=steps)
     engine.save_model(folder)
     heads = [m for name, m in model.named_children() if name in HEADS]
@@ -244,7 +263,7 @@ def train_scorer(
     barrier()
     tracker.close()
     engine.close()
-    return {"steps": steps, "tokens_seen": float(tokens), "loss": loss_sum}
+    return {"steps": steps, "tokens_seen": float(tokens), "loss": sums["loss"]}
 
 
 def score_pairs(

@@ -20,6 +20,7 @@ from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import micro_steps, shuffled_steps
 from stable_rlhf.train.config import EngineArguments, PPOArguments, ScorerArguments
+from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
@@ -38,7 +39,7 @@ def model(tokenizer):
     return built
 
 
-def scorer_losses(stage: int, micro: int, tokenizer) -> list[float]:
+def scorer_losses(stage: int, micro: int, tokenizer, **contrastive) -> list[float]:
     generator = torch.Generator().manual_seed(2)
 
     def text(low: int = 1) -> str:
@@ -59,6 +60,8 @@ def scorer_losses(stage: int, micro: int, tokenizer) -> list[float]:
         row = Comparison(prompt, responses, pairs, alt_logprobs=alternates)
         rows.append(EncodedComparison(row, examples, ours))
     scorer = AdvantageModel(model(tokenizer).base_model, tokenizer, ScorerSettings(num_policies=3, num_alternates=2))
+    arguments = ScorerArguments(contrastive_dropout=0.2, **contrastive)
+    term = contrastive_term(scorer, arguments, seed=8)
     engine = Engine(
         scorer, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=UPDATES, micro_batch_size=micro,
         gradient_accumulation_steps=2,
@@ -66,10 +69,12 @@ def scorer_losses(stage: int, micro: int, tokenizer) -> list[float]:
     engine.train()
     global_batch = micro * world_size() * 2
     losses = []
-    for indices in shuffled_steps(len(rows), global_batch, UPDATES, seed=3):
+    for step, indices in enumerate(shuffled_steps(len(rows), global_batch, UPDATES, seed=3)):
         total = 0.0
-        for share in micro_steps(indices, micro, rank(), world_size()):
-            loss, _, _ = scorer_loss(engine, scorer, [rows[i] for i in share], ScorerArguments(), None, global_batch)
+        for places in micro_steps(list(range(global_batch)), micro, rank(), world_size()):
+            share = [rows[indices[place]] for place in places]
+            contrast = term and term.views(step, places, [len(item.examples) for item in share])
+            loss, _, _ = scorer_loss(engine, scorer, share, arguments, None, global_batch, contrast)
             engine.backward(loss)
             engine.step()
             total += float(loss.detach())
@@ -209,6 +214,8 @@ def main() -> None:
         rehearsed, norms_too, drawn_too = ppo_losses(stage, micro, tokenizer, rehearse=True)
         found[stage] = {
             "scorer": scorer_losses(stage, micro, tokenizer), "ppo": plain, "ppo-sr": rehearsed,
+            "simcse": scorer_losses(stage, micro, tokenizer, contrastive="simcse", contrastive_on="differences"),
+            "swav": scorer_losses(stage, micro, tokenizer, contrastive="swav", swav_prototypes=6),
             "norms": norms + norms_too,
             "head": head_gradient(stage, micro, tied=False), "tied head": head_gradient(stage, micro, tied=True),
             "drawn": [drawn, drawn_too], "nonfinite": nonfinite(stage, tokenizer),

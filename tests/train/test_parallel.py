@@ -42,8 +42,12 @@ def losses(tmp_path_factory) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
 @pytest.mark.parametrize(
-    ("what", "rel"), [("scorer", 0), ("ppo", 0), ("ppo-sr", 0), ("norms", 1e-4), ("head", 0), ("tied head", 0)]
-)
+    ("what", "rel"),
+    [
+        ("scorer", 0), ("simcse", 0), ("swav", 0), ("ppo", 0), ("ppo-sr", 0), ("norms", 1e-4), ("head", 0),
+        ("tied head", 0),
+    ],
+)  # fmt: skip
 def test_two_ranks_equal_one(losses, stage, what, rel):
     """Losses of ten updates, norms of their gradients, and gradients of the head through the fused loss."""
     one, two = losses

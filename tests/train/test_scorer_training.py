@@ -167,10 +167,10 @@ def test_temperature_of_log_probs(tokenizer, tiny_model):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_every_comparison_weighs_the_same_however_many_pairs_it_has(make, rows, objective, smoothing):
     model = make(objective)
-    loss, output, error = loss_of(model, rows, replace(ARGUMENTS, label_smoothing=smoothing))
+    loss, output, terms = loss_of(model, rows, replace(ARGUMENTS, label_smoothing=smoothing))
     parts = [comparison_by_hand(model, item, smoothing=smoothing) for item in rows]
     assert float(loss.detach()) == pytest.approx(sum(parts) / 4, abs=1e-5)
-    assert len({round(part, 3) for part in parts}) == 4 and error is None
+    assert len({round(part, 3) for part in parts}) == 4 and not terms
     assert output.score.numel() == sum(len(item.examples) for item in rows)
 
 
@@ -212,11 +212,11 @@ def test_shares_of_a_batch_with_the_global_count_sum_to_the_whole(make, rows, to
     model, arguments = make(), replace(ARGUMENTS, expected_coef=0.3)
     for i, item in enumerate(rows[:3]):
         item.samples = tuple(encode(tokenizer, item.row.prompt, text) for text in ("ab", "c")[: i % 2 + 1])
-    whole, _, error = loss_of(model, rows, arguments)
+    whole, _, terms = loss_of(model, rows, arguments)
     shares = [loss_of(model, part, arguments, comparisons=4) for part in (rows[:cut], rows[cut:])]
     assert sum(float(loss.detach()) for loss, _, _ in shares) == pytest.approx(float(whole.detach()), abs=1e-5)
-    errors = [float(e.detach()) for _, _, e in shares if e is not None]
-    assert sum(errors) == pytest.approx(float(error.detach()), abs=1e-5)
+    errors = [float(part["expected_error"].detach()) for _, _, part in shares if part]
+    assert sum(errors) == pytest.approx(float(terms["expected_error"].detach()), abs=1e-5)
     summed = torch.autograd.grad(shares[0][0] + shares[1][0], list(model.parameters()), allow_unused=True)
     wanted = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
     for one, other in zip(summed, wanted, strict=True):
@@ -245,14 +245,14 @@ def test_the_regression_adds_its_coefficient_times_the_mean_square_error(make, r
             wanted += (heads(model, item.examples[:1])[1][0] - mean) ** 2 / 4
     plain = float(loss_of(model, batch)[0].detach())
     for coefficient in (0.25, 2.0):
-        loss, _, error = loss_of(model, batch, replace(ARGUMENTS, expected_coef=coefficient))
-        assert float(error.detach()) == pytest.approx(wanted, abs=1e-5) and wanted > 1e-3
+        loss, _, terms = loss_of(model, batch, replace(ARGUMENTS, expected_coef=coefficient))
+        assert float(terms["expected_error"].detach()) == pytest.approx(wanted, abs=1e-5) and wanted > 1e-3
         assert float(loss.detach()) == pytest.approx(plain + coefficient * wanted, abs=1e-5)
 
 
 def test_the_regression_does_not_train_the_reward(make, rows, tokenizer):
     model, batch = make(), sampled(rows, tokenizer)
-    _, _, error = loss_of(model, batch, replace(ARGUMENTS, expected_coef=1.0))
+    error = loss_of(model, batch, replace(ARGUMENTS, expected_coef=1.0))[2]["expected_error"]
     heads_of = [model.reward_head.weight, model.reward_head.bias, model.expected_head.weight, model.expected_head.bias]
     reward_weight, reward_bias, weight, bias = torch.autograd.grad(error, heads_of, allow_unused=True)
     assert reward_weight is None or not reward_weight.any()
@@ -262,8 +262,8 @@ def test_the_regression_does_not_train_the_reward(make, rows, tokenizer):
 
 def test_a_reward_model_ignores_the_samples(make, rows, tokenizer):
     model = make("rm")
-    with_samples, _, error = loss_of(model, sampled(rows, tokenizer), replace(ARGUMENTS, expected_coef=5.0))
-    assert error is None
+    with_samples, _, terms = loss_of(model, sampled(rows, tokenizer), replace(ARGUMENTS, expected_coef=5.0))
+    assert not terms
     assert float(with_samples.detach()) == pytest.approx(float(loss_of(model, rows)[0].detach()), abs=1e-6)
 
 
