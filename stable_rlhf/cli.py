@@ -165,10 +165,13 @@ def _sft(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.train.datasets import digests
     from stable_rlhf.train.stages import run_scorer
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
-    inputs = {"objective": own.objective, "policy": own.policy}
+    inputs: dict[str, Any] = {"objective": own.objective, "policy": own.policy}
+    if recipe.scorer.meta_responses:
+        inputs["meta_responses"] = digests(recipe.data, [recipe.scorer.meta_responses])
     sections = "scorer_model_name_or_path data engine scorer" + (" ppo" if recipe.scorer.expected_coef else "")
     run = lambda folder: run_scorer(recipe, own.objective, backbone, own.policy, folder)  # noqa: E731
     _single(f"scorer-{own.objective}", recipe, sections, inputs, run)

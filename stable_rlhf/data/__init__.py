@@ -8,6 +8,7 @@ from stable_rlhf.data.readers import (
     read_comparisons,
     read_demonstrations,
     read_prompts,
+    read_responses,
     write_jsonl,
 )
 from stable_rlhf.data.records import (
@@ -19,6 +20,7 @@ from stable_rlhf.data.records import (
     PairStrength,
     Prompt,
     PromptRow,
+    ResponseSet,
     as_messages,
 )
 from stable_rlhf.data.splits import prompt_key, split_rows
@@ -33,12 +35,14 @@ __all__ = [
     "Prompt",
     "PromptRow",
     "ReadResult",
+    "ResponseSet",
     "as_messages",
     "comparison_row",
     "prompt_key",
     "read_comparisons",
     "read_demonstrations",
     "read_prompts",
+    "read_responses",
     "split_rows",
     "write_jsonl",
 ]

@@ -30,6 +30,7 @@ from stable_rlhf.data.records import (
     PairStrength,
     Prompt,
     PromptRow,
+    ResponseSet,
     as_messages,
 )
 
@@ -88,6 +89,11 @@ def read_demonstrations(paths: Paths, *, on_bad_row: OnBadRow = "error") -> Read
 def read_prompts(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[PromptRow]:
     """Read rows with a ``prompt`` (or ``question``); arguments and errors as `read_comparisons`."""
     return _read(paths, _prompt_row, on_bad_row)
+
+
+def read_responses(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[ResponseSet]:
+    """Read rows with a ``prompt`` and its unlabelled ``responses``; arguments and errors as `read_comparisons`."""
+    return _read(paths, _response_set, on_bad_row)
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
@@ -278,6 +284,12 @@ def _demonstration(row: dict[str, Any], source: str) -> Demonstration:
     prompt = _prompt(row.pop(prompt_key), prompt_key)
     response = _response(_take(row, response_key), response_key, prompt)
     return Demonstration(prompt=prompt, response=response, task=_task(row), source=source, meta=row)
+
+
+def _response_set(row: dict[str, Any], source: str) -> ResponseSet:
+    prompt = _prompt(_take(row, "prompt"), "prompt")
+    responses = _responses(_take(row, "responses"), prompt)
+    return ResponseSet(prompt=prompt, responses=responses, task=_task(row), source=source, meta=row)
 
 
 def _prompt_row(row: dict[str, Any], source: str) -> PromptRow:

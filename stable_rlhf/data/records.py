@@ -78,6 +78,17 @@ class Demonstration:
 
 
 @dataclass(frozen=True)
+class ResponseSet:
+    """k >= 2 responses to one prompt, none of them labelled; fields as in `Comparison`."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    task: str | None = None
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """A prompt to sample responses for; fields as in `Comparison`."""
 

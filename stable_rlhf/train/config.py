@@ -248,6 +248,10 @@ class ScorerArguments:
         contrastive_temperature: Its temperature (unset: simcse 0.05, swav 0.1).
         contrastive_dropout: Dropout of the features that makes the two views.
         swav_prototypes: Prototypes of swav (unset: 50 on responses, 20 on differences).
+        meta_responses: MetaRM (docs/scorers.md): JSON lines of a prompt and k unlabelled ``responses`` of a policy that
+            has moved on. The scorer learns from the pairs a step away, towards telling these apart.
+        meta_learning_rate: The length eta of that step, times the gradient.
+        meta_batch_size: Prompts of it in each optimiser step, over all devices.
     """
 
     learning_rate: float = 5e-6
@@ -272,6 +276,9 @@ class ScorerArguments:
     contrastive_temperature: float | None = None
     contrastive_dropout: float = 0.05
     swav_prototypes: int | None = None
+    meta_responses: str | None = None
+    meta_learning_rate: float = 1e-2
+    meta_batch_size: int = 8
 
 
 @dataclass
@@ -516,30 +523,31 @@ class Recipe:
 _AT_LEAST_ONE = (
     "launch.nodes launch.devices_per_node launch.port data.eval_prompts data.max_prompt_length data.max_length "
     "world.hidden_size world.num_hidden_layers world.num_attention_heads world.comparisons "
-    "sft.per_device_train_batch_size sft.gradient_accumulation_steps "
-    "scorer.per_device_train_batch_size scorer.gradient_accumulation_steps scorer.num_policies scorer.bins "
-    "scorer.num_trainable_layers scorer.swav_prototypes strength.num_scorers strength.folds select.num_clusters select.top_k select.niter "
-    "select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
+    "sft.per_device_train_batch_size sft.gradient_accumulation_steps scorer.per_device_train_batch_size "
+    "scorer.gradient_accumulation_steps scorer.num_policies scorer.bins scorer.num_trainable_layers "
+    "scorer.swav_prototypes scorer.meta_batch_size strength.num_scorers strength.folds select.num_clusters "
+    "select.top_k select.niter select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples rollout.sample_prompts "
     "checkpoint.save_total_limit engine.lora_alpha evaluate.judge_workers study.workers"
 )
 _ABOVE_ZERO = (
     "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
-    "scorer.contrastive_temperature world.hot_temperature ppo.temperature ppo.kl_target ppo.rollout_importance_clip guard.max_update_kl "
-    "select.near_duplicate"
+    "scorer.contrastive_temperature world.hot_temperature ppo.temperature ppo.kl_target ppo.rollout_importance_clip "
+    "guard.max_update_kl select.near_duplicate"
 )
 _NOT_NEGATIVE = (
     "seed launch.max_restarts checkpoint.save_steps rollout.sample_steps data.max_pairs data.max_prompts_per_task "
     "engine.max_grad_norm engine.weight_decay engine.lora_r guard.max_kl world.length_bonus sft.learning_rate "
-    "sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef scorer.contrastive_coef strength.examples "
-    "select.max_candidates ppo.learning_rate ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange "
-    "ppo.cliprange_high ppo.cliprange_value ppo.vf_coef evaluate.temperature evaluate.tie_margin"
+    "sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef scorer.contrastive_coef "
+    "scorer.meta_learning_rate strength.examples select.max_candidates ppo.learning_rate ppo.head_learning_rate "
+    "ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value ppo.vf_coef "
+    "evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "
-    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing scorer.contrastive_dropout ppo.gamma ppo.lam ppo.top_p ppo.warmup_ratio "
-    "engine.lora_dropout engine.ema_decay"
+    "scorer.warmup_ratio scorer.min_lr_ratio scorer.label_smoothing scorer.contrastive_dropout ppo.gamma ppo.lam "
+    "ppo.top_p ppo.warmup_ratio engine.lora_dropout engine.ema_decay"
 )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import is_main_process, say
@@ -23,7 +23,7 @@ from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.train import stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe
-from stable_rlhf.train.datasets import contents, locate
+from stable_rlhf.train.datasets import contents, digests, locate
 from stable_rlhf.train.engine import barrier, start, world_size
 from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
@@ -90,6 +90,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         "scorer": part["scorer"],
         "backbone": recipe.scorer_model_name_or_path,
     }
+    if recipe.scorer.meta_responses:
+        scorer_settings["meta_responses"] = digests(data, [recipe.scorer.meta_responses])
     if recipe.scorer.denoise:
         strength = measure_strength(recipe, run, backbone, scorer_settings, inputs, cache)
         data.pairs = [str((strength.folder / "pairs.jsonl.gz").resolve())]
@@ -159,6 +161,8 @@ def check_inputs(recipe: Recipe) -> None:
         ):  # fmt: skip
             for files in filter(None, names):
                 read(locate(data, files), on_bad_row=data.on_bad_row)
+    if recipe.scorer.meta_responses:
+        read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
     check_reporters(recipe.report_to)
     if "rejection" in recipe.variants:
         check_rounds(recipe.ppo)

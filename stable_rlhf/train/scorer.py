@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, ScorerArguments
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import HEADS, Engine, barrier, rank, sum_over_ranks, world_size
+from stable_rlhf.train.meta import MetaRM
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker
 from stable_rlhf.train.weights import gathered
@@ -195,10 +197,12 @@ def train_scorer(
     report_to: Sequence[str] = (),
     checkpoint: CheckpointArguments | None = None,
     cache: FeatureCache | None = None,
+    meta_responses: Sequence[Sequence[Encoded]] = (),
 ) -> dict[str, float]:
-    """Train ``model`` on ``train`` and save it to ``folder``."""
+    """Train ``model`` on ``train`` and save it to ``folder``; ``meta_responses``: MetaRM's, of each prompt."""
     cache = cache if cache is not None else FeatureCache()
     cache.fill(model.trunk, [e.ids for r in train for e in (*r.examples, *r.samples)], description="hidden states")
+    cache.fill(model.trunk, [e.ids for row in meta_responses for e in row], description="unlabelled responses")
     if model.settings.objective == "am" and model.settings.num_alternates == 0:
         say("  no alt_logprobs in the data: the Advantage Model trains with K = 0, a = r - e")
     term = contrastive_term(model, arguments, seed)
@@ -212,6 +216,8 @@ def train_scorer(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
+    meta = MetaRM(engine, model, meta_responses, arguments, cache, steps=steps, seed=seed) if meta_responses else None
+    shares = micro_steps(list(range(global_batch)), per_device, rank(), world_size())  # places in a step's batch
     snapshots = Snapshots(folder, engine, checkpoint, rows=global_batch)
     done, carried = snapshots.restore()
     tracker = Tracker(folder, report_to, after=done)
@@ -223,20 +229,24 @@ def train_scorer(
             if step <= done:
                 continue
             sums = dict.fromkeys(_SUMS, 0.0)
-            for places in micro_steps(list(range(global_batch)), per_device, rank(), world_size()):
-                batch = [train[indices[place]] for place in places]
-                contrast = term and term.views(step, places, [len(item.examples) for item in batch])
-                loss, output, terms = scorer_loss(engine, model, batch, arguments, cache, global_batch, contrast)
-                engine.backward(loss)
-                engine.step()
-                pairs = sum(len(r.row.pairs) for r in batch)
-                found = {
-                    "pairs": pairs, "loss": loss, "correct": output.accuracy * pairs,
-                    "effective_sample_size": output.effective_sample_size, "sign_flip_share": output.sign_flip_share,
-                    **terms,
-                }  # fmt: skip
-                for name, value in found.items():
-                    sums[name] += float(value.detach() if isinstance(value, Tensor) else value)
+            moved: AbstractContextManager[dict[str, float]] = meta.ascended(step) if meta else nullcontext({})
+            with moved as ascent:
+                for micro, places in enumerate(shares):
+                    if micro:
+                        engine.step()  # ends the one before; the last one ends outside, where the weights are back
+                    batch = [train[indices[place]] for place in places]
+                    contrast = term.views(step, places, [len(item.examples) for item in batch]) if term else None
+                    loss, output, terms = scorer_loss(engine, model, batch, arguments, cache, global_batch, contrast)
+                    engine.backward(loss)
+                    pairs = sum(len(r.row.pairs) for r in batch)
+                    found: dict[str, Any] = {
+                        "pairs": pairs, "loss": loss, "correct": output.accuracy * pairs,
+                        "effective_sample_size": output.effective_sample_size,
+                        "sign_flip_share": output.sign_flip_share, **terms,
+                    }  # fmt: skip
+                    for name, value in found.items():
+                        sums[name] += float(value.detach() if isinstance(value, Tensor) else value)
+            engine.step()
             sums = dict(zip(sums, sum_over_ranks(sums.values()), strict=True))
             micros = world_size() * arguments.gradient_accumulation_steps
             tokens += sum(len(e) for i in indices for e in train[i].examples)
@@ -252,6 +262,7 @@ def train_scorer(
                 metrics["expected_error"] = sums["expected_error"]
             if term:
                 metrics["contrastive_loss"] = sums["contrastive_loss"]
+            metrics |= ascent
             tracker.log(step, metrics)
             bar.advance(note=f"loss {sums['loss']:.3f}")
             snapshots.save(step, {"tokens": tokens}, last=steps)

@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import encode, encode_prompt
-from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, write_jsonl
+from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.readers import (
+    read_comparisons,
+    read_demonstrations,
+    read_prompts,
+    read_responses,
+    write_jsonl,
+)
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
@@ -40,6 +46,7 @@ from stable_rlhf.train.engine import (
     release,
     world_size,
 )
+from stable_rlhf.train.meta import encode_responses
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
@@ -206,6 +213,10 @@ def run_scorer(
     test, long_test = encode_comparisons(rows.test, tokenizer, *limits)
     if long or long_test:
         say(f"  {long + long_test} of {len(chosen) + len(rows.test)} comparisons are too long: left out")
+    shifted: list[list[Encoded]] = []
+    if arguments.meta_responses and split == "train":
+        found = read_responses(locate(recipe.data, [arguments.meta_responses]), on_bad_row=recipe.data.on_bad_row)
+        shifted = encode_responses(found.rows, tokenizer, *limits)
     alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
     if alternates and any(r.row.logprobs is None for r in train) and policy is None:
         raise DataError("alt_logprobs without logprobs: give the policy to be tuned (--policy)")
@@ -226,7 +237,7 @@ def run_scorer(
     result: Result = dict(
         train_scorer(
             model, train, arguments, recipe.engine, folder, seed=stream_seed(recipe.seed, "scorer", split),
-            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache,
+            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache, meta_responses=shifted,
         )
     )  # fmt: skip
     # Scores are taken from what was saved: what a user loads is what is measured.

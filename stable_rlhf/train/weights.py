@@ -81,14 +81,14 @@ class Average:
 
     def __init__(self, parameters: Mapping[str, Any], decay: float) -> None:
         self.parameters, self.decay = dict(parameters), decay
-        self.values = {id(p): _shard(p).detach().float().clone() for p in self.parameters.values()}
+        self.values = {id(p): shard(p).detach().float().clone() for p in self.parameters.values()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take up the weights as they are now: once after each optimiser step."""
         for parameter in self.parameters.values():
             value = self.values[id(parameter)]
-            value.lerp_(_shard(parameter).detach().to(value.dtype), 1 - self.decay)
+            value.lerp_(shard(parameter).detach().to(value.dtype), 1 - self.decay)
 
     def whole(self, tensor: Any) -> Tensor | None:
         """Like :func:`whole`, but the average of a weight that trains."""
@@ -117,6 +117,7 @@ class Average:
             own.copy_(value.view_as(own))
 
 
-def _shard(parameter: Any) -> Tensor:
+def shard(parameter: Any) -> Tensor:
+    """What this rank holds of a weight: its ZeRO-3 shard, flat and padded, else all of it."""
     held: Tensor = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
     return held

@@ -1,0 +1,166 @@
+"""First-order MetaRM (arXiv 2401.06080) inside the engine: the ranking loss takes its gradient a step away.
+
+At every optimiser step, with J of `response_difference` on unlabelled responses of the policy that has moved on,
+
+    θ' = θ + η ∇J(θ)                       before the step's first micro-step, for all weights that train
+    gradient of the ranking loss at θ'     the step's micro-steps, as ever
+    θ ← optimiser(θ, that gradient)        after θ has been put back, to the bit
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.records import DataError, ResponseSet
+from stable_rlhf.models import FeatureCache
+from stable_rlhf.progress import say
+from stable_rlhf.scorer.meta import response_difference
+from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.train.batches import shuffled_steps, stream_seed
+from stable_rlhf.train.config import ScorerArguments
+from stable_rlhf.train.engine import Engine, rank, sum_over_ranks, world_size
+from stable_rlhf.train.weights import shard
+
+
+def encode_responses(
+    rows: Sequence[ResponseSet], tokenizer: Any, max_length: int, max_prompt_length: int
+) -> list[list[Encoded]]:
+    """The responses of each row as token ids; rows with a prompt or a response that is too long are left out, and told.
+
+    Raises:
+        DataError: no row fits.
+    """
+    everything = [[encode(tokenizer, row.prompt, r) for r in row.responses] for row in rows]
+    kept = [e for e in everything if max(map(len, e)) <= max_length and e[0].prompt_length <= max_prompt_length]
+    if not kept:
+        raise DataError(
+            f"scorer.meta_responses: none of {len(rows)} rows fits max_length {max_length} and max_prompt_length "
+            f"{max_prompt_length}"
+        )
+    if len(kept) < len(rows):
+        say(f"  {len(rows) - len(kept)} of {len(rows)} rows of unlabelled responses are too long: left out")
+    return kept
+
+
+class MetaRM:
+    """The ascent of each step on ``rows``, the responses of each prompt.
+
+    It holds a copy of the weights that train and their gradient in float32; under ZeRO-3 each rank those of its shards.
+
+    Raises:
+        ValueError: ``meta_batch_size`` is no multiple of the number of ranks.
+    """
+
+    def __init__(
+        self, engine: Engine, model: AdvantageModel, rows: Sequence[Sequence[Encoded]], arguments: ScorerArguments,
+        cache: FeatureCache, *, steps: int, seed: int,
+    ) -> None:  # fmt: skip
+        size = arguments.meta_batch_size
+        if size % world_size():
+            raise ValueError(f"scorer.meta_batch_size {size} must be a multiple of the {world_size()} ranks")
+        self.engine, self.model, self.rows, self.arguments, self.cache = engine, model, rows, arguments, cache
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.batches = list(shuffled_steps(len(rows), size, steps, stream_seed(seed, "meta")))
+
+    @contextmanager
+    def ascended(self, step: int) -> Iterator[dict[str, float]]:
+        """Context in which the model's weights are θ' of ``step`` (from 1); gives J and the norm of its gradient.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; nothing has moved.
+        """
+        difference, gradient = self._gradient(self.batches[step - 1])
+        norm, before = self._ascend(gradient)
+        del gradient
+        try:
+            yield {"meta_difference": difference, "meta_gradient_norm": norm}
+        except FloatingPointError:  # the engine raises it on every rank; of other errors the other ranks know nothing
+            self._restore(before)
+            raise
+        self._restore(before)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.engine.zero_stage == 3
+
+    def _gradient(self, batch: Sequence[int]) -> tuple[float, list[Tensor]]:
+        """J, the mean over the prompts of all ranks, and its gradient in float32: of every weight that trains what this
+        rank holds."""
+        found = [torch.zeros_like(shard(p), dtype=torch.float32) for p in self.trained]
+        hooks = [p.register_hook(partial(self._keep, p, g)) for p, g in zip(self.trained, found, strict=True)]
+        value, mine = 0.0, batch[rank() :: world_size()]
+        width = self.arguments.per_device_train_batch_size
+        try:
+            for start in range(0, len(mine), width):
+                sets = [self.rows[i] for i in mine[start : start + width]]
+                # The module itself: what goes through the engine's forward is scaled for its backward.
+                reward = self.model(*self.model.prepare([e for s in sets for e in s], self.cache))[0]
+                part = response_difference(reward, [len(s) for s in sets]).sum() / len(batch)
+                # Not `backward`: no `.grad` is touched, and none of DeepSpeed's hooks that gather gradients runs.
+                torch.autograd.grad(part, self.trained, allow_unused=True)
+                value += float(part.detach())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if world_size() > 1 and not self._sharded:
+            for gradient in found:
+                dist.all_reduce(gradient)
+        return sum_over_ranks([value])[0], found
+
+    def _keep(self, parameter: Tensor, into: Tensor, gradient: Tensor) -> Tensor:
+        """Add a weight's gradient to what is kept of it as soon as it is made; autograd goes on with zeros that take no
+        memory, so that no device ever holds the gradient of a sharded model whole."""
+        if self._sharded:
+            whole = gradient.to(torch.float32, copy=True).flatten()
+            dist.all_reduce(whole)
+            part = whole[rank() * into.numel() : (rank() + 1) * into.numel()]
+            into[: part.numel()] += part  # the last shards are padded
+        else:
+            into += gradient
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    @torch.no_grad()
+    def _ascend(self, gradient: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Move to θ'; returns the gradient's norm, and θ."""
+        norm, before = float(nn.utils.get_total_norm(gradient)), []
+        if self._sharded:
+            norm = math.sqrt(sum_over_ranks([norm**2])[0])
+        with self._shards_alone():
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    "the gradient of MetaRM's objective on scorer.meta_responses is not finite; the weights are those "
+                    "of the step before. Lower scorer.learning_rate or scorer.meta_learning_rate"
+                )
+            for parameter, direction in zip(self.trained, gradient, strict=True):
+                held = shard(parameter)
+                before.append(held.clone())
+                held.copy_(held.float() + self.arguments.meta_learning_rate * direction)
+        return norm, before
+
+    @torch.no_grad()
+    def _restore(self, before: Sequence[Tensor]) -> None:
+        with self._shards_alone():
+            for parameter, value in zip(self.trained, before, strict=True):
+                shard(parameter).copy_(value)
+
+    @contextmanager
+    def _shards_alone(self) -> Iterator[None]:
+        """Context in which shards are all there is: ZeRO-3's gathered weights are dropped, and gathered anew after."""
+        if not self._sharded:
+            yield
+            return
+        optimizer = self.engine.optimizer
+        optimizer.checkpoint_event_prologue()
+        try:
+            yield
+        finally:
+            optimizer.checkpoint_event_epilogue()

@@ -1,0 +1,181 @@
+"""MetaRM's two steps under each ZeRO stage, beside an explicit version in plain autograd; rank 0 writes what differs.
+
+Run by test_meta_training.py under one and two ranks. Arguments: output file, micro-batch per rank, ZeRO stages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.func import functional_call
+
+from stable_rlhf.data.packing import encode
+from stable_rlhf.data.records import Comparison
+from stable_rlhf.models import FeatureCache
+from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.train.config import EngineArguments, ScorerArguments
+from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
+from stable_rlhf.train.meta import MetaRM
+from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
+from stable_rlhf.world import build_model, build_tokenizer
+
+STEPS, ACCUMULATION, RATE, ETA, BATCH = 4, 2, 1e-4, 0.5, 4
+
+
+def data(tokenizer):
+    generator = torch.Generator().manual_seed(2)
+
+    def text() -> str:
+        length = int(torch.randint(1, 7, (1,), generator=generator))
+        return "".join("abcdefgh"[i] for i in torch.randint(8, (length,), generator=generator).tolist())
+
+    rows, shifted = [], []
+    for i in range(20):
+        prompt = f"Reverse the letters of {text()}"
+        row = Comparison(prompt, (f"{text()}0", f"{text()}1"), ((0, 1),))
+        rows.append(EncodedComparison(row, [encode(tokenizer, prompt, r) for r in row.responses]))
+        shifted.append([encode(tokenizer, f"Write backwards: {text()}", text()) for _ in range(2 + i % 3)])
+    return rows, shifted
+
+
+def scorer(tokenizer) -> AdvantageModel:
+    model = build_model(tokenizer, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+        # More weights than ZeRO-3 leaves whole on every rank.
+        mlp = model.base_model.layers[0].mlp
+        mlp.gate_proj, mlp.up_proj = (nn.Linear(64, 1603, bias=False) for _ in "ab")
+        mlp.down_proj = nn.Linear(1603, 64, bias=False)
+        for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            layer.weight.copy_(0.05 * torch.randn(layer.weight.shape, generator=generator))
+    return AdvantageModel(model.base_model, tokenizer, ScorerSettings(objective="am"))
+
+
+def explicit(tokenizer, rows, shifted, global_batch: int):
+    """Loss and J of each step; the weights before each, moved in each, and at the end; Adam's mean gradient there."""
+    model = scorer(tokenizer)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    figures, kept = [], []
+    batches = shuffled_steps(len(shifted), BATCH, STEPS, stream_seed(5, "meta"))
+    for indices, others in zip(shuffled_steps(len(rows), global_batch, STEPS, seed=3), batches, strict=True):
+        objective = torch.zeros(())
+        for i in others:
+            k = len(shifted[i])
+            reward = torch.cat([model(*model.prepare([e]))[0] for e in shifted[i]])
+            for first in range(k):
+                for second in range(first + 1, k):
+                    objective = objective + 2 / k**2 * torch.sigmoid((reward[first] - reward[second]).abs()) / BATCH
+        gradient = torch.autograd.grad(objective, weights, allow_unused=True)
+        moved = {
+            name: (w if g is None else w + ETA * g).detach().requires_grad_()
+            for name, w, g in zip(names, weights, gradient, strict=True)
+        }
+        kept += [[w.detach().clone() for w in weights], [w.detach().clone() for w in moved.values()]]
+        loss, *_ = scorer_loss(
+            lambda *a, moved=moved: functional_call(model, moved, a), model, [rows[i] for i in indices],
+            ScorerArguments(), None, global_batch,
+        )  # fmt: skip
+        for weight, found in zip(weights, torch.autograd.grad(loss, list(moved.values())), strict=True):
+            weight.grad = found
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        figures.append([float(loss.detach()), float(objective.detach())])
+    kept.append([w.detach().clone() for w in weights])
+    return figures, kept, [optimizer.state[w]["exp_avg"].flatten() for w in weights]
+
+
+def trained(tokenizer, rows, shifted, micro: int, engine_arguments: EngineArguments):
+    """The same by the trainer's parts, and how many of the restored weights differ from those before."""
+    arguments = ScorerArguments(meta_learning_rate=ETA, meta_batch_size=BATCH, per_device_train_batch_size=1)
+    model = scorer(tokenizer)
+    engine = Engine(
+        model, engine_arguments, learning_rate=RATE, total_steps=STEPS, micro_batch_size=micro,
+        gradient_accumulation_steps=ACCUMULATION,
+    )  # fmt: skip
+    engine.train()
+    meta = MetaRM(engine, model, shifted, arguments, FeatureCache(), steps=STEPS, seed=5)
+
+    def weights() -> list[torch.Tensor]:
+        with engine.whole_weights():
+            return [p.detach().float().clone() for p in model.parameters()]
+
+    figures, kept, changed = [], [], 0
+    global_batch = micro * world_size() * ACCUMULATION
+    for step, indices in enumerate(shuffled_steps(len(rows), global_batch, STEPS, seed=3), start=1):
+        total = 0.0
+        kept.append(weights())
+        with meta.ascended(step) as found:
+            kept.append(weights())
+            for n, share in enumerate(micro_steps(indices, micro, rank(), world_size())):
+                if n:
+                    engine.step()
+                loss, *_ = scorer_loss(engine, model, [rows[i] for i in share], arguments, None, global_batch)
+                engine.backward(loss)
+                total += float(loss.detach())
+        changed += sum(int((a != b).sum()) for a, b in zip(weights(), kept[-2], strict=True))
+        engine.step()
+        figures.append([sum_over_ranks([total])[0], found["meta_difference"]])
+    kept.append(weights())
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(gather_objects(own)[0])
+        engine.save(folder)
+        barrier()
+        means = mean_gradients(folder, model)
+        barrier()
+    engine.close()
+    return figures, kept, means, changed
+
+
+def mean_gradients(folder: Path, model: AdvantageModel) -> list[torch.Tensor]:
+    """Adam's first moment of every weight, put together from the pieces of all ranks' snapshots."""
+    found = {name: torch.zeros(0) for name, _ in model.named_parameters()}
+    for path in sorted(folder.glob("engine-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name, (start, length, size) in json.loads(file.metadata()["index"]).items():
+                if not len(found[name]):
+                    found[name] = torch.zeros(size)
+                found[name][start : start + length] = file.get_tensor(f"exp_avg/{name}").float()
+    return list(found.values())
+
+
+def largest(ours, theirs) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def main() -> None:
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    output, micro, stages = Path(arguments[0]), int(arguments[1]), [int(s) for s in arguments[2].split(",")]
+    torch.set_num_threads(1)
+    start(0)
+    tokenizer = build_tokenizer()
+    rows, shifted = data(tokenizer)
+    wanted, weights, gradients = explicit(tokenizer, rows, shifted, micro * world_size() * ACCUMULATION)
+    found = {}
+    for name, settings in [(str(s), {"zero_stage": s}) for s in stages] + [
+        (f"bf16 {s}", {"zero_stage": s, "bf16": True}) for s in stages if s
+    ]:
+        figures, kept, means, changed = trained(tokenizer, rows, shifted, micro, EngineArguments(**settings))
+        found[name] = {
+            "figures": figures, "explicit": wanted, "changed": changed,
+            "weights": [largest(ours, theirs) for ours, theirs in zip(kept[:2], weights, strict=False)],
+            "gradients": largest(means, gradients), "gradient": largest(gradients, [0.0] * len(gradients)),
+            "moved": [largest(kept[2 * step], kept[2 * step + 1]) for step in range(STEPS)],
+        }  # fmt: skip
+    if rank() == 0:
+        output.write_text(json.dumps(found))
+    barrier()
+    torch.distributed.destroy_process_group()
+
+
+main()

@@ -1,0 +1,192 @@
+"""MetaRM in the trainer: its steps are those of plain autograd under every ZeRO stage, and the weights come back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_parallel import launch
+
+from stable_rlhf.data import read_responses, write_jsonl
+from stable_rlhf.data.packing import encode
+from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.models import FeatureCache
+from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.train import meta as meta_module
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments, check
+from stable_rlhf.train.engine import Engine
+from stable_rlhf.train.meta import MetaRM, encode_responses
+from stable_rlhf.train.scorer import EncodedComparison, train_scorer
+from stable_rlhf.train.tracking import Tracker
+
+TRAINING = ScorerArguments(
+    learning_rate=2e-3, num_train_epochs=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    warmup_ratio=0.0, meta_learning_rate=0.1, meta_batch_size=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[dict, dict]:
+    folder = tmp_path_factory.mktemp("meta")
+    worker = Path(__file__).with_name("meta_worker.py")
+    launch(1, str(folder / "one.json"), "2", "0,1,2,3", worker=worker)
+    launch(2, str(folder / "two.json"), "1", "0,1,2,3", worker=worker)
+    return json.loads((folder / "one.json").read_text()), json.loads((folder / "two.json").read_text())
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_steps_equal_an_explicit_version(found, stage, ranks):
+    """θ and θ' of the first step, losses at θ' and J at θ of all steps, and Adam's mean of the gradients at θ'. (Not
+    the later weights: where a gradient is next to nothing, Adam makes a whole step of its rounding.)"""
+    part = found[ranks - 1][stage]
+    assert max(part["weights"]) < 1e-5
+    for ours, theirs in zip(part["figures"], part["explicit"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert part["gradients"] < 1e-5 < 1e-2 < part["gradient"]
+    assert min(part["moved"]) > 1e-2  # the ascent is no rounding error
+    assert part["changed"] == 0
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_bfloat16_the_weights_move_and_come_back_to_the_bit(found, stage, ranks):
+    part = found[ranks - 1][f"bf16 {stage}"]
+    assert part["changed"] == 0 and min(part["moved"]) > 1e-2
+    for ours, theirs in zip(part["figures"], part["explicit"], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.2)
+
+
+@pytest.fixture
+def rows(tokenizer) -> list[EncodedComparison]:
+    comparisons = [
+        Comparison("Reverse the letters of abcd", ("dcba", "abcd"), ((0, 1),)),
+        Comparison("Write backwards: xyz", ("zyx", "zy"), ((0, 1),)),
+        Comparison("Count the letters of qq", ("2", "3"), ((0, 1),)),
+        Comparison("Give the last letter of ab", ("a", "b"), ((1, 0),)),
+    ]
+    return [EncodedComparison(c, [encode(tokenizer, c.prompt, r) for r in c.responses]) for c in comparisons]
+
+
+@pytest.fixture
+def shifted(tokenizer) -> list:
+    texts = {"Write backwards: op": ("po", "o", ""), "Count the letters of abc": ("3", "abc"), "Say a": ("a", "aa")}
+    return [[encode(tokenizer, prompt, r) for r in responses] for prompt, responses in texts.items()]
+
+
+@pytest.fixture
+def make(tiny_model, tokenizer):
+    def build(objective="am", **settings):
+        return AdvantageModel(tiny_model().base_model, tokenizer, ScorerSettings(objective=objective), **settings)
+
+    return build
+
+
+def curve(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("engine", "layers"),
+    [
+        ({}, None), ({}, 1), ({"lora_r": 2}, None), ({"lora_r": 2, "zero_stage": 3}, None), ({"packing": True}, None),
+        ({"gradient_checkpointing": True}, None), ({"gradient_checkpointing": True, "zero_stage": 3}, None),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("one_process")
+def test_it_changes_what_is_learnt_and_is_logged(make, rows, shifted, tmp_path, engine, layers):
+    if engine.get("lora_r"):
+        pytest.importorskip("peft")
+    weights = []
+    for rate in (0.0, 0.1):
+        folder, arguments = tmp_path / str(rate), replace(TRAINING, meta_learning_rate=rate)
+        model = make(num_trainable_layers=layers)
+        train_scorer(model, rows, arguments, EngineArguments(**engine), folder, seed=0, meta_responses=shifted)
+        weights.append((folder / "model.safetensors").read_bytes())
+        for row in curve(folder):
+            assert 1 / 4 <= row["meta_difference"] <= 2 / 3 and row["meta_gradient_norm"] > 1e-4
+    assert weights[0] != weights[1]
+    plain = tmp_path / "plain"
+    train_scorer(make(num_trainable_layers=layers), rows, TRAINING, EngineArguments(**engine), plain, seed=0)
+    assert (plain / "model.safetensors").read_bytes() == weights[0]  # a step of length 0 is none
+    assert "meta_difference" not in curve(plain)[0]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_resumed_stage_goes_on_with_the_same_responses(make, rows, shifted, tmp_path, monkeypatch):
+    def train(name: str, **extra) -> None:
+        arguments = replace(TRAINING, contrastive="simcse")
+        train_scorer(
+            make(), rows, arguments, EngineArguments(), tmp_path / name, seed=0, meta_responses=shifted, **extra
+        )
+
+    class Killed(BaseException):
+        pass
+
+    log = Tracker.log
+
+    def kill(self, step, metrics):
+        log(self, step, metrics)
+        if step == 3:
+            raise Killed
+
+    train("whole")
+    often = CheckpointArguments(save_steps=1)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Tracker, "log", kill)
+        train("cut", checkpoint=often)
+    train("cut", checkpoint=often)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    for name in ("model.safetensors", "heads.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.usefixtures("one_process")
+def test_weights_come_back_from_a_loss_that_is_not_finite(make, shifted, monkeypatch, stage):
+    model = make()
+    engine = Engine(model, EngineArguments(zero_stage=stage), learning_rate=1e-3, total_steps=3)
+    engine.train()
+    meta = MetaRM(engine, model, shifted, TRAINING, FeatureCache(), steps=3, seed=0)
+
+    def weights() -> torch.Tensor:
+        with engine.whole_weights():
+            return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+    before = weights()
+    with pytest.raises(FloatingPointError, match="the loss is not finite"), meta.ascended(1):
+        assert not torch.equal(weights(), before)
+        engine.backward(engine(*model.prepare(shifted[0]))[0].sum() * float("nan"))
+    assert torch.equal(weights(), before)
+    monkeypatch.setattr(meta_module, "response_difference", lambda reward, counts: (reward * float("inf")).sum()[None])
+    message = "gradient of MetaRM's objective .* is not finite"
+    with pytest.raises(FloatingPointError, match=message), meta.ascended(2):
+        pytest.fail("the weights must not move")
+    assert torch.equal(weights(), before)
+    engine.close()
+
+
+def test_rows_that_are_too_long_are_left_out(tokenizer, tmp_path, capsys):
+    path = tmp_path / "shifted.jsonl"
+    rows = [{"prompt": "ab", "responses": ["b", "a"]}, {"prompt": "ab", "responses": ["b", "abcdefghij"]}]
+    write_jsonl(path, [*rows, {"prompt": "abcdefgh", "responses": ["b", "a"], "task": "t"}])
+    found = encode_responses(read_responses(path).rows, tokenizer, 10, 6)
+    assert found == [[encode(tokenizer, "ab", r) for r in ("b", "a")]]
+    assert "2 of 3 rows of unlabelled responses are too long" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"scorer\.meta_responses: none of 3 rows fits max_length 2 "):
+        encode_responses(read_responses(path).rows, tokenizer, 2, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"meta_learning_rate": -1.0}, r"scorer\.meta_learning_rate must be at least 0"),
+        ({"meta_batch_size": 0}, r"scorer\.meta_batch_size must be at least 1"),
+    ],
+)
+def test_settings_that_no_stage_can_use(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check(Recipe(scorer=ScorerArguments(**settings)))
