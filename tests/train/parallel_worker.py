@@ -63,8 +63,8 @@ def scorer_losses(stage: int, micro: int, tokenizer, **contrastive) -> list[floa
     arguments = ScorerArguments(contrastive_dropout=0.2, **contrastive)
     term = contrastive_term(scorer, arguments, seed=8)
     engine = Engine(
-        scorer, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=UPDATES, micro_batch_size=micro,
-        gradient_accumulation_steps=2,
+        scorer, EngineArguments(zero_stage=stage), learning_rate=1e-3 if contrastive else 1e-2, total_steps=UPDATES,
+        micro_batch_size=micro, gradient_accumulation_steps=2,
     )  # fmt: skip
     engine.train()
     global_batch = micro * world_size() * 2
@@ -79,6 +79,8 @@ def scorer_losses(stage: int, micro: int, tokenizer, **contrastive) -> list[floa
             engine.step()
             total += float(loss.detach())
         losses.append(sum_over_ranks([total])[0])
+        if term:
+            losses.append(engine.gradient_norm)
     engine.close()
     return losses
 
