@@ -43,7 +43,8 @@ Statistic = Callable[[Floats], Floats]
 
 
 def scorer_names(found: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the scorers in ``found``: those of the paper first and by their full name, others as they are called."""
+    """Names of the scorers in ``found``: those of the paper first and by their full name, others as they are called;
+    `am-round-2` by the name of `am`."""
     return _names(found, SCORER_NAMES)
 
 
@@ -55,7 +56,12 @@ def variant_names(found: Mapping[str, Any]) -> dict[str, str]:
 def _names(found: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
     present = [key for key in known if found.get(key)]
     present += [key for key, part in found.items() if part and key not in known]
-    return {key: known.get(key, key) for key in present}
+    return {key: _name(key, known) for key in present}
+
+
+def _name(key: str, known: Mapping[str, str]) -> str:
+    first, found, number = key.partition("-round-")
+    return f"{known.get(first, first)}, round {number}" if found else known.get(key, key)
 
 
 def verdict(held: bool | None) -> str:

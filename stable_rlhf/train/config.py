@@ -421,6 +421,22 @@ class PPOArguments:
 
 
 @dataclass
+class IterateArguments:
+    """Iterated RLHF: after a round of PPO a scorer learns from the old pairs and from unlabelled responses of the new
+    policy (MetaRM), and PPO goes on from that policy. The KL penalty stays one to the initial policy.
+
+    Args:
+        rounds: Rounds of PPO for each variant (1: no iteration).
+        prompts: Training prompts that the new policy answers for MetaRM.
+        responses_per_prompt: Its responses to each, k.
+    """
+
+    rounds: int = 1
+    prompts: int = 256
+    responses_per_prompt: int = 4
+
+
+@dataclass
 class EvaluateArguments:
     """Win, lose and tie against the SFT policy.
 
@@ -488,6 +504,7 @@ class Recipe:
         strength: Preference strength of the pairs.
         select: Rehearsal selection.
         ppo: PPO.
+        iterate: Rounds of PPO and MetaRM.
         evaluate: Comparison with SFT.
         study: Seeds of ``stable-rlhf study``; no single run reads it.
     """
@@ -513,6 +530,7 @@ class Recipe:
     strength: StrengthArguments = field(default_factory=StrengthArguments)
     select: SelectArguments = field(default_factory=SelectArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
+    iterate: IterateArguments = field(default_factory=IterateArguments)
     evaluate: EvaluateArguments = field(default_factory=EvaluateArguments)
     study: StudyArguments = field(default_factory=StudyArguments)
 
@@ -528,7 +546,8 @@ _AT_LEAST_ONE = (
     "scorer.swav_prototypes scorer.meta_batch_size strength.num_scorers strength.folds select.num_clusters "
     "select.top_k select.niter select.train_rows select.embedding_batch_size ppo.total_steps ppo.rollout_batch_size "
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
-    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples rollout.sample_prompts "
+    "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples iterate.rounds iterate.prompts "
+    "rollout.sample_prompts "
     "checkpoint.save_total_limit engine.lora_alpha evaluate.judge_workers study.workers"
 )
 _ABOVE_ZERO = (
@@ -583,6 +602,8 @@ def check(recipe: Recipe) -> None:
     for section, name in (("engine", "lora_dropout"), ("engine", "ema_decay"), ("scorer", "contrastive_dropout")):
         if getattr(getattr(recipe, section), name) == 1:
             raise ValueError(f"{section}.{name} must be below 1: at 1 nothing is left to train with")
+    if recipe.iterate.responses_per_prompt < 2:
+        raise ValueError(f"iterate.responses_per_prompt must be at least 2, got {recipe.iterate.responses_per_prompt}")
     if recipe.launch.port > 65535:
         raise ValueError(f"launch.port must be at most 65535, got {recipe.launch.port}")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):

@@ -68,7 +68,8 @@ def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
 class PPOTrainer:
     """Holds the policy's engine, the frozen reference and the scorer; :meth:`train` is the algorithm.
 
-    ``reference``: the initial policy, where a copy cannot be taken (a policy loaded in shards); not needed with LoRA.
+    ``reference``: the initial policy, where it is another than the one that training begins with, or a copy cannot be
+    taken (a policy loaded in shards, without LoRA).
     ``rollouts``: where responses come from; None: the policy itself.
     """
 
@@ -89,7 +90,7 @@ class PPOTrainer:
         check_sizes(arguments)
         self.tokenizer, self.policy, self.arguments = tokenizer, policy, arguments
         # A copy, taken before the engine shards the policy, unless the adapters of LoRA can be switched off.
-        initial = None if engine_arguments.lora_r else reference or policy.reference()
+        initial = reference or (None if engine_arguments.lora_r else policy.reference())
         self.rehearsal, self.seed = list(rehearsal), seed
         self.moments = RunningMoments() if moving_average else None
         self.kl = KLController(arguments.kl_coef, arguments.kl_target)

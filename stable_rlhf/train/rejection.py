@@ -65,7 +65,7 @@ def train_rejection(
     round on what is kept."""
     a, world = arguments, world_size()
     per_round = check_rounds(a)
-    initial = None if engine_arguments.lora_r else reference or policy.reference()
+    initial = reference or (None if engine_arguments.lora_r else policy.reference())
     per_device = a.per_device_train_batch_size
     engine = Engine(
         policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,

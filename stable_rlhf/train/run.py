@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -108,7 +109,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             "scorer-judge", scorer_settings,
             partial(stages.run_scorer, recipe, "rm", backbone, str(policy), cache=cache, split="judge"), inputs,
         )  # fmt: skip
-    cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
+    if recipe.iterate.rounds == 1:
+        cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
     ppo_settings = {**common, "data": settings_data, "ppo": part["ppo"]}
     selection: Stage | None = None
     if "am-sr" in recipe.variants:
@@ -120,11 +122,31 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     for variant in recipe.variants:
         scorer = scorers[_SCORER_OF[variant]]
         rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection and variant == "am-sr" else None
-        trained[variant] = run.stage(
+        sources = [*inputs, *([selection] if selection and variant == "am-sr" else [])]
+        last = trained[variant] = run.stage(
             f"ppo-{variant}", ppo_settings,
-            partial(stages.run_ppo, recipe, variant, str(policy), str(scorer.folder), rehearsal),
-            [*inputs, scorer, *([selection] if selection and variant == "am-sr" else [])],
+            partial(stages.run_ppo, recipe, variant, str(policy), str(scorer.folder), rehearsal), [*sources, scorer],
         )  # fmt: skip
+        for number in range(2, recipe.iterate.rounds + 1):
+            name, before = f"{variant}-round-{number}", str(last.folder)
+            responses = run.stage(
+                f"responses-{name}", {**ppo_settings, "iterate": {**part["iterate"], "rounds": None}},
+                partial(stages.run_responses, recipe, before), [last],
+            )  # fmt: skip
+            shifted = str((responses.folder / stages.RESPONSES).resolve())
+            scorer = scorers[name] = run.stage(
+                f"scorer-{name}", scorer_settings,
+                partial(
+                    stages.run_scorer, replace(recipe, scorer=replace(recipe.scorer, meta_responses=shifted)),
+                    _SCORER_OF[variant], backbone, before, cache=cache,
+                ), [*inputs, responses],
+            )  # fmt: skip
+            last = trained[name] = run.stage(
+                f"ppo-{name}", ppo_settings,
+                partial(
+                    stages.run_ppo, recipe, variant, before, str(scorer.folder), rehearsal, initial=str(policy)
+                ), [*sources, last, scorer],
+            )  # fmt: skip
     evaluation = run.stage(
         "evaluation",
         {"seed": recipe.seed, "data": settings_data, "evaluate": part["evaluate"], "variants": recipe.variants},

@@ -54,6 +54,7 @@ from stable_rlhf.train.sft import train_sft
 from stable_rlhf.vllm_rollouts import VLLMRollouts
 
 Result = dict[str, Any]
+RESPONSES = "responses.jsonl.gz"  # in the folder of `run_responses`
 
 
 def load_policy(
@@ -299,6 +300,31 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
         row.samples = (rollout.encoded,)
 
 
+def _some(prompts: list[EncodedPrompt], count: int, seed: int) -> list[EncodedPrompt]:
+    """``count`` of the prompts, or all there are, in their order."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [prompts[i] for i in sorted(order[:count])]
+
+
+def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
+    """Several responses of a policy to some training prompts, unlabelled, for MetaRM."""
+    tokenizer = load_tokenizer(policy)
+    everything = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    prompts = _some(everything, recipe.iterate.prompts, stream_seed(recipe.seed, "iterate"))
+    k = recipe.iterate.responses_per_prompt
+    seeds = [stream_seed(recipe.seed, "responses", i, j) for i in range(len(prompts)) for j in range(k)]
+    model = load_reader(policy, recipe.engine)
+    repeated = [p for p in prompts for _ in range(k)]
+    rollouts = answer(model, tokenizer, repeated, _sampling(recipe, recipe.ppo.temperature), seeds, "responses")
+    release(model)
+    texts = iter([r.text for r in rollouts])
+    rows = [{"prompt": p.row.prompt, "task": p.row.task, "responses": [next(texts) for _ in range(k)]} for p in prompts]
+    if is_main_process():
+        write_jsonl(folder / RESPONSES, rows)
+    barrier()
+    return {"prompts": len(prompts), "responses": len(rollouts)}
+
+
 def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result:
     """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster."""
     from stable_rlhf.rehearsal import resolve_embedding_model, select_to_folder
@@ -307,11 +333,8 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     resolve_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
-    if s.max_candidates and s.max_candidates < len(prompts):
-        order = torch.randperm(
-            len(prompts), generator=torch.Generator().manual_seed(stream_seed(recipe.seed, "candidates"))
-        ).tolist()
-        prompts = [prompts[i] for i in sorted(order[: s.max_candidates])]
+    if s.max_candidates:
+        prompts = _some(prompts, s.max_candidates, stream_seed(recipe.seed, "candidates"))
     model = load_reader(policy, recipe.engine)
     settings = _sampling(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
@@ -384,8 +407,13 @@ def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) ->
     return found
 
 
-def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path) -> Result:
-    """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am``, ``am-sr`` or ``am-critic-free``."""
+def run_ppo(
+    recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path,
+    *, initial: str | None = None,
+) -> Result:  # fmt: skip
+    """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am``, ``am-sr`` or ``am-critic-free``.
+
+    ``initial``: the initial policy of the KL penalty, where ``policy`` has moved on from it."""
     tokenizer = load_tokenizer(policy)
     splits = load_prompts(recipe.data, tokenizer, recipe.seed)
     prompts = splits.train
@@ -407,8 +435,9 @@ def run_ppo(recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: P
     critic = variant not in ("rejection", "am-critic-free")
     model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=critic)
     reference = None
-    if in_shards(recipe.engine, policy, layers) and not recipe.engine.lora_r:
-        reference = load_policy(policy, recipe.engine, frozen=True)  # shards cannot be copied
+    if initial is not None or (in_shards(recipe.engine, policy, layers) and not recipe.engine.lora_r):
+        # Another model, or shards, which cannot be copied.
+        reference = load_policy(initial or policy, recipe.engine, num_trainable_layers=layers, frozen=True)
     gold = _gold(recipe)
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
     if variant == "rejection":
