@@ -23,6 +23,7 @@ from stable_rlhf.data import (
     read_comparisons,
     read_demonstrations,
     read_prompts,
+    read_responses,
     write_jsonl,
 )
 
@@ -444,13 +445,28 @@ _KEYS = ["prompt", "chosen", "rejected", "responses", "ranks", "margin", "logpro
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(base=st.sampled_from([{}, PAIR, RANKING]), change=st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=3))
 def test_any_row_is_read_or_refused_by_name(tmp_path: Path, base: dict[str, Any], change: dict[str, Any]) -> None:
-    for read in (read_comparisons, read_demonstrations, read_prompts):
+    for read in (read_comparisons, read_demonstrations, read_prompts, read_responses):
         try:
             record = one(tmp_path, {**base, **change}, read)
         except DataError as error:
             assert f"{tmp_path / 'rows.jsonl'}:1: " in str(error)
         else:
             assert record.prompt
+
+
+def test_unlabelled_responses(tmp_path: Path) -> None:
+    row = {"prompt": "x", "responses": ["a", "", "a"], "task": "t", "ranks": [1, 2, 3]}
+    found = one(tmp_path, row, read_responses)
+    assert (found.prompt, found.responses, found.task) == ("x", ("a", "", "a"), "t")
+    assert found.meta == {"ranks": [1, 2, 3]} and found.source.endswith(":1")
+    for bad, message in (
+        ({"prompt": "x"}, "'responses' is missing"), ({"responses": ["a", "b"]}, "'prompt' is missing"),
+        ({"prompt": "x", "responses": ["a"]}, "'responses' needs at least two responses, got 1"),
+        ({"prompt": "x", "responses": "ab"}, "'responses' must be a list"),
+        ({"prompt": "x", "responses": ["a", 3]}, r"'responses\[1\]' must be a string"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=rf"rows\.jsonl:1: {message}"):
+            one(tmp_path, bad, read_responses)
 
 
 # Writing.
