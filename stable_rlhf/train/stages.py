@@ -15,13 +15,7 @@ from typing import Any
 import torch
 
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
-from stable_rlhf.data.readers import (
-    read_comparisons,
-    read_demonstrations,
-    read_prompts,
-    read_responses,
-    write_jsonl,
-)
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses, write_jsonl
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge

@@ -20,6 +20,7 @@ from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recip
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.meta import MetaRM, encode_responses
 from stable_rlhf.train.scorer import EncodedComparison, train_scorer
+from stable_rlhf.train.stages import run_scorer
 from stable_rlhf.train.tracking import Tracker
 
 TRAINING = ScorerArguments(
@@ -178,6 +179,24 @@ def test_rows_that_are_too_long_are_left_out(tokenizer, tmp_path, capsys):
     assert "2 of 3 rows of unlabelled responses are too long" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"scorer\.meta_responses: none of 3 rows fits max_length 2 "):
         encode_responses(read_responses(path).rows, tokenizer, 2, 6)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_train_scorer_reads_the_file_and_names_a_bad_row(tiny_model, tokenizer, tmp_path):
+    tiny_model(layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": f"Say {a}", "chosen": a, "rejected": a + a} for a in "abcdefghijkl"]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "shifted.jsonl", [{"prompt": "Say z", "responses": ["z", "zz", "a"]}])
+    recipe = Recipe(report_to=[], scorer=replace(TRAINING, meta_responses="shifted.jsonl", num_train_epochs=1))
+    recipe.data.data_dir, recipe.data.pairs = str(tmp_path), ["pairs.jsonl"]
+    recipe.data.test_fraction = recipe.data.judge_fraction = 0.3
+    for split in ("train", "judge"):
+        run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / split, split=split)
+        assert ("meta_difference" in curve(tmp_path / split)[0]) == (split == "train")  # the judge is left alone
+    (tmp_path / "shifted.jsonl").write_text('{"prompt": "Say z", "responses": ["z", "zz"]}\n{"prompt": "Say y"}\n')
+    with pytest.raises(DataError, match=r"shifted\.jsonl:2: 'responses' is missing"):
+        run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / "bad")
 
 
 @pytest.mark.parametrize(
