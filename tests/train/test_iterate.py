@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stable_rlhf.arguments import parse
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train import run, stages
@@ -116,6 +117,14 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
     run.run_recipe(recipe)
     assert len(calls) == done  # finished stages are not redone
     assert RunDirectory(recipe.output_dir).root.joinpath("scorer-am-round-3").is_dir()
+
+
+@pytest.mark.parametrize("name", ["iterated-skill-world", "scorer-options"])
+def test_the_recipes_are_good(name):
+    recipe, _ = parse("run", [str(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")])
+    check(recipe)
+    assert recipe.iterate.rounds == (3 if name == "iterated-skill-world" else 1)
+    assert (recipe.scorer.contrastive == "swav") == (name == "scorer-options")
 
 
 def test_settings_that_no_stage_can_use():
