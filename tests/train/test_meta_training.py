@@ -170,6 +170,12 @@ def test_weights_come_back_from_a_loss_that_is_not_finite(make, shifted, monkeyp
     engine.close()
 
 
+def test_prompts_must_divide_over_the_ranks(make, shifted, monkeypatch):
+    monkeypatch.setattr(meta_module, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match=r"scorer\.meta_batch_size 2 must be a multiple of the 4 ranks"):
+        MetaRM(None, make(), shifted, TRAINING, FeatureCache(), steps=3, seed=0)
+
+
 def test_rows_that_are_too_long_are_left_out(tokenizer, tmp_path, capsys):
     path = tmp_path / "shifted.jsonl"
     rows = [{"prompt": "ab", "responses": ["b", "a"]}, {"prompt": "ab", "responses": ["b", "abcdefghij"]}]
