@@ -18,6 +18,8 @@ import random
 import shlex
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +72,31 @@ def plant(pairs: Path, wrong: float, labels: str, seed: int) -> list[dict[str, A
     rows = []
     with gzip.open(pairs, "rt", encoding="utf-8") as file:
         for row in map(json.loads, file):
-            chosen, rejected = (row["chosen"], row["gold_chosen"]), (row["rejected"], row["gold_rejected"])
-            if chosen[1] == rejected[1]:
+            if row["gold_chosen"] == row["gold_rejected"]:
                 continue
-            if (labels == "gold" and chosen[1] < rejected[1]) or (labels == "annotator" and row["flipped"]):
-                chosen, rejected = rejected, chosen
+            flipped = row.pop("flipped")
+            if flipped if labels == "annotator" else row["gold_chosen"] < row["gold_rejected"]:
+                row = turned(row)
             planted = rng.random() < wrong
-            if planted:
-                chosen, rejected = rejected, chosen
-            rows.append(
-                {
-                    "prompt": row["prompt"], "chosen": chosen[0], "rejected": rejected[0], "task": row["task"],
-                    "gold_chosen": chosen[1], "gold_rejected": rejected[1], "planted": planted,
-                }
-            )  # fmt: skip
+            rows.append((turned(row) if planted else row) | {"planted": planted})
     return rows
+
+
+def turned(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its two responses, and what the row says of each, in each other's place."""
+    new = row | {
+        "chosen": row["rejected"], "rejected": row["chosen"], "gold_chosen": row["gold_rejected"],
+        "gold_rejected": row["gold_chosen"],
+    }  # fmt: skip
+    for name in ("logprobs", "alt_logprobs"):
+        if name in row:
+            new[name] = {"chosen": row[name]["rejected"], "rejected": row[name]["chosen"]}
+    return new
 
 
 def mended(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its label before planting."""
-    if not row["planted"]:
-        return row
-    return row | {
-        "chosen": row["rejected"], "rejected": row["chosen"], "gold_chosen": row["gold_rejected"],
-        "gold_rejected": row["gold_chosen"], "planted": False,
-    }  # fmt: skip
+    return turned(row) | {"planted": False} if row["planted"] else row
 
 
 def recall_precision(suspicion: np.ndarray, planted: np.ndarray) -> tuple[list[float], list[float]]:
@@ -103,42 +105,70 @@ def recall_precision(suspicion: np.ndarray, planted: np.ndarray) -> tuple[list[f
     return (found / planted.sum()).tolist(), (found / np.arange(1, len(found) + 1)).tolist()
 
 
+@dataclass(frozen=True)
+class Planted:
+    """The pairs of a seed with wrong labels planted, and their strength.
+
+    Attributes:
+        recipe: settings of the seed; its pairs are those that carry their strength.
+        run: with ``pairs-noisy.jsonl.gz`` and ``pairs-true.jsonl.gz``, the labels after and before planting.
+        common: what every later stage depends on.
+        strength: the stage that measured.
+    """
+
+    recipe: Recipe
+    run: RunDirectory
+    common: dict[str, Any]
+    strength: Stage
+
+
+def plant_and_measure(
+    quickstart: Path, folder: Path, seed: int, *, labels: str, wrong: float, scorers: int, folds: int,
+    settings: Sequence[str] = (),
+) -> Planted:  # fmt: skip
+    """Plant wrong labels in the pairs of a quickstart and measure the strength of each; ``settings``: NAME=VALUE."""
+    rows = plant(quickstart / "pairs" / "pairs.jsonl.gz", wrong, labels, seed)
+    run = RunDirectory(folder)
+    noisy = folder / "pairs-noisy.jsonl.gz"
+    write_jsonl(noisy, rows)
+    write_jsonl(folder / "pairs-true.jsonl.gz", map(mended, rows))
+    recipe, _ = parse_recipe("quickstart", [f"--seed={seed}", "--report_to=[]", *(f"--{s}" for s in settings)])
+    recipe.strength.num_scorers, recipe.strength.folds = scorers, folds
+    recipe.data.pairs = [str(noisy)]
+    common: dict[str, Any] = {
+        "scorer": recipe.as_dict()["scorer"], "seed": seed, "labels": labels, "wrong": wrong,
+    }  # fmt: skip
+    measured = measure_strength(recipe, run, str(quickstart / "sft"), common)
+    recipe.data.pairs = [str(measured.folder / "pairs.jsonl.gz")]
+    return Planted(recipe, run, common, measured)
+
+
 def study(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """One seed: planting, strength, one reward model for each condition."""
-    rows = plant(arguments.run / "pairs" / "pairs.jsonl.gz", arguments.wrong, arguments.labels, seed)
-    files = {"noisy": folder / "pairs-noisy.jsonl.gz", "true": folder / "pairs-true.jsonl.gz"}
-    run = RunDirectory(folder)
-    write_jsonl(files["noisy"], rows)
-    write_jsonl(files["true"], map(mended, rows))
-    settings = [f"--{s}" for s in arguments.setting]
-    recipe, _ = parse_recipe("quickstart", [f"--seed={seed}", "--report_to=[]", *settings])
-    recipe.strength.num_scorers, recipe.strength.folds = arguments.scorers, arguments.folds
-    recipe.data.pairs = [str(files["noisy"])]
-    backbone = str(arguments.run / "sft")
-    part = recipe.as_dict()
-    common: dict[str, Any] = {
-        "scorer": part["scorer"], "seed": seed, "labels": arguments.labels, "wrong": arguments.wrong,
-    }  # fmt: skip
-    measured = measure_strength(recipe, run, backbone, common)
-    recipe.data.pairs = [str(measured.folder / "pairs.jsonl.gz")]
-    result: dict[str, Any] = {"seed": seed, **detection(recipe, arguments.labels)}
-    judge = heads if recipe.strength.heads_only else whole_models
-    result["gold_accuracy"], result["test_pairs"] = judge(recipe, run, backbone, common, measured, arguments.conditions)
+    planted = plant_and_measure(
+        arguments.run, folder, seed, labels=arguments.labels, wrong=arguments.wrong, scorers=arguments.scorers,
+        folds=arguments.folds, settings=arguments.setting,
+    )  # fmt: skip
+    result: dict[str, Any] = {"seed": seed, **detection(planted.recipe, arguments.labels)}
+    if planted.recipe.strength.heads_only:
+        found = heads(planted, arguments.conditions)
+    else:
+        found = whole_models(planted, str(arguments.run / "sft"), arguments.conditions)
+    result["gold_accuracy"], result["test_pairs"] = found
     return result
 
 
-def whole_models(
-    recipe: Recipe, run: RunDirectory, backbone: str, common: dict[str, Any], measured: Stage, conditions: list[str]
-) -> tuple[dict[str, float], int]:
+def whole_models(planted: Planted, backbone: str, conditions: list[str]) -> tuple[dict[str, float], int]:
     """Gold accuracy of a reward model for each condition, trained by `train-scorer`, and the number of test pairs."""
-    enriched, true = measured.folder / "pairs.jsonl.gz", run.root / "pairs-true.jsonl.gz"
+    recipe, run, measured = planted.recipe, planted.run, planted.strength
+    enriched, true = recipe.data.pairs, [str(run.root / "pairs-true.jsonl.gz")]
     accuracy: dict[str, float] = {}
     test: list[Comparison] = []
     for name in conditions:
         bands = CONDITIONS[name]
-        recipe.data.pairs, recipe.scorer.denoise = [str(true if bands is None else enriched)], bands or []
+        recipe.data.pairs, recipe.scorer.denoise = true if bands is None else enriched, bands or []
         stage = run.stage(
-            f"scorer-{name.replace(' ', '-')}", {**common, "denoise": bands},
+            f"scorer-{name.replace(' ', '-')}", {**planted.common, "denoise": bands},
             lambda folder: run_scorer(recipe, "rm", backbone, None, folder), [measured],
         )  # fmt: skip
         scores = json.loads((stage.folder / "scores.json").read_text())
@@ -147,11 +177,10 @@ def whole_models(
     return accuracy, len(test)
 
 
-def heads(
-    recipe: Recipe, run: RunDirectory, backbone: str, common: dict[str, Any], measured: Stage, conditions: list[str]
-) -> tuple[dict[str, float], int]:
+def heads(planted: Planted, conditions: list[str]) -> tuple[dict[str, float], int]:
     """The same for linear heads on the hidden states that the strength was measured by."""
-    (file,) = (run.root / "strength-hidden").glob("hidden-*.safetensors")
+    recipe = planted.recipe
+    (file,) = (planted.run.root / "strength-hidden").glob("hidden-*.safetensors")
     hidden = load_file(file)["hidden"]
     rows = read_preferences(recipe.data, recipe.seed)
     split = split_preferences(recipe.data, rows, recipe.seed)
@@ -209,14 +238,19 @@ def detection(recipe: Recipe, labels: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval (Student) over the seeds."""
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t."""
     from scipy.stats import t
 
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{100 * mean:.1f}"
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95 % interval over the seeds, in per cent."""
+    if len(values) < 2:
+        return f"{100 * values[0]:.1f}"
+    mean, half = student(values)
     return f"{100 * mean:.1f} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
 
 
