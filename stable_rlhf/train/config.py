@@ -250,8 +250,8 @@ class ScorerArguments:
         swav_prototypes: Prototypes of swav (unset: 50 on responses, 20 on differences).
         meta_responses: MetaRM (docs/scorers.md): JSON lines of a prompt and k unlabelled ``responses`` of a policy that
             has moved on. The scorer learns from the pairs a step away, towards telling these apart.
-        meta_learning_rate: eta of that step, eta times the gradient. The default is the skill world's; a model with
-            larger gradients needs a smaller one.
+        meta_learning_rate: eta of that step, eta times the gradient. The default is a cautious one; how to choose it:
+            docs/scorers.md.
         meta_batch_size: Prompts of it in each optimiser step, over all devices.
     """
 
@@ -278,7 +278,7 @@ class ScorerArguments:
     contrastive_dropout: float = 0.05
     swav_prototypes: int | None = None
     meta_responses: str | None = None
-    meta_learning_rate: float = 10.0
+    meta_learning_rate: float = 0.1
     meta_batch_size: int = 8
 
 
