@@ -363,7 +363,7 @@ class _Rows(torch.autograd.Function):
         return nn.functional.embedding(ids, embedding.weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         weight, ids = ctx.embedding.weight, ctx.ids.flatten()
         rows = gradient.flatten(0, -2)
         if ctx.embedding.padding_idx is not None:
@@ -411,10 +411,10 @@ class PolicyModel(nn.Module):
     def join_tied_gradients(self) -> None:
         """Add the gradient of an embedding that is tied to the head to the head's own, row by row, where autograd makes
         a second one of the same size (V·H) to add up. Whoever trains must leave gradients in ``grad``."""
-        embedding = self.trunk.upper.get_input_embeddings()
-        if embedding is None or embedding.weight is not self.head.weight or not self.head.weight.requires_grad:
+        if not self.head.weight.requires_grad:
             return
-        if embedding.max_norm is None and not embedding.scale_grad_by_freq:
+        embedding = self.causal_lm.get_input_embeddings()
+        if embedding.weight is self.head.weight and embedding.max_norm is None and not embedding.scale_grad_by_freq:
             embedding.register_forward_hook(_look_up)
 
     def reference(self) -> PolicyModel:

@@ -22,7 +22,7 @@ TARGET = torch.tensor([[6, 7, 8, -100], [10, 11, -100, -100]])
 class Run:
     """An engine, and optimiser steps of two micro-steps each on one small batch.
 
-    Kinds of steps: ``.`` an ordinary one; ``o`` the gradient of its first micro-step is finite on the last rank, but too
+    Kinds of steps: ``.`` an ordinary one; ``o`` the gradient of its first micro-step is finite on the last rank, too
     large for float16 once it is scaled; ``i`` it is infinite there; ``n`` the first loss is not a number; ``d`` the
     step is dropped. ``small``: a factor on loss and gradients; at 1 the first scale would be too large for them.
     ``critic``: whether ordinary steps train the value head too.
