@@ -48,7 +48,7 @@ class Run:
                 "rehearsal_denominator": 10.0 * world_size(), "grad_scale": self.engine.loss_scale,
             }  # fmt: skip
             result = self.engine(inputs, TARGET, loss=options)
-            loss, value = result["output"].loss, result["value"].sum()
+            loss, value = result["output"].loss, result["value"].mean()
             if self.critic:
                 loss = loss + self.small * (value - 1) ** 2
             if first and kind in "oi" and rank() == world_size() - 1:  # its value stays as it is
