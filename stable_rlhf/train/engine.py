@@ -252,10 +252,11 @@ class Engine:
             )  # fmt: skip
         if arguments.packing:
             trunk.pack()
+        self._joined: Any = None
         if isinstance(module, PolicyModel):
             module.workspace_bytes = arguments.loss_workspace_mib << 20
             if self.zero_stage == 0:  # ZeRO takes a gradient away as soon as it is there
-                module.join_tied_gradients()
+                self._joined = module.join_tied_gradients()
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
@@ -371,7 +372,6 @@ class Engine:
             self.overflowed_steps += self.overflowed
             if dropped:
                 vars(self._scaler).update(scaler)  # a gradient that was spoiled on purpose says nothing of the scale
-
             self._take_scale()
         if moved:
             if self.average is not None:
@@ -465,6 +465,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the module keeps its weights (ZeRO 0 to 2)."""
+        if self._joined is not None:
+            self._joined.remove()
         release(self.deepspeed)
 
 
