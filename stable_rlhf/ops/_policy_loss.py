@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def linear_policy_loss(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int = 256 << 20,
     process_group: object | None = None,
+    grad_scale: float = 1.0,
 ) -> PolicyLossOutput:
     """The loss of PPO with selective rehearsal from hidden states (arXiv 2309.10202, eqs. 2 and 9).
 
@@ -69,6 +71,9 @@ def linear_policy_loss(
         process_group: the ranks over which the vocabulary is split: weight, bias (logits, in `policy_loss`) hold this
             rank's slice, in rank order; every rank gives the same rows, and results and hidden gradient are those of
             the whole vocabulary. None: this rank has it all.
+        grad_scale: for training with a scaled loss, its scale. The gradients are made along with the loss, in float16
+            mostly rounded to 0 before the backward pass multiplies them by the scale; this factor is in them from the
+            start, and taken out of the upstream gradient. Nothing else changes: loss and metrics are as with 1.
 
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
@@ -77,6 +82,8 @@ def linear_policy_loss(
     """
     if not 0.0 <= grad_tolerance < 1.0:
         raise ValueError(f"grad_tolerance: {grad_tolerance} is outside [0, 1)")
+    if not 0.0 < grad_scale < math.inf:
+        raise ValueError(f"grad_scale: {grad_scale} is not a positive number")
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
     per_row: dict[str, Any] = {
         "old_logprob": old_logprob,
@@ -102,11 +109,17 @@ def linear_policy_loss(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     row_temperature, scalar = _split_temperature(temperature)
     tensors, numbers = _split_denominators(denominators)
+    if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
+        unit = torch.ones(target.shape, device=target.device) if row_weight is None else row_weight
+        per_row["row_weight"] = unit * grad_scale
     loss, logprob, entropy, metrics, counts, *_ = _policy_ops.linear_policy_loss(
         hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
         _policy_ops.pack_config(config), logits_dtype, workspace_bytes, grad_tolerance, name, group_name(process_group),
         _needs(hidden, weight, bias),
     )  # fmt: skip
+    if grad_scale != 1.0:
+        loss = loss / grad_scale
+        metrics = torch.cat([metrics[:2] / grad_scale, metrics[2:]])  # the two losses come first
     return _output(loss, logprob, entropy, metrics, counts)
 
 

@@ -71,12 +71,13 @@ def mixed_loss(
     vf_coef: float,
     policy_denominator: float,
     rehearsal_denominator: float,
+    grad_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_PPO + γ · NLL + vf_coef · L_value of one micro-batch, each sum divided by its own global count; L_value is 0
     without a critic.
 
     Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut; ``max_log_ratio``,
-    the largest |log π − log π_old|, is a maximum instead."""
+    the largest |log π − log π_old|, is a maximum instead. ``grad_scale``: see :func:`linear_policy_loss`."""
     # Rehearsal text was not sampled at this temperature: its NLL is the model's own.
     temperatures = torch.where(batch.kind == REHEARSAL, 1.0, temperature)
     result = engine(
@@ -85,6 +86,7 @@ def mixed_loss(
         loss={
             "kind": batch.kind, "old_logprob": batch.old_logprob, "advantage": batch.advantage, "config": config,
             "policy_denominator": policy_denominator, "rehearsal_denominator": rehearsal_denominator,
+            "grad_scale": grad_scale,
         },
     )  # fmt: skip
     output = result["output"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free"]
 VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free")
@@ -58,6 +61,8 @@ class EngineArguments:
     Args:
         zero_stage: ZeRO stage: 0 (replicated), 1 (optimiser sharded), 2 (gradients too), 3 (weights too).
         bf16: Train in bfloat16 with float32 master weights (ZeRO 0 then runs as ZeRO 1).
+        fp16: The same in float16, for GPUs without bfloat16: the loss is scaled, and a step whose gradient overflows is
+            left out and lowers the scale (metrics loss_scale and overflowed_steps).
         offload_optimizer: Keep the optimiser's state in host memory (ZeRO 1 to 3, GPU).
         max_grad_norm: Gradient clipping by global norm (0: off).
         weight_decay: AdamW's weight decay.
@@ -75,10 +80,13 @@ class EngineArguments:
         ds3_gather_for_generation: ZeRO 3 gathers the whole policy once a rollout; false: layer by layer for every
             token, far slower, for policies that one device cannot hold.
         ema_decay: Also keep the moving average of the policy's weights with this decay, in `ema` beside it (0: none).
+        loss_workspace_mib: Memory for the logits of the policy's loss, in MiB; with less it makes them in more parts,
+            which takes longer.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     bf16: bool = False
+    fp16: bool = False
     offload_optimizer: bool = False
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -93,6 +101,19 @@ class EngineArguments:
     offload_frozen: bool = False
     ds3_gather_for_generation: bool = True
     ema_decay: float = 0.0
+    loss_workspace_mib: int = 256
+
+    @property
+    def half(self) -> bool:
+        """Whether models are kept in 16 bits."""
+        return self.bf16 or self.fp16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that models are kept in."""
+        import torch  # late: the command line's help must not wait for it
+
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
 @dataclass
@@ -549,7 +570,7 @@ _AT_LEAST_ONE = (
     "ppo.num_ppo_epochs ppo.num_mini_batches ppo.per_device_train_batch_size ppo.per_device_rehearsal_batch_size "
     "ppo.max_new_tokens ppo.num_trainable_layers ppo.rejection_samples iterate.rounds iterate.prompts "
     "rollout.sample_prompts "
-    "checkpoint.save_total_limit engine.lora_alpha evaluate.judge_workers study.workers"
+    "checkpoint.save_total_limit engine.lora_alpha engine.loss_workspace_mib evaluate.judge_workers study.workers"
 )
 _ABOVE_ZERO = (
     "launch.device_memory_gib sft.num_train_epochs scorer.num_train_epochs scorer.margin scorer.max_weight "
@@ -600,6 +621,8 @@ def check(recipe: Recipe) -> None:
         check_criteria(f"select.{name}", getattr(recipe.select, name))
     if recipe.select.near_duplicate is not None and recipe.select.near_duplicate > 1:
         raise ValueError(f"select.near_duplicate is a cosine, at most 1, got {recipe.select.near_duplicate}")
+    if recipe.engine.bf16 and recipe.engine.fp16:
+        raise ValueError("engine.bf16 and engine.fp16: choose one of them")
     for section, name in (("engine", "lora_dropout"), ("engine", "ema_decay"), ("scorer", "contrastive_dropout")):
         if getattr(getattr(recipe, section), name) == 1:
             raise ValueError(f"{section}.{name} must be below 1: at 1 nothing is left to train with")

@@ -17,12 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stable_rlhf.lora import adapters_off, add_lora
+from stable_rlhf.models import PolicyModel
 from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.pieces import load_pieces, save_pieces
 from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
 
 HEADS = ("reward_head", "expected_head", "value_head", "contrastive")
 _SCHEDULE = "schedule.json"
+_LOSS_SCALE = "loss-scale.json"
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _AVERAGE = "average.safetensors"
 
 
@@ -128,6 +131,7 @@ def _zero3(arguments: EngineArguments, *, offload: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": arguments.bf16},
+        "fp16": {"enabled": arguments.fp16},
         "steps_per_print": 10**9,
     }
 
@@ -155,25 +159,27 @@ def loading_in_shards(arguments: EngineArguments, *, frozen: bool = False) -> It
 
 def read_only(module: Any, arguments: EngineArguments) -> Any:
     """A model that only reads, on this process's device and in the type that the engine trains in: half the memory in
-    bf16. Heads of one output stay in float32, scores and values want the digits.
+    16 bits. Heads of one output stay in float32, scores and values want the digits.
 
     Under ZeRO-3, and with ``offload_frozen``, it is an engine of its own that is called as the model is: its weights
     lie in shards on the devices, or in host memory, and each layer's are gathered while it runs.
     """
     if arguments.packing:
         module.trunk.pack()
+    if isinstance(module, PolicyModel):
+        module.workspace_bytes = arguments.loss_workspace_mib << 20
     sharded = arguments.zero_stage == 3 or arguments.offload_frozen
-    if arguments.bf16:
+    if arguments.half:
         for name, child in module.named_children():
             if name not in HEADS:
-                child.to(torch.bfloat16)
+                child.to(arguments.dtype)
     module.requires_grad_(False)
     if not sharded:
         return module.to(device()).eval()
     import deepspeed
 
     config = _zero3(arguments, offload=arguments.offload_frozen)
-    config["bf16"] = {"enabled": False}  # the types are as they shall be
+    config["bf16"] = config["fp16"] = {"enabled": False}  # the types are as they shall be
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine
@@ -209,6 +215,9 @@ class Engine:
 
     A loss or a gradient norm that is not finite never reaches the weights: it raises FloatingPointError, or, with
     ``skip_nonfinite``, the optimiser step is left out (and so are all its micro-steps).
+
+    In fp16 DeepSpeed's dynamic loss scaling runs: a gradient that is not finite is taken for an overflow of the scaled
+    loss; its step is left out, counted, and lowers the scale. At the lowest scale it is not finite by itself, as above.
     """
 
     def __init__(
@@ -225,11 +234,14 @@ class Engine:
         gradient_accumulation_steps: int = 1,
     ) -> None:
         import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
         self.arguments, self.accumulation = arguments, gradient_accumulation_steps
-        # DeepSpeed's own optimiser for bfloat16 without ZeRO steps once, with gradients of 0, when it is made: Adam's
+        if arguments.fp16 and not get_accelerator().is_fp16_supported():
+            raise ValueError("engine.fp16: DeepSpeed does not train in float16 on this device; engine.bf16 may do")
+        # DeepSpeed's own optimisers for 16 bits without ZeRO step once, with gradients of 0, when they are made: Adam's
         # count is one ahead and the first update a quarter too small. ZeRO 1 starts right and needs no more memory.
-        self.zero_stage = max(arguments.zero_stage, 1) if arguments.bf16 else arguments.zero_stage
+        self.zero_stage = max(arguments.zero_stage, 1) if arguments.half else arguments.zero_stage
         trunk: Any = getattr(module, "trunk", None)
         # The transformers model that is saved: what a policy or a scorer stands on.
         self.plain: Any = getattr(module, "causal_lm", getattr(trunk, "backbone", module))
@@ -240,6 +252,11 @@ class Engine:
             )  # fmt: skip
         if arguments.packing:
             trunk.pack()
+        self._joined: Any = None
+        if isinstance(module, PolicyModel):
+            module.workspace_bytes = arguments.loss_workspace_mib << 20
+            if self.zero_stage == 0:  # ZeRO takes a gradient away as soon as it is there
+                self._joined = module.join_tied_gradients()
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
@@ -251,7 +268,7 @@ class Engine:
         kind = _AdamW if self.zero_stage == 0 else torch.optim.AdamW
         optimizer = kind(
             groups, lr=learning_rate, betas=(arguments.adam_beta1, arguments.adam_beta2), eps=1e-8,
-            weight_decay=arguments.weight_decay,
+            weight_decay=arguments.weight_decay, fused=True,  # unfused, it makes copies as large as the weights
         )  # fmt: skip
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -259,6 +276,7 @@ class Engine:
             "gradient_clipping": arguments.max_grad_norm,
             "zero_optimization": {"stage": self.zero_stage},
             "bf16": {"enabled": arguments.bf16, "check_grad_overflow": True},
+            "fp16": {"enabled": arguments.fp16},
             "zero_allow_untested_optimizer": True,
             "wall_clock_breakdown": False,
             "steps_per_print": 10**9,
@@ -268,8 +286,8 @@ class Engine:
                 raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
-        if arguments.bf16 and getattr(trunk, "lower", None) is not None:
-            trunk.lower.to(torch.bfloat16)  # outside the module tree: DeepSpeed does not see it
+        if arguments.half and getattr(trunk, "lower", None) is not None:
+            trunk.lower.to(arguments.dtype)  # outside the module tree: DeepSpeed does not see it
         if arguments.gradient_checkpointing:
             trunk.upper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.module = module.to(device())
@@ -281,10 +299,19 @@ class Engine:
             lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, schedule),
             config=config,
         )
+        if self.zero_stage == 0 and world_size() == 1:
+            # It would copy all gradients into one tensor and back, to sum them over this rank alone.
+            self.deepspeed.enable_backward_allreduce = False
         self._norm = float("nan")
         self.average = Average(dict(named), arguments.ema_decay) if arguments.ema_decay else None
         self.skip_nonfinite = False
         self._dropping = False
+        self.overflowed, self.overflowed_steps = False, 0  # whether the last step was, and how many so far
+        self._scaler: Any = None
+        if arguments.fp16:
+            self._scaler = self.optimizer.loss_scaler
+            self._scaler.raise_error_at_min_scale = False  # `step` does, in words
+            self._take_scale()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -325,9 +352,11 @@ class Engine:
         """Ends a micro-step; the optimiser moves at each accumulation boundary. False: this step was left out.
 
         Raises:
-            FloatingPointError: the gradient's norm is not finite; this step has not touched the weights.
+            FloatingPointError: the gradient's norm is not finite, in fp16 at the lowest loss scale; this step has not
+                touched the weights.
         """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        scaler = dict(vars(self._scaler)) if self._scaler is not None else {}
         if self.zero_stage == 0 and boundary:
             # Plain float32 training: DeepSpeed clips without keeping the norm, and looks at nothing before it steps.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -337,16 +366,51 @@ class Engine:
         if not boundary:
             return True
         dropped, self._dropping = self._dropping, False
-        if self.deepspeed.was_step_applied():
+        moved = self.deepspeed.was_step_applied()
+        if self._scaler is not None:
+            self.overflowed = not (moved or dropped) and scaler["cur_scale"] > scaler["min_scale"]
+            self.overflowed_steps += self.overflowed
+            if dropped:
+                vars(self._scaler).update(scaler)  # a gradient that was spoiled on purpose says nothing of the scale
+            self._take_scale()
+        if moved:
             if self.average is not None:
                 self.average.update()
             return True
-        if not (dropped or self.skip_nonfinite):
+        if self.zero_stage == 3:
+            self._clean_up()
+        if not (dropped or self.overflowed or self.skip_nonfinite):
             raise FloatingPointError(
                 "the gradient's norm is not finite; the weights are those of the step before. Look at this step's data "
                 "and the last rows of metrics.jsonl; lower learning_rate"
             )
         return False
+
+    def _clean_up(self) -> None:
+        """What DeepSpeed's ZeRO 3 does after a step, and forgets after one that it left out."""
+        # It looks for overflows in all of this, and what has no gradient in the next step would stay there.
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+        # Small parameters are whole between steps: where they are not, the next forward goes another way than the one
+        # that was recorded ("tracing error").
+        if small := self.optimizer.persistent_parameters:
+            small[0].all_gather(small)
+
+    def _take_scale(self) -> None:
+        """Scale by the scaler's scale from now on. Left alone, DeepSpeed takes up a new scale in the middle of a step:
+        the step that raises it would divide its gradients by twice what they were multiplied by."""
+        self.optimizer.override_loss_scale(self._scaler.cur_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by on its way back, so that float16 does not round gradients to 0 (1 but in fp16).
+        Operations that make gradients before they meet that factor have to be told: ``grad_scale``."""
+        return float(self._scaler.cur_scale) if self._scaler is not None else 1.0
+
+    def scaling_metrics(self) -> dict[str, float]:
+        """How fp16's loss scaling goes; nothing for other types."""
+        if self._scaler is None:
+            return {}
+        return {"loss_scale": self.loss_scale, "overflowed_steps": float(self.overflowed_steps)}
 
     @property
     def learning_rate(self) -> float:
@@ -378,6 +442,9 @@ class Engine:
         save_pieces(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
         if rank() == 0:
             (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n")
+            if self._scaler is not None:
+                scale = {name: getattr(self._scaler, name) for name in _SCALER_STATE}
+                (folder / _LOSS_SCALE).write_text(json.dumps([scale, self.overflowed_steps]) + "\n")
         if self.average is not None:
             state = self.average.state()
             if rank() == 0:
@@ -389,11 +456,17 @@ class Engine:
         self.scheduler.load_state_dict(json.loads((folder / _SCHEDULE).read_text()))
         for group, value in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = value
+        if self._scaler is not None and (folder / _LOSS_SCALE).exists():  # not in a snapshot of another type
+            scale, self.overflowed_steps = json.loads((folder / _LOSS_SCALE).read_text())
+            vars(self._scaler).update(scale)
+            self._take_scale()
         if self.average is not None:
             self.average.load(load_file(folder / _AVERAGE))
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the module keeps its weights (ZeRO 0 to 2)."""
+        if self._joined is not None:
+            self._joined.remove()
         release(self.deepspeed)
 
 

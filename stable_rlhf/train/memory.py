@@ -4,7 +4,7 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
 
     P    parameters of a model, counted by building it on the meta device      W   processes (devices) of the run
     Q    those of them inside the DeepSpeed engine (with num_trainable_layers: the last blocks and the head)
-    R    those of them that train (LoRA: adapters and heads)                   e   bytes of a weight: 2 in bf16, else 4
+    R    those of them that train (LoRA: adapters and heads)                 e   bytes of a weight: 2 in 16 bits, else 4
     T    padded tokens of a micro-batch, B rows of L tokens                    n   blocks through which gradients flow
     h    width; k width of all key (or value) heads; f width of the MLP; a heads; V vocabulary
 
@@ -12,8 +12,8 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   stay whole), and e·(P - Q) for frozen lower blocks, which no stage shards
     gradients     e·R (ZeRO 2 and 3: e·R/W)
     optimiser     two moments and a float32 copy of the weights, 12·R. ZeRO 0 in float32 needs no copy: 8·R. ZeRO 1 to 3
-                  share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too. In bf16 the engine runs ZeRO 0
-                  as ZeRO 1
+                  share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too. In 16 bits the engine runs
+                  ZeRO 0 as ZeRO 1
                   With offload_optimizer it lies in host memory, with float32 gradients: 16·R/W
     average       ema_decay: 4·R (ZeRO 3: /W)
     frozen        the models that only read, e each: for PPO the reference (what it does not share with the policy, Q
@@ -27,13 +27,14 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   Then the final norm, T·h·(2e + 4), and what backward holds on its way, T·e·(2h + 2f)
     communication ZeRO 1 and 2: e · reduce_bucket_size during an update; ZeRO 3: that buffer all the time, and during an
                   update the weights gathered at once, e · min(Q, max_live_parameters), the head at least
-    loss          linear_policy_loss: logits of a chunk of rows, min(workspace_bytes, rows·V·e), one row at least;
+    loss          linear_policy_loss: logits of a chunk of rows, min(loss_workspace_mib, rows·V·e), one row at least;
                   the gradient of hidden states, rows·e·h; where the head trains its gradient, e·V·h, and where the
                   rows need several chunks in 16 bits their float32 sum, 4·V·h
     generation    the cache, 2·n_blocks·k·e a token of a batch (at most generate's max_tokens); logits of one position
                   a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one)
-    step          while the optimiser steps, without activations: a buffer of its own, 4·R, and in bf16 the gradients in
-                  float32, 4·R (ZeRO 1 to 3: /W)
+    step          while the optimiser steps, without activations: the gradients once more in one piece, e·R, and in 16
+                  bits in float32, 4·R (ZeRO 1 to 3: /W). ZeRO 0: none on one device; on several, while they are summed,
+                  as much as DeepSpeed sums at once
     gathered      ZeRO 3 while it samples: the weights whole, e·Q (not with ds3_gather_for_generation false: then layer
                   by layer, as in an update); while it saves: the largest tensor
     loading       the policy whole, e·P, and for PPO its reference, e·Q (with LoRA nothing); ZeRO 3: /W, with the
@@ -226,11 +227,8 @@ def activation_bytes(m: ModelSizes, rows: int, length: int, itemsize: int, check
     return blocks + tokens * (m.hidden * (2 * itemsize + 4) + itemsize * 2 * (m.hidden + m.mlp_width))
 
 
-def loss_bytes(m: ModelSizes, rows: int, itemsize: int) -> int:
-    """Workspace and gradients of ``linear_policy_loss`` over ``rows`` active tokens."""
-    from stable_rlhf.ops import linear_policy_loss
-
-    bound: int = inspect.signature(linear_policy_loss).parameters["workspace_bytes"].default
+def loss_bytes(m: ModelSizes, rows: int, itemsize: int, bound: int) -> int:
+    """Workspace, at most ``bound``, and gradients of ``linear_policy_loss`` over ``rows`` active tokens."""
     row = m.vocabulary * itemsize
     chunk = max(row, min(bound, rows * row))
     head = 0
@@ -240,15 +238,15 @@ def loss_bytes(m: ModelSizes, rows: int, itemsize: int) -> int:
 
 
 def _stage(engine: EngineArguments) -> int:
-    # As the engine does: without ZeRO there is no right optimiser for bfloat16.
-    return max(engine.zero_stage, 1) if engine.bf16 else engine.zero_stage
+    # As the engine does: without ZeRO there is no right optimiser for 16 bits.
+    return max(engine.zero_stage, 1) if engine.half else engine.zero_stage
 
 
 def engine_bytes(m: ModelSizes, engine: EngineArguments, world_size: int) -> tuple[dict[str, int], int]:
     """Weights, gradients and optimiser on a device, and what offloading keeps on the host for each process."""
-    e, stage = (2 if engine.bf16 else 4), _stage(engine)
+    e, stage = (2 if engine.half else 4), _stage(engine)
     share = lambda count, first: -(-count // (world_size if stage >= first else 1))  # noqa: E731
-    copy = 4 if engine.bf16 or stage else 0
+    copy = 4 if engine.half or stage else 0
     optimiser, host = share(m.trained * (8 + copy), 1), 0
     if engine.offload_optimizer and stage:
         host, optimiser = optimiser + share(4 * m.trained, 1), 0
@@ -268,20 +266,20 @@ def _live(m: ModelSizes, itemsize: int) -> int:
 
 def _held(models: Sequence[ModelSizes], engine: EngineArguments, world_size: int) -> int:
     """Weights of models that lie in shards, on a device."""
-    e = 2 if engine.bf16 else 4
+    e = 2 if engine.half else 4
     return sum(-(-e * m.parameters // world_size) + e * m.small for m in models)
 
 
 def _loading(models: Sequence[ModelSizes], engine: EngineArguments, world_size: int) -> int:
     """A device while models are loaded one after the other: those of ZeRO-3 are divided tensor by tensor."""
-    e, sharded = (2 if engine.bf16 else 4), [m for m in models if engine.zero_stage == 3 and not m.split]
+    e, sharded = (2 if engine.half else 4), [m for m in models if engine.zero_stage == 3 and not m.split]
     largest = e * max((m.largest for m in sharded), default=0)
     return _held(sharded, engine, world_size) + largest + sum(e * m.parameters for m in models if m not in sharded)
 
 
 def _frozen(m: ModelSizes, policy: ModelSizes, engine: EngineArguments, world_size: int) -> tuple[int, int]:
     """Reference and scorer of PPO: on a device, and on the host for each process."""
-    e, counts = (2 if engine.bf16 else 4), m.parameters + (0 if engine.lora_r else policy.in_engine)
+    e, counts = (2 if engine.half else 4), m.parameters + (0 if engine.lora_r else policy.in_engine)
     share = -(-e * counts // world_size)
     if engine.offload_frozen:
         return _live(policy, e), share
@@ -295,7 +293,7 @@ def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
     stage = _stage(engine)
     if stage == 0:
         return 0, 0
-    config, e = DeepSpeedZeroConfig(stage=stage), 2 if engine.bf16 else 4
+    config, e = DeepSpeedZeroConfig(stage=stage), 2 if engine.half else 4
     if stage < 3:
         return 0, e * config.reduce_bucket_size
     return e * config.reduce_bucket_size, _live(m, e)
@@ -313,7 +311,7 @@ def _training_moments(
     stage: str, m: ModelSizes, engine: EngineArguments, world_size: int, rows: int, length: int, **more: int
 ) -> Iterator[Moment]:
     state, _ = engine_bytes(m, engine, world_size)
-    e = 2 if engine.bf16 else 4
+    e = 2 if engine.half else 4
     yield Moment(
         stage, "update",
         state | {
@@ -321,8 +319,10 @@ def _training_moments(
             "communication": sum(_buffers(m, engine)),
         } | more,
     )  # fmt: skip
-    # torch's AdamW takes one more buffer as large as a moment, bf16 gradients become float32 first.
-    temporary = -(-m.trained * (8 if engine.bf16 else 4) // (world_size if _stage(engine) else 1))
+    if _stage(engine):
+        temporary = -(-m.trained * (6 if engine.half else 4) // world_size)
+    else:  # DeepSpeed's buckets of an all-reduce, which end with the tensor that makes them full
+        temporary = 4 * min(m.trained, 500_000_000 + m.largest) if world_size > 1 else 0
     if not engine.offload_optimizer:
         kept = {k: v for k, v in more.items() if k == "frozen"}
         yield Moment(stage, "step", state | {"step": temporary, "communication": _buffers(m, engine)[0]} | kept)
@@ -339,7 +339,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     """
     policy, scorer = _models(recipe)
     engine, ppo, data = recipe.engine, recipe.ppo, recipe.data
-    e = 2 if engine.bf16 else 4
+    e = 2 if engine.half else 4
     longest = min(data.max_length, policy.context)
     rolled = min(data.max_prompt_length + ppo.max_new_tokens, policy.context)
     moments: list[Moment] = []
@@ -347,7 +347,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
         whole = _policy_sizes(recipe, None)
         rows = recipe.sft.per_device_train_batch_size
         moments.append(Moment("sft", "loading", {"loading": _loading([whole], engine, world_size)}))
-        loss = loss_bytes(whole, rows * longest, e)
+        loss = loss_bytes(whole, rows * longest, e, engine.loss_workspace_mib << 20)
         moments += _training_moments("sft", whole, engine, world_size, rows, longest, **{"loss": loss})
     pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
     moments.append(Moment("scorer", "loading", {"loading": _loading([scorer], engine, world_size)}))
@@ -380,7 +380,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     old = ppo.per_device_rehearsal_batch_size if "am-sr" in recipe.variants else 0
     rows, length = ppo.per_device_train_batch_size + old, max(rolled, longest if old else 0)
     active = ppo.per_device_train_batch_size * ppo.max_new_tokens + old * length
-    loss = loss_bytes(policy, active, e)
+    loss = loss_bytes(policy, active, e, engine.loss_workspace_mib << 20)
     moments += _training_moments("ppo", policy, engine, world_size, rows, length, **frozen, loss=loss)
     judge = e * scorer.parameters if recipe.evaluate.judge == "scorer" else 0
     items = {"weights": reader, "frozen": reader + judge, "generation": answering} | live

@@ -120,7 +120,7 @@ def load_pieces(paths: Sequence[Path], module: nn.Module, optimizer: Any, zero_s
                         part = file.get_slice(whole)[low - start : high - start]
                         mine[low - piece.start : high - piece.start].copy_(part)
     for flat, count in steps.items():
-        state[flat][_STEP] = count
+        state[flat][_STEP] = count.to(flat.device)  # where the fused AdamW counts
     # What the model computes with follows from the optimiser's float32 weights.
     if zero_stage == 3:
         for flat, used in zip(

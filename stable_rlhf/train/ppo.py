@@ -245,7 +245,7 @@ class PPOTrainer:
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + value
             else:
-                skipped += 1
+                skipped += not self.engine.overflowed  # an overflow of fp16 is no fault, and has a metric of its own
             if too_far:
                 break
         found = {name: value / made for name, value in totals.items()}
@@ -280,6 +280,7 @@ class PPOTrainer:
                 self.engine, mix(self.policy, group, ours, self.cache), self.loss_config,
                 temperature=a.temperature, cliprange_value=a.cliprange_value, vf_coef=a.vf_coef,
                 policy_denominator=tokens, rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
+                grad_scale=self.engine.loss_scale,
             )  # fmt: skip
             largest = max(largest, float(parts.pop("max_log_ratio")))
             for name, part in parts.items():
@@ -353,7 +354,7 @@ class PPOTrainer:
                 metrics |= {
                     "tokens": tokens, "kl_coef": self.kl.value, "learning_rate": self.engine.learning_rate,
                     "seconds": time.monotonic() - began,
-                }  # fmt: skip
+                } | self.engine.scaling_metrics()  # fmt: skip
                 self.kl.update(metrics["kl"])
                 tracker.log(step + 1, metrics)
                 by_task = [(at, p.row.task, s) for at, p, s in zip(places, mine, scores, strict=True) if p.row.task]

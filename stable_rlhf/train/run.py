@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     else:
         model = run.stage(
             "initial-policy",
-            {"model": recipe.model_name_or_path, "bf16": recipe.engine.bf16},
+            {"model": recipe.model_name_or_path, "bf16": recipe.engine.bf16, "fp16": recipe.engine.fp16},
             lambda f: stages.run_materialise(recipe, f),
         )
         initial, inputs = model.folder, [model]

@@ -263,7 +263,7 @@ def train_scorer(
             if term:
                 metrics["contrastive_loss"] = sums["contrastive_loss"]
             metrics |= ascent
-            tracker.log(step, metrics)
+            tracker.log(step, metrics | engine.scaling_metrics())
             bar.advance(note=f"loss {sums['loss']:.3f}")
             snapshots.save(step, {"tokens": tokens}, last=steps)
     engine.save_model(folder)

@@ -35,7 +35,8 @@ def nll_step(engine: Engine, policy: PolicyModel, micros: Sequence[Sequence[Enco
         target = response_targets(micro, inputs["attention_mask"].shape[1], policy.trunk.device)
         kind = (target >= 0).to(torch.int64) * 2
         loss = engine(
-            inputs, target, loss={"kind": kind, "config": _NLL, "rehearsal_denominator": denominator}
+            inputs, target,
+            loss={"kind": kind, "config": _NLL, "rehearsal_denominator": denominator, "grad_scale": engine.loss_scale},
         )["output"].loss  # fmt: skip
         engine.backward(loss)
         engine.step()
@@ -80,7 +81,8 @@ def train_sft(
             rows = [[examples[i] for i in m] for m in micro_steps(indices, per_device, rank(), world_size())]
             loss = nll_step(engine, policy, rows, cache)
             tokens += sum(len(examples[i]) for i in indices)
-            tracker.log(step, {"loss": loss, "learning_rate": engine.learning_rate, "tokens": tokens})
+            metrics = {"loss": loss, "learning_rate": engine.learning_rate, "tokens": tokens}
+            tracker.log(step, metrics | engine.scaling_metrics())
             bar.advance(note=f"loss {loss:.3f}")
             if step == early:
                 save_policy(engine, policy, tokenizer, folder / "early")

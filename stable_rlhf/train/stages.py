@@ -70,8 +70,8 @@ def in_shards(engine: EngineArguments, path: str, num_trainable_layers: int | No
 
 
 def _dtype(engine: EngineArguments | None) -> torch.dtype:
-    # To train as well: DeepSpeed casts to bfloat16 before it makes its float32 master weights.
-    return torch.bfloat16 if engine is not None and engine.bf16 else torch.float32
+    # To train as well: DeepSpeed casts to 16 bits before it makes its float32 master weights.
+    return engine.dtype if engine is not None else torch.float32
 
 
 def load_reader(path: str, engine: EngineArguments, *, num_trainable_layers: int | None = None) -> Any:

@@ -179,7 +179,7 @@ def _vote(
 
 
 def _reading_dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.engine.bf16 else torch.float32
+    return recipe.engine.dtype
 
 
 @torch.no_grad()

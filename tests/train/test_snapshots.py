@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from stable_rlhf.data.packing import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
@@ -96,9 +97,11 @@ def snapshots(folder: Path) -> list[str]:
         *(("ppo", {"zero_stage": stage}) for stage in range(4)),
         ("sft", {}), ("rejection", {}), ("sft", {"bf16": True}), ("sft", {"bf16": True, "zero_stage": 3}),
         ("sft", {"offload_optimizer": True, "zero_stage": 2}), ("sft", {"offload_optimizer": True, "zero_stage": 3}),
+        ("ppo", {"fp16": True}),
     ],
 )  # fmt: skip
-def test_resumed_equals_uninterrupted_to_the_bit(name, settings, trainers, killed_after, tmp_path):
+def test_resumed_equals_uninterrupted_to_the_bit(name, settings, trainers, killed_after, tmp_path, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # see test_fp16
     engine = EngineArguments(**settings)
     trainers[name](tmp_path / "whole", engine, CheckpointArguments(save_steps=0))
     assert not (tmp_path / "whole" / SNAPSHOTS).exists()
@@ -273,6 +276,14 @@ def test_what_was_given_up_is_not_the_newest(trainers, killed_after, tmp_path):
         with pytest.raises(Killed):
             trainers["sft"](run, EngineArguments(), replace(all_kept, resume_from_checkpoint=resume))
         assert snapshots(run) == [f"step-{i:08d}" for i in range(1, left + 1)]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9])
+def test_the_newest_snapshots_are_kept(limit, trainers, killed_after, tmp_path):
+    killed_after(4)
+    with pytest.raises(Killed):
+        trainers["sft"](tmp_path, EngineArguments(), replace(EVERY_STEP, save_total_limit=limit))
+    assert snapshots(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"][-limit:]
 
 
 def test_a_score_that_is_not_finite_stops_before_the_update(trainers, monkeypatch, tmp_path):
