@@ -95,7 +95,7 @@ def test_validation_seeds_are_told_and_other_settings_are_refused(done):
     run(*arguments(done, "--validation"), cwd=where).worked()
     assert json.loads((done / "validation" / "results.json").read_text())["seeds"] == [7]
     said = run(*arguments(done), cwd=where).worked()
-    assert "Validation seeds 7 ran before, with the very settings reported here" in said.out
+    assert "Validation seeds 7 (" in said.out and "ran before, with the very settings reported here" in said.out
     refused = run(*arguments(done, "--ppo.kl_coef", "0.5"), cwd=where)
     refused.refused("2 of 2 seeds failed", "ppo-rejection was made with other settings", "0.05 -> 0.5")
 

@@ -51,7 +51,9 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
 
     summaries = [json.loads((folder / "seeds" / str(seed) / "summary.json").read_text()) for seed in seeds]
     settings = {name: value for name, value in recipe.as_dict().items() if name not in _NOT_A_SETTING}
-    fingerprint = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+    # Which variants run says nothing of the settings each of them has: a validation may do with two.
+    shared = {name: value for name, value in settings.items() if name != "variants"}
+    fingerprint = hashlib.blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=12).hexdigest()
     every = [part for summary in summaries for part in summary["policies"].values()]
     found = results(
         summaries,
@@ -83,7 +85,10 @@ def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     known = json.loads(path.read_text())
-    return {"seeds": known["seeds"], "same_settings": known["fingerprint"] == fingerprint}
+    return {
+        "seeds": known["seeds"], "variants": known["settings"]["variants"],
+        "same_settings": known["fingerprint"] == fingerprint,
+    }  # fmt: skip
 
 
 def _of_seed(recipe: Recipe, seed: int, folder: Path) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,5 +236,14 @@ def test_the_page_says_what_the_settings_were_chosen_on(results: Any) -> None:
         return study_report.markdown({**results, **changed})
 
     assert "validation seeds, run to choose" in lead(kind="validation")
-    assert "with the very settings reported here" in lead(validation={"seeds": [101], "same_settings": True})
-    assert "OTHER SETTINGS" in lead(validation={"seeds": [101], "same_settings": False})
+    known = {"seeds": [101], "variants": ["rm", "am-sr"], "same_settings": True}
+    told = lead(validation=known)
+    assert "Validation seeds 101 (RM-PPO, AM-PPO-SR) ran before, with the very settings reported here" in told
+    assert "OTHER SETTINGS" in lead(validation={**known, "same_settings": False})
+
+
+def test_docs_show_what_the_results_hold() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    found = json.loads((docs / "results.json").read_text())
+    assert study_report.markdown(found) in (docs / "results.md").read_text()
+    assert "/tmp" not in json.dumps(found)
