@@ -544,11 +544,12 @@ def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.jsonl"
         path.write_text(block, encoding="utf-8")
         row = json.loads(block.splitlines()[0])
-        comparison, demonstration = bool({"chosen", "ranks"} & row.keys()), bool({"response", "answer"} & row.keys())
-        read: Any = read_comparisons if comparison else read_demonstrations if demonstration else read_prompts
+        by_key = (("chosen ranks", read_comparisons), ("response answer", read_demonstrations),
+                  ("responses", read_responses))  # fmt: skip
+        read: Any = next((reader for keys, reader in by_key if {*keys.split()} & row.keys()), read_prompts)
         assert len(read(path).rows) == len(block.splitlines())
         kinds.append(read.__name__)
-    assert kinds == ["read_comparisons"] * 4 + ["read_demonstrations"] * 2 + ["read_prompts"]
+    assert kinds == ["read_comparisons"] * 4 + ["read_demonstrations"] * 2 + ["read_prompts", "read_responses"]
 
 
 # Published data.
