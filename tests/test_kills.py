@@ -40,10 +40,12 @@ def test_twenty_kills(server, tmp_path, ranks):
     want = weights(tmp_path / "whole" / stage)
     kills, finished = 0, 0
     while kills < KILLS or not finished:
-        folder = f"killed-{finished}"
+        folder, began = f"killed-{finished}", time.monotonic()
         if kills < KILLS and not train(folder, draw.uniform(0.2, 1.0) * seconds):
             kills += 1
             continue
+        if kills < KILLS:  # it was done before its time came: the machine was slower when that was measured
+            seconds = min(seconds, time.monotonic() - began)
         assert train(folder)  # to its end, or found finished
         assert weights(tmp_path / folder / stage) == want
         left = [str(p) for p in (tmp_path / folder).rglob("*") if ".tmp" in p.name or p.name == "checkpoints"]
