@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from stable_rlhf import __version__
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, parse, suggestion
-from stable_rlhf.train.config import Recipe, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import Recipe
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.

@@ -21,7 +21,7 @@ from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.rehearsal import resolve_embedding_model
-from stable_rlhf.train import stages
+from stable_rlhf.train import evaluation, stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe
 from stable_rlhf.train.datasets import contents, digests, locate
@@ -147,15 +147,15 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
                     stages.run_ppo, recipe, variant, before, str(scorer.folder), rehearsal, initial=str(policy)
                 ), [*sources, last, scorer],
             )  # fmt: skip
-    evaluation = run.stage(
+    evaluated = run.stage(
         "evaluation",
         {"seed": recipe.seed, "data": settings_data, "evaluate": part["evaluate"], "variants": recipe.variants},
-        lambda f: stages.run_evaluate(
+        lambda f: evaluation.run_evaluate(
             recipe, str(policy), {v: str(s.folder) for v, s in trained.items()}, str(judge.folder) if judge else None, f
         ),
         [*inputs, *trained.values(), *([judge] if judge else [])],
     )  # fmt: skip
-    summary = summarise(recipe, part, run, scorers, selection, trained, evaluation)
+    summary = summarise(recipe, part, run, scorers, selection, trained, evaluated)
     write_report(summary, run.root)
     say(f"report: {run.root / 'report.html'}")
     barrier()
@@ -205,7 +205,7 @@ def world_data(data: DataArguments, folder: Path) -> DataArguments:
 
 def summarise(
     recipe: Recipe, settings: dict[str, Any], run: RunDirectory, scorers: dict[str, Stage], selection: Stage | None,
-    trained: dict[str, Stage], evaluation: Stage,
+    trained: dict[str, Stage], evaluated: Stage,
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
     from stable_rlhf.evaluate import paper
@@ -236,7 +236,7 @@ def summarise(
         summary["selection"] = json.loads((selection.folder / "selection.json").read_text())
     for variant, stage in trained.items():
         summary["policies"][variant] = {
-            **evaluation.result["policies"][variant],
+            **evaluated.result["policies"][variant],
             "curve": stage.result["curve"],
             "tokens_seen": int(stage.result["tokens_seen"]),
         }
@@ -261,15 +261,15 @@ def evaluate_models(
         "seed": recipe.seed,
         **circumstances(),
         "settings": recipe.as_dict(),
-        "scorers": stages.evaluate_scorers(recipe, scorers, test_pairs),
+        "scorers": evaluation.evaluate_scorers(recipe, scorers, test_pairs),
         "policies": {},
         "paper": paper.constants(),
     }
     if policies:
         assert baseline is not None
-        judged = stages.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
+        judged = evaluation.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
         summary["policies"] = {
-            name: {**judged[name], "curve": stages.read_curve(path)} for name, path in policies.items()
+            name: {**judged[name], "curve": evaluation.read_curve(path)} for name, path in policies.items()
         }
     summary["findings"] = findings(summary)
     write_report(summary, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -291,3 +293,9 @@ def score_pairs(
             rejected.append(own[worse])
             tasks.append(item.row.task or "all")
     return {"chosen": chosen, "rejected": rejected, "tasks": tasks}
+
+
+def pairs_digest(rows: list[EncodedComparison]) -> str:
+    """What pairs these are, so that two scorers are compared pair by pair only on the same ones."""
+    texts = [[r.row.prompt, r.row.responses, r.row.pairs] for r in rows]
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=12).hexdigest()

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
-from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses, write_jsonl
+from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, write_jsonl
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
-from stable_rlhf.evaluate.chat import ChatJudge
-from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
-from stable_rlhf.evaluate.metrics import scorer_evaluation
-from stable_rlhf.evaluate.policies import against, mean_kl
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.progress import is_main_process, say
@@ -29,7 +22,7 @@ from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
 from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe, ScorerArguments, SelectArguments
-from stable_rlhf.train.datasets import PromptSplits, load_demonstrations, load_preferences, load_prompts, locate
+from stable_rlhf.train.datasets import load_demonstrations, load_preferences, load_prompts, locate
 from stable_rlhf.train.engine import (
     barrier,
     device,
@@ -43,7 +36,14 @@ from stable_rlhf.train.engine import (
 from stable_rlhf.train.meta import encode_responses
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
-from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, score_pairs, train_scorer
+from stable_rlhf.train.scorer import (
+    EncodedComparison,
+    encode_comparisons,
+    fill_logprobs,
+    pairs_digest,
+    score_pairs,
+    train_scorer,
+)
 from stable_rlhf.train.sft import train_sft
 from stable_rlhf.vllm_rollouts import VLLMRollouts
 
@@ -99,7 +99,8 @@ def answer(
     return [parts[i % world][i // world] for i in range(len(prompts))]
 
 
-def _sampling(recipe: Recipe, temperature: float) -> GenerationSettings:
+def sampling_settings(recipe: Recipe, temperature: float) -> GenerationSettings:
+    """How PPO's responses are drawn, at another temperature."""
     return GenerationSettings(recipe.ppo.max_new_tokens, temperature, recipe.ppo.top_p, tuple(recipe.ppo.stop))
 
 
@@ -241,7 +242,7 @@ def run_scorer(
         folder, dtype=_dtype(recipe.engine), num_trainable_layers=arguments.num_trainable_layers
     ).to(device())  # fmt: skip
     scores = score_pairs(saved, test, cache)
-    scores["rows"] = _digest(test)
+    scores["rows"] = pairs_digest(test)
     if is_main_process():
         (folder / "scores.json").write_text(json.dumps(scores) + "\n")
     correct = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
@@ -286,7 +287,7 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
         raise DataError(
             "scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)"
         )
-    settings = _sampling(recipe, recipe.ppo.temperature)
+    settings = sampling_settings(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
     prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
     sampled = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
@@ -309,7 +310,7 @@ def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
     seeds = [stream_seed(recipe.seed, "responses", i, j) for i in range(len(prompts)) for j in range(k)]
     model = load_reader(policy, recipe.engine)
     repeated = [p for p in prompts for _ in range(k)]
-    rollouts = answer(model, tokenizer, repeated, _sampling(recipe, recipe.ppo.temperature), seeds, "responses")
+    rollouts = answer(model, tokenizer, repeated, sampling_settings(recipe, recipe.ppo.temperature), seeds, "responses")
     release(model)
     texts = iter([r.text for r in rollouts])
     rows = [{"prompt": p.row.prompt, "task": p.row.task, "responses": [next(texts) for _ in range(k)]} for p in prompts]
@@ -330,7 +331,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     if s.max_candidates:
         prompts = _some(prompts, s.max_candidates, stream_seed(recipe.seed, "candidates"))
     model = load_reader(policy, recipe.engine)
-    settings = _sampling(recipe, recipe.ppo.temperature)
+    settings = sampling_settings(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
     rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
     judge = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
@@ -472,137 +473,3 @@ def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:
     from stable_rlhf.world import gold_score
 
     return lambda row, response: gold_score(row.prompt, response)
-
-
-def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
-    """The judge of the settings: the world's gold score, a scorer's folder, or a chat endpoint."""
-    e = recipe.evaluate
-    if e.judge == "gold":
-        from stable_rlhf.world import gold_score
-
-        return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
-    if e.judge == "chat":
-        assert e.judge_base_url and e.judge_model  # `check` asks for them
-        return ChatJudge(
-            e.judge_base_url, e.judge_model, api_key=os.environ.get(e.judge_api_key_env), request=e.judge_request,
-            workers=e.judge_workers,
-        )  # fmt: skip
-    if scorer is None:
-        raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
-    model = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
-    return ScorerJudge(
-        lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
-    )
-
-
-def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: list[str]) -> Result:
-    """Accuracy, calibration and per-task figures of each scorer folder: on every pair of the files ``test_pairs``, or
-    on the scores of held-out pairs that train-scorer kept in the folder."""
-    rows: list[Comparison] = []
-    if test_pairs:
-        rows = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row).rows
-    found: Result = {}
-    for name, folder in scorers.items():
-        say(f"  scorer {name}")
-        scores = _test_scores(recipe, name, folder, rows) if rows else _kept_scores(name, folder)
-        found[name] = {
-            **scorer_evaluation(
-                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
-            ),
-            "rows": scores.get("rows"),
-        }  # fmt: skip
-    return found
-
-
-def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
-    model = AdvantageModel.from_pretrained(folder, dtype=_dtype(recipe.engine)).to(device())
-    longest = min(recipe.data.max_length, model.max_length)
-    test, long = encode_comparisons(rows, model.tokenizer, longest, recipe.data.max_prompt_length)
-    if long:
-        say(f"  {long} of {len(rows)} comparisons are too long for scorer {name}: left out")
-    return {**score_pairs(model, test), "rows": _digest(test)}
-
-
-def _kept_scores(name: str, folder: str) -> dict[str, Any]:
-    path = Path(folder) / "scores.json"
-    if not path.is_file():
-        raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def _digest(rows: list[EncodedComparison]) -> str:
-    """What pairs these are, so that two scorers are compared pair by pair only on the same ones."""
-    texts = [[r.row.prompt, r.row.responses, r.row.pairs] for r in rows]
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=12).hexdigest()
-
-
-def read_curve(folder: str) -> list[dict[str, float]]:
-    """What a policy's training logged at each step (score, KL, length, gold where known), where it was trained here."""
-    path = Path(folder) / "metrics.jsonl"
-    if not (path.is_file() and (path.parent / "stage.json").is_file()):
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if "score" in row]
-
-
-def _on_main_process(run: Callable[[], Result]) -> Result:
-    """``run`` on rank 0, its result or error on every rank: a judge that costs money is asked once."""
-    result: Result = {}
-    problem: ValueError | None = None
-    if is_main_process():
-        try:
-            result = run()
-        except ValueError as error:
-            problem = error
-    result, problem = gather_objects((result, problem))[0]
-    if problem is not None:
-        raise problem
-    return result
-
-
-def run_evaluate(
-    recipe: Recipe, baseline: str, policies: Mapping[str, str], judge_scorer: str | None, folder: Path
-) -> Result:
-    """Answer both evaluation sets with SFT and every policy, and judge: win, lose, tie with intervals."""
-    judge = make_judge(recipe, judge_scorer)
-    tokenizer = load_tokenizer(baseline)
-    splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
-    sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
-    settings = _sampling(recipe, recipe.evaluate.temperature)
-    layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
-    reference = load_reader(baseline, recipe.engine, num_trainable_layers=layers)
-
-    def respond(policy: Any, part: list[EncodedPrompt]) -> list[Rollout]:  # every policy meets the same random numbers
-        seeds = [recipe.seed * 1_000_003 + i for i in range(len(part))]
-        return answer(policy, tokenizer, part, settings, seeds, "evaluation responses")
-
-    answers = {on: respond(reference, part) for on, part in sets.items()}
-    result: Result = {"policies": {}}
-    records: list[dict[str, Any]] = []
-    for name, path in policies.items():
-        policy = load_reader(path, recipe.engine, num_trainable_layers=layers)
-        result["policies"][name] = {}
-        for on, part in sets.items():
-            say(f"  {name} on the {on} set")
-            rollouts = respond(policy, part)
-            kl = mean_kl(policy, reference, rollouts)
-            rows = [p.row for p in part]
-            judged = _on_main_process(
-                partial(against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl)
-            )
-            verdicts = judged.pop("verdicts")
-            result["policies"][name][on] = judged
-            records += [
-                {
-                    "policy": name, "set": on, "prompt": row.prompt, "task": row.task, "response": r.text,
-                    "sft": s.text, "verdict": {1: "win", -1: "lose", 0: "tie"}[verdict],
-                }
-                for row, r, s, verdict in zip(rows, rollouts, answers[on], verdicts, strict=True)
-            ]  # fmt: skip
-        release(policy)  # before the next one is loaded: large models do not fit twice
-        del policy
-    if is_main_process():
-        write_jsonl(folder / "responses.jsonl.gz", records)
-    barrier()
-    return result

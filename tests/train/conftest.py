@@ -4,8 +4,35 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
+
+from stable_rlhf.train.tracking import Tracker
+
+
+class Killed(BaseException):
+    """What stands for a kill in these tests: nothing in the package catches it."""
+
+
+@pytest.fixture
+def killed_after(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
+    """``with killed_after(n):`` the training inside stops right after step n is logged, before its snapshot."""
+    log = Tracker.log
+
+    @contextmanager
+    def kill(step: int) -> Iterator[None]:
+        def logged(self, at, metrics):
+            log(self, at, metrics)
+            if at == step:
+                raise Killed
+
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Tracker, "log", logged)
+            yield
+
+    return kill
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from stable_rlhf.data.packing import encode
 from stable_rlhf.models import PolicyModel
-from stable_rlhf.train.config import EngineArguments, Recipe, SFTArguments, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import EngineArguments, Recipe, SFTArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.sft import train_sft
 from stable_rlhf.train.weights import plain_weights

@@ -11,10 +11,10 @@ import torch
 from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss, train_scorer
-from stable_rlhf.train.tracking import Tracker
 
 METHODS = [("simcse", "responses"), ("simcse", "differences"), ("swav", "responses"), ("swav", "differences")]
 TRAINING = ScorerArguments(
@@ -122,23 +122,12 @@ def test_training_lowers_the_term_and_what_is_saved_needs_none_of_it(make, rows,
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_resumed_stage_draws_the_same_masks_and_keeps_its_prototypes(make, rows, tmp_path, monkeypatch):
+def test_a_resumed_stage_draws_the_same_masks_and_keeps_its_prototypes(make, rows, tmp_path, killed_after):
     arguments = replace(TRAINING, contrastive="swav")
     train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "whole", seed=0)
 
-    class Killed(BaseException):
-        pass
-
-    log = Tracker.log
-
-    def kill(self, step, metrics):
-        log(self, step, metrics)
-        if step == 3:
-            raise Killed
-
     often = CheckpointArguments(save_steps=1)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Tracker, "log", kill)
+    with killed_after(3):
         train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "cut", seed=0, checkpoint=often)
     torch.rand(3)  # another place of the process's own generator: nothing may depend on it
     train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "cut", seed=0, checkpoint=often)

@@ -18,7 +18,8 @@ from stable_rlhf.data.packing import Encoded
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
-from stable_rlhf.train.config import EngineArguments, GuardArguments, PPOArguments, Recipe, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import EngineArguments, GuardArguments, PPOArguments, Recipe
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.guard import StabilityGuard
 from stable_rlhf.train.ppo import PPOTrainer

@@ -13,7 +13,8 @@ from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments, Recipe, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments, Recipe
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.tracking import Tracker

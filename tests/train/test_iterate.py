@@ -10,9 +10,10 @@ import pytest
 from stable_rlhf.arguments import parse
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train import run, stages
+from stable_rlhf.train import evaluation, run, stages
 from stable_rlhf.train.checkpoint import RunDirectory
-from stable_rlhf.train.config import Recipe, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -78,7 +79,7 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
     """The order of the stages and what each gets; what they do is replaced by notes."""
     calls: list[tuple] = []
 
-    def note(name):
+    def note(room, name):
         def stage(recipe_of_stage, *arguments, **named):
             folder = next(a for a in reversed(arguments) if isinstance(a, Path))
             where = [Path(a).name for a in arguments if isinstance(a, str)]
@@ -88,10 +89,11 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
             calls.append((folder.name.removesuffix(".tmp"), where, told))
             return {}
 
-        monkeypatch.setattr(stages, name, stage)
+        monkeypatch.setattr(room, name, stage)
 
-    for name in ("run_materialise", "run_scorer", "run_ppo", "run_responses", "run_evaluate"):
-        note(name)
+    for name in ("run_materialise", "run_scorer", "run_ppo", "run_responses"):
+        note(stages, name)
+    note(evaluation, "run_evaluate")
     monkeypatch.setattr(run, "check_inputs", lambda _: None)
     summaries = []
     monkeypatch.setattr(run, "summarise", lambda *a: summaries.append(a) or {})

@@ -16,12 +16,12 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train import meta as meta_module
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments, check
+from stable_rlhf.train.checks import check
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.meta import MetaRM, encode_responses
 from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.train.stages import run_scorer
-from stable_rlhf.train.tracking import Tracker
 
 TRAINING = ScorerArguments(
     learning_rate=2e-3, num_train_epochs=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
@@ -117,27 +117,16 @@ def test_it_changes_what_is_learnt_and_is_logged(make, rows, shifted, tmp_path, 
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_resumed_stage_goes_on_with_the_same_responses(make, rows, shifted, tmp_path, monkeypatch):
+def test_a_resumed_stage_goes_on_with_the_same_responses(make, rows, shifted, tmp_path, killed_after):
     def train(name: str, **extra) -> None:
         arguments = replace(TRAINING, contrastive="simcse")
         train_scorer(
             make(), rows, arguments, EngineArguments(), tmp_path / name, seed=0, meta_responses=shifted, **extra
         )
 
-    class Killed(BaseException):
-        pass
-
-    log = Tracker.log
-
-    def kill(self, step, metrics):
-        log(self, step, metrics)
-        if step == 3:
-            raise Killed
-
     train("whole")
     often = CheckpointArguments(save_steps=1)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Tracker, "log", kill)
+    with killed_after(3):
         train("cut", checkpoint=often)
     train("cut", checkpoint=often)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")

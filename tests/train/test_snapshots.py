@@ -22,7 +22,6 @@ from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOAr
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.sft import train_sft
-from stable_rlhf.train.tracking import Tracker
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 EVERY_STEP = CheckpointArguments(save_steps=1)
@@ -32,26 +31,6 @@ PPO = PPOArguments(
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_process")
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture
-def killed_after(monkeypatch):
-    """killed_after(n): training stops right after step n is logged, before its snapshot."""
-    log = Tracker.log
-
-    def kill(step: int | None) -> None:
-        def logged(self, at, metrics):
-            log(self, at, metrics)
-            if at == step:
-                raise Killed
-
-        monkeypatch.setattr(Tracker, "log", logged)
-
-    return kill
 
 
 @pytest.fixture
@@ -106,10 +85,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, settings, trainers, kille
     trainers[name](tmp_path / "whole", engine, CheckpointArguments(save_steps=0))
     assert not (tmp_path / "whole" / SNAPSHOTS).exists()
     for step in (2, 3):  # killed twice
-        killed_after(step)
-        with pytest.raises(Killed):
+        with killed_after(step):
             trainers[name](tmp_path / "killed", engine, EVERY_STEP)
-    killed_after(None)
     trainers[name](tmp_path / "killed", engine, EVERY_STEP)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert len(outcome(tmp_path / "whole")[0]) == (2 if name == "ppo" else 1)
@@ -118,10 +95,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, settings, trainers, kille
 @pytest.fixture
 def stopped(trainers, killed_after, tmp_path):
     """A folder whose training was killed in its last step, with its snapshots of steps 2 and 3."""
-    killed_after(4)
-    with pytest.raises(Killed):
+    with killed_after(4):
         trainers["sft"](tmp_path / "run", EngineArguments(), EVERY_STEP)
-    killed_after(None)
     assert snapshots(tmp_path / "run") == ["step-00000002", "step-00000003"]  # the limit is two
     return tmp_path / "run"
 
@@ -198,10 +173,8 @@ def test_universal_goes_on_with_another_zero_stage(before, after, trainers, kill
     if not _WHOLE:
         trainers["ppo"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
         _WHOLE["ppo"] = outcome(tmp_path / "whole")[1]
-    killed_after(3)
-    with pytest.raises(Killed):
+    with killed_after(3):
         trainers["ppo"](tmp_path / "run", EngineArguments(zero_stage=before), EVERY_STEP)
-    killed_after(None)
     trainers["ppo"](tmp_path / "run", EngineArguments(zero_stage=after), replace(EVERY_STEP, universal=True))
     assert "results go on to rounding, not to the bit\n  going on after step 2" in capsys.readouterr().err
     for found, wanted in zip(outcome(tmp_path / "run")[1], _WHOLE["ppo"], strict=True):
@@ -272,16 +245,14 @@ def test_what_was_given_up_is_not_the_newest(trainers, killed_after, tmp_path):
     run, all_kept = tmp_path / "run", replace(EVERY_STEP, save_total_limit=9)
     first = str(run / SNAPSHOTS / "step-00000001")
     for kill, resume, left in ((4, "auto", 3), (3, first, 2), (2, "none", 1)):
-        killed_after(kill)
-        with pytest.raises(Killed):
+        with killed_after(kill):
             trainers["sft"](run, EngineArguments(), replace(all_kept, resume_from_checkpoint=resume))
         assert snapshots(run) == [f"step-{i:08d}" for i in range(1, left + 1)]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 9])
 def test_the_newest_snapshots_are_kept(limit, trainers, killed_after, tmp_path):
-    killed_after(4)
-    with pytest.raises(Killed):
+    with killed_after(4):
         trainers["sft"](tmp_path, EngineArguments(), replace(EVERY_STEP, save_total_limit=limit))
     assert snapshots(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"][-limit:]
 
@@ -312,20 +283,20 @@ def test_a_stage_finds_its_snapshots_again_only_with_the_same_settings(tmp_path)
         seen.append(sorted(p.name for p in folder.iterdir()))
         (folder / SNAPSHOTS / "step-00000001").mkdir(parents=True, exist_ok=True)
         if len(seen) < 4:
-            raise Killed
+            raise KeyboardInterrupt
         return {}
 
     def stage(settings: dict, **arguments):
         return RunDirectory(tmp_path, CheckpointArguments(**arguments)).stage("sft", settings, work)
 
     for _ in range(2):
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             stage({"seed": 0})
     with pytest.raises(RunError, match=r"holds checkpoints of an attempt with other settings \(seed: 0 -> 1\)"):
         stage({"seed": 1})
     with pytest.raises(RunError, match=r"\(seed: 0 -> 1\)"):
         stage({"seed": 1}, universal=True)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         stage({"seed": 1}, resume_from_checkpoint="none")
     stage = stage({"seed": 1})
     fresh, kept = ["attempt.json"], ["attempt.json", SNAPSHOTS]

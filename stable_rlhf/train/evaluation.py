@@ -1,0 +1,155 @@
+"""The measuring at the end of a run: scorers on held-out pairs, policies against SFT."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stable_rlhf.data.readers import read_comparisons, write_jsonl
+from stable_rlhf.data.records import Comparison
+from stable_rlhf.evaluate.chat import ChatJudge
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
+from stable_rlhf.evaluate.metrics import scorer_evaluation
+from stable_rlhf.evaluate.policies import against, mean_kl
+from stable_rlhf.generate import Rollout
+from stable_rlhf.models import load_tokenizer
+from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.train.config import Recipe
+from stable_rlhf.train.datasets import PromptSplits, load_prompts, locate
+from stable_rlhf.train.engine import barrier, device, gather_objects, release
+from stable_rlhf.train.ppo import EncodedPrompt
+from stable_rlhf.train.scorer import encode_comparisons, pairs_digest, score_pairs
+from stable_rlhf.train.stages import Result, answer, load_reader, sampling_settings
+
+
+def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
+    """The judge of the settings: the world's gold score, a scorer's folder, or a chat endpoint."""
+    e = recipe.evaluate
+    if e.judge == "gold":
+        from stable_rlhf.world import gold_score
+
+        return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
+    if e.judge == "chat":
+        assert e.judge_base_url and e.judge_model  # `check` asks for them
+        return ChatJudge(
+            e.judge_base_url, e.judge_model, api_key=os.environ.get(e.judge_api_key_env), request=e.judge_request,
+            workers=e.judge_workers,
+        )  # fmt: skip
+    if scorer is None:
+        raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
+    model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype).to(device())
+    return ScorerJudge(
+        lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
+    )
+
+
+def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: list[str]) -> Result:
+    """Accuracy, calibration and per-task figures of each scorer folder: on every pair of the files ``test_pairs``, or
+    on the scores of held-out pairs that train-scorer kept in the folder."""
+    rows: list[Comparison] = []
+    if test_pairs:
+        rows = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row).rows
+    found: Result = {}
+    for name, folder in scorers.items():
+        say(f"  scorer {name}")
+        scores = _test_scores(recipe, name, folder, rows) if rows else _kept_scores(name, folder)
+        found[name] = {
+            **scorer_evaluation(
+                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
+            ),
+            "rows": scores.get("rows"),
+        }  # fmt: skip
+    return found
+
+
+def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
+    model = AdvantageModel.from_pretrained(folder, dtype=recipe.engine.dtype).to(device())
+    longest = min(recipe.data.max_length, model.max_length)
+    test, long = encode_comparisons(rows, model.tokenizer, longest, recipe.data.max_prompt_length)
+    if long:
+        say(f"  {long} of {len(rows)} comparisons are too long for scorer {name}: left out")
+    return {**score_pairs(model, test), "rows": pairs_digest(test)}
+
+
+def _kept_scores(name: str, folder: str) -> dict[str, Any]:
+    path = Path(folder) / "scores.json"
+    if not path.is_file():
+        raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def read_curve(folder: str) -> list[dict[str, float]]:
+    """What a policy's training logged at each step (score, KL, length, gold where known), where it was trained here."""
+    path = Path(folder) / "metrics.jsonl"
+    if not (path.is_file() and (path.parent / "stage.json").is_file()):
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if "score" in row]
+
+
+def _on_main_process(run: Callable[[], Result]) -> Result:
+    """``run`` on rank 0, its result or error on every rank: a judge that costs money is asked once."""
+    result: Result = {}
+    problem: ValueError | None = None
+    if is_main_process():
+        try:
+            result = run()
+        except ValueError as error:
+            problem = error
+    result, problem = gather_objects((result, problem))[0]
+    if problem is not None:
+        raise problem
+    return result
+
+
+def run_evaluate(
+    recipe: Recipe, baseline: str, policies: Mapping[str, str], judge_scorer: str | None, folder: Path
+) -> Result:
+    """Answer both evaluation sets with SFT and every policy, and judge: win, lose, tie with intervals."""
+    judge = make_judge(recipe, judge_scorer)
+    tokenizer = load_tokenizer(baseline)
+    splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
+    sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
+    settings = sampling_settings(recipe, recipe.evaluate.temperature)
+    layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
+    reference = load_reader(baseline, recipe.engine, num_trainable_layers=layers)
+
+    def respond(policy: Any, part: list[EncodedPrompt]) -> list[Rollout]:  # every policy meets the same random numbers
+        seeds = [recipe.seed * 1_000_003 + i for i in range(len(part))]
+        return answer(policy, tokenizer, part, settings, seeds, "evaluation responses")
+
+    answers = {on: respond(reference, part) for on, part in sets.items()}
+    result: Result = {"policies": {}}
+    records: list[dict[str, Any]] = []
+    for name, path in policies.items():
+        policy = load_reader(path, recipe.engine, num_trainable_layers=layers)
+        result["policies"][name] = {}
+        for on, part in sets.items():
+            say(f"  {name} on the {on} set")
+            rollouts = respond(policy, part)
+            kl = mean_kl(policy, reference, rollouts)
+            rows = [p.row for p in part]
+            judged = _on_main_process(
+                partial(against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl)
+            )
+            verdicts = judged.pop("verdicts")
+            result["policies"][name][on] = judged
+            records += [
+                {
+                    "policy": name, "set": on, "prompt": row.prompt, "task": row.task, "response": r.text,
+                    "sft": s.text, "verdict": {1: "win", -1: "lose", 0: "tie"}[verdict],
+                }
+                for row, r, s, verdict in zip(rows, rollouts, answers[on], verdicts, strict=True)
+            ]  # fmt: skip
+        release(policy)  # before the next one is loaded: large models do not fit twice
+        del policy
+    if is_main_process():
+        write_jsonl(folder / "responses.jsonl.gz", records)
+    barrier()
+    return result
