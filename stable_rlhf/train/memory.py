@@ -30,6 +30,8 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
     loss          linear_policy_loss: logits of a chunk of rows, min(loss_workspace_mib, rows·V·e), one row at least;
                   the gradient of hidden states, rows·e·h; where the head trains its gradient, e·V·h, and where the
                   rows need several chunks in 16 bits their float32 sum, 4·V·h
+    metarm        with unlabelled responses: the gradient of its ascent, 4·R, and the weights from before it while the
+                  update runs, e·R (ZeRO 3: /W); the ascent reads iterate.responses_per_prompt responses a prompt
     generation    the cache, 2·n_blocks·k·e a token of a batch (at most generate's max_tokens); logits of one position
                   a row for sampling, 28 bytes each (16-bit and float32 logits, softmax, float64 sums, the chosen one)
     step          while the optimiser steps, without activations: the gradients once more in one piece, e·R, and in 16
@@ -43,7 +45,7 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   under ZeRO 3 one process alone; or their shares of what is offloaded, where that is more
     reserve       CUDA's context, NCCL's buffers, the allocator's fragments: 1 GiB and a twentieth of the rest
 
-A stage's need is the largest of its moments (loading, rollouts, update, step, saving), not their sum.
+A stage's need is the largest of its moments (loading, rollouts, ascent, update, step, saving), not their sum.
 """
 
 from __future__ import annotations
@@ -351,7 +353,17 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
         moments += _training_moments("sft", whole, engine, world_size, rows, longest, **{"loss": loss})
     pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
     moments.append(Moment("scorer", "loading", {"loading": _loading([scorer], engine, world_size)}))
-    moments += _training_moments("scorer", scorer, engine, world_size, pairs, min(data.max_length, scorer.context))
+    read, before = min(data.max_length, scorer.context), {}
+    if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
+        mine = -(-scorer.trained // (world_size if engine.zero_stage == 3 else 1))
+        before = {"metarm": e * mine}
+        shifted = recipe.scorer.per_device_train_batch_size * recipe.iterate.responses_per_prompt
+        items = engine_bytes(scorer, engine, world_size)[0] | {
+            "activations": activation_bytes(scorer, shifted, read, e, engine.gradient_checkpointing),
+            "communication": sum(_buffers(scorer, engine)), "metarm": 4 * mine,
+        }  # fmt: skip
+        moments.append(Moment("scorer", "ascent", items))
+    moments += _training_moments("scorer", scorer, engine, world_size, pairs, read, **before)
     answering = _generation(policy, recipe.ppo.rollout_batch_size, rolled, e)
     in_shards = engine.zero_stage == 3 and not engine.ds3_gather_for_generation
     reader = _held([policy], engine, world_size) if in_shards else e * policy.parameters

@@ -17,7 +17,6 @@ from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments, Recipe
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
-from stable_rlhf.train.tracking import Tracker
 
 CALM = {
     "kl": 0.5, "clip_fraction": 0.05, "approx_kl": 0.01, "entropy": 2.0, "length": 20.0, "score": 1.0, "finished": 0.9,
@@ -241,7 +240,7 @@ def test_a_policy_that_runs_away_within_a_step_leaves_out_the_rest_of_it(make, p
     assert row["approx_kl"] <= 1e-3 and row["max_log_ratio"] < free["max_log_ratio"]
 
 
-def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts, tmp_path, monkeypatch):
+def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts, tmp_path, killed_after):
     arguments = replace(PPO, total_steps=4, kl_coef=0.2, kl_target=1e-3)
     limits = GuardArguments(max_kl=0.01, on_kl="lower_target")
     every = CheckpointArguments(save_steps=1)
@@ -254,17 +253,8 @@ def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts
 
     whole = run(tmp_path / "whole")
     assert len({row["kl_coef"] for row in whole}) > 2 and whole[0]["kl_coef"] == 0.2
-    log = Tracker.log
-
-    def killed(self, step, metrics):
-        log(self, step, metrics)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Tracker, "log", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(3):
         run(tmp_path / "killed")
-    monkeypatch.setattr(Tracker, "log", log)
     again = run(tmp_path / "killed")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in whole]
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "killed")]

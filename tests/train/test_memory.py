@@ -156,6 +156,21 @@ def test_lora_by_hand():
     assert frozen - alone == pytest.approx(2 * sizes.parameters, rel=0.01)
 
 
+@pytest.mark.parametrize(("stage", "shares"), [(2, 1), (3, 8)])
+def test_metarm_by_hand(stage, shares):
+    plain, meta, rounds = (changed(zero_stage=stage) for _ in range(3))
+    meta.scorer.meta_responses, rounds.iterate.rounds = "shifted.jsonl", 2
+    trained = estimate(plain, world_size=8, devices_per_node=8).models["scorer"].trained
+    for recipe in (meta, rounds):
+        update, ascent = items(recipe, "scorer", "update"), items(recipe, "scorer", "ascent")
+        assert update.pop("metarm") == pytest.approx(2 * trained / shares, rel=1e-6)
+        assert update == items(plain, "scorer", "update")
+        assert ascent["metarm"] == pytest.approx(4 * trained / shares, rel=1e-6)
+        assert ascent["activations"] > update["activations"]  # four responses of a prompt instead of two
+    with pytest.raises(StopIteration):
+        items(plain, "scorer", "ascent")
+
+
 @pytest.mark.parametrize("layers", [None, 1])
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (2, True)])
 def test_an_engine_with_lora_and_an_average_holds_what_is_estimated(one_process, tokenizer, stage, bf16, layers):
