@@ -17,10 +17,10 @@ bool is_finite(T x) {
 }
 
 // The same loops as in advantage_kernel.h, for double: precision matters more than speed there.
-double difference_sum(const double* a, const double* b, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += a[i] - b[i];
-    return sum;
+double sum(const double* x, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += x[i];
+    return total;
 }
 
 struct LogSigmoid {
@@ -55,11 +55,11 @@ void pair_terms(const PairBlock<double>& block) {
 }
 
 template <typename T>
-double difference_sum(const Kernels& kernels, const T* a, const T* b, int64_t n) {
+double sum(const Kernels& kernels, const T* x, int64_t n) {
     if constexpr (std::is_same_v<T, float>) {
-        return kernels.difference_sum(a, b, n);
+        return kernels.sum(x, n);
     } else {
-        return difference_sum(a, b, n);
+        return sum(x, n);
     }
 }
 template <typename T>
@@ -72,6 +72,8 @@ void pair_terms(const Kernels& kernels, const PairBlock<T>& block) {
 }
 
 // log w [responses, K], clamped, and w: sums of log-ratios by response. False for a bad packing or a non-finite weight.
+// A sum of log-ratios is the difference of two sums of log-probs, which are made in double and lose nothing by it: so
+// each row is read once, from its beginning to its end, as memory is read fastest.
 template <typename T>
 bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>* log_weight,
            std::vector<double>* weight) {
@@ -85,7 +87,7 @@ bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>
     weight->resize(R * K);
     // Work is shared out by tokens: runs of short responses, and pieces of long ones. Pieces start at the response's own
     // first token, so that a sum does not depend on what lies before it.
-    constexpr int64_t kPiece = 32768, kRun = 4096;
+    constexpr int64_t kPiece = 32768, kRun = 1024;
     struct Item {
         int64_t first, last;  // responses
         int64_t begin, end;   // tokens
@@ -100,47 +102,56 @@ bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>
                 items.push_back({r, end, t, std::min(t + kPiece, bounds[end]), pieces++});
             }
         } else {
-            while (end < R && end - r < 1024 && bounds[end + 1] - bounds[r] <= kPiece) ++end;
+            while (end < R && end - r < kRun && bounds[end + 1] - bounds[r] <= kPiece) ++end;
             items.push_back({r, end, 0, 0, -1});
         }
         r = end;
     }
     std::vector<double> partial(pieces * K);
-    const auto finish = [&](int64_t r, int64_t k, double sum) {
-        if (call.length_normalized) sum /= static_cast<double>(std::max<int64_t>(bounds[r + 1] - bounds[r], 1));
-        if (is_finite(sum)) sum = std::min(sum, call.max_log_weight);  // a clamp must not hide an infinite one
-        (*log_weight)[r * K + k] = sum;
-        (*weight)[r * K + k] = std::exp(sum);
+    const auto finish = [&](int64_t r, int64_t k, double log_ratio) {
+        if (call.length_normalized) log_ratio /= static_cast<double>(std::max<int64_t>(bounds[r + 1] - bounds[r], 1));
+        // A clamp must not hide an infinite one.
+        if (is_finite(log_ratio)) log_ratio = std::min(log_ratio, call.max_log_weight);
+        (*log_weight)[r * K + k] = log_ratio;
+    };
+    const auto weigh_responses = [&](int64_t first, int64_t last) {
+        kernels.exponentials(log_weight->data() + first * K, (last - first) * K, weight->data() + first * K);
     };
     parallel_for(static_cast<int64_t>(items.size()), 1, call.num_threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const Item& item = items[i];
-            const auto sum_of = [&](int64_t k, int64_t begin, int64_t end) {
-                const T* alternate = call.alt_logprob + k * call.tokens;
-                return difference_sum(kernels, call.logprob + begin, alternate + begin, end - begin);
-            };
             if (item.partial >= 0) {
-                for (int64_t k = 0; k < K; ++k) partial[item.partial * K + k] = sum_of(k, item.begin, item.end);
+                const int64_t n = item.end - item.begin;
+                const double own = sum(kernels, call.logprob + item.begin, n);
+                for (int64_t k = 0; k < K; ++k) {
+                    const T* const alternate = call.alt_logprob + k * call.tokens;
+                    partial[item.partial * K + k] = own - sum(kernels, alternate + item.begin, n);
+                }
                 continue;
             }
-            // Memory is read fastest in long runs: one alternate over several responses, then the next.
-            for (int64_t r = item.first, last; r < item.last; r = last) {
-                for (last = r + 1; last < item.last && bounds[last + 1] - bounds[r] <= kRun;) ++last;
-                for (int64_t k = 0; k < K; ++k) {
-                    for (int64_t j = r; j < last; ++j) finish(j, k, sum_of(k, bounds[j], bounds[j + 1]));
+            double own[kRun];
+            for (int64_t r = item.first; r < item.last; ++r) {
+                own[r - item.first] = sum(kernels, call.logprob + bounds[r], bounds[r + 1] - bounds[r]);
+            }
+            for (int64_t k = 0; k < K; ++k) {
+                const T* const alternate = call.alt_logprob + k * call.tokens;
+                for (int64_t r = item.first; r < item.last; ++r) {
+                    finish(r, k, own[r - item.first] - sum(kernels, alternate + bounds[r], bounds[r + 1] - bounds[r]));
                 }
             }
+            weigh_responses(item.first, item.last);
         }
     });
     for (size_t i = 0; i < items.size(); ++i) {
         if (items[i].partial < 0 || items[i].begin != bounds[items[i].first]) continue;
         for (int64_t k = 0; k < K; ++k) {
-            double sum = 0;
+            double whole = 0;
             for (size_t j = i; j < items.size() && items[j].first == items[i].first; ++j) {
-                sum += partial[items[j].partial * K + k];
+                whole += partial[items[j].partial * K + k];
             }
-            finish(items[i].first, k, sum);
+            finish(items[i].first, k, whole);
         }
+        weigh_responses(items[i].first, items[i].last);
     }
     for (const double x : *log_weight) {
         if (!is_finite(x) || x > 80.0) return false;  // the weight, or the loss, would overflow in float32
@@ -151,13 +162,17 @@ bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>
 // (sum w)^2 / sum w^2 over the responses, averaged over the alternates.
 double effective_sample_size(const std::vector<double>& log_weight, const std::vector<double>& weight, int64_t R,
                              int64_t K) {
+    std::vector<double> sums(2 * K);
+    for (int64_t r = 0; r < R; ++r) {
+        for (int64_t k = 0; k < K; ++k) {
+            const double w = weight[r * K + k];
+            sums[2 * k] += w;
+            sums[2 * k + 1] += w * w;
+        }
+    }
     double mean = 0;
     for (int64_t k = 0; k < K; ++k) {
-        double sum = 0, squares = 0;
-        for (int64_t r = 0; r < R; ++r) {
-            sum += weight[r * K + k];
-            squares += weight[r * K + k] * weight[r * K + k];
-        }
+        double sum = sums[2 * k], squares = sums[2 * k + 1];
         if (R > 0 && !(squares > 1e-280)) {  // all of them underflow: relative to the largest
             double top = log_weight[k];
             for (int64_t r = 1; r < R; ++r) top = std::max(top, log_weight[r * K + k]);

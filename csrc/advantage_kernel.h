@@ -26,23 +26,50 @@ inline void add(Doubles* sum, Floats x) {
     *sum += load_wide(lanes) + load_wide(lanes + kHalf);
 }
 
-// sum of a[i] - b[i]: differences of floats, lanes of sixteen of them in float, and these sums in double.
-double difference_sum(const float* a, const float* b, int64_t n) {
-    Doubles sum{};
+// The sum of x[i] in double: four lines of the cache at a time, each in lanes of its own.
+double sum(const float* x, int64_t n) {
+    constexpr int kBlock = 64;
+    Doubles part[4] = {};
     int64_t i = 0;
-    for (; i + 16 * kWidth <= n; i += 16 * kWidth) {
+    for (; i + kBlock <= n; i += kBlock) {
         // Two KiB ahead, over the edge of a page, where the hardware stops.
-        for (int j = 0; j < 16 * kWidth; j += 16) __builtin_prefetch(b + i + 512 + j);
-        Floats part[4] = {};
-        for (int j = 0; j < 16; ++j) part[j % 4] += load(a + i + j * kWidth) - load(b + i + j * kWidth);
-        add(&sum, (part[0] + part[1]) + (part[2] + part[3]));
+        for (int j = 0; j < kBlock; j += 16) __builtin_prefetch(x + i + 512 + j);
+        for (int j = 0; j < kBlock / kHalf; ++j) part[j % 4] += load_wide(x + i + j * kHalf);
     }
-    Floats part{};
-    for (; i + kWidth <= n; i += kWidth) part += load(a + i) - load(b + i);
-    add(&sum, part);
+    for (; i + kHalf <= n; i += kHalf) part[0] += load_wide(x + i);
     double rest = 0;
-    for (; i < n; ++i) rest += double(a[i] - b[i]);
-    return total(sum) + rest;
+    for (; i < n; ++i) rest += double(x[i]);
+    return total((part[0] + part[1]) + (part[2] + part[3])) + rest;
+}
+
+// exp(x) to 1e-14 of itself for x up to 700; 0 below -700. The reduction is that of exponential() in simd.h.
+inline Doubles exp_wide(Doubles x) {
+    typedef int64_t Longs __attribute__((vector_size(sizeof(int64_t) * kHalf)));
+    constexpr double kTaylor[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+                                  1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2,     1.0,        1.0};
+    const Doubles magic = 6755399441055744.0 - Doubles{};  // 1.5 * 2^52
+    const Doubles shifted = x * 1.4426950408889634 + magic, n = shifted - magic;
+    const Doubles r = x - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10;
+    Doubles p = kTaylor[0] - Doubles{};
+    for (int j = 1; j < 12; ++j) p = p * r + kTaylor[j];
+    const Doubles found = (Doubles)((Longs)p + (((Longs)shifted - (Longs)magic) << 52));
+    return x < -700.0 ? Doubles{} : found;
+}
+
+void exponentials(const double* x, int64_t n, double* out) {
+    Doubles value{};
+    int64_t i = 0;
+    for (; i + kHalf <= n; i += kHalf) {
+        memcpy(&value, x + i, sizeof(value));
+        value = exp_wide(value);
+        memcpy(out + i, &value, sizeof(value));
+    }
+    if (i == n) return;
+    double rest[kHalf] = {};
+    for (int j = 0; i + j < n; ++j) rest[j] = x[i + j];
+    memcpy(&value, rest, sizeof(value));
+    value = exp_wide(value);
+    for (int j = 0; i + j < n; ++j) out[i + j] = value[j];
 }
 
 // -log sigma(x) = max(-x, 0) + log1p(exp(-|x|)) in its second part, and sigma on both sides.

@@ -7,7 +7,8 @@
     void run_rows(const Rows& call, int64_t begin, int64_t end);                                                   \
     void run_peaks(const Columns& call, int64_t begin, int64_t end);                                               \
     void run_masses(const Columns& call, int64_t begin, int64_t end);                                              \
-    double difference_sum(const float* a, const float* b, int64_t n);                                              \
+    double sum(const float* x, int64_t n);                                                                         \
+    void exponentials(const double* x, int64_t n, double* out);                                                    \
     void pair_terms(const PairBlock<float>& block);                                                                \
     void k3(const float* d, int64_t n, float* kl);                                                                 \
     void swav_columns(const Swav& call, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,      \
@@ -16,8 +17,8 @@
     }
 #define KERNELS_OF(name)                                                                                         \
     Kernels {                                                                                                    \
-        #name, name::run_rows, name::run_peaks, name::run_masses, name::difference_sum, name::pair_terms,        \
-            name::k3, name::swav_columns, name::swav_rows                                                        \
+        #name, name::run_rows, name::run_peaks, name::run_masses, name::sum, name::exponentials,                 \
+            name::pair_terms, name::k3, name::swav_columns, name::swav_rows                                      \
     }
 
 namespace stable_rlhf {

@@ -12,7 +12,8 @@ struct Kernels {
     void (*rows)(const Rows&, int64_t begin, int64_t end);
     void (*peaks)(const Columns&, int64_t begin, int64_t end);
     void (*masses)(const Columns&, int64_t begin, int64_t end);
-    double (*difference_sum)(const float* a, const float* b, int64_t n);
+    double (*sum)(const float* x, int64_t n);
+    void (*exponentials)(const double* x, int64_t n, double* out);
     void (*pair_terms)(const PairBlock<float>&);
     void (*k3)(const float* d, int64_t n, float* kl);
     void (*swav_columns)(const Swav&, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,
