@@ -1,0 +1,227 @@
+"""Policies of a study trained again with one setting changed, from the study's own SFT models, scorers and prompts.
+
+    stable-rlhf study recipes/study-skill-world.yaml
+    python -m bench.controls run runs/study-skill-world    # goes on after a kill
+    python -m bench.controls report                        # tables and picture of docs/results.md, from the results
+
+Two questions. Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with
+``kl_coef`` as many times larger as its scores are wider answers that. And does the number of clusters matter (the
+paper's Fig. 6)? AM-PPO-SR with other numbers, about as many rows kept in all.
+
+Each evaluation measures the study's own policy of the same variant too, and must find the study's figures again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import ROOT, environment
+from bench.suite import RESULTS, read_lines
+from stable_rlhf.evaluate.study import means, paired_difference, seed_mean
+from stable_rlhf.pictures import FAINT, KEPT, picture, png
+
+RECIPE = ROOT / "recipes" / "study-skill-world.yaml"
+OUTPUT = RESULTS / "controls.jsonl"
+PAGE = ROOT / "docs" / "results.md"
+STUDY = ROOT / "docs" / "results.json"
+PICTURE = ROOT / "docs" / "results-clusters.png"
+MARKED = re.compile(r"<!-- controls:(?P<name>[a-z]+) -->\n.*?<!-- /controls -->", re.DOTALL)
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Control:
+    title: str
+    variant: str  # of the study, and what it is compared with
+    settings: tuple[str, ...]
+    clusters: int = 0  # a selection of its own with so many clusters
+
+
+STUDY_CLUSTERS, BUDGET = 20, 200  # of the study's recipe: 20 clusters, ten of each
+CONTROLS = {
+    "rm-kl": Control("RM-PPO, `kl_coef` 0.175", "rm", ("--ppo.kl_coef", "0.175")),
+    **{f"sr-{c}": Control(f"AM-PPO-SR, {c} clusters", "am-sr", (), c) for c in (5, 100)},
+}
+
+# name: (heading, factor)
+FIGURES = {
+    "main_win": ("main: wins %", 100), "main_lose": ("main: loses %", 100), "main_gold_gain": ("main: gold − SFT", 1),
+    "forget_lose": ("forget: loses %", 100), "forget_gold_gain": ("forget: gold − SFT", 1), "main_kl": ("KL", 1),
+}  # fmt: skip
+
+
+def figures(policy: dict[str, Any]) -> dict[str, float]:
+    """Those of a policy in an evaluation's summary, named as in docs/results.json."""
+    found: dict[str, float] = {}
+    for on in ("main", "forget"):
+        part = policy[on]
+        found |= {f"{on}_{key}": part[key] for key in ("win", "lose", "kl")}
+        found[f"{on}_gold_gain"] = part["gold"] - part["sft_gold"]
+    return found
+
+
+def call(*words: Any, log: Path) -> None:
+    """One command of stable-rlhf with as many threads as the study's seeds have; what it says goes to ``log``."""
+    command, threads = [sys.executable, "-m", "stable_rlhf", *map(str, words)], {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=threads | os.environ)
+    if done.returncode:
+        raise RuntimeError(f"stable-rlhf {words[0]} ended with status {done.returncode}, see {log}")
+
+
+def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = RECIPE) -> Line:
+    """Train and evaluate one control; finished stages in ``folder`` are not redone."""
+    what, source = CONTROLS[control], study / "seeds" / str(seed)
+    here = folder / control / str(seed)
+    here.mkdir(parents=True, exist_ok=True)
+    log = here / "log.txt"
+    data = {name: source / "world" / f"{name}.jsonl.gz" for name in ("prompts", "eval_main", "eval_forget")}
+    shared = ["--config", recipe, "--model-name-or-path", source / "sft", "--seed", seed]
+    shared += [word for name, path in data.items() for word in (f"--data.{name}", path)]
+    scorer = source / ("scorer-am" if what.variant.startswith("am") else "scorer-rm")
+    trained = ["--variant", what.variant, "--scorer", scorer, *what.settings]
+    if what.clusters:
+        each = max(1, BUDGET // what.clusters)
+        number = ["--select.num_clusters", what.clusters, "--select.top_k", each]
+        call("select", *shared, "--scorer", scorer, *number, "--output-dir", here / "selection", log=log)
+        trained += ["--rehearsal", here / "selection" / "selection" / "rehearsal.jsonl.gz"]
+    call("train-ppo", *shared, *trained, "--output-dir", here / "policy", log=log)
+    policies = [f"changed={here / 'policy' / f'ppo-{what.variant}'}", f"study={source / f'ppo-{what.variant}'}"]
+    call("evaluate", *shared, "--policies", *policies, "--output-dir", here / "evaluation", log=log)
+    found = json.loads((here / "evaluation" / "evaluation" / "summary.json").read_text())["policies"]
+    known = json.loads((source / "summary.json").read_text())["policies"][what.variant]
+    if figures(found["study"]) != figures(known):
+        raise RuntimeError(f"{source}: its {what.variant} measures {figures(found['study'])}, not {figures(known)}")
+    stage = json.loads((here / "policy" / f"ppo-{what.variant}" / "stage.json").read_text())
+    return {
+        "control": control, "variant": what.variant, "settings": list(what.settings), "clusters": what.clusters,
+        "seed": seed, **figures(found["changed"]), "seconds": round(stage["seconds"], 1),
+    }  # fmt: skip
+
+
+def run(study: Path, folder: Path, seeds: Sequence[int], controls: Sequence[str], workers: int, output: Path) -> None:
+    """Measure what has no line in ``output`` yet."""
+    done = {(line["control"], line["seed"]) for line in (read_lines(output) if output.exists() else [])}
+    todo = [(control, seed) for control in controls for seed in seeds if (control, seed) not in done]
+    with ThreadPoolExecutor(workers) as pool:
+        for line in pool.map(lambda job: measure(job[0], job[1], study, folder), todo):
+            with output.open("a") as file:
+                file.write(json.dumps(line | {"environment": environment(torch.device("cpu"))}) + "\n")
+            print(f"{line['control']}, seed {line['seed']}: {line['seconds']:.0f} s of training", flush=True)
+
+
+# The report.
+
+
+def by_seed(lines: Sequence[Line], control: str) -> dict[int, Line]:
+    return {line["seed"]: line for line in lines if line["control"] == control}
+
+
+def of_study(variant: str) -> dict[int, Line]:
+    return {row["seed"]: row for row in json.loads(STUDY.read_text())["policies"] if row["variant"] == variant}
+
+
+def cell(interval: Any, factor: int, *, sign: bool = False) -> str:
+    digits = 3 if factor == 1 else 1
+    value, low, high = (factor * interval[key] for key in ("value", "low", "high"))
+    return f"{value:{'+' if sign else ''}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def mean_row(title: str, rows: dict[int, Line], seeds: Sequence[int]) -> list[str]:
+    found = means({title: {key: [rows[s][key] for s in seeds] for key in FIGURES}})[title]
+    return [title] + [cell(found[key], factor) for key, (_, factor) in FIGURES.items()]
+
+
+def minus_row(title: str, ours: dict[int, Line], theirs: dict[int, Line], seeds: Sequence[int]) -> list[str]:
+    def of(key: str) -> Any:
+        return paired_difference([ours[s][key] for s in seeds], [theirs[s][key] for s in seeds])
+
+    return [title] + [cell(of(key), factor, sign=True) for key, (_, factor) in FIGURES.items()]
+
+
+def block(name: str) -> str:
+    """The table ``name`` of docs/results.md."""
+    lines = read_lines(OUTPUT)
+    rows = [["", *(heading for heading, _ in FIGURES.values())], ["---", *["---:"] * len(FIGURES)]]
+    if name == "scale":
+        control, sr, am = by_seed(lines, "rm-kl"), of_study("am-sr"), of_study("am")
+        seeds = sorted(control)
+        rows.append(mean_row("RM-PPO", of_study("rm"), seeds))
+        rows.append(mean_row(CONTROLS["rm-kl"].title, control, seeds))
+        rows += [mean_row("AM-PPO", am, seeds), mean_row("AM-PPO-SR", sr, seeds)]
+        rows.append(minus_row("AM-PPO less the second row", am, control, seeds))
+        rows.append(minus_row("AM-PPO-SR less the second row", sr, control, seeds))
+    else:
+        sweep, seeds = cluster_rows(lines)
+        rows += [mean_row(f"{count} clusters, {BUDGET // count} of each", sweep[count], seeds) for count in sweep]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{table}\n\nSeeds {', '.join(map(str, seeds))}; mean [95 % interval over the seeds].\n"
+
+
+def cluster_rows(lines: Sequence[Line]) -> tuple[dict[int, dict[int, Line]], list[int]]:
+    """AM-PPO-SR by number of clusters, the study's own among them, and the seeds that all of them have."""
+    found = {c.clusters: by_seed(lines, name) for name, c in CONTROLS.items() if c.clusters and by_seed(lines, name)}
+    found[STUDY_CLUSTERS] = of_study("am-sr")
+    seeds = sorted(set.intersection(*(set(rows) for rows in found.values())))
+    return dict(sorted(found.items())), seeds
+
+
+def draw(lines: Sequence[Line]) -> bytes:
+    """Gold score over SFT against the number of clusters, a dot a seed."""
+    sweep, seeds = cluster_rows(lines)
+    counts = list(sweep)
+    with picture(2, size=(9, 3.4)) as (figure, axes):
+        for axis, on in zip(axes[0], ("main", "forget"), strict=True):
+            values = [[sweep[count][s][f"{on}_gold_gain"] for s in seeds] for count in counts]
+            for column in zip(*values, strict=True):
+                axis.plot(counts, column, "o-", color=FAINT, markersize=3, linewidth=1)
+            found = [seed_mean(v) for v in values]
+            half = [f["high"] - f["value"] for f in found]
+            axis.errorbar(counts, [f["value"] for f in found], yerr=half, fmt="o-", color=KEPT, capsize=3)
+            axis.axhline(0, color=FAINT, linewidth=1)
+            axis.set_xscale("log")
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
+            axis.set(xlabel="clusters", ylabel="gold score − SFT's", title=f"{on.capitalize()} set")
+        return png(figure)
+
+
+def rendered(page: str) -> str:
+    """The page with every marked part made anew."""
+    return MARKED.sub(lambda m: f"<!-- controls:{m['name']} -->\n{block(m['name'])}<!-- /controls -->", page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measured = commands.add_parser("run", help="train and evaluate what is not measured yet")
+    measured.add_argument("study", type=Path, help="output folder of `stable-rlhf study`")
+    measured.add_argument("--output-dir", type=Path, default=Path("runs/controls"), help="policies and logs")
+    measured.add_argument("--output", type=Path, default=OUTPUT, help="results, a line a control and seed")
+    measured.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    measured.add_argument("--controls", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
+    measured.add_argument("--workers", type=int, default=2, help="at a time")
+    commands.add_parser("report", help="tables and picture of docs/results.md")
+    given = parser.parse_args()
+    if given.command == "run":
+        study, folder = given.study.resolve(), given.output_dir.resolve()
+        return run(study, folder, given.seeds, given.controls, given.workers, given.output)
+    PICTURE.write_bytes(draw(read_lines(OUTPUT)))
+    PAGE.write_text(rendered(PAGE.read_text()))
+    return None
+
+
+if __name__ == "__main__":
+    main()
