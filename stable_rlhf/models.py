@@ -343,6 +343,24 @@ class FeatureCache:
         self.fill(trunk, sequences)
         return [self._store[tuple(s)] for s in sequences]
 
+    def save(self, path: Path) -> None:
+        """Write all hidden states to a safetensors file."""
+        from safetensors.torch import save_file
+
+        ids = torch.tensor([i for sequence in self._store for i in sequence], dtype=torch.int32)
+        lengths = torch.tensor([len(sequence) for sequence in self._store])
+        save_file({"ids": ids, "lengths": lengths, "hidden": torch.cat(list(self._store.values()))}, path)
+
+    def load(self, path: Path, device: str | torch.device = "cpu") -> None:
+        """Take up what :meth:`save` wrote, of the same model split at the same block."""
+        from safetensors.torch import load_file
+
+        found = load_file(path, device=str(device))
+        lengths = found["lengths"].tolist()
+        sequences = found["ids"].split(lengths)
+        hidden = found["hidden"].split(lengths)
+        self._store |= {tuple(s.tolist()): h for s, h in zip(sequences, hidden, strict=True)}
+
 
 def share_lower(ours: Trunk, theirs: Trunk) -> bool:
     """True when both trunks stand on equal frozen lower blocks (compared weight by weight): features can be shared."""

@@ -59,6 +59,18 @@ def test_cached_features_equal_fresh_ones_and_are_computed_once(tiny_model, monk
     torch.testing.assert_close(cached, fresh, rtol=0, atol=2e-6)
 
 
+@torch.no_grad()
+def test_saved_features_are_taken_up(tiny_model, monkeypatch, tmp_path):
+    trunk, saved, cache = Trunk(tiny_model().base_model, num_trainable_layers=1), FeatureCache(), FeatureCache()
+    saved.fill(trunk, SEQUENCES)
+    saved.save(tmp_path / "hidden.safetensors")
+    cache.fill(trunk, [[5, 5]])
+    cache.load(tmp_path / "hidden.safetensors")
+    monkeypatch.setattr(trunk, "features", lambda *a, **k: pytest.fail("computed again"))
+    found = zip(cache.get(trunk, [*SEQUENCES, [5, 5]]), saved.get(trunk, SEQUENCES), strict=False)
+    assert all(torch.equal(ours, theirs) for ours, theirs in found)
+
+
 def test_share_lower_compares_weights(tiny_model):
     one, same, other = (Trunk(tiny_model(seed=s).base_model, num_trainable_layers=1) for s in (0, 0, 1))
     assert share_lower(one, same) and not share_lower(one, other)

@@ -28,9 +28,9 @@ _NOT_NEGATIVE = (
     "seed launch.max_restarts checkpoint.save_steps rollout.sample_steps data.max_pairs data.max_prompts_per_task "
     "engine.max_grad_norm engine.weight_decay engine.lora_r guard.max_kl world.length_bonus sft.learning_rate "
     "sft.max_steps scorer.learning_rate scorer.head_learning_rate scorer.expected_coef scorer.contrastive_coef "
-    "scorer.meta_learning_rate strength.examples select.max_candidates ppo.learning_rate ppo.head_learning_rate "
-    "ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value ppo.vf_coef "
-    "evaluate.temperature evaluate.tie_margin"
+    "scorer.eval_steps scorer.meta_learning_rate strength.examples select.max_candidates ppo.learning_rate "
+    "ppo.head_learning_rate ppo.rehearsal_coef ppo.kl_coef ppo.cliprange ppo.cliprange_high ppo.cliprange_value "
+    "ppo.vf_coef evaluate.temperature evaluate.tie_margin"
 )
 _SHARES = (
     "data.test_fraction data.judge_fraction world.wrong_labels world.early_share sft.warmup_ratio sft.min_lr_ratio "

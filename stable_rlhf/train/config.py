@@ -260,6 +260,8 @@ class ScorerArguments:
         expected_coef: Weight of regressing e(x) on r of the policy's own samples (Eq. 7); 0 leaves e to the bounds.
         num_trainable_layers: Train only the last blocks and the heads; lower hidden states are cached (unset: all).
         bins: Bins of the calibration error.
+        eval_steps: Score the held-out pairs after every so many steps and at the end: eval_accuracy, eval_loss and
+            eval_ece join metrics.jsonl (0: never).
         denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md). The pairs must
             carry it: ``strength`` writes it, ``run`` measures it first.
         contrastive: A contrastive term beside the ranking loss (docs/scorers.md): ``simcse`` or ``swav``.
@@ -290,6 +292,7 @@ class ScorerArguments:
     expected_coef: float = 0.0
     num_trainable_layers: int | None = None
     bins: int = 10
+    eval_steps: int = 0
     denoise: list[dict[str, Any]] = field(default_factory=list)
     contrastive: Literal["none", "simcse", "swav"] = "none"
     contrastive_on: Literal["responses", "differences"] = "responses"

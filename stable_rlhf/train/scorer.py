@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stable_rlhf import ops
 from stable_rlhf.data.packing import Encoded, encode, response_targets
 from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.evaluate.metrics import calibration, pair_accuracy
 from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
@@ -200,10 +202,18 @@ def train_scorer(
     checkpoint: CheckpointArguments | None = None,
     cache: FeatureCache | None = None,
     meta_responses: Sequence[Sequence[Encoded]] = (),
+    test: Sequence[EncodedComparison] = (),
+    on_step: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Train ``model`` on ``train`` and save it to ``folder``; ``meta_responses``: MetaRM's, of each prompt."""
+    """Train ``model`` on ``train`` and save it to ``folder``; ``meta_responses``: MetaRM's, of each prompt.
+
+    Every ``eval_steps`` steps and at the end ``test`` is scored for the metrics of that step (:func:`eval_metrics`).
+    ``on_step`` gets the number of each step, on every rank, while ``model`` has the weights after it."""
     cache = cache if cache is not None else FeatureCache()
+    if not arguments.eval_steps:
+        test = ()
     cache.fill(model.trunk, [e.ids for r in train for e in (*r.examples, *r.samples)], description="hidden states")
+    cache.fill(model.trunk, [e.ids for r in test for e in r.examples], description="held-out hidden states")
     cache.fill(model.trunk, [e.ids for row in meta_responses for e in row], description="unlabelled responses")
     if model.settings.objective == "am" and model.settings.num_alternates == 0:
         say("  no alt_logprobs in the data: the Advantage Model trains with K = 0, a = r - e")
@@ -265,6 +275,11 @@ def train_scorer(
             if term:
                 metrics["contrastive_loss"] = sums["contrastive_loss"]
             metrics |= ascent
+            if test and (step % arguments.eval_steps == 0 or step == steps):
+                # All pairs on every rank, so that under ZeRO-3 all ranks gather the same layers in step.
+                metrics |= eval_metrics(score_pairs(model, test, cache), arguments.bins)
+            if on_step is not None:
+                on_step(step)
             tracker.log(step, metrics | engine.scaling_metrics())
             bar.advance(note=f"loss {sums['loss']:.3f}")
             snapshots.save(step, {"tokens": tokens}, last=steps)
@@ -293,6 +308,17 @@ def score_pairs(
             rejected.append(own[worse])
             tasks.append(item.row.task or "all")
     return {"chosen": chosen, "rejected": rejected, "tasks": tasks}
+
+
+def eval_metrics(scores: dict[str, Any], bins: int) -> dict[str, float]:
+    """Metrics of held-out pairs from :func:`score_pairs`. ``eval_loss`` is the mean of −log σ(a_c − a_r): without the
+    bounds of Eq. 6, so that reward and Advantage Models compare."""
+    chosen, rejected = np.array(scores["chosen"]), np.array(scores["rejected"])
+    return {
+        "eval_accuracy": pair_accuracy(chosen, rejected),
+        "eval_loss": float(np.logaddexp(0.0, rejected - chosen).mean()),
+        "eval_ece": calibration(chosen, rejected, bins)[0],
+    }
 
 
 def pairs_digest(rows: list[EncodedComparison]) -> str:

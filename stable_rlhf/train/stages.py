@@ -233,7 +233,7 @@ def run_scorer(
     result: Result = dict(
         train_scorer(
             model, train, arguments, recipe.engine, folder, seed=stream_seed(recipe.seed, "scorer", split),
-            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache, meta_responses=shifted,
+            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache, meta_responses=shifted, test=test,
         )
     )  # fmt: skip
     # Scores are taken from what was saved: what a user loads is what is measured.
