@@ -55,7 +55,7 @@ from stable_rlhf.evaluate.metrics import (
 )
 from stable_rlhf.evaluate.study import paired_difference, paired_ratio, seed_mean
 from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
-from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
+from stable_rlhf.pictures import FAINT, INK, KEPT, legend_below, picture, png
 from stable_rlhf.progress import progress
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
@@ -309,14 +309,14 @@ FIGURES = {
     "ece": Figure("ECE %", 100, 1),
     "ece_if_calibrated": Figure("ECE % by chance", 100, 1),
     "ece_after_temperature": Figure("ECE % after T", 100, 1),
-    "temperature": Figure("T", 1, 2),
+    "loss": Figure("log loss", 1, 3),
     "spread": Figure("spread of task means", 1, 2),
     "relative": Figure("same / spread within", 1, 2),
 }
 # What the Advantage Model is held against the reward model in: differences, and ratios where the paper has one.
 COMPARED = (
     ("accuracy", "difference"), ("ece", "difference"), ("ece", "ratio"), ("ece_after_temperature", "difference"),
-    ("spread", "ratio"), ("relative", "ratio"),
+    ("loss", "difference"), ("spread", "ratio"), ("relative", "ratio"),
 )  # fmt: skip
 
 
@@ -412,7 +412,7 @@ def draw(lines: Sequence[Line]) -> bytes:
     panels = ("accuracy", "ece", "ece_after_temperature", "spread")
     datasets = [d for d in DATASETS if values(lines, d, "rm", 1, "accuracy")]
     epochs = measured(lines)
-    with picture(len(panels), len(datasets), size=(12, 0.6 + 2.7 * len(datasets)), sharex=True) as (figure, axes):
+    with picture(len(panels), len(datasets), size=(12, 0.6 + 2.7 * len(datasets))) as (figure, axes):
         for row, dataset in zip(axes, datasets, strict=True):
             for axis, name in zip(row, panels, strict=True):
                 if not values(lines, dataset, "rm", 1, name):
@@ -433,11 +433,8 @@ def draw(lines: Sequence[Line]) -> bytes:
                     axis.set_ylabel(DATASETS[dataset].title)
                 else:
                     axis.set_ylim(bottom=0)
-                axis.set_title(FIGURES[name].title)
-        for axis in axes[-1]:
-            axis.set_xlabel("epochs")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+                axis.set(title=FIGURES[name].title, xlabel="epochs", xticks=epochs)
+        legend_below(figure, axes[0][0], 2)
         return png(figure)
 
 
