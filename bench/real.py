@@ -334,6 +334,12 @@ def values(lines: Sequence[Line], dataset: str, objective: str, epoch: int, name
     return [] if None in found else found
 
 
+def level(found: Sequence[float]) -> Interval:
+    """Mean over the seeds, of a figure that is never negative."""
+    interval = seed_mean(found)
+    return interval if math.isnan(interval["low"]) else interval | {"low": max(0.0, interval["low"])}
+
+
 def shown(interval: Interval, figure: Figure, sign: str = "") -> str:
     value, low, high = (f"{figure.factor * interval[end]:{sign}.{figure.digits}f}" for end in ("value", "low", "high"))
     ends = "" if math.isnan(interval["low"]) else f" [{low}, {high}]"  # one seed
@@ -369,7 +375,7 @@ def tables(lines: Sequence[Line]) -> str:
                 row = [f"{about.title}: {title}, {epoch}"]
                 for name, figure in FIGURES.items():
                     found = values(lines, dataset, objective, epoch, name)
-                    row.append(shown(seed_mean(found), figure) if found else "–")
+                    row.append(shown(level(found), figure) if found else "–")
                 levels.append(row)
         for epoch in measured(lines):
             against.append(
@@ -422,11 +428,11 @@ def draw(lines: Sequence[Line]) -> bytes:
                     found = np.array([values(lines, dataset, objective, e, name) for e in epochs])  # [epochs, seeds]
                     found *= FIGURES[name].factor
                     axis.plot(epochs, found, color=colour, alpha=0.3, linewidth=0.8)
-                    means = [seed_mean(of_epoch) for of_epoch in found]
-                    half = [0.0 if math.isnan(m["low"]) else m["value"] - m["low"] for m in means]
+                    means = [level(of_epoch) for of_epoch in found]
+                    value, low, high = (np.array([m[end] for m in means]) for end in ("value", "low", "high"))
                     axis.errorbar(
-                        [e + offset for e in epochs], [m["value"] for m in means], yerr=half, color=colour, fmt="o-",
-                        markersize=4, linewidth=1.8, elinewidth=0.8, capsize=2, label=OBJECTIVES[objective],
+                        np.array(epochs) + offset, value, yerr=np.nan_to_num([value - low, high - value]), color=colour,
+                        fmt="o-", markersize=4, linewidth=1.8, elinewidth=0.8, capsize=2, label=OBJECTIVES[objective],
                     )  # fmt: skip
                 if name == "accuracy":
                     axis.axhline(50, color=FAINT, linewidth=1)
