@@ -76,7 +76,7 @@ class Dataset:
 
 
 DATASETS = {
-    "pairs": Dataset("pairs.jsonl.gz", "PandaLM, LLMBar, GSM8K"),
+    "pairs": Dataset("pairs.jsonl.gz", "Pairs"),
     "hh-rlhf": Dataset("hh-rlhf-harmless-base.jsonl.gz", "HH-RLHF, harmless"),
 }
 # What differs from recipes/smollm2-pairs.yaml, or decides the outcome.

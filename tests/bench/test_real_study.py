@@ -107,7 +107,7 @@ def test_scorers_are_compared_seed_by_seed():
     assert real.compared(lines, "hh-rlhf", 3, "ece", "difference") == "+10.0"  # one seed: no interval
     assert real.compared(lines, "hh-rlhf", 3, "spread", "ratio") == "–"
     text = real.tables(lines)
-    assert "| PandaLM, LLMBar, GSM8K: Reward model, 8 | 40.0 [" in text and text.count("\n| HH-RLHF") == 9
+    assert "| Pairs: Reward model, 8 | 40.0 [" in text and text.count("\n| HH-RLHF") == 9
     assert real.draw(lines).startswith(b"\x89PNG")
 
 
@@ -150,5 +150,10 @@ def test_a_study_in_two_processes(data, tmp_path):
         scores = tmp_path / "work" / "scores" / f"{found['dataset']}-{found['objective']}-seed-{found['seed']}.json"
         assert real.measure(json.loads(scores.read_text())["3"], 10) == found["epochs"]["3"]
     assert len({of["loss"] for found in lines for of in found["epochs"].values()}) == 16
-    code, said = study("1", changes=(*data, "scorer.margin=1.0", "data.max_length=39"))
+    path.unlink()
+    whole = ("scorer.num_trainable_layers=null", "data.max_pairs=0", "engine.bf16=true")
+    code, said = study("1", changes=(*data, *whole))
+    assert code == 0, said[-2000:]
+    assert [found["pairs"]["train"] for found in read_lines(path)] == [12] * 4
+    code, said = study("1", changes=(*data, *whole, "scorer.margin=1.0", "data.max_length=39"))
     assert code == 1 and "measured with data.max_length 40" in said
