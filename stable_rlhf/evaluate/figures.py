@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.evaluate.findings import scorer_names, variant_names
+from stable_rlhf.evaluate.findings import round_of, scorer_names, variant_names
 from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
 from stable_rlhf.pictures import FAINT, INK, legend_below, picture, plain, png
 
@@ -32,9 +32,18 @@ MAX_TASK_LABELS = 24
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each scorer or variant: its own where it has one, else the next of the spare ones."""
-    spare = cycle(_OTHERS)
-    return {name: COLOURS[name] if name in COLOURS else next(spare) for name in names}
+    """A colour for each scorer or variant: its own where it has one, darker from round to round, else the next of the
+    spare ones."""
+    spare, found = cycle(_OTHERS), {}
+    for name in names:
+        first, number = round_of(name)
+        found[name] = _darker(COLOURS[first], 0.6 ** (number - 1)) if first in COLOURS else next(spare)
+    return found
+
+
+def _darker(colour: str, share: float) -> str:
+    """``share`` of the colour, the rest black."""
+    return "#" + "".join(f"{round(share * int(colour[i : i + 2], 16)):02X}" for i in (1, 3, 5))
 
 
 def _draw_reliability(axes: Any, name: str, colour: str, rows: list[dict[str, Any]], ece: dict[str, float]) -> None:
@@ -219,11 +228,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def ppo_curves(policies: dict[str, Any]) -> bytes:
-    """Score gained, gold score where known, KL and length over the steps of each variant (Fig. 5a)."""
+    """Score gained, gold score where known, KL and length over the steps of each variant (Fig. 5a); a later round goes
+    on where the one before it ended."""
     names = {key: name for key, name in variant_names(policies).items() if policies[key].get("curve")}
-    paint = colours(names)
+    paint, before = colours(names), _steps_before(policies, names)
+    since = "the first step" + (" of the round, by its scorer" if any(before.values()) else "")
     panels = [
-        ("score", "Score gained since the first step", "score − first"),
+        ("score", f"Score gained since {since}", "score − first"),
         ("gold", "Gold score (the truth)", "gold score"),
         ("kl", "KL from the SFT policy", "nats"),
         ("length", "Length of responses", "tokens"),
@@ -235,7 +246,8 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
                 rows = [row for row in policies[variant]["curve"] if row.get(key) is not None]
                 if not rows:
                     continue
-                steps, values = np.array([r["step"] for r in rows]), np.array([r[key] for r in rows], dtype=float)
+                steps = before[variant] + np.array([r["step"] for r in rows])
+                values = np.array([r[key] for r in rows], dtype=float)
                 smooth = _smooth(values)
                 if key == "score":
                     values, smooth = values - smooth[0], smooth - smooth[0]
@@ -248,12 +260,24 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
                     label=plain(names[variant]),
                     marker="o" if len(rows) < 3 else None,
                 )
+            for start in {*before.values()} - {0}:
+                ax.axvline(start, color=INK, linewidth=0.8, linestyle=":")
             ax.set_title(title, loc="left")
             ax.set(xlabel="PPO step", ylabel=unit)
         for ax in axes.ravel()[len(panels) :]:
             ax.set_visible(False)
         legend_below(figure, axes[0, 0], 5)
         return png(figure)
+
+
+def _steps_before(policies: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """Steps of the rounds before each variant's."""
+    last = {name: max(row["step"] for row in policies[name]["curve"]) for name in names}
+    rounds = {name: round_of(name) for name in last}
+    return {
+        name: sum(last[other] for other in last if rounds[other][0] == first and rounds[other][1] < number)
+        for name, (first, number) in rounds.items()
+    }
 
 
 def _draw_outcomes(axes: Any, policies: dict[str, Any], on: str) -> None:
