@@ -275,6 +275,20 @@ def test_later_rounds_follow_their_variant_and_go_on_where_the_last_one_ended(
         }
 
 
+def test_many_scorers_take_further_rows(make_summary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorers = make_summary(pairs=40, prompts=20, variants=("rm",))["scorers"]
+    scorers |= {f"{key}-round-{number}": scorers[key] for key in ("rm", "am") for number in (2, 3)}
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: drawn.append(figure) or b"")
+    for draw in (figures.reliability, figures.difference, figures.densities, figures.task_densities):
+        draw(scorers)
+        titles = [axes.get_title().split("\n")[0] for axes in drawn[-1].axes if axes.get_visible()]
+        assert [title for title in titles if not title.endswith("/ T")] == list(scorer_names(scorers).values())
+        assert drawn[-1].axes[0].get_gridspec().ncols == 3
+    figures.overview({"scorers": scorers})
+    assert [axes.get_title().split("\n")[0] for axes in drawn[-1].axes] == ["Reward model", "Advantage Model"]
+
+
 def test_scorers_of_other_tasks_show_what_they_share(make_summary: Any) -> None:
     apart = make_summary(pairs=80, prompts=20)
     part = apart["scorers"]["am"]
@@ -332,6 +346,7 @@ def test_pictures_have_their_size_and_follow_the_figures(summary: dict[str, Any]
     scorers = summary["scorers"]
     assert size_of(figures.overview(summary)) == (1200, 500)
     assert size_of(figures.reliability(scorers)) == (1350, 1050)
+    assert size_of(figures.reliability(dict.fromkeys(["a", "b", "c", "d"], scorers["am"]))) == (1350, 2100)
     assert figures.reliability(scorers) == figures.reliability(scorers)
     assert figures.reliability(scorers) != figures.reliability({"rm": scorers["am"], "am": scorers["rm"]})
     with pytest.raises(ValueError, match="nothing to draw"):
