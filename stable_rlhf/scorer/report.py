@@ -51,8 +51,8 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         if "auc" in check:
             found += f"; a pair of its higher value is the stronger in {_interval(check['auc'])} of cases (AUC)"
         lines.append(
-            f"Strength against {check['column']!r} over {check['pairs']:,} pairs of {check['prompts']:,} prompts. {found}. "
-            "Brackets: 95 % intervals, by bootstrap over the prompts."
+            f"Strength against {check['column']!r} over {check['pairs']:,} pairs of {check['prompts']:,} prompts. "
+            f"{found}. Brackets: 95 % intervals, by bootstrap over the prompts."
         )
     return lines
 

@@ -92,7 +92,8 @@ def summary_of(text: str) -> dict:
         "rejected": "b",
     }
     check = {"column": "agreement", "pairs": 4, "prompts": 3, "spearman": {"value": 0.5, "low": 0.1, "high": 0.8},
-             "auc": {"value": 0.75, "low": 0.5, "high": 1.0}, "by_value": [{"value": 1.0, "pairs": 4, "mean": 0.5, "below_zero": 0.25}]}  # fmt: skip
+             "auc": {"value": 0.75, "low": 0.5, "high": 1.0},
+             "by_value": [{"value": 1.0, "pairs": 4, "mean": 0.5, "below_zero": 0.25}]}  # fmt: skip
     figures = strength_summary([-1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 2.0])
     notable = {"weakest": [row], "most ambiguous": [], "strongest": []}
     return {"scorers": 5, "folds": 2, "heads_only": False, **figures, "check": check, "notable": notable}
