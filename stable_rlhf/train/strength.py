@@ -46,6 +46,7 @@ from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, scor
 
 _HELD_OUT = -1
 _DIFFERENCES = "differences.json"
+_RESAMPLES = 1000
 
 
 @dataclass
@@ -300,29 +301,28 @@ def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path)
     return {k: v for k, v in summary.items() if k not in ("notable", "curve")}
 
 
-def check_against(
-    mean: np.ndarray, check: Sequence[float | None], prompts: Sequence[str], resamples: int = 1000
-) -> dict[str, Any]:
+def check_against(mean: np.ndarray, check: Sequence[float | None], prompts: Sequence[str]) -> dict[str, Any]:
     """How strength goes with a column of the data (None where a pair has no value).
 
     Spearman's rank correlation; where the column has two values also the AUC, the chance that a pair of the higher one
     is the stronger (a tie counts half). Their 95 % intervals are the bootstrap's over the prompts: pairs of one prompt
-    are too much alike to count as independent. Both are None without two different values. Then the mean strength at
-    each value where there are at most ten."""
+    are too much alike to count as independent. Both are None without two different values and two prompts. Then the
+    mean strength at each value where there are at most ten."""
     known = np.array([value is not None for value in check])
     mu, value = mean[known], np.array([v for v in check if v is not None], dtype=np.float64)
-    group = np.unique(np.array(prompts, dtype=object)[known].astype(str), return_inverse=True)[1]
+    place: dict[str, int] = {}
+    group = np.array([place.setdefault(prompt, len(place)) for prompt, k in zip(prompts, known, strict=True) if k])
     distinct = np.unique(value)
     statistics = {"spearman": _spearman} | ({"auc": _auc} if len(distinct) == 2 else {})
-    result: dict[str, Any] = {"pairs": len(mu), "prompts": int(group.max()) + 1, **dict.fromkeys(statistics)}
-    if np.ptp(mu) > 0 and len(distinct) > 1:
+    result: dict[str, Any] = {"pairs": len(mu), "prompts": len(place), **dict.fromkeys(statistics)}
+    if np.ptp(mu) > 0 and len(distinct) > 1 and len(place) > 1:
         rng, drawn = np.random.default_rng(0), []
-        for _ in range(resamples):
-            times = np.bincount(rng.integers(0, group.max() + 1, group.max() + 1), minlength=group.max() + 1)
+        for _ in range(_RESAMPLES):
+            times = np.bincount(rng.integers(0, len(place), len(place)), minlength=len(place))
             rows = np.repeat(np.arange(len(mu)), times[group])
             if np.ptp(mu[rows]) > 0 and np.ptp(value[rows]) > 0:
                 drawn.append([statistic(mu[rows], value[rows]) for statistic in statistics.values()])
-        ends = np.quantile(drawn, [0.025, 0.975], axis=0).T if drawn else np.full((len(statistics), 2), np.nan)
+        ends = np.quantile(drawn, [0.025, 0.975], axis=0).T
         for (name, statistic), (low, high) in zip(statistics.items(), ends.tolist(), strict=True):
             result[name] = {"value": statistic(mu, value), "low": low, "high": high}
     if len(distinct) <= 10:

@@ -257,6 +257,7 @@ def test_strength_against_a_column():
     )
     assert 0.5 < found["auc"]["low"] < found["auc"]["value"] < found["auc"]["high"] < 1
     assert check_against(mu, [1.0] * 120, prompts)["spearman"] is None  # a constant has no ranks
+    assert check_against(mu, two.astype(float).tolist(), ["one"] * 120)["auc"] is None  # nothing to draw from
     assert check_against(mu * 0, two.astype(float).tolist(), prompts)["auc"] is None
     sure = check_against(np.arange(9.0), list(np.arange(9.0)), list("abcdefghi"))["spearman"]
     assert all(end == pytest.approx(1.0) for end in sure.values())
