@@ -5,13 +5,14 @@ One palette (Okabe and Ito's, safe for colour-blind readers) throughout: a score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 
-from stable_rlhf.evaluate.findings import scorer_names, variant_names
+from stable_rlhf.evaluate.findings import round_of, scorer_names, variant_names
 from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
 from stable_rlhf.pictures import FAINT, INK, legend_below, picture, plain, png
 
@@ -29,12 +30,37 @@ CHOSEN, REJECTED = "#009E73", "#CC79A7"
 IDEAL = {"color": INK, "linestyle": "--", "linewidth": 1.2, "label": "ideal"}
 MAX_RIDGES = 12
 MAX_TASK_LABELS = 24
+MAX_COLUMNS = 3  # panels side by side; more go to further rows
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each scorer or variant: its own where it has one, else the next of the spare ones."""
-    spare = cycle(_OTHERS)
-    return {name: COLOURS[name] if name in COLOURS else next(spare) for name in names}
+    """A colour for each scorer or variant: its own where it has one, darker from round to round, else the next of the
+    spare ones."""
+    spare, found = cycle(_OTHERS), {}
+    for name in names:
+        first, number = round_of(name)
+        found[name] = _darker(COLOURS[first], 0.6 ** (number - 1)) if first in COLOURS else next(spare)
+    return found
+
+
+def _darker(colour: str, share: float) -> str:
+    """``share`` of the colour, the rest black."""
+    return "#" + "".join(f"{round(share * int(colour[i : i + 2], 16)):02X}" for i in (1, 3, 5))
+
+
+def _label(name: str) -> str:
+    return plain(name, 26)  # "Advantage Model, round 2" whole
+
+
+@contextmanager
+def _panels(count: int, height: float, **kwargs: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with ``count`` panels, at most MAX_COLUMNS in a row of ``height`` inches."""
+    columns = min(count, MAX_COLUMNS)
+    rows = -(-count // columns)
+    with picture(columns, rows=rows, size=(9, height * rows), **kwargs) as (figure, axes):
+        for ax in axes.ravel()[count:]:
+            ax.set_visible(False)
+        yield figure, list(axes.ravel()[:count])
 
 
 def _draw_reliability(axes: Any, name: str, colour: str, rows: list[dict[str, Any]], ece: dict[str, float]) -> None:
@@ -46,7 +72,7 @@ def _draw_reliability(axes: Any, name: str, colour: str, rows: list[dict[str, An
         axes.plot([middle, middle], [ci["low"], ci["high"]], color=INK, linewidth=1)
     axes.plot([0.5, 1], [0.5, 1], **IDEAL)
     axes.set(xlim=(0.5, 1), ylim=(0, 1.02), xlabel="confidence σ(|Δ|)", ylabel="share ranked right")
-    axes.set_title(f"{name}: ECE {100 * ece['value']:.1f} %")
+    axes.set_title(f"{name}\nECE {100 * ece['value']:.1f} %")
     axes.legend(loc="upper left")
 
 
@@ -56,17 +82,25 @@ def reliability(scorers: dict[str, Any]) -> bytes:
     Bars are accuracy per confidence bin, whiskers 95 % Wilson intervals.
     """
     names = scorer_names(scorers)
-    paint = colours(names)
-    with picture(len(names), rows=2, size=(9, 7), sharey=True) as (figure, axes):
-        for column, key in zip(axes.T, names, strict=True):
-            part, name = scorers[key], plain(names[key])
-            _draw_reliability(column[0], name, paint[key], part["reliability"], part["ece"])
-            _draw_reliability(
-                column[1], f"{name} / T", paint[key], part["reliability_after_temperature"],
-                part["ece_after_temperature"],
-            )  # fmt: skip
-        for ax in axes[:, 1:].ravel():
-            ax.set_ylabel("")
+    paint, keys = colours(names), list(names)
+    groups = [keys[start : start + MAX_COLUMNS] for start in range(0, len(keys), MAX_COLUMNS)]
+    columns = len(groups[0])
+    with picture(columns, rows=2 * len(groups), size=(9, 7 * len(groups)), sharey=True) as (figure, axes):
+        for ax in axes.ravel():
+            ax.set_visible(False)
+        for place, group in enumerate(groups):
+            for column, key in enumerate(group):
+                part, name = scorers[key], _label(names[key])
+                above, below = axes[2 * place : 2 * place + 2, column]
+                _draw_reliability(above, name, paint[key], part["reliability"], part["ece"])
+                _draw_reliability(
+                    below, f"{name} / T", paint[key], part["reliability_after_temperature"],
+                    part["ece_after_temperature"],
+                )  # fmt: skip
+                for ax in (above, below):
+                    ax.set_visible(True)
+                    if column:
+                        ax.set_ylabel("")
         return png(figure)
 
 
@@ -74,8 +108,8 @@ def difference(scorers: dict[str, Any]) -> bytes:
     """Accuracy against score difference beside 1/(1 + e^−Δ), one panel per scorer as their scales differ (Fig. 2)."""
     names = scorer_names(scorers)
     keys, paint = list(names), colours(names)
-    with picture(len(keys), size=(9, 3.8), sharey=True) as (figure, axes):
-        for ax, key in zip(axes[0], keys, strict=True):
+    with _panels(len(keys), 3.8, sharey=True) as (figure, axes):
+        for ax, key in zip(axes, keys, strict=True):
             rows = scorers[key]["difference_curve"]
             x = np.array([row["difference"] for row in rows])
             y = np.array([row["accuracy"] for row in rows])
@@ -100,10 +134,11 @@ def difference(scorers: dict[str, Any]) -> bytes:
             end = max(float(x.max()) * 1.05, 1e-3)
             line = np.linspace(0, end, 200)
             ax.plot(line, sigmoid(line), **{**IDEAL, "label": "1/(1 + e$^{-Δ}$)"})
-            ax.set(xlim=(0, end), ylim=(min(0.4, float(y.min()) - 0.05), 1.02), xlabel="score difference |Δ| of a pair")
-            ax.set_title(plain(names[key]))
+            ax.set(xlim=(0, end), ylim=(min(0.4, float(y.min()) - 0.05), 1.02), xlabel="score difference |Δ|")
+            ax.set_title(_label(names[key]))
             ax.legend(loc="lower right")
-        axes[0][0].set_ylabel("share ranked right")
+        for ax in axes[::MAX_COLUMNS]:
+            ax.set_ylabel("share ranked right")
         return png(figure)
 
 
@@ -117,8 +152,8 @@ def _edges(values: np.ndarray, bins: int = 40) -> np.ndarray:
 def densities(scorers: dict[str, Any]) -> bytes:
     """Score densities of chosen and rejected responses per scorer (Fig. 3)."""
     names = scorer_names(scorers)
-    with picture(len(names), size=(9, 3.6)) as (figure, axes):
-        for ax, key in zip(axes[0], names, strict=True):
+    with _panels(len(names), 3.6) as (figure, axes):
+        for ax, key in zip(axes, names, strict=True):
             chosen, rejected = np.asarray(scorers[key]["chosen"]), np.asarray(scorers[key]["rejected"])
             edges = _edges(np.concatenate([chosen, rejected]))
             for values, colour, name in ((rejected, REJECTED, "rejected"), (chosen, CHOSEN, "chosen")):
@@ -132,9 +167,10 @@ def densities(scorers: dict[str, Any]) -> bytes:
                     label=name,
                 )
                 ax.axvline(values.mean(), color=colour, linewidth=1.6)
-            ax.set(xlabel="score", title=plain(names[key]), yticks=[])
-        axes[0][0].set_ylabel("density (lines: means)")
-        legend_below(figure, axes[0][0], 2)
+            ax.set(xlabel="score", title=_label(names[key]), yticks=[])
+        for ax in axes[::MAX_COLUMNS]:
+            ax.set_ylabel("density (lines: means)")
+        legend_below(figure, axes[0], 2)
         return png(figure)
 
 
@@ -155,8 +191,8 @@ def task_densities(scorers: dict[str, Any]) -> bytes:
     """Score densities of the 12 largest tasks, one ridge each, ordered by the first scorer's mean (Fig. 1a)."""
     names = scorer_names(scorers)
     paint, tasks = colours(names), _largest_tasks(scorers, MAX_RIDGES)
-    with picture(len(names), size=(9, 1.3 + 0.42 * len(tasks)), sharey=True) as (figure, axes):
-        for ax, key in zip(axes[0], names, strict=True):
+    with _panels(len(names), 1.3 + 0.42 * len(tasks), sharey=True) as (figure, axes):
+        for ax, key in zip(axes, names, strict=True):
             part = scorers[key]
             label = np.asarray(part["pair_tasks"], dtype=object)
             both = np.stack([np.asarray(part["chosen"]), np.asarray(part["rejected"])])
@@ -170,7 +206,7 @@ def task_densities(scorers: dict[str, Any]) -> bytes:
                 curve = 0.9 * curve / max(float(curve.max()), 1.0)
                 ax.fill_between(middle, height, height + curve, color=paint[key], alpha=0.55, linewidth=0)
                 ax.plot([values.mean()] * 2, [height, height + 0.9], color=INK, linewidth=1.4)
-            ax.set(xlabel="score (black: mean of the task)", title=plain(names[key]), ylim=(-0.1, len(tasks) + 0.05))
+            ax.set(xlabel="score (black: task's mean)", title=_label(names[key]), ylim=(-0.1, len(tasks) + 0.05))
             ax.set_yticks(range(len(tasks)), [plain(task) for task in tasks])
         return png(figure)
 
@@ -188,7 +224,7 @@ def per_task(scorers: dict[str, Any]) -> bytes:
             relative = (means - means.mean()) / max(float(stds.mean()), 1e-12)
             for ax, heights in zip(axes[:, 0], (means, stds, relative), strict=True):
                 at = place + (k - (len(names) - 1) / 2) * width
-                ax.bar(at, heights, width, color=paint[key], label=plain(names[key]))
+                ax.bar(at, heights, width, color=paint[key], label=_label(names[key]))
         titles = (
             "Mean score of each task",
             "Standard deviation of the score within each task",
@@ -205,7 +241,7 @@ def per_task(scorers: dict[str, Any]) -> bytes:
         else:
             last.set_xticks([])
             last.set_xlabel(f"{len(shown)} tasks, ordered by the mean of the first scorer")
-        legend_below(figure, axes[0, 0], len(names))
+        legend_below(figure, axes[0, 0], min(len(names), MAX_COLUMNS))
         return png(figure)
 
 
@@ -219,11 +255,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def ppo_curves(policies: dict[str, Any]) -> bytes:
-    """Score gained, gold score where known, KL and length over the steps of each variant (Fig. 5a)."""
+    """Score gained, gold score where known, KL and length over the steps of each variant (Fig. 5a); a later round goes
+    on where the one before it ended."""
     names = {key: name for key, name in variant_names(policies).items() if policies[key].get("curve")}
-    paint = colours(names)
+    paint, before = colours(names), _steps_before(policies, names)
+    rounds = any(before.values())
     panels = [
-        ("score", "Score gained since the first step", "score − first"),
+        ("score", f"Score gained {'within each round' if rounds else 'since the first step'}", "score − first"),
         ("gold", "Gold score (the truth)", "gold score"),
         ("kl", "KL from the SFT policy", "nats"),
         ("length", "Length of responses", "tokens"),
@@ -235,7 +273,8 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
                 rows = [row for row in policies[variant]["curve"] if row.get(key) is not None]
                 if not rows:
                     continue
-                steps, values = np.array([r["step"] for r in rows]), np.array([r[key] for r in rows], dtype=float)
+                steps = before[variant] + np.array([r["step"] for r in rows])
+                values = np.array([r[key] for r in rows], dtype=float)
                 smooth = _smooth(values)
                 if key == "score":
                     values, smooth = values - smooth[0], smooth - smooth[0]
@@ -248,12 +287,24 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
                     label=plain(names[variant]),
                     marker="o" if len(rows) < 3 else None,
                 )
+            for start in {*before.values()} - {0}:
+                ax.axvline(start, color=INK, linewidth=0.8, linestyle=":")
             ax.set_title(title, loc="left")
             ax.set(xlabel="PPO step", ylabel=unit)
         for ax in axes.ravel()[len(panels) :]:
             ax.set_visible(False)
-        legend_below(figure, axes[0, 0], 5)
+        legend_below(figure, axes[0, 0], len({round_of(name)[0] for name in names}) if rounds else 5)
         return png(figure)
+
+
+def _steps_before(policies: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """Steps of the rounds before each variant's."""
+    last = {name: max(row["step"] for row in policies[name]["curve"]) for name in names}
+    rounds = {name: round_of(name) for name in last}
+    return {
+        name: sum(last[other] for other in last if rounds[other][0] == first and rounds[other][1] < number)
+        for name, (first, number) in rounds.items()
+    }
 
 
 def _draw_outcomes(axes: Any, policies: dict[str, Any], on: str) -> None:
@@ -316,12 +367,14 @@ def stage_seconds(stages: Sequence[dict[str, Any]]) -> bytes:
 
 
 def overview(summary: dict[str, Any]) -> bytes:
-    """One 1200 × 500 picture of a run: reliability of the scorers, and outcomes on the forget set.
+    """One 1200 × 500 picture of a run: reliability of the scorers (those of the first round, where there are more),
+    and outcomes on the forget set.
 
     Raises ValueError when the summary has neither scorers nor a forget (else main) set.
     """
     scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
     names = scorer_names(scorers)
+    names = {key: name for key, name in names.items() if round_of(key)[1] == 1} or names
     paint = colours(names)
     on = next((s for s in ("forget", "main") if any(policies[v].get(s) for v in variant_names(policies))), None)
     panels = [*names, *([on] if on else [])]
@@ -331,7 +384,7 @@ def overview(summary: dict[str, Any]) -> bytes:
     with picture(len(panels), size=(12, 5), gridspec_kw={"width_ratios": ratios}) as (figure, axes):
         for ax, key in zip(axes[0], names, strict=False):
             part = scorers[key]
-            _draw_reliability(ax, plain(names[key]), paint[key], part["reliability"], part["ece"])
+            _draw_reliability(ax, _label(names[key]), paint[key], part["reliability"], part["ece"])
         for ax in axes[0][1 : len(names)]:
             ax.set_ylabel("")
         if on:

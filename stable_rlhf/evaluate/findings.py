@@ -43,8 +43,8 @@ Statistic = Callable[[Floats], Floats]
 
 
 def scorer_names(found: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the scorers in ``found``: those of the paper first and by their full name, others as they are called;
-    `am-round-2` by the name of `am`."""
+    """Names of the scorers in ``found``: those of the paper first and by their full name, each followed by its later
+    rounds (`am-round-2`, by the name of `am`); others as they are called."""
     return _names(found, SCORER_NAMES)
 
 
@@ -54,14 +54,24 @@ def variant_names(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _names(found: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
-    present = [key for key in known if found.get(key)]
-    present += [key for key, part in found.items() if part and key not in known]
-    return {key: _name(key, known) for key in present}
+    place = {key: i for i, key in enumerate(known)}
+
+    def order(key: str) -> tuple[int, int]:
+        first, number = round_of(key)
+        return (place[first], number) if first in place else (len(place), 0)
+
+    return {key: _name(key, known) for key in sorted((key for key, part in found.items() if part), key=order)}
 
 
 def _name(key: str, known: Mapping[str, str]) -> str:
-    first, found, number = key.partition("-round-")
-    return f"{known.get(first, first)}, round {number}" if found else known.get(key, key)
+    first, number = round_of(key)
+    return known.get(first, first) + (f", round {number}" if number > 1 else "")
+
+
+def round_of(key: str) -> tuple[str, int]:
+    """A scorer or policy of iterated RLHF as that of the first round and its round: `am-round-2` is (`am`, 2)."""
+    first, _, number = key.partition("-round-")
+    return (first, int(number)) if number.isdecimal() and int(number) > 1 else (key, 1)
 
 
 def verdict(held: bool | None) -> str:

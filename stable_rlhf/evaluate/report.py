@@ -359,7 +359,8 @@ def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
                 "ppo",
                 "During PPO",
                 "A score that rises while the gold score does not is reward hacking; KL says how far the policy has "
-                "moved from SFT (thick lines are moving averages; scores of different scorers have different scales).",
+                "moved from SFT (thick lines are moving averages; scores of different scorers have different scales; "
+                "where rounds follow each other, a dotted line parts them).",
                 figures.ppo_curves(policies),
             )
         )

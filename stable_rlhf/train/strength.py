@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from stable_rlhf import ops
 from stable_rlhf.data.packing import last_positions
 from stable_rlhf.data.readers import comparison_row, write_jsonl
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
-from stable_rlhf.data.splits import split_rows
+from stable_rlhf.data.splits import prompt_key, split_rows
 from stable_rlhf.models import (
     FeatureCache,
     Trunk,
@@ -47,6 +46,7 @@ from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, scor
 
 _HELD_OUT = -1
 _DIFFERENCES = "differences.json"
+_RESAMPLES = 1000
 
 
 @dataclass
@@ -286,7 +286,8 @@ def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path)
         "scorers": s.num_scorers, "folds": s.folds, "heads_only": s.heads_only, **strength_summary(mean, std)
     }  # fmt: skip
     if pairs.check is not None:
-        summary["check"] = {"column": s.check, **check_against(mean, pairs.check)}
+        prompts = [prompt_key(item.row.prompt) for item in pairs.encoded for _ in item.row.pairs]
+        summary["check"] = {"column": s.check, **check_against(mean, pairs.check, prompts)}
     flat = [(item.row, pair) for item in pairs.encoded for pair in item.row.pairs]
     summary["notable"] = {
         name: [_to_read(*flat[i], PairStrength(float(mean[i]), float(std[i]))) for i in places]
@@ -300,20 +301,30 @@ def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path)
     return {k: v for k, v in summary.items() if k not in ("notable", "curve")}
 
 
-def check_against(mean: np.ndarray, check: Sequence[float | None]) -> dict[str, Any]:
-    """Spearman's rank correlation of strength with a column, with its 95 % interval (Bonett and Wright 2000), and the
-    mean strength at each value of the column where there are at most ten."""
-    from scipy.stats import rankdata
+def check_against(mean: np.ndarray, check: Sequence[float | None], prompts: Sequence[str]) -> dict[str, Any]:
+    """How strength goes with a column of the data (None where a pair has no value).
 
+    Spearman's rank correlation; where the column has two values also the AUC, the chance that a pair of the higher one
+    is the stronger (a tie counts half). Their 95 % intervals are the bootstrap's over the prompts: pairs of one prompt
+    are too much alike to count as independent. Both are None without two different values and two prompts. Then the
+    mean strength at each value where there are at most ten."""
     known = np.array([value is not None for value in check])
     mu, value = mean[known], np.array([v for v in check if v is not None], dtype=np.float64)
-    result: dict[str, Any] = {"pairs": len(mu), "spearman": None}
-    if len(mu) > 3 and np.ptp(mu) > 0 and np.ptp(value) > 0:
-        rho = float(np.corrcoef(rankdata(mu), rankdata(value))[0, 1])
-        centre = math.atanh(min(max(rho, -0.999999), 0.999999))
-        half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(mu) - 3))
-        result["spearman"] = {"value": rho, "low": math.tanh(centre - half), "high": math.tanh(centre + half)}
+    place: dict[str, int] = {}
+    group = np.array([place.setdefault(prompt, len(place)) for prompt, k in zip(prompts, known, strict=True) if k])
     distinct = np.unique(value)
+    statistics = {"spearman": _spearman} | ({"auc": _auc} if len(distinct) == 2 else {})
+    result: dict[str, Any] = {"pairs": len(mu), "prompts": len(place), **dict.fromkeys(statistics)}
+    if np.ptp(mu) > 0 and len(distinct) > 1 and len(place) > 1:
+        rng, drawn = np.random.default_rng(0), []
+        for _ in range(_RESAMPLES):
+            times = np.bincount(rng.integers(0, len(place), len(place)), minlength=len(place))
+            rows = np.repeat(np.arange(len(mu)), times[group])
+            if np.ptp(mu[rows]) > 0 and np.ptp(value[rows]) > 0:
+                drawn.append([statistic(mu[rows], value[rows]) for statistic in statistics.values()])
+        ends = np.quantile(drawn, [0.025, 0.975], axis=0).T
+        for (name, statistic), (low, high) in zip(statistics.items(), ends.tolist(), strict=True):
+            result[name] = {"value": statistic(mu, value), "low": low, "high": high}
     if len(distinct) <= 10:
         result["by_value"] = [
             {
@@ -323,6 +334,20 @@ def check_against(mean: np.ndarray, check: Sequence[float | None]) -> dict[str, 
             for v in distinct
         ]  # fmt: skip
     return result
+
+
+def _spearman(mu: np.ndarray, value: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    return float(np.corrcoef(rankdata(mu), rankdata(value))[0, 1])
+
+
+def _auc(mu: np.ndarray, value: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    high = value == value.max()
+    above = rankdata(mu)[high].sum() - high.sum() * (high.sum() + 1) / 2
+    return float(above / (high.sum() * (~high).sum()))
 
 
 def _to_read(row: Comparison, pair: tuple[int, int], strength: PairStrength) -> dict[str, Any]:

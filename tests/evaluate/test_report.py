@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from stable_rlhf.evaluate import figures, paper
-from stable_rlhf.evaluate.findings import CANNOT_TELL, findings, verdict
+from stable_rlhf.evaluate.findings import CANNOT_TELL, findings, scorer_names, variant_names, verdict
 from stable_rlhf.evaluate.report import make_report, render_report, summary_markdown, summary_table
 from stable_rlhf.rehearsal import figures as selection_figures
 
@@ -243,6 +243,52 @@ def test_names_of_their_own_are_shown_with_colours_of_their_own(make_summary: An
     assert paint["am"] == figures.COLOURS["am"] and len(set(paint.values())) == 4
 
 
+def test_later_rounds_follow_their_variant_and_go_on_where_the_last_one_ended(
+    make_summary: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = make_summary(pairs=40, prompts=20, variants=("rm", "am"))["policies"]
+    policies |= {
+        "am-round-2": policies["am"],
+        "rm-round-10": policies["rm"],
+        "rm-round-2": policies["rm"],
+        "mine": {1: 1},
+    }
+    names = variant_names(policies)
+    assert list(names) == ["rm", "rm-round-2", "rm-round-10", "am", "am-round-2", "mine"]
+    assert list(scorer_names({"rm": 1, "am": 1, "rm-round-2": 1})) == ["rm", "rm-round-2", "am"]
+    assert names["rm-round-10"] == "RM-PPO, round 10"
+    paint = figures.colours(names)
+    assert paint["am"] == figures.COLOURS["am"] and len(set(paint.values())) == 6
+    light = [sum(bytes.fromhex(paint[key][1:])) for key in ("rm", "rm-round-2", "rm-round-10")]
+    assert light == sorted(light, reverse=True)
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: drawn.append(figure) or b"")
+    figures.ppo_curves(policies)
+    for axes in drawn[0].axes:
+        first = {line.get_label(): line.get_xdata()[0] for line in axes.get_lines() if "PPO" in str(line.get_label())}
+        assert first == {
+            "RM-PPO": 0,
+            "RM-PPO, round 2": 59,
+            "RM-PPO, round 10": 118,
+            "AM-PPO": 0,
+            "AM-PPO, round 2": 59,
+        }
+
+
+def test_many_scorers_take_further_rows(make_summary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorers = make_summary(pairs=40, prompts=20, variants=("rm",))["scorers"]
+    scorers |= {f"{key}-round-{number}": scorers[key] for key in ("rm", "am") for number in (2, 3)}
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "png", lambda figure, dpi=0: drawn.append(figure) or b"")
+    for draw in (figures.reliability, figures.difference, figures.densities, figures.task_densities):
+        draw(scorers)
+        titles = [axes.get_title().split("\n")[0] for axes in drawn[-1].axes if axes.get_visible()]
+        assert [title for title in titles if not title.endswith("/ T")] == list(scorer_names(scorers).values())
+        assert drawn[-1].axes[0].get_gridspec().ncols == 3
+    figures.overview({"scorers": scorers})
+    assert [axes.get_title().split("\n")[0] for axes in drawn[-1].axes] == ["Reward model", "Advantage Model"]
+
+
 def test_scorers_of_other_tasks_show_what_they_share(make_summary: Any) -> None:
     apart = make_summary(pairs=80, prompts=20)
     part = apart["scorers"]["am"]
@@ -300,6 +346,7 @@ def test_pictures_have_their_size_and_follow_the_figures(summary: dict[str, Any]
     scorers = summary["scorers"]
     assert size_of(figures.overview(summary)) == (1200, 500)
     assert size_of(figures.reliability(scorers)) == (1350, 1050)
+    assert size_of(figures.reliability(dict.fromkeys(["a", "b", "c", "d"], scorers["am"]))) == (1350, 2100)
     assert figures.reliability(scorers) == figures.reliability(scorers)
     assert figures.reliability(scorers) != figures.reliability({"rm": scorers["am"], "am": scorers["rm"]})
     with pytest.raises(ValueError, match="nothing to draw"):

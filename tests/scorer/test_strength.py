@@ -91,7 +91,8 @@ def summary_of(text: str) -> dict:
         "chosen": "a",
         "rejected": "b",
     }
-    check = {"column": "agreement", "pairs": 4, "spearman": {"value": 0.5, "low": 0.1, "high": 0.8},
+    check = {"column": "agreement", "pairs": 4, "prompts": 3, "spearman": {"value": 0.5, "low": 0.1, "high": 0.8},
+             "auc": {"value": 0.75, "low": 0.5, "high": 1.0},
              "by_value": [{"value": 1.0, "pairs": 4, "mean": 0.5, "below_zero": 0.25}]}  # fmt: skip
     figures = strength_summary([-1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 2.0])
     notable = {"weakest": [row], "most ambiguous": [], "strongest": []}
@@ -103,7 +104,8 @@ def test_the_page_escapes_what_the_data_say(tmp_path):
     write_report("A <title>", summary, [-1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 0.5], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "A &lt;title&gt;" in page
-    assert "0.500 [0.100, 0.800]" in page and "-1.50" in page and "p.jsonl:3" in page
+    assert "0.500 [0.100, 0.800]" in page and "0.750 [0.500, 1.000]" in page and "4 pairs of 3 prompts" in page
+    assert "-1.50" in page and "p.jsonl:3" in page
     assert (tmp_path / "strength.png").read_bytes().startswith(b"\x89PNG")
 
 

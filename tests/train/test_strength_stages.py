@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -238,18 +237,38 @@ def test_check_column(recipe, backbone):
         measure(recipe, backbone)
 
 
-def test_rank_correlation_is_spearmans():
-    from scipy.stats import spearmanr
+def test_strength_against_a_column():
+    from scipy.stats import mannwhitneyu, spearmanr
 
     rng = np.random.default_rng(1)
-    mu = rng.normal(size=60)
-    value = np.round(mu + rng.normal(size=60))
+    mu = np.round(rng.normal(size=120), 1)  # with ties
+    prompts = [f"prompt {i // 2}" for i in range(120)]
+    value = np.round(mu + rng.normal(size=120))
     given = [None if i % 7 == 0 else float(v) for i, v in enumerate(value)]
-    known = [i for i in range(60) if i % 7]
-    found = check_against(mu, given)
-    assert found["pairs"] == len(known)
+    known = [i for i in range(120) if i % 7]
+    found = check_against(mu, given, prompts)
+    assert (found["pairs"], found["prompts"]) == (len(known), 60) and "auc" not in found
     assert found["spearman"]["value"] == pytest.approx(spearmanr(mu[known], value[known]).statistic, abs=1e-12)
     assert found["spearman"]["low"] < found["spearman"]["value"] < found["spearman"]["high"]
-    assert check_against(mu, [1.0] * 60)["spearman"] is None  # a constant has no ranks
-    sure = check_against(np.arange(9.0), list(np.arange(9.0)))["spearman"]
-    assert sure["value"] == pytest.approx(1.0) and math.isfinite(sure["low"])
+    two = value > 0
+    found = check_against(mu, two.astype(float).tolist(), prompts)
+    assert found["auc"]["value"] == pytest.approx(
+        mannwhitneyu(mu[two], mu[~two]).statistic / (two.sum() * (~two).sum()), abs=1e-12
+    )
+    assert 0.5 < found["auc"]["low"] < found["auc"]["value"] < found["auc"]["high"] < 1
+    assert check_against(mu, [1.0] * 120, prompts)["spearman"] is None  # a constant has no ranks
+    assert check_against(mu, two.astype(float).tolist(), ["one"] * 120)["auc"] is None  # nothing to draw from
+    assert check_against(mu * 0, two.astype(float).tolist(), prompts)["auc"] is None
+    sure = check_against(np.arange(9.0), list(np.arange(9.0)), list("abcdefghi"))["spearman"]
+    assert all(end == pytest.approx(1.0) for end in sure.values())
+
+
+def test_pairs_of_one_prompt_do_not_count_as_independent():
+    rng = np.random.default_rng(0)
+    mu, value = rng.normal(size=80), rng.normal(size=80) > 0
+    mu = mu + value
+    copies = check_against(np.tile(mu, 9), np.tile(value, 9).astype(float).tolist(), [str(i) for i in range(80)] * 9)
+    once = check_against(mu, value.astype(float).tolist(), [str(i) for i in range(80)])
+    for name in ("spearman", "auc"):
+        width = {key: found[name]["high"] - found[name]["low"] for key, found in (("9", copies), ("1", once))}
+        assert copies[name]["value"] == pytest.approx(once[name]["value"]) and width["9"] == pytest.approx(width["1"])
