@@ -51,6 +51,7 @@ class Control:
 
 STUDY_CLUSTERS, BUDGET = 20, 200  # of the study's recipe: 20 clusters, ten of each
 CONTROLS = {
+    "rm-again": Control("RM-PPO, trained again", "rm", ()),  # how far a run is from another with other rounding
     "rm-kl": Control("RM-PPO, `kl_coef` 0.175", "rm", ("--ppo.kl_coef", "0.175")),
     **{f"sr-{c}": Control(f"AM-PPO-SR, {c} clusters", "am-sr", (), c) for c in (5, 100)},
 }
