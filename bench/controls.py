@@ -4,9 +4,10 @@
     python -m bench.controls run runs/study-skill-world    # goes on after a kill
     python -m bench.controls report                        # tables and picture of docs/results.md, from the results
 
-Two questions. Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with
-``kl_coef`` as many times larger as its scores are wider answers that. And does the number of clusters matter (the
-paper's Fig. 6)? AM-PPO-SR with other numbers, about as many rows kept in all.
+Three questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)? Is the
+Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many times
+larger as its scores are wider answers that. And does the number of clusters matter (the paper's Fig. 6)? AM-PPO-SR with
+other numbers, about as many rows kept in all.
 
 Each evaluation measures the study's own policy of the same variant too, and must find the study's figures again.
 """
@@ -160,10 +161,10 @@ def block(name: str) -> str:
         control, sr, am = by_seed(lines, "rm-kl"), of_study("am-sr"), of_study("am")
         seeds = sorted(control)
         rows.append(mean_row("RM-PPO", of_study("rm"), seeds))
-        rows.append(mean_row(CONTROLS["rm-kl"].title, control, seeds))
+        rows += [mean_row(CONTROLS[name].title, by_seed(lines, name), seeds) for name in ("rm-again", "rm-kl")]
         rows += [mean_row("AM-PPO", am, seeds), mean_row("AM-PPO-SR", sr, seeds)]
-        rows.append(minus_row("AM-PPO less the second row", am, control, seeds))
-        rows.append(minus_row("AM-PPO-SR less the second row", sr, control, seeds))
+        rows.append(minus_row("AM-PPO less the third row", am, control, seeds))
+        rows.append(minus_row("AM-PPO-SR less the third row", sr, control, seeds))
     else:
         sweep, seeds = cluster_rows(lines)
         rows += [mean_row(f"{count} clusters, {BUDGET // count} of each", sweep[count], seeds) for count in sweep]
