@@ -4,10 +4,10 @@
     python -m bench.controls run runs/study-skill-world    # goes on after a kill
     python -m bench.controls report                        # tables and picture of docs/results.md, from the results
 
-Three questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)? Is
-the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many
-times larger as its scores are wider answers that. And does the number of clusters matter (the paper's Fig. 6)? AM-PPO-SR
-with other numbers, about as many rows kept in all.
+Three questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)?
+Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many
+times larger as its scores are wider answers that. And does the number of clusters matter (the paper's Fig. 6)? AM-
+PPO-SR with other numbers, about as many rows kept in all.
 
 Each evaluation measures the study's own policy of the same variant too, and must find the study's figures again.
 """
