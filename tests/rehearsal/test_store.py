@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -180,26 +179,35 @@ def test_one_process_at_a_time(tmp_path):
         worker.wait()
 
 
-def kill_and_finish(folder: Path, count: int, seconds: float, delay: float) -> int:
-    """Kill a worker `delay` seconds after its first shard, let a second one finish; shards done before the kill."""
+def kill_and_finish(folder: Path, count: int, begun: int, delay: float) -> int:
+    """Kill a worker `delay` seconds after it began its shard number `begun`; then let a second one finish.
+
+    How many shards were done before the kill."""
     folder.mkdir()
     log = folder / "log"
-    worker = start_worker(folder / "e", count, seconds, log)
+    worker = start_worker(folder / "e", count, 0.02, log)
+
+    def entries() -> list[str]:
+        return log.read_text().split() if log.exists() else []
+
     until = time.monotonic() + 60
-    while not (folder / "e" / "job.json").exists() and worker.poll() is None and time.monotonic() < until:
+    while len(entries()) < begun and worker.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(delay)
-    worker.send_signal(signal.SIGKILL)
+    worker.kill()
     worker.wait()
-    done = len(list((folder / "e" / "shards").glob("*.json"))) if (folder / "e" / "shards").exists() else count
-    first = log.read_text().split() if log.exists() else []
+    first = entries()
+    assert len(first) >= begun
+    # Once the manifest is there, the shards are being cleared away.
+    finished = (folder / "e" / "manifest.json").exists()
+    done = len(first) if finished else len(list((folder / "e" / "shards").glob("*.json")))
     made = embed_to_folder(texts(count), folder / "e", "fake", shard_rows=8, encoder=lambda p: _logged(p, log))
     np.testing.assert_array_equal(made.array, encode(texts(count)))
     open_embeddings(folder / "e", verify=True)
-    begun = log.read_text().split()
     # Nothing finished is made twice: at most the one shard that the kill interrupted.
-    assert len(begun) - len(set(begun)) <= 1 and len(set(begun)) == -(-count // 8)
-    assert len(first) - done <= 1 or done == count
+    every = entries()
+    assert len(first) - done in (0, 1) and len(every) - len(first) == count // 8 - done
+    assert len(set(every)) == count // 8
     assert sorted(p.name for p in (folder / "e").iterdir()) == [".lock", "embeddings.npy", "manifest.json"]
     return done
 
@@ -212,14 +220,14 @@ def _logged(part: list[str], log: Path) -> np.ndarray:
 
 def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
     rng = random.Random(0)
-    done = [kill_and_finish(tmp_path / str(i), 80, 0.02, rng.uniform(0, 0.3)) for i in range(4)]
+    done = [kill_and_finish(tmp_path / str(i), 80, i, rng.uniform(0, 0.03)) for i in (1, 4, 8, 10)]
     assert any(0 < d < 10 for d in done), done  # at least one kill hit the middle
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_result_is_the_same(tmp_path):
     rng = random.Random(1)
-    done = [kill_and_finish(tmp_path / str(i), 160, 0.02, rng.uniform(0, 0.4)) for i in range(20)]
+    done = [kill_and_finish(tmp_path / str(i), 160, i, rng.uniform(0, 0.03)) for i in range(1, 21)]
     assert sum(0 < d < 20 for d in done) >= 10, done
 
 
