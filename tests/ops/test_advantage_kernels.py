@@ -209,6 +209,25 @@ def test_log_ratios_of_ten_thousand(ratio, backend):
     assert math.isfinite(float(out.loss.detach()))
 
 
+@cpp
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_exponential_of_every_log_ratio(isa, monkeypatch):
+    """One alternate of one policy and reward 1: the score is 1 - w, over all log-ratios that a call may have."""
+    monkeypatch.setenv("STABLE_RLHF_CPU_ISA", isa)
+    log_ratio = torch.cat(
+        [torch.linspace(-760, 80, 8001), torch.tensor([-745.2, -708.4, -700.01, -1e-9, 0.0])]
+    ).double()
+    rows = len(log_ratio)
+    with ops.backend("cpu"):
+        score = ops.advantage_score(
+            torch.ones(rows, dtype=torch.float64), num_policies=1, weight_mode="sequence", max_weight=None,
+            logprob=log_ratio, alt_logprob=torch.zeros(1, rows, dtype=torch.float64), cu_seqlens=torch.arange(rows + 1),
+        )  # fmt: skip
+    weight = [math.exp(x) for x in log_ratio.tolist()]
+    worst = max(abs(1 - s - w) / max(1.0, w) for s, w in zip(score.tolist(), weight, strict=True))
+    assert worst <= 1e-15
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits(backend):
     """A response in many pairs, prompts with many responses: sums whose order must not depend on threads."""
