@@ -337,17 +337,15 @@ def check_against(mean: np.ndarray, check: Sequence[float | None], prompts: Sequ
 
 
 def _spearman(mu: np.ndarray, value: np.ndarray) -> float:
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    return float(np.corrcoef(rankdata(mu), rankdata(value))[0, 1])
+    return float(spearmanr(mu, value).statistic)
 
 
 def _auc(mu: np.ndarray, value: np.ndarray) -> float:
-    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
 
-    high = value == value.max()
-    above = rankdata(mu)[high].sum() - high.sum() * (high.sum() + 1) / 2
-    return float(above / (high.sum() * (~high).sum()))
+    return float(roc_auc_score(value == value.max(), mu))
 
 
 def _to_read(row: Comparison, pair: tuple[int, int], strength: PairStrength) -> dict[str, Any]:
