@@ -2,14 +2,18 @@
 
     stable-rlhf study recipes/study-skill-world.yaml
     python -m bench.controls run runs/study-skill-world    # goes on after a kill
-    python -m bench.controls report                        # tables and picture of docs/results.md, from the results
+    python -m bench.controls report                        # tables and pictures of docs/results.md, from the results
 
-Three questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)?
+Four questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)?
 Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many
-times larger as its scores are wider answers that. And does the number of clusters matter (the paper's Fig. 6)? AM-
-PPO-SR with other numbers, about as many rows kept in all.
+times larger as its scores are wider answers that (``rm-kl``). Would the temperature that calibrates the reward model do
+as well (``rm-temperature``)? Scores divided by T are, but for the scale of the critic's loss, ``kl_coef`` times T, since
+advantages are whitened. And does the number of clusters matter (the paper's Fig. 6)? AM-PPO-SR with other numbers, about
+as many rows kept in all. Each evaluation measures the study's own policy of the same variant too, and must find the
+study's figures again.
 
-Each evaluation measures the study's own policy of the same variant too, and must find the study's figures again.
+The page has the study's first five seeds (docs/results.json) together with five further ones that ran later
+(docs/results-further.json), and seed 1 once more with all that comes before PPO (docs/results-again.json).
 """
 
 from __future__ import annotations
@@ -30,13 +34,17 @@ import torch
 
 from bench.common import ROOT, environment
 from bench.suite import RESULTS, read_lines
-from stable_rlhf.evaluate.study import means, paired_difference, seed_mean
+from stable_rlhf.evaluate.study import NAMES, means, paired_difference, pooled, seed_mean
+from stable_rlhf.evaluate.study_report import make_page, markdown
 from stable_rlhf.pictures import FAINT, KEPT, picture, png
 
 RECIPE = ROOT / "recipes" / "study-skill-world.yaml"
 OUTPUT = RESULTS / "controls.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 STUDY = ROOT / "docs" / "results.json"
+FURTHER = ROOT / "docs" / "results-further.json"
+AGAIN = ROOT / "docs" / "results-again.json"
+TITLE = "Skill world: seven variants, ten seeds"
 PICTURE = ROOT / "docs" / "results-clusters.png"
 MARKED = re.compile(r"<!-- controls:(?P<name>[a-z]+) -->\n.*?<!-- /controls -->", re.DOTALL)
 Line = dict[str, Any]
@@ -48,12 +56,15 @@ class Control:
     variant: str  # of the study, and what it is compared with
     settings: tuple[str, ...]
     clusters: int = 0  # a selection of its own with so many clusters
+    by_temperature: bool = False  # kl_coef times the temperature fitted to the scorer
 
 
 STUDY_CLUSTERS, BUDGET = 20, 200  # of the study's recipe: 20 clusters, ten of each
+KL_COEF = 0.05  # of the study's recipe
 CONTROLS = {
     "rm-again": Control("RM-PPO, trained again", "rm", ()),  # how far a run is from another with other rounding
     "rm-kl": Control("RM-PPO, `kl_coef` 0.175", "rm", ("--ppo.kl_coef", "0.175")),
+    "rm-temperature": Control("RM-PPO, scores divided by T", "rm", (), by_temperature=True),
     **{f"sr-{c}": Control(f"AM-PPO-SR, {c} clusters", "am-sr", (), c) for c in (5, 100)},
 }
 
@@ -93,7 +104,10 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     shared = ["--config", recipe, "--model-name-or-path", source / "sft", "--seed", seed]
     shared += [word for name, path in data.items() for word in (f"--data.{name}", path)]
     scorer = source / ("scorer-am" if what.variant.startswith("am") else "scorer-rm")
-    trained = ["--variant", what.variant, "--scorer", scorer, *what.settings]
+    summary, settings = json.loads((source / "summary.json").read_text()), what.settings
+    if what.by_temperature:
+        settings = ("--ppo.kl_coef", f"{KL_COEF * summary['scorers'][what.variant]['temperature']:.4f}")
+    trained = ["--variant", what.variant, "--scorer", scorer, *settings]
     if what.clusters:
         each = max(1, BUDGET // what.clusters)
         number = ["--select.num_clusters", what.clusters, "--select.top_k", each]
@@ -103,12 +117,12 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     policies = [f"changed={here / 'policy' / f'ppo-{what.variant}'}", f"study={source / f'ppo-{what.variant}'}"]
     call("evaluate", *shared, "--policies", *policies, "--output-dir", here / "evaluation", log=log)
     found = json.loads((here / "evaluation" / "evaluation" / "summary.json").read_text())["policies"]
-    known = json.loads((source / "summary.json").read_text())["policies"][what.variant]
+    known = summary["policies"][what.variant]
     if figures(found["study"]) != figures(known):
         raise RuntimeError(f"{source}: its {what.variant} measures {figures(found['study'])}, not {figures(known)}")
     stage = json.loads((here / "policy" / f"ppo-{what.variant}" / "stage.json").read_text())
     return {
-        "control": control, "variant": what.variant, "settings": list(what.settings), "clusters": what.clusters,
+        "control": control, "variant": what.variant, "settings": list(settings), "clusters": what.clusters,
         "seed": seed, **figures(found["changed"]), "seconds": round(stage["seconds"], 1),
     }  # fmt: skip
 
@@ -131,8 +145,13 @@ def by_seed(lines: Sequence[Line], control: str) -> dict[int, Line]:
     return {line["seed"]: line for line in lines if line["control"] == control}
 
 
+def whole_study() -> dict[str, Any]:
+    """All ten seeds."""
+    return pooled([json.loads(path.read_text()) for path in (STUDY, FURTHER)]) | {"title": TITLE}
+
+
 def of_study(variant: str) -> dict[int, Line]:
-    return {row["seed"]: row for row in json.loads(STUDY.read_text())["policies"] if row["variant"] == variant}
+    return {row["seed"]: row for row in whole_study()["policies"] if row["variant"] == variant}
 
 
 def cell(interval: Any, factor: int, *, sign: bool = False) -> str:
@@ -154,22 +173,44 @@ def minus_row(title: str, ours: dict[int, Line], theirs: dict[int, Line], seeds:
 
 
 def block(name: str) -> str:
-    """The table ``name`` of docs/results.md."""
+    """The part ``name`` of docs/results.md."""
+    if name == "study":
+        return markdown(whole_study())
     lines = read_lines(OUTPUT)
     rows = [["", *(heading for heading, _ in FIGURES.values())], ["---", *["---:"] * len(FIGURES)]]
-    if name == "scale":
-        control, sr, am = by_seed(lines, "rm-kl"), of_study("am-sr"), of_study("am")
-        seeds = sorted(control)
+    if name == "again":
+        return again()
+    if name == "rounding":
+        rm, seeds = by_seed(lines, "rm-again"), sorted(by_seed(lines, "rm-again"))
+        rows += [mean_row("RM-PPO", of_study("rm"), seeds), mean_row(CONTROLS["rm-again"].title, rm, seeds)]
+    elif name == "scale":
+        scaled = {key: by_seed(lines, key) for key in ("rm-kl", "rm-temperature")}
+        am, sr, seeds = of_study("am"), of_study("am-sr"), sorted(scaled["rm-kl"])
         rows.append(mean_row("RM-PPO", of_study("rm"), seeds))
-        rows += [mean_row(CONTROLS[name].title, by_seed(lines, name), seeds) for name in ("rm-again", "rm-kl")]
+        rows += [mean_row(CONTROLS[key].title, found, seeds) for key, found in scaled.items()]
         rows += [mean_row("AM-PPO", am, seeds), mean_row("AM-PPO-SR", sr, seeds)]
-        rows.append(minus_row("AM-PPO less the third row", am, control, seeds))
-        rows.append(minus_row("AM-PPO-SR less the third row", sr, control, seeds))
+        for key, found in scaled.items():
+            rows.append(minus_row(f"AM-PPO less {CONTROLS[key].title}", am, found, seeds))
+        rows.append(minus_row(f"AM-PPO-SR less {CONTROLS['rm-kl'].title}", sr, scaled["rm-kl"], seeds))
     else:
         sweep, seeds = cluster_rows(lines)
         rows += [mean_row(f"{count} clusters, {BUDGET // count} of each", sweep[count], seeds) for count in sweep]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"{table}\n\nSeeds {', '.join(map(str, seeds))}; mean [95 % interval over the seeds].\n"
+
+
+def again() -> str:
+    """Every variant of the seeds of docs/results-again.json beside the study's own, in percent."""
+    second = json.loads(AGAIN.read_text())
+    keys = ("main_win", "main_lose", "forget_lose")
+    head = [f"seed {', '.join(map(str, second['seeds']))}"]
+    head += [heading + part for heading in (FIGURES[key][0] for key in keys) for part in (", first run", ", again")]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in second["policies"]:
+        if row["variant"] != "sft":
+            first = of_study(row["variant"])[row["seed"]]
+            rows.append([NAMES[row["variant"]], *(f"{100 * of[key]:.1f}" for key in keys for of in (first, row))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def cluster_rows(lines: Sequence[Line]) -> tuple[dict[int, dict[int, Line]], list[int]]:
@@ -215,12 +256,14 @@ def main() -> None:
     measured.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     measured.add_argument("--controls", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
     measured.add_argument("--workers", type=int, default=2, help="at a time")
-    commands.add_parser("report", help="tables and picture of docs/results.md")
+    commands.add_parser("report", help="tables and pictures of docs/results.md")
     given = parser.parse_args()
     if given.command == "run":
         study, folder = given.study.resolve(), given.output_dir.resolve()
         return run(study, folder, given.seeds, given.controls, given.workers, given.output)
     PICTURE.write_bytes(draw(read_lines(OUTPUT)))
+    for shown in make_page(whole_study())[1]:
+        (PAGE.parent / f"results-{shown.name}.png").write_bytes(shown.png)
     PAGE.write_text(rendered(PAGE.read_text()))
     return None
 

@@ -320,8 +320,48 @@ def _interval(interval: Interval) -> str:
 
 def results(summaries: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
     """All that a study found, JSON-ready, from one summary a seed; ``about`` (settings, seeds …) is passed through."""
-    scorer_table = [row for summary in summaries for row in scorer_rows(summary)]
-    policy_table = [row for summary in summaries for row in policy_rows(summary)]
+    return _compared(
+        about,
+        [row for summary in summaries for row in policy_rows(summary)],
+        [row for summary in summaries for row in scorer_rows(summary)],
+        [row for summary in summaries for row in curves(summary)],
+    )
+
+
+def pooled(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results of `results`, of different seeds but the same settings, as those of one study.
+
+    Raises:
+        ValueError: a seed in two of them, or a setting, judge or kind (reported, validation) that differs.
+    """
+    first = found[0]
+    seeds = [seed for each in found for seed in each["seeds"]]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {sorted(seeds)}: one is in two of the results")
+    for each in found[1:]:
+        for name in ("kind", "judges"):
+            if each[name] != first[name]:
+                raise ValueError(f"{name}: {first[name]} and {each[name]}")
+        _same_settings("settings", first["settings"], each["settings"])
+    policies, scorers, lines = (
+        [row for each in found for row in each[key]] for key in ("policies", "scorers", "curves")
+    )
+    about = {**first, "seeds": seeds, "hours": round(sum(each["hours"] for each in found), 3)}
+    return _compared(about, policies, scorers, lines)
+
+
+def _same_settings(name: str, one: Any, other: Any) -> None:
+    """A setting that only one of them knows is of another version and had its default."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in one.keys() & other.keys():
+            _same_settings(f"{name}.{key}", one[key], other[key])
+    elif one != other:
+        raise ValueError(f"{name}: {one} and {other}")
+
+
+def _compared(
+    about: Mapping[str, Any], policy_table: Sequence[Row], scorer_table: Sequence[Row], lines: Sequence[Row]
+) -> dict[str, Any]:
     scorers, policies = columns(scorer_table, "scorer"), columns(policy_table, "variant")
     found = {
         **about,
@@ -330,7 +370,7 @@ def results(summaries: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) ->
         "means": {"policies": means(policies), "scorers": means(scorers)},
         "comparisons": comparisons(policies),
         "claims": claims(scorers, policies),
-        "curves": [row for summary in summaries for row in curves(summary)],
+        "curves": lines,
     }
     return {key: _finite(value) for key, value in found.items()}
 

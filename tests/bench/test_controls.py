@@ -21,7 +21,8 @@ def study(tmp_path, monkeypatch):
     seed = tmp_path / "study" / "seeds" / "3"
     seed.mkdir(parents=True)
     known = {"rm": policy(0.2, 0.5), "am-sr": policy(0.4, 0.75)}
-    (seed / "summary.json").write_text(json.dumps({"policies": known}))
+    scorers = {"rm": {"temperature": 1.5}}
+    (seed / "summary.json").write_text(json.dumps({"policies": known, "scorers": scorers}))
     calls: list[list[str]] = []
     measured = {"study": known["am-sr"], "changed": policy(0.6, 1.0)}
 
@@ -61,6 +62,13 @@ def test_only_the_named_setting_changes(study, tmp_path):
     assert [words[0] for words in calls] == ["train-ppo", "evaluate"]
     assert "--scorer" in calls[0] and calls[0][calls[0].index("--ppo.kl_coef") + 1] == "0.175"
     assert not any(word.startswith("--select") or word == "--rehearsal" for words in calls for word in words)
+
+
+def test_the_penalty_by_the_scorers_temperature(study, tmp_path):
+    folder, calls, measured, known = study
+    measured["study"] = known["rm"]
+    line = controls.measure("rm-temperature", 3, folder, tmp_path / "work")
+    assert calls[0][calls[0].index("--ppo.kl_coef") + 1] == "0.0750" and line["settings"][1] == "0.0750"
 
 
 def test_a_study_that_measures_otherwise_now_is_an_error(study, tmp_path):

@@ -242,8 +242,39 @@ def test_the_page_says_what_the_settings_were_chosen_on(results: Any) -> None:
     assert "OTHER SETTINGS" in lead(validation={**known, "same_settings": False})
 
 
+# -- several results as one --------------------------------------------------------------------------------------------
+
+
+def in_two(summaries: Any) -> list[dict[str, Any]]:
+    halves = (summaries[:2], summaries[2:])
+    return [study.results(half, {**ABOUT, "seeds": [summary["seed"] for summary in half]}) for half in halves]
+
+
+def test_pooled_results_are_those_of_all_seeds_together(summaries: Any, results: Any) -> None:
+    parts = [
+        study.results(part, {**ABOUT, "seeds": [s["seed"] for s in part]}) for part in (summaries[:2], summaries[2:])
+    ]
+    pool = study.pooled(parts)
+    assert pool == {**results, "hours": 2.0}
+    older = {**parts[1], "settings": {"ppo": {"kl_coef": 0.05, "new": True}}}  # a setting that came later
+    assert study.pooled([parts[0], older])["means"] == results["means"]
+
+
+def test_results_that_do_not_belong_together_are_refused(summaries: Any) -> None:
+    parts = [
+        study.results(part, {**ABOUT, "seeds": [s["seed"] for s in part]}) for part in (summaries[:2], summaries[2:])
+    ]
+    with pytest.raises(ValueError, match=r"seeds \[3, 3, 4, 4\]: one is in two of the results"):
+        study.pooled([parts[0], parts[0]])
+    with pytest.raises(ValueError, match=r"settings\.ppo\.kl_coef: 0\.05 and 0\.1"):
+        study.pooled([parts[0], {**parts[1], "settings": {"ppo": {"kl_coef": 0.1}}}])
+    with pytest.raises(ValueError, match="kind: reported and validation"):
+        study.pooled([parts[0], {**parts[1], "kind": "validation"}])
+
+
 def test_docs_show_what_the_results_hold() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    found = json.loads((docs / "results.json").read_text())
-    assert study_report.markdown(found) in (docs / "results.md").read_text()
+    found = [json.loads((docs / name).read_text()) for name in ("results.json", "results-further.json")]
     assert "/tmp" not in json.dumps(found)
+    pool = study.pooled(found) | {"title": "Skill world: seven variants, ten seeds"}
+    assert study_report.markdown(pool) in (docs / "results.md").read_text()
