@@ -117,17 +117,25 @@ def memory(lines: Sequence[Line]) -> Any:
     return figure
 
 
+def _span(rates: Sequence[float], digits: int) -> str:
+    low, high = (f"{end / 1e9:,.{digits}f}" for end in (min(rates), max(rates)))
+    return low if low == high else f"{low} to {high}"
+
+
 def roofline(lines: Sequence[Line]) -> Any:
-    """Every operation of ours by flops a byte: under the rates that the same process measured."""
+    """Every operation of ours by flops a byte, beside the rates that each run measured for itself: a line a run."""
     own = [x for x in lines if x["peer"] == OURS and x["status"] == "ok" and x.get("flops") and x.get("bytes")]
     own = [x for x in own if not x["study"].startswith("sweep")] or own
-    if not own:
+    roofs: dict[tuple[float, float], None] = {}  # matrix products and copies, a second
+    for line in own:
+        rates = line["environment"].get("rates") or {}
+        peak = rates.get(f"{line['dtype']}_flops_per_s") or rates.get("float32_flops_per_s")
+        if peak and rates.get("copy_bytes_per_s"):
+            roofs[peak, rates["copy_bytes_per_s"]] = None
+    if not roofs:
         return None
-    rates = own[0]["environment"].get("rates") or {}
-    peak = rates.get(f"{own[0]['dtype']}_flops_per_s") or rates.get("float32_flops_per_s")
-    copied = rates.get("copy_bytes_per_s")
-    if not peak or not copied:
-        return None
+    peaks, copies = zip(*roofs, strict=True)
+    peak, copied = max(peaks), max(copies)
     figure, axes = plt.subplots(figsize=(7.2, 4.8))
     points: dict[str, list[Line]] = {}
     for line in own:
@@ -135,15 +143,16 @@ def roofline(lines: Sequence[Line]) -> Any:
     intensities = [x["flops"] / x["bytes"] for x in own]
     left, right = min(*intensities, 0.1) / 2, max(*intensities, peak / copied) * 4
     ridge = peak / copied
-    axes.plot([left, ridge, right], [left * copied, peak, peak], color="#444444", linewidth=1.4)
+    for level, slope in roofs:
+        axes.plot([left, level / slope, right], [left * slope, level, level], color="#444444", linewidth=0.8, alpha=0.7)
     colors = plt.get_cmap("tab20")
     for i, (op, group) in enumerate(points.items()):
         xs, ys = zip(*((x["flops"] / x["bytes"], x["flops_per_s"]) for x in group), strict=True)
         axes.scatter(xs, ys, s=46, color=colors(i % 20), label=op, zorder=4, edgecolor="white", linewidth=0.7)
     axes.set(xscale="log", yscale="log", xlabel="flops a byte that has to move", ylabel="FLOP/s", xlim=(left, right))
-    axes.text(ridge, peak * 1.12, f"matrix products, {peak / 1e9:,.0f} GFLOP/s", fontsize=8, color="#444444")
+    axes.text(ridge, peak * 1.12, f"matrix products, {_span(peaks, 0)} GFLOP/s", fontsize=8, color="#444444")
     axes.text(
-        ridge / 3, ridge / 3 * copied * 1.5, f"copy, {copied / 1e9:,.1f} GB/s", ha="right", fontsize=8, color="#444444"
+        ridge / 3, ridge / 3 * copied * 1.5, f"copy, {_span(copies, 1)} GB/s", ha="right", fontsize=8, color="#444444"
     )
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -191,12 +191,21 @@ def policy_loss(lines: Sequence[Line]) -> str:
     text = markdown_table(head, rows)
     told = {
         "logprob": "`linear_logprob` without gradient",
-        "logprob-grad": "with gradient (floor: four products)",
+        "logprob-grad": "with gradient (floor: four products, for logits that are not kept)",
         "logits": "`policy_loss` from logits (floor: a copy)",
     }
     own = [(said, x) for op, said in told.items() for x in lines if x["op"] == op and x["peer"] == OURS]
+
+    def kept(ours: Line) -> str:
+        """The peers of `logprob-grad` that keep the logits, and so need three products."""
+        if ours["op"] != "logprob-grad":
+            return ""
+        peers = {x["peer"]: x for x in lines if x["op"] == ours["op"] and x["status"] == "ok"}
+        found = [f"{name} {ratio(peers[name])}" for name in ("plain PyTorch", "torch.compile") if name in peers]
+        return f" ({', '.join(found)}, which keep them)" if found else ""
+
     if own:
-        text += "\n" + ", ".join(f"{said} {ratio(x)}" for said, x in own) + ".\n"
+        text += "\n" + ", ".join(f"{said} {ratio(x)}{kept(x)}" for said, x in own) + ".\n"
     return text
 
 
