@@ -165,7 +165,8 @@ def test_a_batch_script(cli, tiny):
     assert "sbatch job.sh" in done.out
     text = (tiny / "job.sh").read_text()
     assert "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=2\n" in text
-    for name, does in (("scontrol", "echo node7; echo node8"), ("srun", 'printf "%s\\n" "$@"')):
+    # As many hosts as no pipe holds: what stops reading after the first would end scontrol, and with it the job.
+    for name, does in (("scontrol", "seq -f node%.0f 7 30000"), ("srun", 'printf "%s\\n" "$@"')):
         (tiny / name).write_text(f"#!/bin/sh\n{does}\n")
         (tiny / name).chmod(0o755)
     path = os.pathsep.join([str(tiny), os.environ["PATH"]])

@@ -234,7 +234,7 @@ def slurm_script(recipe: Recipe, plan: Plan) -> str:
 #SBATCH --requeue
 set -euo pipefail
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # not head: it would break the pipe
 export MASTER_ADDR OMP_NUM_THREADS="${{OMP_NUM_THREADS:-4}}"
 export {_OWN_STORE}  # or processes that are started again look for the dead ones
 
