@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.config import CheckpointArguments
-from stable_rlhf.train.engine import barrier, gather_objects
+from stable_rlhf.train.engine import barrier, gather_objects, world_size
 
 _MARKER = "run.json"
 _STAGE = "stage.json"
@@ -118,17 +121,19 @@ class RunDirectory:
         say(f"[{name}]")
         working = self.root / f"{name}.tmp"
         self._first_rank(lambda: self._begin(name, working, key, fingerprint))
+        # Dropout draws the same masks whichever stages this process ran before.
+        torch.manual_seed(stream_seed(settings.get("seed", 0), name))
         began = time.monotonic()
         result = run(working)
         barrier()  # another rank may still be reading what it loads back from there
         seconds = time.monotonic() - began
 
         def finish() -> None:
-            record = {"name": name, "fingerprint": fingerprint, **key, "seconds": seconds, "result": result}
-            (working / _STAGE).write_text(json.dumps(record, indent=1) + "\n")
-            shutil.rmtree(working / SNAPSHOTS, ignore_errors=True)
-            (working / _ATTEMPT).unlink()
-            working.rename(folder)
+            _note(working / _STAGE, {
+                "name": name, "fingerprint": fingerprint, **key, "world_size": world_size(), "seconds": seconds,
+                "result": result,
+            })  # fmt: skip
+            _put_in_place(working, folder)
 
         self._first_rank(finish)
         say(f"[{name}] {seconds:.0f} s")
@@ -137,6 +142,9 @@ class RunDirectory:
         return done
 
     def _look(self, name: str, folder: Path, key: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
+        working = folder.with_name(f"{name}.tmp")
+        if not folder.exists() and _fingerprint(working / _STAGE) == fingerprint:  # killed after its last word
+            _put_in_place(working, folder)
         if not folder.exists():
             return None
         remedy = f"delete {str(folder)!r} to redo it, or choose another output_dir"
@@ -150,17 +158,18 @@ class RunDirectory:
         if seen != fingerprint and not (self.checkpoint.universal and _layout_alone(known, key)):
             changed = ", ".join(_changes(known, key))
             raise RunError(f"stage {name} was made with other settings ({changed}); {remedy}")
+        before = _rows_a_step(known["settings"], known.get("world_size", world_size()))
+        if seen != fingerprint and before != _rows_a_step(key["settings"], world_size()):
+            changed = "other rows a step: " + ", ".join(_changes(known, key))
+            raise RunError(f"stage {name} was made with other settings ({changed}); {remedy}")
         return dict(known)
 
     def _begin(self, name: str, working: Path, key: dict[str, Any], fingerprint: str) -> None:
         """Make an unfinished stage's folder ready; snapshots of an attempt with other settings are in the way."""
         attempt = working / _ATTEMPT
         if any(p.suffix != ".tmp" for p in (working / SNAPSHOTS).glob("step-*")):
-            try:
-                before = json.loads(attempt.read_text())
-                same = before["fingerprint"] == fingerprint
-            except (OSError, ValueError, KeyError, TypeError):
-                before, same = {}, False
+            same = _fingerprint(attempt) == fingerprint
+            before = {} if _fingerprint(attempt) is None else json.loads(attempt.read_text())
             if not same and self.checkpoint.resume_from_checkpoint != "none":
                 alone = _layout_alone(before, key)
                 if not (alone and self.checkpoint.universal):
@@ -186,8 +195,32 @@ class RunDirectory:
 def _note(path: Path, record: dict[str, Any]) -> None:
     """Write a record that is whole at every moment: without it, snapshots beside it could not be used."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record) + "\n")
+    part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)
+
+
+def _fingerprint(path: Path) -> str | None:
+    """That of a record that `_note` wrote, None where there is none."""
+    try:
+        return str(json.loads(path.read_text())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _put_in_place(working: Path, folder: Path) -> None:
+    """What is left to do once ``stage.json`` is whole; a kill in the middle of it costs nothing."""
+    shutil.rmtree(working / SNAPSHOTS, ignore_errors=True)
+    (working / _ATTEMPT).unlink(missing_ok=True)
+    working.rename(folder)
+
+
+def _rows_a_step(settings: Any, world: int) -> list[int]:
+    """The rows of an optimiser step, of every section whose layout decides them."""
+    if not isinstance(settings, dict):
+        return []
+    rows, pieces = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
+    found = [rows * pieces * world] if rows and pieces else []
+    return found + [rows for key in sorted(settings) for rows in _rows_a_step(settings[key], world)]
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from stable_rlhf.train.checkpoint import RunDirectory, RunError
+from stable_rlhf.train import checkpoint
+from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
+from stable_rlhf.train.config import CheckpointArguments
 
 SETTINGS = {"seed": 0, "ppo": {"kl_coef": 0.05, "tasks": ["a", "b"]}}
 
@@ -191,6 +195,59 @@ def test_what_a_killed_attempt_left_is_redone_from_scratch(tmp_path):
     assert work.runs == 1 and work.found == [] and not stage.skipped
     assert sorted(p.name for p in stage.folder.iterdir()) == ["stage.json", "weights.bin"]
     assert not left.exists()
+
+
+@pytest.mark.parametrize("left", ["everything", "no snapshots", "only what it made"])
+def test_a_kill_while_a_finished_stage_is_tidied_up_costs_nothing(left, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    class Snapshooting(Work):
+        def __call__(self, folder):
+            (folder / SNAPSHOTS / "step-3").mkdir(parents=True)
+            return super().__call__(folder)
+
+    first = Snapshooting()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "_put_in_place", killed)
+        RunDirectory(tmp_path).stage("ppo-am", SETTINGS, first)
+    working = tmp_path / "ppo-am.tmp"
+    if left != "everything":
+        shutil.rmtree(working / SNAPSHOTS)
+    if left == "only what it made":
+        (working / "attempt.json").unlink()
+    again = Work()
+    stage = RunDirectory(tmp_path).stage("ppo-am", SETTINGS, again)
+    assert (first.runs, again.runs) == (1, 0) and stage.skipped and stage.result == {"loss": 0.5, "curve": [1, 2]}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ppo-am", "run.json"]
+    assert sorted(p.name for p in stage.folder.iterdir()) == ["stage.json", "weights.bin"]
+
+
+def test_another_layout_is_the_same_stage_only_with_the_same_rows_a_step(tmp_path):
+    def settings(per_device, accumulation):
+        return {"sft": {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}}
+
+    universal = CheckpointArguments(universal=True)
+    RunDirectory(tmp_path).stage("sft", settings(8, 1), Work())
+    again = Work()
+    assert RunDirectory(tmp_path, universal).stage("sft", settings(2, 4), again).skipped and again.runs == 0
+    with pytest.raises(RunError, match=r"other rows a step: sft\.gradient_accumulation_steps: 1 -> 8"):
+        RunDirectory(tmp_path, universal).stage("sft", settings(8, 8), again)
+
+
+def test_a_stage_draws_the_same_masks_whatever_ran_before_it(tmp_path):
+    drawn = []
+
+    def draw(folder):
+        drawn.append(torch.rand(3).tolist())
+        return {}
+
+    for root, before in ((tmp_path / "a", 0), (tmp_path / "b", 5)):
+        torch.rand(before)
+        RunDirectory(root).stage("sft", SETTINGS, draw)
+    RunDirectory(tmp_path / "c").stage("sft", {**SETTINGS, "seed": 1}, draw)
+    RunDirectory(tmp_path / "a").stage("ppo-am", SETTINGS, draw)
+    assert drawn[0] == drawn[1] and drawn[0] != drawn[2] != drawn[3] != drawn[0]
 
 
 def test_a_stage_that_fails_is_not_finished_and_the_next_attempt_redoes_it(tmp_path):
