@@ -7,10 +7,10 @@
 Four questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)?
 Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many
 times larger as its scores are wider answers that (``rm-kl``). Would the temperature that calibrates the reward model do
-as well (``rm-temperature``)? Scores divided by T are, but for the scale of the critic's loss, ``kl_coef`` times T, since
-advantages are whitened. And does the number of clusters matter (the paper's Fig. 6)? AM-PPO-SR with other numbers, about
-as many rows kept in all. Each evaluation measures the study's own policy of the same variant too, and must find the
-study's figures again.
+as well (``rm-temperature``)? Scores divided by T are, but for the scale of the critic's loss, ``kl_coef`` times T,
+since advantages are whitened. And does the number of clusters matter (the paper's Fig. 6)? AM-PPO-SR with other
+numbers, about as many rows kept in all. Each evaluation measures the study's own policy of the same variant too, and
+must find the study's figures again.
 
 The page has the study's first five seeds (docs/results.json) together with five further ones that ran later
 (docs/results-further.json), and seed 1 once more with all that comes before PPO (docs/results-again.json).

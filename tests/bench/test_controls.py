@@ -89,6 +89,12 @@ def test_what_has_a_line_is_not_measured_again(study, tmp_path):
 
 def test_the_page_shows_what_the_results_hold():
     page = controls.PAGE.read_text()
-    assert [match["name"] for match in controls.MARKED.finditer(page)] == ["scale", "clusters"]
+    assert [match["name"] for match in controls.MARKED.finditer(page)] == [
+        "study",
+        "again",
+        "rounding",
+        "scale",
+        "clusters",
+    ]
     assert controls.rendered(page) == page, "run: python -m bench.controls report"
     assert controls.draw(read_lines(controls.OUTPUT)).startswith(b"\x89PNG")
