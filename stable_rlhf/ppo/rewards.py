@@ -67,11 +67,16 @@ def add_advantages(
     lam: float = 0.95,
     whiten: bool = True,
     group: Any = None,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Fill in ``advantage`` and ``returns``.
 
     Reward of a token: −β · (log π_old − log π_init); the score is added at the response's last token (EOS when the
     response has one), never after it. Advantages by GAE, whitened over all ranks' valid tokens; returns are not.
+
+    Args:
+        group: The ranks to whiten over; None: this process alone.
+        device: Where to whiten; the group's backend has to serve it (NCCL sums on GPUs alone).
     """
     lengths = [len(e.encoded.response) for e in experiences]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -84,7 +89,7 @@ def add_advantages(
     )  # fmt: skip
     advantage, returns = ops.gae(reward, value, cu_seqlens, gamma=gamma, lam=lam)
     if whiten:
-        advantage = ops.masked_whiten(advantage, group=group)
+        advantage = ops.masked_whiten(advantage.to(device), group=group).cpu()
     for experience, a, r in zip(experiences, advantage.split(lengths), returns.split(lengths), strict=True):
         experience.advantage, experience.returns = a, r
 

@@ -211,7 +211,7 @@ class PPOTrainer:
         gamma, lam = (a.gamma, a.lam) if self.policy.value_head is not None else (1.0, 1.0)
         add_advantages(
             experiences, kl_coef=self.kl.value, kl_estimator=a.kl_estimator, gamma=gamma, lam=lam,
-            whiten=a.whiten_advantages, group=group,
+            whiten=a.whiten_advantages, group=group, device=self.policy.trunk.device,
         )  # fmt: skip
         if a.rollout_importance_clip is not None:
             correct_for_rollouts(experiences, a.rollout_importance_clip)

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
+from stable_rlhf import ops
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
 from stable_rlhf.data.readers import write_jsonl
 from stable_rlhf.data.records import DataError, PromptRow
@@ -199,6 +202,48 @@ def test_a_score_that_is_not_finite_is_an_error(make, tokenizer, objective, valu
         trainer.scorer.reward_head.bias.fill_(value)
     with pytest.raises(ValueError, match="finite"):
         trainer.judge(as_rollouts(tokenizer))
+
+
+# -- several GPUs --------------------------------------------------------------------------------------------------
+
+
+class OnGPU(torch.Tensor):
+    """A tensor on a GPU, as far as tests without one can tell: all that is computed from it is there too."""
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Moving tensors to ``cuda`` marks them, ``cpu()`` takes the mark away."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and torch.device("cuda") in args:
+            return args[0].as_subclass(OnGPU)
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        return function(*args, **(kwargs or {}))
+
+
+def test_ranks_exchange_advantages_where_nccl_can_sum_them(make, tokenizer, monkeypatch):
+    trainer, all_gather = make(), dist.all_gather
+    experiences, alone = (trainer.judge(as_rollouts(tokenizer)) for _ in range(2))
+    trainer.estimate(alone)
+    asked = []
+
+    def nccl(parts, mine, group=None):
+        if not all(isinstance(tensor, OnGPU) for tensor in (*parts, mine)):
+            raise RuntimeError("No backend type associated with device type cpu")
+        asked.append(mine)
+        all_gather(parts, mine, group=group)
+
+    monkeypatch.setattr(dist, "all_gather", nccl)
+    monkeypatch.setattr("stable_rlhf.train.ppo.world_size", lambda: 2)
+    monkeypatch.setattr(type(trainer.policy.trunk), "device", torch.device("cuda"))
+    with PretendedGPU(), ops.backend("torch"):  # the C++ one takes CPU tensors alone
+        trainer.estimate(experiences)
+    assert len(asked) == 1
+    for one, other in zip(experiences, alone, strict=True):
+        assert type(one.advantage) is type(one.returns) is torch.Tensor
+        torch.testing.assert_close(one.advantage, other.advantage, rtol=0, atol=1e-6)
+        assert torch.equal(one.returns, other.returns)
 
 
 # -- sizes and rehearsal -------------------------------------------------------------------------------------------
