@@ -479,3 +479,17 @@ def release(model: Any) -> None:
     model.destroy()
     # ZeRO-3 puts every root module there and never takes it out: its shards would stay as long as the process.
     FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not model.module]
+    _forget_traces()
+
+
+def _forget_traces() -> None:
+    """Empty a cache of DeepSpeed's: what each module lets go of, kept for the class and by engine, so that an engine
+    that has traced its layers under ZeRO-3 would stay as long as the process. Others fill it again as they run."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    cached: Any = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    while cached is not None and not hasattr(cached, "cache_clear"):  # inside plain closures that measure its time
+        inside = [cell.cell_contents for cell in getattr(cached, "__closure__", None) or ()]
+        cached = next(filter(callable, inside), None)
+    if cached is not None:
+        cached.cache_clear()

@@ -149,6 +149,7 @@ def run_evaluate(
             ]  # fmt: skip
         release(policy)  # before the next one is loaded: large models do not fit twice
         del policy
+    release(reference)
     if is_main_process():
         write_jsonl(folder / "responses.jsonl.gz", records)
     barrier()

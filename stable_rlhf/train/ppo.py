@@ -38,7 +38,16 @@ from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments
-from stable_rlhf.train.engine import Engine, gather_objects, max_over_ranks, rank, read_only, sum_over_ranks, world_size
+from stable_rlhf.train.engine import (
+    Engine,
+    gather_objects,
+    max_over_ranks,
+    rank,
+    read_only,
+    release,
+    sum_over_ranks,
+    world_size,
+)
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.train.page import write_page
 from stable_rlhf.train.rollout_metrics import rollout_metrics
@@ -380,6 +389,8 @@ class PPOTrainer:
         page()
         tracker.close()
         self.engine.close()
+        release(self.reference)
+        release(self.scorer)
         return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
 
 

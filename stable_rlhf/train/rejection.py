@@ -18,7 +18,7 @@ from stable_rlhf.progress import progress
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments
-from stable_rlhf.train.engine import Engine, gather_objects, rank, read_only, sum_over_ranks, world_size
+from stable_rlhf.train.engine import Engine, gather_objects, rank, read_only, release, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.sft import nll_step, save_policy
 from stable_rlhf.train.snapshots import Snapshots
@@ -114,6 +114,8 @@ def train_rejection(
     save_policy(engine, policy, tokenizer, folder)
     tracker.close()
     engine.close()
+    release(before)
+    release(scorer)
     return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
 
 

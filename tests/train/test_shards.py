@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +13,16 @@ from test_parallel import launch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
-from stable_rlhf.train.config import EngineArguments, Recipe
+from stable_rlhf.train import evaluation
+from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe
 from stable_rlhf.train.engine import Engine, loading_in_shards, read_only, release
+from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.stages import in_shards, load_policy, load_reader, run_materialise
 from stable_rlhf.train.weights import plain_weights
 
@@ -113,6 +120,50 @@ def test_sampling_layer_by_layer_draws_the_same_tokens(folder, tokenizer, temper
     gathered = generate(reader.causal_lm, tokenizer, prompts, settings, seeds=[1, 2, 3], engine=reader)
     assert [r.encoded for r in gathered] == [r.encoded for r in wanted]
     release(reader)
+
+
+@pytest.mark.parametrize("train", [PPOTrainer, train_rejection])
+@pytest.mark.parametrize("arguments", [SHARDS, EngineArguments(offload_frozen=True)], ids=["shards", "offloaded"])
+def test_nothing_of_a_finished_stage_stays_in_memory(tiny_model, tokenizer, tmp_path, train, arguments):
+    """DeepSpeed keeps engines in lists and caches of its own: the next stage needs their room."""
+    settings = PPOArguments(
+        total_steps=2, rollout_batch_size=4, rejection_samples=2, per_device_train_batch_size=2, max_new_tokens=3
+    )
+    policy, reference = PolicyModel(tiny_model(), value_head=train is PPOTrainer), PolicyModel(tiny_model())
+    scorer = AdvantageModel(tiny_model(seed=1).base_model, tokenizer)
+    alive = {name: weakref.ref(m) for name, m in (("policy", policy), ("reference", reference), ("scorer", scorer))}
+    prompts = [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in ("Reverse abc", "Count: q")]
+    if train is PPOTrainer:
+        trainer = PPOTrainer(policy, tokenizer, scorer, settings, arguments, reference=reference)
+        trainer.train(prompts, tmp_path)
+        del trainer
+    else:
+        train_rejection(
+            policy, tokenizer, scorer, prompts, settings, arguments, tmp_path, seed=0, reference=reference
+        )  # fmt: skip
+    del policy, reference, scorer
+    gc.collect()
+    assert [name for name, model in alive.items() if model() is not None] == []
+
+
+def test_engines_are_released_where_deepspeed_has_no_such_cache(monkeypatch):
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    monkeypatch.delattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release")
+    destroyed = []
+    release(SimpleNamespace(destroy=lambda: destroyed.append(True), module=None))
+    assert destroyed
+
+
+def test_the_policy_that_others_are_compared_with_is_released(monkeypatch, tmp_path):
+    reader, released = object(), []
+    prompts = SimpleNamespace(main=[], forget=[])
+    parts = {"make_judge": None, "load_tokenizer": None, "load_prompts": prompts, "load_reader": reader, "answer": []}
+    for name, part in parts.items():
+        monkeypatch.setattr(evaluation, name, lambda *_, part=part, **__: part)
+    monkeypatch.setattr(evaluation, "release", released.append)
+    evaluation.run_evaluate(Recipe(), "sft", {}, None, tmp_path)
+    assert released == [reader]
 
 
 def test_readers_are_whole_unless_a_device_cannot_hold_them(folder):
