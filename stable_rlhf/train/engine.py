@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _SCHEDULE = "schedule.json"
 _LOSS_SCALE = "loss-scale.json"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _AVERAGE = "average.safetensors"
+_TIMEOUT_MINUTES = 6 * 60  # the others wait while rank 0 asks a judge, embeds candidates or reads its files again
 
 
 def rank() -> int:
@@ -101,8 +103,9 @@ def start(seed: int) -> None:
                 "MASTER_PORT": str(port),
             }
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES)))
         try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.train.config import EngineArguments
-from stable_rlhf.train.engine import Engine, read_only
+from stable_rlhf.train.engine import Engine, read_only, start
 
 
 def losses(model, arguments: EngineArguments) -> list[float]:
@@ -55,6 +58,20 @@ def test_models_that_only_read_take_the_engines_type(tiny_model, tokenizer):
     assert next(scorer.trunk.parameters()).dtype == torch.bfloat16
     assert scorer.reward_head.weight.dtype == torch.float32
     torch.testing.assert_close(scorer.score(["Reverse abc"] * 2, ["cba", "abc"]), whole, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, timedelta(hours=6)), ("45", timedelta(minutes=45))])
+def test_ranks_wait_for_hours_or_as_long_as_deepspeed_is_told(plain, monkeypatch, given, wanted):
+    import deepspeed
+
+    asked = {}
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **settings: asked.update(settings))
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    if given is not None:
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", given)
+    start(0)
+    assert asked["timeout"] == wanted
 
 
 def test_a_reference_keeps_tied_weights_tied(tiny_model):
