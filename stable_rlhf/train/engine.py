@@ -306,7 +306,8 @@ class Engine:
             # It would copy all gradients into one tensor and back, to sum them over this rank alone.
             self.deepspeed.enable_backward_allreduce = False
         self._norm = float("nan")
-        self.average = Average(dict(named), arguments.ema_decay) if arguments.ema_decay else None
+        averages = arguments.ema_decay and isinstance(module, PolicyModel)  # nothing would read a scorer's
+        self.average = Average(dict(named), arguments.ema_decay) if averages else None
         self.skip_nonfinite = False
         self._dropping = False
         self.overflowed, self.overflowed_steps = False, 0  # whether the last step was, and how many so far
@@ -442,16 +443,16 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; all ranks call this."""
+        # Before any file: a rank that cannot write would leave the others in ZeRO-3's collectives.
+        average = self.average.state() if self.average is not None else {}
         save_pieces(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
         if rank() == 0:
             (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n")
             if self._scaler is not None:
                 scale = {name: getattr(self._scaler, name) for name in _SCALER_STATE}
                 (folder / _LOSS_SCALE).write_text(json.dumps([scale, self.overflowed_steps]) + "\n")
-        if self.average is not None:
-            state = self.average.state()
-            if rank() == 0:
-                save_file({k: v.contiguous() for k, v in state.items()}, folder / _AVERAGE)
+            if self.average is not None:
+                save_file({k: v.contiguous() for k, v in average.items()}, folder / _AVERAGE)
 
     def load(self, folder: Path) -> None:
         """Take up what :meth:`save` wrote, on any number of ranks and with any ZeRO stage."""

@@ -15,7 +15,7 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   share it out: 12·R/W; DeepSpeed keeps the copy in float32 training too. In 16 bits the engine runs
                   ZeRO 0 as ZeRO 1
                   With offload_optimizer it lies in host memory, with float32 gradients: 16·R/W
-    average       ema_decay: 4·R (ZeRO 3: /W)
+    average       ema_decay: 4·R of a policy (ZeRO 3: /W)
     frozen        the models that only read, e each: for PPO the reference (what it does not share with the policy, Q
                   without the value head; with LoRA nothing) and the scorer: whole; ZeRO 3: /W; offload_frozen: on the
                   host, and on the device what is gathered at once
@@ -56,7 +56,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -353,17 +353,18 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
         moments += _training_moments("sft", whole, engine, world_size, rows, longest, **{"loss": loss})
     pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
     moments.append(Moment("scorer", "loading", {"loading": _loading([scorer], engine, world_size)}))
+    scoring = replace(engine, ema_decay=0.0)  # policies alone are averaged
     read, before = min(data.max_length, scorer.context), {}
     if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
         mine = -(-scorer.trained // (world_size if engine.zero_stage == 3 else 1))
         before = {"metarm": e * mine}
         shifted = recipe.scorer.per_device_train_batch_size * recipe.iterate.responses_per_prompt
-        items = engine_bytes(scorer, engine, world_size)[0] | {
+        items = engine_bytes(scorer, scoring, world_size)[0] | {
             "activations": activation_bytes(scorer, shifted, read, e, engine.gradient_checkpointing),
             "communication": sum(_buffers(scorer, engine)), "metarm": 4 * mine,
         }  # fmt: skip
         moments.append(Moment("scorer", "ascent", items))
-    moments += _training_moments("scorer", scorer, engine, world_size, pairs, read, **before)
+    moments += _training_moments("scorer", scorer, scoring, world_size, pairs, read, **before)
     answering = _generation(policy, recipe.ppo.rollout_batch_size, rolled, e)
     in_shards = engine.zero_stage == 3 and not engine.ds3_gather_for_generation
     reader = _held([policy], engine, world_size) if in_shards else e * policy.parameters

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from stable_rlhf.data.packing import encode
 from stable_rlhf.models import PolicyModel
+from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import EngineArguments, Recipe, SFTArguments
 from stable_rlhf.train.engine import Engine
@@ -69,6 +71,35 @@ def test_it_goes_on_to_the_same_bits(tiny_model, tmp_path, stage):
     found = engine.average.state()
     engine.close()
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_a_rank_that_cannot_write_takes_part_in_the_averages_collectives_first(tiny_model, tmp_path, monkeypatch):
+    """Or the others would wait for it under ZeRO 3 for ever: it goes on to tell them of its full disk."""
+    policy, engine = begin(tiny_model(), zero_stage=3)
+    step(policy, engine)
+    gathered, all_gather = [], dist.all_gather
+
+    def count(parts, mine):
+        gathered.append(mine)
+        all_gather(parts, mine)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(dist, "all_gather", count)
+    monkeypatch.setattr("stable_rlhf.train.engine.save_pieces", full)
+    with pytest.raises(OSError, match="No space left"):
+        engine.save(tmp_path)
+    engine.close()
+    assert len(gathered) == len(list(policy.parameters()))
+
+
+def test_a_scorer_is_not_averaged(tiny_model, tokenizer, tmp_path):
+    scorer = AdvantageModel(tiny_model().base_model, tokenizer)
+    engine = Engine(scorer, EngineArguments(ema_decay=DECAY), learning_rate=1e-2, total_steps=1)
+    engine.save(tmp_path)
+    engine.close()
+    assert engine.average is None and not list(tmp_path.glob("average*"))
 
 
 def test_it_is_saved_beside_the_policy(tiny_model, tokenizer, tmp_path):

@@ -180,6 +180,14 @@ def test_an_engine_with_lora_and_an_average_holds_what_is_estimated(one_process,
     assert measured == pytest.approx(sum(wanted.values()), rel=0.02)
 
 
+def test_policies_alone_are_averaged():
+    plain, averaged = changed(), changed(ema_decay=0.9)
+    plain.iterate.rounds = averaged.iterate.rounds = 2
+    assert items(averaged, "ppo", "update")["average"] > 0
+    for moment in ("update", "ascent"):
+        assert items(averaged, "scorer", moment) == items(plain, "scorer", moment)
+
+
 def test_zero_3_shares_reference_scorer_loading_and_saving():
     whole = read_config("nobody/nothing", LLAMA_7B)[0]
     sizes, scorer = model_sizes(whole, "", None), model_sizes(whole, "", None, scorer=True)
