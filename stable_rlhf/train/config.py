@@ -141,7 +141,7 @@ class GuardArguments:
     Args:
         max_kl: KL to the initial policy, in nats a response, that is too much (unset: no limit).
         on_kl: ``warn`` and go on; ``lower_target`` also halves ppo.kl_target; ``stop``: the policy of that moment is
-            saved, and the stage stays unfinished.
+            saved to ``output_dir/<stage>-stopped``, and the stage stays unfinished.
         max_update_kl: KL of the policy to the one that sampled, in nats a token, at which the rest of a step's updates
             is left out (unset: no limit).
         on_nonfinite: A loss or gradient norm that is not finite never reaches the weights: ``stop`` there, or ``skip``

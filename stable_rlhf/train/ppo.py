@@ -40,6 +40,7 @@ from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments
 from stable_rlhf.train.engine import (
     Engine,
+    barrier,
     gather_objects,
     max_over_ranks,
     rank,
@@ -369,10 +370,10 @@ class PPOTrainer:
                 by_task = [(at, p.row.task, s) for at, p, s in zip(places, mine, scores, strict=True) if p.row.task]
                 try:
                     guard.look(step + 1, metrics, [row[1:] for row in sorted(chain(*gather_objects(by_task)))])
-                except KLTooHigh:
-                    save_policy(self.engine, self.policy, self.tokenizer, folder / "stopped")
+                except KLTooHigh as error:
+                    kept = self._save_stopped(folder)
                     page()
-                    raise
+                    raise KLTooHigh(f"{error}. The policy of that step is in {str(kept)!r}") from None
                 bar.advance(note=f"score {metrics['score']:.3f} kl {metrics['kl']:.3f}")
                 moments = self.moments
                 carried = {
@@ -392,6 +393,20 @@ class PPOTrainer:
         release(self.reference)
         release(self.scorer)
         return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
+
+    def _save_stopped(self, folder: Path) -> Path:
+        """Save the policy of a stage that the guard stops, beside the stage's folder: the next attempt may begin that
+        one again. It takes the place of the one before when it is whole."""
+        kept = folder.with_name(folder.name.removesuffix(".tmp") + "-stopped")
+        working = kept.with_name(kept.name + ".tmp")
+        if is_main_process():
+            shutil.rmtree(working, ignore_errors=True)
+        save_policy(self.engine, self.policy, self.tokenizer, working)
+        if is_main_process():
+            shutil.rmtree(kept, ignore_errors=True)
+            working.rename(kept)
+        barrier()  # the error that follows ends all processes
+        return kept
 
 
 def encode_prompts(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments, Recipe
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
@@ -107,10 +110,20 @@ def prompts(tokenizer):
     return [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in texts]
 
 
-def test_a_run_that_stops_keeps_the_policy_of_that_moment(trainer, prompts, tmp_path):
-    with pytest.raises(KLTooHigh):
-        trainer.train(prompts, tmp_path, guard_arguments=GuardArguments(max_kl=-1e9, on_kl="stop"))
-    assert (tmp_path / "stopped" / "model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+def test_a_run_that_stops_keeps_the_policy_of_that_moment_whatever_comes_after(make, prompts, tmp_path):
+    root, kept = tmp_path / "run", tmp_path / "run" / "ppo-rm-stopped"
+
+    def attempt(folder):
+        return make().train(prompts, folder, guard_arguments=GuardArguments(max_kl=-1e9, on_kl="stop"))
+
+    for _ in range(2):
+        with pytest.raises(KLTooHigh, match=re.escape(f"The policy of that step is in {str(kept)!r}")):
+            RunDirectory(root).stage("ppo-rm", {}, attempt)
+        assert AutoModelForCausalLM.from_pretrained(kept) and not (kept / "of the one before").exists()
+        (kept / "of the one before").touch()
+    redone = RunDirectory(root).stage("ppo-rm", {}, lambda folder: {})
+    assert not redone.skipped and (kept / "model.safetensors").is_file()
+    assert sorted(p.name for p in root.iterdir()) == ["ppo-rm", "ppo-rm-stopped", "run.json"]
 
 
 @pytest.mark.parametrize("planted", [math.nan, math.inf])
