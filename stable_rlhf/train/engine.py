@@ -266,7 +266,7 @@ class Engine:
         heads = [p for n, p in named if n.split(".")[0] in HEADS]
         held = {id(p) for p in heads}
         groups = [{"params": [p for _, p in named if id(p) not in held], "lr": learning_rate}]
-        groups.append({"params": heads, "lr": head_learning_rate or learning_rate})
+        groups.append({"params": heads, "lr": learning_rate if head_learning_rate is None else head_learning_rate})
         groups = [g for g in groups if g["params"]]
         kind = _AdamW if self.zero_stage == 0 else torch.optim.AdamW
         optimizer = kind(

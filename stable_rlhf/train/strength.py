@@ -234,9 +234,9 @@ def train_head(
     deviation, mean = torch.std_mean(hidden[used], dim=0, correction=0)
     scaled = (hidden - mean) / deviation.clamp_min(1e-6)
     head = new_head(hidden.shape[1], torch.Generator().manual_seed(stream_seed(seed, "heads")))
+    rate = arguments.learning_rate if arguments.head_learning_rate is None else arguments.head_learning_rate
     optimizer = torch.optim.AdamW(
-        head.parameters(), lr=arguments.head_learning_rate or arguments.learning_rate,
-        betas=(engine_arguments.adam_beta1, engine_arguments.adam_beta2), eps=1e-8,
+        head.parameters(), lr=rate, betas=(engine_arguments.adam_beta1, engine_arguments.adam_beta2), eps=1e-8,
         weight_decay=engine_arguments.weight_decay,
     )  # fmt: skip
     batch = arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps

@@ -51,6 +51,19 @@ def test_the_same_steps(plain, tiny_model, settings, tolerance):
     assert losses(tiny_model(), EngineArguments(**settings)) == pytest.approx(wanted, abs=tolerance)
 
 
+@pytest.mark.parametrize(("rate", "moves"), [(0.0, False), (None, True)])
+def test_a_head_learning_rate_of_0_leaves_the_head_alone(plain, tiny_model, rate, moves):
+    policy = PolicyModel(tiny_model(), value_head=True)
+    engine = Engine(policy, EngineArguments(), learning_rate=1e-2, head_learning_rate=rate, total_steps=1)
+    trunk, head = (p.detach().clone() for p in (policy.trunk.upper.norm.weight, policy.value_head.weight))
+    output = engine(policy.trunk.inputs([[5, 6, 7, 8]]), torch.full((1, 4), 7))
+    engine.backward(output["value"].mean() - output["logprob"].mean())
+    engine.step()
+    engine.close()
+    assert not torch.equal(policy.trunk.upper.norm.weight, trunk)
+    assert torch.equal(policy.value_head.weight, head) != moves
+
+
 def test_models_that_only_read_take_the_engines_type(tiny_model, tokenizer):
     scorer = AdvantageModel(tiny_model().base_model, tokenizer)
     whole = scorer.score(["Reverse abc"] * 2, ["cba", "abc"])

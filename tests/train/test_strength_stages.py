@@ -198,6 +198,8 @@ def test_a_head_learns_what_a_linear_head_can():
     untrained = train_head(hidden, pairs[:80], still, EngineArguments(), seed=0)
     wrong = [not untrained[b] > untrained[w] for ((b, w),) in pairs]
     assert sum(wrong) > 20  # so the learning rate that counts was the head's
+    none = [replace(arguments, learning_rate=lr, head_learning_rate=head) for lr, head in ((0.0, None), (0.05, 0.0))]
+    assert torch.equal(*(train_head(hidden, pairs[:80], a, EngineArguments(), seed=0) for a in none))
 
 
 def test_scorers_train_on_the_denoised_labels(recipe, backbone, tmp_path):
