@@ -150,10 +150,7 @@ def _layout(backbone: nn.Module) -> _Layout:
     for layout in _LAYOUTS:
         if hasattr(backbone, layout.blocks) and hasattr(backbone, layout.final_norm):
             return layout
-    raise ValueError(
-        f"num_trainable_layers: {type(backbone).__name__} is not laid out like Llama or BLOOM, so it cannot be split; "
-        "leave num_trainable_layers unset to train the whole model"
-    )
+    raise ValueError(_cannot_split(backbone, "it is not laid out like Llama or BLOOM"))
 
 
 def _view(module: Any) -> Any:
@@ -172,6 +169,10 @@ def split_backbone(backbone: Any, num_trainable_layers: int) -> tuple[nn.Module,
 
     ``upper(inputs_embeds=lower(input_ids).last_hidden_state)`` equals ``backbone(input_ids)``. The lower part and the
     embedding are frozen (``requires_grad`` off); the last ``num_trainable_layers`` blocks and the final norm train.
+
+    Raises:
+        ValueError: the model is not laid out in a known way, has too few blocks, or its parts in turn do not compute
+            what the whole does (a few tokens are tried, but of weights in shards or on the meta device).
     """
     layout = _layout(backbone)
     blocks = getattr(backbone, layout.blocks)
@@ -187,11 +188,58 @@ def split_backbone(backbone: Any, num_trainable_layers: int) -> tuple[nn.Module,
     upper._modules[layout.blocks] = blocks[cut:]
     upper._modules[layout.embedding] = None
     upper.config.num_hidden_layers = num_trainable_layers
+    if getattr(backbone.config, "layer_types", None):  # a decoder's loop looks its blocks' kinds up by their place
+        lower.config.layer_types, upper.config.layer_types = (
+            list(backbone.config.layer_types[part]) for part in (slice(cut), slice(cut, None))
+        )
+    if hasattr(upper, "embedding_multiplier"):  # Granite's, which the lower part has applied
+        upper.embedding_multiplier = 1.0
     if layout.embedding_norm is not None:
         upper._modules[layout.embedding_norm] = nn.Identity()
+    if not any(p.is_meta or hasattr(p, "ds_id") for p in backbone.parameters()):
+        _check_split(backbone, lower, upper)
     for parameter in lower.parameters():
         parameter.requires_grad_(False)
     return lower, upper
+
+
+@torch.no_grad()
+def _check_split(backbone: Any, lower: Any, upper: Any) -> None:
+    """Raise where ``lower`` and ``upper`` in turn give something else than ``backbone``: other families may well have
+    more that depends on a block's place or on the embedding."""
+    parts = (backbone, lower, upper)
+    window = getattr(backbone.config, "sliding_window", None) or 0
+    length = min(16 + (window if window <= 128 else 0), context_length(backbone.config))
+    embedding = backbone.get_input_embeddings()
+    ids = [(3 + 7 * i) % embedding.num_embeddings for i in range(length)]
+    inputs = pad_sequences([ids], device=embedding.weight.device).as_inputs()
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    attention = [(part.config, part.config._attn_implementation) for part in parts]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for config, _ in attention:
+            config._attn_implementation = "eager"  # flash-attn cannot run where a model is made, on the CPU
+        wanted = backbone(**inputs, use_cache=False).last_hidden_state
+        inputs["inputs_embeds"] = lower(**inputs, use_cache=False).last_hidden_state
+        del inputs["input_ids"]
+        error = (upper(**inputs, use_cache=False).last_hidden_state - wanted).float().norm() / wanted.float().norm()
+    except Exception as problem:  # any: it is the model's own code
+        raise ValueError(_cannot_split(backbone, f"its blocks do not run in two parts: {problem}")) from problem
+    finally:
+        for module, training in modes:
+            module.training = training
+        for config, implementation in attention:
+            config._attn_implementation = implementation
+    if not error <= max(1e-4, 4 * torch.finfo(wanted.dtype).eps):
+        raise ValueError(_cannot_split(backbone, f"its blocks in two parts compute something else ({error:.1%} off)"))
+
+
+def _cannot_split(backbone: Any, reason: str) -> str:
+    return (
+        f"num_trainable_layers: {type(backbone).__name__} cannot be split: {reason}; leave num_trainable_layers unset "
+        "to train the whole model"
+    )
 
 
 class Trunk(nn.Module):

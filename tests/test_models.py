@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from stable_rlhf import models
 from stable_rlhf.data.packing import Encoded, encode, response_targets
 from stable_rlhf.models import (
     FeatureCache,
@@ -40,6 +42,83 @@ def test_split_whole_model_still_generates(tiny_model):
     Trunk(model.base_model, num_trainable_layers=1)
     after = model.generate(torch.tensor([SEQUENCES[0]]), max_new_tokens=5, do_sample=False)
     assert torch.equal(before, after)
+
+
+KINDS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
+FAMILIES = {  # each with blocks that differ by their place, or an embedding that is scaled
+    "gemma3_text": {"layer_types": KINDS, "sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "qwen3": {"layer_types": KINDS, "use_sliding_window": True, "sliding_window": 8},
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "cohere2": {"sliding_window": 8},
+}
+
+
+def family(name: str, **settings: object):
+    """A small untrained model of another family than those of `tiny_model`."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, **(sizes | FAMILIES.get(name, {}) | settings))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_split_equals_the_whole(name, layers, monkeypatch):
+    monkeypatch.setattr(models, "_check_split", lambda *parts: None)
+    model, sequences = family(name), [*SEQUENCES, list(range(3, 33))]
+    before = model.config.to_dict()
+    whole, split = Trunk(model.base_model), Trunk(model.base_model, num_trainable_layers=layers)
+    mask = whole.inputs(sequences)["attention_mask"].bool()
+    wanted, found = (trunk(**trunk.inputs(sequences))[mask] for trunk in (whole, split))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
+    assert model.config.to_dict() == before  # what is saved stays whole
+
+
+def test_a_family_whose_split_computes_something_else_is_refused():
+    model = family("llama")
+
+    class Scaled(type(model.base_model)):
+        def forward(self, input_ids=None, inputs_embeds=None, **named):
+            inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return super().forward(inputs_embeds=1.1 * inputs_embeds, **named)
+
+    model.base_model.__class__ = Scaled
+    with pytest.raises(ValueError, match="Scaled cannot be split: its blocks in two parts compute something else"):
+        PolicyModel(model, num_trainable_layers=2)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_family_that_does_not_run_in_two_parts_is_refused():
+    model = family("llama")
+
+    class Needs(type(model.base_model)):
+        def forward(self, input_ids=None, **named):
+            self.embed_tokens(input_ids)
+            return super().forward(input_ids=input_ids, **named)
+
+    model.base_model.__class__ = Needs
+    with pytest.raises(ValueError, match="Needs cannot be split: its blocks do not run in two parts"):
+        Trunk(model.base_model, num_trainable_layers=2)
+
+
+def test_trying_a_split_leaves_the_model_as_it_was():
+    model = family("qwen3", attention_dropout=0.5).train()
+    model.base_model.layers[1].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    lower, upper = split_backbone(model.base_model, 2)
+    assert [m.training for m in model.modules()] == modes and lower.training and upper.training
+    assert {part.config._attn_implementation for part in (model, lower, upper)} == {"sdpa"}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("count", [0, 3, 4])
