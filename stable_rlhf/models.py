@@ -387,10 +387,13 @@ class FeatureCache:
                 bar.advance(sum(len(s) for s in chunk))
 
     def get(self, trunk: Trunk, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        """The hidden states of these sequences, in the type of the trunk's lower blocks, whoever filled them in; what
+        is missing is computed."""
         if trunk.lower is None:
             return None
         self.fill(trunk, sequences)
-        return [self._store[tuple(s)] for s in sequences]
+        dtype = next(trunk.lower.parameters()).dtype
+        return [self._store[tuple(s)].to(dtype) for s in sequences]
 
     def save(self, path: Path) -> None:
         """Write all hidden states to a safetensors file."""

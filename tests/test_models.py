@@ -150,6 +150,17 @@ def test_saved_features_are_taken_up(tiny_model, monkeypatch, tmp_path):
     assert all(torch.equal(ours, theirs) for ours, theirs in found)
 
 
+@torch.no_grad()
+def test_features_of_another_type_are_given_in_the_trunks_own(tiny_model):
+    cache = FeatureCache()
+    cache.fill(Trunk(tiny_model().base_model, num_trainable_layers=1), SEQUENCES[:1])
+    trunk = Trunk(tiny_model().bfloat16().base_model, num_trainable_layers=1)
+    for order in (SEQUENCES, SEQUENCES[::-1]):  # one that was there before one that is computed now, and after it
+        features = cache.get(trunk, order)
+        assert {f.dtype for f in features} == {torch.bfloat16}
+        assert trunk(**trunk.inputs(order, features=features)).isfinite().all()
+
+
 def test_share_lower_compares_weights(tiny_model):
     one, same, other = (Trunk(tiny_model(seed=s).base_model, num_trainable_layers=1) for s in (0, 0, 1))
     assert share_lower(one, same) and not share_lower(one, other)

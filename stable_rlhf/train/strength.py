@@ -154,8 +154,9 @@ def _vote(
     arguments = recipe.scorer
     trained, judged = _trained_and_judged(pairs, fold, recipe.strength.folds)
     model = AdvantageModel(
-        load_causal_lm(backbone).base_model, load_tokenizer(backbone), ScorerSettings(objective="rm"),
-        num_trainable_layers=arguments.num_trainable_layers, seed=stream_seed(seed, "heads"),
+        load_causal_lm(backbone, dtype=_reading_dtype(recipe)).base_model, load_tokenizer(backbone),
+        ScorerSettings(objective="rm"), num_trainable_layers=arguments.num_trainable_layers,
+        seed=stream_seed(seed, "heads"),
     )  # fmt: skip
     sequences = [e.ids for item in pairs.encoded for e in item.examples]
     cache.fill(model.trunk.to(device()), sequences, description="hidden states")

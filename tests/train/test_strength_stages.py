@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stable_rlhf.data import read_comparisons, write_jsonl
+from stable_rlhf.models import FeatureCache, Trunk, load_causal_lm
 from stable_rlhf.train import strength
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import EngineArguments, Recipe, ScorerArguments
@@ -155,6 +156,18 @@ def test_a_finished_scorer_is_not_trained_again(recipe, backbone, monkeypatch):
     recipe.strength.num_scorers = 3  # the first two stay
     measure(recipe, backbone)
     assert calls[3:] == ["strength-scorer-3.tmp"]
+
+
+def test_scorers_read_the_backbone_in_the_engines_type(recipe, backbone):
+    """Whose hidden states a run's other scorers share: those that a run continued after this stage would compute."""
+    recipe.engine.bf16, recipe.scorer.num_trainable_layers, recipe.strength.num_scorers = True, 1, 1
+    cache, settings = FeatureCache(), {"scorer": recipe.as_dict()["scorer"]}
+    measure_strength(recipe, RunDirectory(recipe.output_dir), backbone, settings, cache=cache)
+    trunk = Trunk(load_causal_lm(backbone, dtype=torch.bfloat16).base_model, 1)
+    assert len(cache._store) > 60
+    for sequence, hidden in cache._store.items():
+        assert hidden.dtype == torch.bfloat16
+        torch.testing.assert_close(hidden, trunk.features([sequence])[0], rtol=0.02, atol=0.02)
 
 
 def test_the_same_seed_gives_the_same_strengths_and_another_seed_others(recipe, backbone, tmp_path):
