@@ -285,7 +285,7 @@ class Trunk(nn.Module):
         found: list[Tensor | None] = [None] * len(sequences)
         for rows in length_batches([len(s) for s in sequences], self.batch_tokens):
             batch = pad_sequences([sequences[i] for i in rows], device=self.device)
-            hidden = self.lower(**batch.as_inputs()).last_hidden_state  # [B, L, H]
+            hidden = self.lower(**batch.as_inputs(), use_cache=False).last_hidden_state  # [B, L, H]
             for i, row in zip(rows, hidden, strict=True):
                 found[i] = row[: len(sequences[i])].clone()
         return [f for f in found if f is not None]
