@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
+
+Row = TypeVar("Row")
 
 
 def count_steps(rows: int, global_batch: int, epochs: float, max_steps: int = 0) -> int:
@@ -32,13 +35,13 @@ def shuffled_steps(rows: int, global_batch: int, steps: int, seed: int) -> Itera
         queue = queue[global_batch:]
 
 
-def micro_steps(indices: list[int], per_device: int, rank: int, world_size: int) -> list[list[int]]:
+def micro_steps(rows: list[Row], per_device: int, rank: int, world_size: int) -> list[list[Row]]:
     """This rank's share of each micro-step. Two ranks with b rows see the same micro-steps as one rank with 2b."""
     width = per_device * world_size
-    if len(indices) % width:
-        raise ValueError(f"{len(indices)} rows do not divide into micro-steps of {per_device} x {world_size} ranks")
-    starts = range(rank * per_device, len(indices), width)
-    return [indices[s : s + per_device] for s in starts]
+    if len(rows) % width:
+        raise ValueError(f"{len(rows)} rows do not divide into micro-steps of {per_device} x {world_size} ranks")
+    starts = range(rank * per_device, len(rows), width)
+    return [rows[s : s + per_device] for s in starts]
 
 
 def stream_seed(seed: int, *names: object) -> int:

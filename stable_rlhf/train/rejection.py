@@ -13,7 +13,7 @@ import torch
 from stable_rlhf.data.packing import Encoded, response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
-from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.models import PolicyModel
 from stable_rlhf.progress import progress
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
@@ -67,9 +67,10 @@ def train_rejection(
     per_round = check_rounds(a)
     initial = reference or (None if engine_arguments.lora_r else policy.reference())
     per_device = a.per_device_train_batch_size
+    most = a.rollout_batch_size if a.rejection_threshold is not None else per_round * world
     engine = Engine(
         policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
-        micro_batch_size=per_device, gradient_accumulation_steps=1,
+        micro_batch_size=per_device, gradient_accumulation_steps=math.ceil(most / (per_device * world)),
     )  # fmt: skip
     before = engine.without_adapters if initial is None else read_only(initial, engine_arguments)
     scorer = read_only(scorer, engine_arguments)
@@ -92,7 +93,7 @@ def train_rejection(
                 engine=engine.gathers_for_generation,
             )  # fmt: skip
             examples = [r.encoded for r in rollouts]
-            scores = _scores(scorer, examples, per_device)
+            scores = _scores(scorer, rollouts, per_device)
             kl = _kl(policy, before, engine, examples, per_device, a.temperature)
             kept = [examples[i] for i in keep(scores, a.rejection_samples, a.rejection_threshold)]
             loss = _imitate(engine, policy, [e for part in gather_objects(kept) for e in part], per_device)
@@ -120,12 +121,17 @@ def train_rejection(
 
 
 @torch.no_grad()
-def _scores(scorer: Any, examples: Sequence[Encoded], per_device: int) -> list[float]:
+def _scores(scorer: Any, rollouts: Sequence[Rollout], per_device: int) -> list[float]:
     # Fixed chunks, not length-sorted ones: under ZeRO-3 every rank must run the same number of forwards.
-    chunks = [examples[start : start + per_device] for start in range(0, len(examples), per_device)]
-    scores = [s for c in chunks for s in scorer.advantage(*scorer(*scorer.prepare(c))).tolist()]
-    if not all(map(math.isfinite, scores)):
-        raise ValueError("the scorer gave a score that is not finite")
+    chunks = [rollouts[start : start + per_device] for start in range(0, len(rollouts), per_device)]
+    seen = [scorer(*scorer.prepare([r.encoded for r in chunk])) for chunk in chunks]
+    parts = [torch.cat(part) for part in zip(*seen, strict=True) if part[0] is not None]  # r, and e where there is one
+    finite = torch.stack([torch.isfinite(part) for part in parts]).all(0).tolist()
+    bad = [r.text for r, good in zip(rollouts, finite, strict=True) if not good]
+    if sum_over_ranks([len(bad)])[0]:  # on every rank: none waits for one that stopped
+        whose = f"to the response {bad[0][:60]!r}" if bad else "on another rank"
+        raise ValueError(f"the scorer gave a score that is not finite {whose}. Are the scorer's own weights finite?")
+    scores: list[float] = scorer.advantage(parts[0], parts[1] if len(parts) > 1 else None).tolist()
     return scores
 
 
@@ -147,12 +153,12 @@ def _kl(
     return total
 
 
-def _imitate(engine: Engine, policy: PolicyModel, kept: list[Encoded], per_device: int) -> float:
-    """One NLL step on the kept responses of all ranks; ranks without a share of their own repeat the first ones."""
+def _imitate(engine: Engine, policy: PolicyModel, kept: Sequence[Encoded], per_device: int) -> float:
+    """One NLL step on the kept responses of all ranks, in micro-steps of ``per_device`` rows a rank."""
     if not kept:
         return float("nan")  # nothing passed the threshold this round: no step
-    world = world_size()
-    while len(kept) % world:
-        kept.append(kept[len(kept) % world])
-    share = kept[rank() :: world]
-    return nll_step(engine, policy, [share], FeatureCache())
+    # Rows without a response, so without a loss, fill the micro-steps up: the engine takes the same number every round.
+    filler = Encoded(kept[0].ids[:1], 1)
+    rows = [*kept, *[filler] * (engine.accumulation * per_device * world_size() - len(kept))]
+    # Without a cache: one that knows the filler already would run fewer forwards on this rank than on another (ZeRO-3).
+    return nll_step(engine, policy, micro_steps(rows, per_device, rank(), world_size()))

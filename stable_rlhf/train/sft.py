@@ -24,14 +24,17 @@ AVERAGE = "ema"  # folder of the averaged policy inside the policy's
 _VALUE_HEAD = "value_head.safetensors"
 
 
-def nll_step(engine: Engine, policy: PolicyModel, micros: Sequence[Sequence[Encoded]], cache: FeatureCache) -> float:
+def nll_step(
+    engine: Engine, policy: PolicyModel, micros: Sequence[Sequence[Encoded]], cache: FeatureCache | None = None
+) -> float:
     """One optimiser step on this rank's micro-batches; returns the mean NLL per token over all ranks, in nats."""
     tokens = sum(len(e.response) for micro in micros for e in micro)
     denominator = sum_over_ranks([tokens])[0]
     total = 0.0
     for micro in micros:
         sequences = [e.ids for e in micro]
-        inputs = policy.trunk.inputs(sequences, features=cache.get(policy.trunk, sequences))
+        features = cache.get(policy.trunk, sequences) if cache is not None else None
+        inputs = policy.trunk.inputs(sequences, features=features)
         target = response_targets(micro, inputs["attention_mask"].shape[1], policy.trunk.device)
         kind = (target >= 0).to(torch.int64) * 2
         loss = engine(

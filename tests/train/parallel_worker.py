@@ -23,6 +23,7 @@ from stable_rlhf.train.config import EngineArguments, PPOArguments, ScorerArgume
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.rejection import _imitate
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer
 
@@ -147,6 +148,20 @@ def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[
     return losses, norms, everyone.int().tolist()
 
 
+def imitation_losses(stage: int, micro: int, tokenizer, layers: int | None) -> list[float]:
+    """Of rejection sampling's steps on 1, 3 and 16 kept responses, and on the last ones once more."""
+    kept = [e.encoded for e in recorded(tokenizer)[0]]
+    policy = PolicyModel(model(tokenizer), num_trainable_layers=layers)
+    engine = Engine(
+        policy, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=4, micro_batch_size=micro,
+        gradient_accumulation_steps=16 // (micro * world_size()),
+    )  # fmt: skip
+    engine.train()
+    losses = [_imitate(engine, policy, kept[:count], micro) for count in (1, 3, 16, 16)]
+    engine.close()
+    return losses
+
+
 def head_gradient(stage: int, micro: int, tied: bool) -> list[float]:
     """Of the policy's head, projected on a few fixed directions: after a mixed batch through the fused loss."""
     from deepspeed.utils import safe_get_full_grad
@@ -219,6 +234,8 @@ def main() -> None:
             "simcse": scorer_losses(stage, micro, tokenizer, contrastive="simcse", contrastive_on="differences"),
             "swav": scorer_losses(stage, micro, tokenizer, contrastive="swav", swav_prototypes=6),
             "norms": norms + norms_too,
+            "imitation": imitation_losses(stage, micro, tokenizer, layers=None),
+            "split imitation": imitation_losses(stage, micro, tokenizer, layers=1),
             "head": head_gradient(stage, micro, tied=False), "tied head": head_gradient(stage, micro, tied=True),
             "drawn": [drawn, drawn_too], "nonfinite": nonfinite(stage, tokenizer),
         }  # fmt: skip

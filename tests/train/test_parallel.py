@@ -1,4 +1,4 @@
-"""Two ranks with micro-batch b equal one rank with 2b, under ZeRO 0 to 3: scorer, PPO and sampling."""
+"""Two ranks with micro-batch b equal one rank with 2b, under ZeRO 0 to 3: scorer, PPO, rejection and sampling."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def losses(tmp_path_factory) -> tuple[dict, dict]:
     ("what", "rel"),
     [
         ("scorer", 0), ("simcse", 1e-4), ("swav", 1e-4), ("ppo", 0), ("ppo-sr", 0), ("norms", 1e-4), ("head", 0),
-        ("tied head", 0),
+        ("tied head", 0), ("imitation", 0), ("split imitation", 0),
     ],
 )  # fmt: skip
 def test_two_ranks_equal_one(losses, stage, what, rel):

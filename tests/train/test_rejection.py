@@ -9,12 +9,14 @@ import math
 import pytest
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode_prompt
+from stable_rlhf.data.packing import Encoded, encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel
-from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train import rejection
 from stable_rlhf.train.config import EngineArguments, PPOArguments
+from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.rejection import keep, train_rejection
 
@@ -78,8 +80,8 @@ def test_rounds_imitate_the_best_response_of_each_prompt(train, tiny_model, one_
     before, judged, imitated = weights(copy.deepcopy(policy)), [], []
     score, imitate = rejection._scores, rejection._imitate
 
-    def watch_scores(scorer, examples, per_device):
-        judged.append((examples, score(scorer, examples, per_device)))
+    def watch_scores(scorer, rollouts, per_device):
+        judged.append(([r.encoded for r in rollouts], score(scorer, rollouts, per_device)))
         return judged[-1][1]
 
     def watch_imitation(engine, policy, kept, per_device):
@@ -108,3 +110,62 @@ def test_a_round_in_which_nothing_is_kept_changes_nothing(train, tiny_model, one
     assert result["curve"][0]["kept"] == 0 and math.isnan(result["curve"][0]["loss"])
     assert (tmp_path / "out" / "config.json").is_file()
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["step"] == 1
+
+
+def steps(tiny_model, tokenizer, per_device, accumulation, counts=(1, 5, 8)):
+    """Losses of one step on as many kept responses as each of ``counts``, the weights after them, and the widths of the
+    micro-batches."""
+    policy, widths = PolicyModel(tiny_model(layers=2)), []
+    engine = Engine(
+        policy, EngineArguments(), learning_rate=1e-2, total_steps=len(counts), micro_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    engine.train()
+    hook = policy.trunk.register_forward_pre_hook(
+        lambda *call: widths.append(len(call[2]["input_ids"])), with_kwargs=True
+    )
+    rows = [encode(tokenizer, TEXTS[i % 3], "abcdefgh"[: i + 1]) for i in range(8)]
+    losses = [rejection._imitate(engine, policy, rows[:count], per_device) for count in counts]
+    hook.remove()
+    engine.close()
+    return losses, weights(policy), widths
+
+
+def test_a_step_on_what_was_kept_is_the_same_however_it_is_cut(tiny_model, tokenizer, one_process):
+    losses, moved, widths = steps(tiny_model, tokenizer, per_device=8, accumulation=1)
+    assert widths == [8] * 3 and len(set(losses)) == 3
+    for per_device, accumulation in ((1, 8), (3, 3), (4, 2)):
+        again, moved_too, widths = steps(tiny_model, tokenizer, per_device, accumulation)
+        assert again == pytest.approx(losses, rel=1e-5) and widths == [per_device] * 3 * accumulation
+        assert float((moved_too - moved).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{}, {"rejection_threshold": -1e9}])
+def test_no_micro_batch_is_wider_than_the_device_can_take(train, tiny_model, one_process, settings, monkeypatch):
+    widths, step = [], rejection.nll_step
+
+    def watch(engine, policy, micros):
+        widths.append([len(micro) for micro in micros])
+        return step(engine, policy, micros)
+
+    monkeypatch.setattr(rejection, "nll_step", watch)
+    result = train(rollout_batch_size=12, total_steps=1, **settings)
+    assert widths == [[2] * (6 if settings else 3)] and result["curve"][0]["kept"] == (1 if settings else 0.5)
+
+
+@pytest.mark.parametrize("objective", ["am", "rm"])
+def test_a_score_that_is_not_finite_stops_every_rank(tiny_model, tokenizer, monkeypatch, objective):
+    scorer = AdvantageModel(tiny_model().base_model, tokenizer, ScorerSettings(objective=objective))
+    rollouts = [Rollout(encode(tokenizer, t, t[:3]), t[:3], True) for t in TEXTS]
+    good = scorer.score_encoded([r.encoded for r in rollouts]).tolist()
+    assert rejection._scores(scorer, rollouts, 2) == pytest.approx(good, abs=1e-5)
+    monkeypatch.setattr(rejection, "sum_over_ranks", lambda values: [sum(values) + 1])
+    with pytest.raises(ValueError, match="not finite on another rank"):
+        rejection._scores(scorer, rollouts, 2)
+    told = []
+    monkeypatch.setattr(rejection, "sum_over_ranks", lambda values: told.append(values) or values)
+    with torch.no_grad():
+        (scorer.reward_head if objective == "rm" else scorer.expected_head).bias.fill_(math.inf)
+    with pytest.raises(ValueError, match="not finite to the response 'Rev'"):
+        rejection._scores(scorer, rollouts, 2)
+    assert told == [[3]]
