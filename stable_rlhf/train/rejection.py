@@ -93,7 +93,10 @@ def train_rejection(
                 engine=engine.gathers_for_generation,
             )  # fmt: skip
             examples = [r.encoded for r in rollouts]
-            scores = _scores(scorer, rollouts, per_device)
+            scores = [
+                score - (0.0 if r.finished else a.missing_eos_penalty)
+                for score, r in zip(_scores(scorer, rollouts, per_device), rollouts, strict=True)
+            ]
             kl = _kl(policy, before, engine, examples, per_device, a.temperature)
             kept = [examples[i] for i in keep(scores, a.rejection_samples, a.rejection_threshold)]
             loss = _imitate(engine, policy, [e for part in gather_objects(kept) for e in part], per_device)

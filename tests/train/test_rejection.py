@@ -169,3 +169,21 @@ def test_a_score_that_is_not_finite_stops_every_rank(tiny_model, tokenizer, monk
     with pytest.raises(ValueError, match="not finite to the response 'Rev'"):
         rejection._scores(scorer, rollouts, 2)
     assert told == [[3]]
+
+
+def test_a_response_that_was_cut_off_is_chosen_and_logged_by_its_score_less_the_penalty(
+    train, tokenizer, one_process, monkeypatch
+):
+    rollouts = [
+        Rollout(encode(tokenizer, TEXTS[0], text), text, finished)
+        for text, finished in (("ab", False), ("cd", True), ("ef", True), ("gh", False))
+    ]
+    imitated = []
+    monkeypatch.setattr(rejection, "generate", lambda *_, **__: rollouts)
+    monkeypatch.setattr(rejection, "_scores", lambda *_: [3.0, 2.0, 1.0, 4.0])
+    monkeypatch.setattr(rejection, "_imitate", lambda _, __, kept, ___: imitated.append(list(kept)) or 0.0)
+    for penalty, best, score in ((0.0, (0, 3), 2.5), (1.5, (1, 3), 1.75), (5.0, (1, 2), 0.0)):
+        (row,) = train(total_steps=1, missing_eos_penalty=penalty)["curve"]
+        assert imitated.pop() == [rollouts[i].encoded for i in best] and row["score"] == score
+    train(total_steps=1, missing_eos_penalty=1.5, rejection_threshold=1.75)
+    assert imitated.pop() == [rollouts[i].encoded for i in (1, 3)]
