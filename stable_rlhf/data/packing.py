@@ -20,7 +20,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and a response; the response ends with EOS."""
+    """Token ids of a prompt and a response; the response ends with EOS, unless it was cut off."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -51,11 +51,15 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return ids
 
 
-def encode(tokenizer: Any, prompt: Prompt, response: str) -> Encoded:
-    """Prompt and response with EOS at the end, so that even an empty response has one token to be judged at."""
+def encode(tokenizer: Any, prompt: Prompt, response: str, *, finished: bool = True) -> Encoded:
+    """Prompt and response with EOS at the end, so that even an empty response has one token to be judged at.
+
+    A response that is not ``finished``, cut off at a greatest length, has none unless it is empty: it does not end."""
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = list(tokenizer(response, add_special_tokens=False)["input_ids"]) if response else []
-    return Encoded((*prompt_ids, *response_ids, tokenizer.eos_token_id), len(prompt_ids))
+    if finished or not response_ids:
+        response_ids.append(tokenizer.eos_token_id)
+    return Encoded((*prompt_ids, *response_ids), len(prompt_ids))
 
 
 @dataclass(frozen=True)

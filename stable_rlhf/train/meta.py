@@ -35,11 +35,15 @@ def encode_responses(
     rows: Sequence[ResponseSet], tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> list[list[Encoded]]:
     """The responses of each row as token ids; rows with a prompt or a response that is too long are left out, and told.
+    Where a row's ``finished`` says of a response that it was cut off, it has no EOS.
 
     Raises:
-        DataError: no row fits.
+        DataError: no row fits, or a row's ``finished`` does not match its responses in number.
     """
-    everything = [[encode(tokenizer, row.prompt, r) for r in row.responses] for row in rows]
+    everything = [
+        [encode(tokenizer, row.prompt, r, finished=f) for r, f in zip(row.responses, _finished(row), strict=True)]
+        for row in rows
+    ]
     kept = [e for e in everything if max(map(len, e)) <= max_length and e[0].prompt_length <= max_prompt_length]
     if not kept:
         raise DataError(
@@ -49,6 +53,15 @@ def encode_responses(
     if len(kept) < len(rows):
         say(f"  {len(rows) - len(kept)} of {len(rows)} rows of unlabelled responses are too long: left out")
     return kept
+
+
+def _finished(row: ResponseSet) -> list[bool]:
+    told = row.meta.get("finished")
+    if not isinstance(told, list):
+        return [True] * len(row.responses)
+    if len(told) != len(row.responses):
+        raise DataError(f"{row.source}: 'finished' has {len(told)} entries for {len(row.responses)} responses")
+    return [f is not False for f in told]
 
 
 class MetaRM:

@@ -312,8 +312,14 @@ def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
     repeated = [p for p in prompts for _ in range(k)]
     rollouts = answer(model, tokenizer, repeated, sampling_settings(recipe, recipe.ppo.temperature), seeds, "responses")
     release(model)
-    texts = iter([r.text for r in rollouts])
-    rows = [{"prompt": p.row.prompt, "task": p.row.task, "responses": [next(texts) for _ in range(k)]} for p in prompts]
+    sets = [rollouts[start : start + k] for start in range(0, len(rollouts), k)]
+    rows = [
+        {
+            "prompt": p.row.prompt, "task": p.row.task, "responses": [r.text for r in found],
+            "finished": [r.finished for r in found],
+        }
+        for p, found in zip(prompts, sets, strict=True)
+    ]  # fmt: skip
     if is_main_process():
         write_jsonl(folder / RESPONSES, rows)
     barrier()
@@ -445,7 +451,10 @@ def run_ppo(
         if rehearsal is None:
             raise ValueError("variant 'am-sr' needs rehearsal data (--rehearsal)")
         rows = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row).rows
-        old = [e for r in rows if len(e := encode(tokenizer, r.prompt, r.response)) <= recipe.data.max_length]
+        encoded = [
+            encode(tokenizer, r.prompt, r.response, finished=r.meta.get("finished") is not False) for r in rows
+        ]  # fmt: skip
+        old = [e for e in encoded if len(e) <= recipe.data.max_length]
         if not old:
             raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")
         if not arguments.rehearsal_prompts_in_ppo:

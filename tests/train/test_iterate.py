@@ -14,6 +14,7 @@ from stable_rlhf.train import evaluation, run, stages
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import Recipe
+from stable_rlhf.train.meta import encode_responses
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -55,6 +56,15 @@ def test_each_of_some_training_prompts_gets_its_responses(recipe, folders, tmp_p
         assert ([r.responses for r in again] == [r.responses for r in rows]) == same
     recipe.iterate.prompts = 500
     assert stages.run_responses(recipe, folders["first"], tmp_path / "all")["prompts"] == 14  # all there are
+
+
+def test_metarm_reads_no_end_where_a_response_was_cut_off(recipe, folders, tokenizer, tmp_path, monkeypatch):
+    drawn, answer = [], stages.answer
+    monkeypatch.setattr(stages, "answer", lambda *a: drawn.extend(answer(*a)) or drawn)
+    stages.run_responses(recipe, folders["first"], tmp_path / "r")
+    read = encode_responses(read_responses(tmp_path / "r" / stages.RESPONSES).rows, tokenizer, 99, 99)
+    ends = [e.ids[-1] == tokenizer.eos_token_id for row in read for e in row]
+    assert ends == [r.finished or not r.text for r in drawn] and 0 < sum(ends) < len(ends)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_r": 2}, {"zero_stage": 3}])

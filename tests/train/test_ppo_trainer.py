@@ -326,11 +326,11 @@ def run_ppo(tmp_path, tiny_model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(PPOTrainer, "train", train)
 
-    def run(selected, variant="am-sr", **ppo):
+    def run(selected, variant="am-sr", columns=(), **ppo):
         rehearsal = None
         if selected is not None:
             rehearsal = tmp_path / "rehearsal.jsonl.gz"
-            write_jsonl(rehearsal, [{"prompt": t, "response": "abc"} for t in selected])
+            write_jsonl(rehearsal, [{"prompt": t, "response": "abc", **dict(columns)} for t in selected])
         data = DataArguments(data_dir=str(tmp_path), prompts=["prompts.jsonl"], eval_main=["eval.jsonl"],
                              eval_forget=["eval.jsonl"])  # fmt: skip
         recipe = Recipe(data=data, ppo=replace(ARGUMENTS, **ppo))
@@ -347,6 +347,15 @@ def test_selected_prompts_stay_in_ppo_unless_they_are_reserved(run_ppo, tokenize
     trainer, prompts = run_ppo(selected, rehearsal_prompts_in_ppo=False)
     assert prompts == [TEXTS[0], TEXTS[2], TEXTS[4]]
     assert trainer.rehearsal == [encode(tokenizer, t, "abc") for t in selected]
+
+
+@pytest.mark.parametrize("columns", [{}, {"finished": True}, {"finished": None}, {"finished": False}])
+def test_an_answer_that_was_cut_off_is_rehearsed_without_an_end(run_ppo, tokenizer, columns):
+    trainer, _ = run_ppo([TEXTS[1]], columns=columns)
+    whole = encode(tokenizer, TEXTS[1], "abc")
+    assert whole.ids[-1] == tokenizer.eos_token_id
+    cut = columns.get("finished") is False
+    assert trainer.rehearsal == [Encoded(whole.ids[:-1], whole.prompt_length) if cut else whole]
 
 
 def test_reserving_every_prompt_is_an_error(run_ppo):
