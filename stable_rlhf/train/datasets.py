@@ -117,23 +117,15 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
 
     if not arguments.prompts:
         raise DataError("data.prompts: name at least one prompt file")
-    if bool(arguments.eval_main) != bool(arguments.eval_forget):
-        raise DataError("data.eval_main and data.eval_forget: give both, or neither")
     everything = read(arguments.prompts)
+    check_evaluation_sets(arguments, [p.row for p in everything])
     if arguments.eval_main:
         main, forget = read(arguments.eval_main), read(arguments.eval_forget)
         train = everything
     else:
         wanted = set(arguments.forget_tasks)
-        if missing := wanted - {p.row.task for p in everything}:
-            raise DataError(f"data.forget_tasks {sorted(missing)}: no prompt that fits has such a task")
         kept = [p for p in everything if p.row.task in wanted]
         others = [p for p in everything if p.row.task not in wanted]
-        if not kept or not others:
-            raise DataError(
-                f"data.forget_tasks {sorted(wanted)}: the prompts have {len(kept)} of these tasks and {len(others)} "
-                "others; both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
-            )
         forget, kept = _take(f"data.forget_tasks {sorted(wanted)}", kept, arguments.eval_prompts, seed)
         main, others = _take(f"all but data.forget_tasks {sorted(wanted)}", others, arguments.eval_prompts, seed)
         train = kept + others
@@ -145,6 +137,27 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
         say(f"  {len(train) - len(clean)} of {len(train)} training prompts are in an evaluation set too: left out")
     train = clean
     return PromptSplits(_cap_tasks(train, arguments.max_prompts_per_task, seed), main, forget)
+
+
+def check_evaluation_sets(arguments: DataArguments, prompts: Sequence[PromptRow]) -> None:
+    """Refuse settings that give no two evaluation sets, of files of their own or out of ``prompts``.
+
+    Raises:
+        DataError: one of the two files' settings without the other, or tasks that none of the prompts has, or all have.
+    """
+    if bool(arguments.eval_main) != bool(arguments.eval_forget):
+        raise DataError("data.eval_main and data.eval_forget: give both, or neither")
+    if arguments.eval_main:
+        return
+    wanted = set(arguments.forget_tasks)
+    if missing := wanted - {p.task for p in prompts}:
+        raise DataError(f"data.forget_tasks {sorted(missing)}: no prompt that fits has such a task")
+    count = sum(p.task in wanted for p in prompts)
+    if not count or count == len(prompts):
+        raise DataError(
+            f"data.forget_tasks {sorted(wanted)}: the prompts have {count} of these tasks and {len(prompts) - count} "
+            "others; both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
+        )
 
 
 def _take(

@@ -55,6 +55,14 @@ def encode_responses(
     return kept
 
 
+def check_meta_batch(arguments: ScorerArguments) -> None:
+    """The prompts of a step must divide over the ranks."""
+    if arguments.meta_batch_size % world_size():
+        raise ValueError(
+            f"scorer.meta_batch_size {arguments.meta_batch_size} must be a multiple of the {world_size()} ranks"
+        )
+
+
 def _finished(row: ResponseSet) -> list[bool]:
     told = row.meta.get("finished")
     if not isinstance(told, list):
@@ -77,12 +85,10 @@ class MetaRM:
         self, engine: Engine, model: AdvantageModel, rows: Sequence[Sequence[Encoded]], arguments: ScorerArguments,
         cache: FeatureCache, *, steps: int, seed: int,
     ) -> None:  # fmt: skip
-        size = arguments.meta_batch_size
-        if size % world_size():
-            raise ValueError(f"scorer.meta_batch_size {size} must be a multiple of the {world_size()} ranks")
+        check_meta_batch(arguments)
         self.engine, self.model, self.rows, self.arguments, self.cache = engine, model, rows, arguments, cache
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.batches = list(shuffled_steps(len(rows), size, steps, stream_seed(seed, "meta")))
+        self.batches = list(shuffled_steps(len(rows), arguments.meta_batch_size, steps, stream_seed(seed, "meta")))
 
     @contextmanager
     def ascended(self, step: int) -> Iterator[dict[str, float]]:

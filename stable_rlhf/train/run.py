@@ -24,8 +24,9 @@ from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.train import evaluation, stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe
-from stable_rlhf.train.datasets import contents, digests, locate
+from stable_rlhf.train.datasets import check_evaluation_sets, contents, digests, locate
 from stable_rlhf.train.engine import barrier, start, world_size
+from stable_rlhf.train.meta import check_meta_batch
 from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
 from stable_rlhf.train.strength import measure_strength
@@ -177,12 +178,15 @@ def check_inputs(recipe: Recipe) -> None:
             raise DataError("evaluate.judge 'scorer' needs pairs of its own: set data.judge_fraction above 0")
         if not (data.eval_main or data.forget_tasks):
             raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
+        check_evaluation_sets(data, read_prompts(locate(data, data.prompts), on_bad_row=data.on_bad_row).rows)
         for names, read in (
-            ([data.prompts, data.eval_main, data.eval_forget], read_prompts),
+            ([data.eval_main, data.eval_forget], read_prompts),
             ([data.demonstrations, data.rehearsal], read_demonstrations), ([data.pairs], read_comparisons),
         ):  # fmt: skip
             for files in filter(None, names):
                 read(locate(data, files), on_bad_row=data.on_bad_row)
+    if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
+        check_meta_batch(recipe.scorer)
     if recipe.scorer.meta_responses:
         read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
     check_reporters(recipe.report_to)

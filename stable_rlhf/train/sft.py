@@ -74,7 +74,7 @@ def train_sft(
     snapshots = Snapshots(folder, engine, checkpoint, rows=global_batch)
     done, carried = snapshots.restore()
     tracker, cache = Tracker(folder, report_to, after=done), FeatureCache()
-    early = round(early_share * steps) if early_share is not None else 0
+    early = max(1, round(early_share * steps)) if early_share is not None else 0
     tokens, loss = carried.get("tokens", 0.0), 0.0
     with progress("SFT", total=steps, unit="steps") as bar:
         bar.advance(done)
