@@ -243,7 +243,7 @@ def _select(recipe: Recipe, own: argparse.Namespace) -> None:
         return
     policy = _policy(recipe)
     run = lambda folder: run_select(recipe, policy, own.scorer, folder)  # noqa: E731
-    _single("selection", recipe, "data ppo select", {"scorer_folder": own.scorer}, run)
+    _single("selection", recipe, "data engine ppo select", {"scorer_folder": own.scorer}, run)
 
 
 def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
@@ -278,7 +278,7 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     run = lambda folder: evaluate_models(  # noqa: E731
         recipe, baseline, policies, scorers, test_pairs, own.judge_scorer, folder
     )
-    _single("evaluation", recipe, "data scorer ppo evaluate", inputs, run)
+    _single("evaluation", recipe, "data engine scorer ppo evaluate", inputs, run)
 
 
 def _study(recipe: Recipe, own: argparse.Namespace) -> None:

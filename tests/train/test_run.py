@@ -1,4 +1,4 @@
-"""A whole run: what is refused before its first stage."""
+"""A whole run: what is refused before its first stage, and what its stages depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 from stable_rlhf.data import DataError, write_jsonl
 from stable_rlhf.data.packing import encode
 from stable_rlhf.models import PolicyModel
-from stable_rlhf.train import meta, run
+from stable_rlhf.train import evaluation, meta, run, stages
+from stable_rlhf.train.checkpoint import RunError
 from stable_rlhf.train.config import EngineArguments, Recipe, SFTArguments
 from stable_rlhf.train.sft import train_sft
 
@@ -60,3 +61,22 @@ def test_a_policy_stopped_early_has_made_a_step_at_least(tiny_model, tokenizer, 
         early_share=0.1,
     )  # fmt: skip
     assert (tmp_path / "early" / "config.json").is_file()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_scorers_that_learnt_from_samples_depend_on_how_they_are_drawn(recipe, monkeypatch, coefficient):
+    """What the stages do is left out."""
+    for name in ("run_materialise", "run_scorer", "run_ppo"):
+        monkeypatch.setattr(stages, name, lambda *_, **__: {})
+    monkeypatch.setattr(evaluation, "run_evaluate", lambda *_: {})
+    monkeypatch.setattr(run, "summarise", lambda *_: {})
+    monkeypatch.setattr(run, "write_report", lambda *_: None)
+    recipe.scorer.expected_coef = coefficient
+    run.run_recipe(recipe)
+    recipe.ppo.temperature = 0.7
+    refused = "scorer-rm" if coefficient else "ppo-rm"
+    with pytest.raises(
+        RunError, match=rf"stage {refused} was made with other settings \(ppo\.temperature: 1\.0 -> 0\.7\)"
+    ):
+        run.run_recipe(recipe)
