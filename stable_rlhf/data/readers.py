@@ -289,6 +289,9 @@ def _demonstration(row: dict[str, Any], source: str) -> Demonstration:
 def _response_set(row: dict[str, Any], source: str) -> ResponseSet:
     prompt = _prompt(_take(row, "prompt"), "prompt")
     responses = _responses(_take(row, "responses"), prompt)
+    finished = row.get("finished")
+    if isinstance(finished, list) and len(finished) != len(responses):
+        _bad(f"'finished' has {len(finished)} entries for {len(responses)} responses")
     return ResponseSet(prompt=prompt, responses=responses, task=_task(row), source=source, meta=row)
 
 

@@ -38,7 +38,7 @@ def encode_responses(
     Where a row's ``finished`` says of a response that it was cut off, it has no EOS.
 
     Raises:
-        DataError: no row fits, or a row's ``finished`` does not match its responses in number.
+        DataError: no row fits.
     """
     everything = [
         [encode(tokenizer, row.prompt, r, finished=f) for r, f in zip(row.responses, _finished(row), strict=True)]
@@ -65,11 +65,7 @@ def check_meta_batch(arguments: ScorerArguments) -> None:
 
 def _finished(row: ResponseSet) -> list[bool]:
     told = row.meta.get("finished")
-    if not isinstance(told, list):
-        return [True] * len(row.responses)
-    if len(told) != len(row.responses):
-        raise DataError(f"{row.source}: 'finished' has {len(told)} entries for {len(row.responses)} responses")
-    return [f is not False for f in told]
+    return [f is not False for f in told] if isinstance(told, list) else [True] * len(row.responses)
 
 
 class MetaRM:
