@@ -185,6 +185,11 @@ def split_backbone(backbone: Any, num_trainable_layers: int) -> tuple[nn.Module,
     lower._modules[layout.blocks] = blocks[:cut]
     lower._modules[layout.final_norm] = nn.Identity()
     lower.config.num_hidden_layers = cut
+    for name, child in lower._modules.items():
+        # Rotary tables: in common, ZeRO-3 would take the lower part's calls, of which ranks make different numbers, for
+        # the upper one's.
+        if isinstance(child, nn.Module) and not any(True for _ in child.parameters()):
+            lower._modules[name] = copy.deepcopy(child)
     upper._modules[layout.blocks] = blocks[cut:]
     upper._modules[layout.embedding] = None
     upper.config.num_hidden_layers = num_trainable_layers
