@@ -21,14 +21,13 @@ import copy
 import functools
 import json
 import math
-import multiprocessing
 import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ import numpy as np
 from bench.common import ROOT, environment
 from bench.scorers import OBJECTIVES, results
 from bench.suite import RESULTS, read_lines
+from bench.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison
 from stable_rlhf.data.splits import split_rows
@@ -62,7 +62,7 @@ from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import Recipe
 from stable_rlhf.train.datasets import read_preferences, split_preferences
-from stable_rlhf.train.engine import device, start
+from stable_rlhf.train.engine import device
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, eval_metrics, score_pairs, train_scorer
 
 Settings = dict[str, Any]
@@ -265,20 +265,10 @@ def unfinished(jobs: Iterable[Job], lines: Sequence[Line], settings: Settings) -
     return [job for job in jobs if job not in done]
 
 
-def _begin(log: Path) -> None:
-    """Of each worker: what trainers say goes to a log, so that one bar is left on the terminal."""
-    sys.stderr = log.open("a", buffering=1)
-    start(0)
-
-
 def run(jobs: Sequence[Job], workers: int, plan: Plan) -> Iterator[Line]:
     """Lines of the jobs in the order in which they finish."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
     datasets = list(dict.fromkeys(job.dataset for job in jobs))
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(plan.folder / "log.txt",)
-    )
-    try:
+    with trainers(workers, plan.folder) as pool:
         with progress("hidden states", total=len(datasets), unit="datasets") as bar:
             for ready in as_completed([pool.submit(hidden_states, dataset, plan) for dataset in datasets]):
                 ready.result()
@@ -288,8 +278,6 @@ def run(jobs: Sequence[Job], workers: int, plan: Plan) -> Iterator[Line]:
                 line = future.result()
                 yield line
                 bar.advance(note=f"{line['dataset']}, {line['objective']}, seed {line['seed']}")
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # The report.

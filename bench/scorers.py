@@ -17,14 +17,13 @@ import argparse
 import functools
 import gzip
 import json
-import multiprocessing
 import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ import torch
 from bench.common import ROOT, environment
 from bench.strength import plant, plant_and_measure, student
 from bench.suite import RESULTS, read_lines
+from bench.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison, read_comparisons, write_jsonl
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
@@ -50,7 +50,6 @@ from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import Recipe
 from stable_rlhf.train.datasets import load_preferences
-from stable_rlhf.train.engine import start
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, train_scorer
 
 Settings = dict[str, Any]
@@ -364,21 +363,10 @@ def write_down(lines: Iterable[Line], path: Path, about: dict[str, Any]) -> None
             file.write(json.dumps(line | {"settings": settings_of(line["study"], line["method"])} | about) + "\n")
 
 
-def _begin(log: Path) -> None:
-    """Of each worker: what trainers say goes to a log, so that one bar is left on the terminal."""
-    sys.stderr = log.open("a", buffering=1)
-    torch.set_num_threads(1)  # the world's models are too small to share out
-    start(0)
-
-
 def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder: Path) -> Iterator[Line]:
     """Lines of the jobs in the order in which they finish."""
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    folder.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(folder / "log.txt",)
-    )
-    try:
+    with trainers(workers, folder, threads=1) as pool:  # the world's models are too small to share out
         with progress("pairs and their strength", total=1 + len(seeds), unit="seeds") as bar:
             pool.submit(sample, quickstart, folder).result()
             bar.advance()
@@ -390,8 +378,6 @@ def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder:
                 line = future.result()
                 yield line
                 bar.advance(note=f"{line['method']}, {line['objective']}, seed {line['seed']}")
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # The report.
