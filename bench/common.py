@@ -216,7 +216,7 @@ def _without_folders(word: str) -> str:
 
 def _output_of(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -231,7 +231,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -297,5 +297,5 @@ def new_result(folder: Path, name: str) -> Path:
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Whole or not at all: a run that is stopped leaves what it had before."""
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)

@@ -88,7 +88,7 @@ def figures(policy: dict[str, Any]) -> dict[str, float]:
 def call(*words: Any, log: Path) -> None:
     """One command of stable-rlhf with as many threads as the study's seeds have; what it says goes to ``log``."""
     command, threads = [sys.executable, "-m", "stable_rlhf", *map(str, words)], {"OMP_NUM_THREADS": "1"}
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=threads | os.environ)
     if done.returncode:
         raise RuntimeError(f"stable-rlhf {words[0]} ended with status {done.returncode}, see {log}")
@@ -104,7 +104,7 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     shared = ["--config", recipe, "--model-name-or-path", source / "sft", "--seed", seed]
     shared += [word for name, path in data.items() for word in (f"--data.{name}", path)]
     scorer = source / ("scorer-am" if what.variant.startswith("am") else "scorer-rm")
-    summary, settings = json.loads((source / "summary.json").read_text()), what.settings
+    summary, settings = json.loads((source / "summary.json").read_text(encoding="utf-8")), what.settings
     if what.by_temperature:
         settings = ("--ppo.kl_coef", f"{KL_COEF * summary['scorers'][what.variant]['temperature']:.4f}")
     trained = ["--variant", what.variant, "--scorer", scorer, *settings]
@@ -116,11 +116,11 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     call("train-ppo", *shared, *trained, "--output-dir", here / "policy", log=log)
     policies = [f"changed={here / 'policy' / f'ppo-{what.variant}'}", f"study={source / f'ppo-{what.variant}'}"]
     call("evaluate", *shared, "--policies", *policies, "--output-dir", here / "evaluation", log=log)
-    found = json.loads((here / "evaluation" / "evaluation" / "summary.json").read_text())["policies"]
+    found = json.loads((here / "evaluation" / "evaluation" / "summary.json").read_text(encoding="utf-8"))["policies"]
     known = summary["policies"][what.variant]
     if figures(found["study"]) != figures(known):
         raise RuntimeError(f"{source}: its {what.variant} measures {figures(found['study'])}, not {figures(known)}")
-    stage = json.loads((here / "policy" / f"ppo-{what.variant}" / "stage.json").read_text())
+    stage = json.loads((here / "policy" / f"ppo-{what.variant}" / "stage.json").read_text(encoding="utf-8"))
     return {
         "control": control, "variant": what.variant, "settings": list(settings), "clusters": what.clusters,
         "seed": seed, **figures(found["changed"]), "seconds": round(stage["seconds"], 1),
@@ -133,7 +133,7 @@ def run(study: Path, folder: Path, seeds: Sequence[int], controls: Sequence[str]
     todo = [(control, seed) for control in controls for seed in seeds if (control, seed) not in done]
     with ThreadPoolExecutor(workers) as pool:
         for line in pool.map(lambda job: measure(job[0], job[1], study, folder), todo):
-            with output.open("a") as file:
+            with output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"environment": environment(torch.device("cpu"))}) + "\n")
             print(f"{line['control']}, seed {line['seed']}: {line['seconds']:.0f} s of training", flush=True)
 
@@ -147,7 +147,7 @@ def by_seed(lines: Sequence[Line], control: str) -> dict[int, Line]:
 
 def whole_study() -> dict[str, Any]:
     """All ten seeds."""
-    return pooled([json.loads(path.read_text()) for path in (STUDY, FURTHER)]) | {"title": TITLE}
+    return pooled([json.loads(path.read_text(encoding="utf-8")) for path in (STUDY, FURTHER)]) | {"title": TITLE}
 
 
 def of_study(variant: str) -> dict[int, Line]:
@@ -201,7 +201,7 @@ def block(name: str) -> str:
 
 def again() -> str:
     """Every variant of the seeds of docs/results-again.json beside the study's own, in percent."""
-    second = json.loads(AGAIN.read_text())
+    second = json.loads(AGAIN.read_text(encoding="utf-8"))
     keys = ("main_win", "main_lose", "forget_lose")
     head = [f"seed {', '.join(map(str, second['seeds']))}"]
     head += [heading + part for heading in (FIGURES[key][0] for key in keys) for part in (", first run", ", again")]
@@ -264,7 +264,7 @@ def main() -> None:
     PICTURE.write_bytes(draw(read_lines(OUTPUT)))
     for shown in make_page(whole_study())[1]:
         (PAGE.parent / f"results-{shown.name}.png").write_bytes(shown.png)
-    PAGE.write_text(rendered(PAGE.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return None
 
 

@@ -30,7 +30,7 @@ def _trim() -> None:
 
 def _status(name: str) -> float:
     """MiB of a line of /proc/self/status."""
-    for line in (PROCESS / "status").read_text().splitlines():
+    for line in (PROCESS / "status").read_text(encoding="utf-8").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024 / MIB
     raise RuntimeError(f"{name} is not in {PROCESS / 'status'}")
@@ -55,7 +55,7 @@ def main() -> None:
     step()
     _trim()
     time.sleep(0.05)  # the kernel's counters of the threads settle
-    (PROCESS / "clear_refs").write_text("5")  # the peak restarts at what is resident now
+    (PROCESS / "clear_refs").write_text("5", encoding="utf-8")  # the peak restarts at what is resident now
     kept = step()
     peak = _status("VmHWM") - before
     del kept

@@ -217,7 +217,7 @@ def train(job: Job, plan: Plan) -> Line:
         )  # fmt: skip
     kept = plan.folder / "scores" / f"{job.dataset}-{job.objective}-seed-{job.seed}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(scored) + "\n")
+    kept.write_text(json.dumps(scored) + "\n", encoding="utf-8")
     tokens = sum(len(e) for item in rows for e in item.examples)
     return {
         **job._asdict(), "pairs": {**shared.counts, "train": len(rows), "test": len(test)}, "tokens": tokens,
@@ -435,7 +435,7 @@ def draw(lines: Sequence[Line]) -> bytes:
 def report() -> None:
     lines = read_lines(OUTPUT)
     PICTURE.write_bytes(draw(lines))
-    PAGE.write_text(rendered(PAGE.read_text(), lines))
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 def main() -> None:
@@ -461,7 +461,7 @@ def main() -> None:
         about = {"settings": plan.settings, "environment": environment(device())}
         given.output.parent.mkdir(parents=True, exist_ok=True)
         for line in run(todo, given.workers, plan):
-            with given.output.open("a") as file:
+            with given.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | about) + "\n")
     print(tables(results(given.output)))
     return None

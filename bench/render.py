@@ -247,8 +247,8 @@ def rendered(readme: str, lines: Sequence[Line]) -> str:
 
 def rewrite(path: Path, lines: Sequence[Line]) -> bool:
     """Writes the marked parts of the README; whether anything changed."""
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
     after = rendered(before, lines)
     if after != before:
-        path.write_text(after)
+        path.write_text(after, encoding="utf-8")
     return after != before

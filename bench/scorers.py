@@ -335,9 +335,9 @@ def results(path: Path) -> list[Line]:
     """Finished lines; of a line that a kill cut short nothing is kept."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     return read_lines(path)
 
 
@@ -359,7 +359,7 @@ def write_down(lines: Iterable[Line], path: Path, about: dict[str, Any]) -> None
     """Append lines as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in lines:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | {"settings": settings_of(line["study"], line["method"])} | about) + "\n")
 
 
@@ -486,7 +486,7 @@ def report() -> None:
         if path_of(study).exists():
             picture_of = PAGE.parent / f"scorers-{study}.png"
             picture_of.write_bytes(draw(study, read_lines(path_of(study))))
-    PAGE.write_text(rendered(PAGE.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> None:

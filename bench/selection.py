@@ -100,7 +100,7 @@ def write_rows(path: Path, n: int, width: int) -> None:
 
 def anonymous_bytes() -> int:
     """Memory of this process that is not pages of mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) << 10
     raise OSError("no RssAnon in /proc/self/status")

@@ -171,7 +171,7 @@ def whole_models(planted: Planted, backbone: str, conditions: list[str]) -> tupl
             f"scorer-{name.replace(' ', '-')}", {**planted.common, "denoise": bands},
             lambda folder: run_scorer(recipe, "rm", backbone, None, folder), [measured],
         )  # fmt: skip
-        scores = json.loads((stage.folder / "scores.json").read_text())
+        scores = json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))
         test = load_preferences(recipe.data, recipe.seed).test
         accuracy[name] = gold_accuracy(test, [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)])
     return accuracy, len(test)
@@ -321,7 +321,7 @@ def main() -> None:
     for seed in arguments.seeds:
         results.append(study(arguments, seed, arguments.output_dir / f"seed-{seed}"))
         record = {"command": shlex.join(["python", *sys.argv]), "results": results}
-        (arguments.output_dir / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+        (arguments.output_dir / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(table(results), flush=True)
         for path in filter(None, (arguments.output_dir / "study.png", arguments.figure)):
             path.write_bytes(draw(results))

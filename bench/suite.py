@@ -375,7 +375,7 @@ def resident_peak(case: Case, settings: Settings, name: str) -> float:
     # Large blocks come from the system and go back to it at once: the resident set then is what is really held.
     variables = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory"], input=json.dumps(task), capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-m", "bench.memory"], input=json.dumps(task), capture_output=True, encoding="utf-8", cwd=ROOT,
         env=os.environ | variables, timeout=300,
     )  # fmt: skip
     if done.returncode:
@@ -405,7 +405,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    return [json.loads(text) for text in path.read_text().splitlines() if text.strip()]
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
 
 
 def write_lines(lines: Iterable[Line], path: Path) -> None:
@@ -416,5 +416,5 @@ def write_lines(lines: Iterable[Line], path: Path) -> None:
     kept = {k: line for k, line in kept.items() if (line["case"], line["study"]) not in measured}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in (kept | new).values()))
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in (kept | new).values()), encoding="utf-8")
     unfinished.replace(path)

@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> Path:
 
 def report(path: Path) -> None:
     """Distances between the curves, and a picture beside the result."""
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     width = min(20, *(len(run["loss"]) for run in record["runs"]))
     exact = {run["seed"]: run for run in record["runs"] if run["tolerance"] == 0}
 

@@ -40,7 +40,9 @@ def prepare(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
     files = write_world(folder / "world", 0)
     prompts = [encode_prompt(tokenizer, row.prompt) for row in read_prompts([str(files.prompts)]).rows]
-    (folder / "prompts.json").write_text(json.dumps([ids for ids in prompts if len(ids) <= 32][:2048]))
+    (folder / "prompts.json").write_text(
+        json.dumps([ids for ids in prompts if len(ids) <= 32][:2048]), encoding="utf-8"
+    )
 
 
 def run_ours(folder: Path, steps: int) -> list[float]:
@@ -55,7 +57,9 @@ def run_ours(folder: Path, steps: int) -> list[float]:
     start(0)
     name = str(folder / "model")
     tokenizer = load_tokenizer(name)
-    prompts = [EncodedPrompt(PromptRow("?"), ids) for ids in json.loads((folder / "prompts.json").read_text())]
+    prompts = [
+        EncodedPrompt(PromptRow("?"), ids) for ids in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    ]
     rehearsal = [Encoded((*p.ids, *p.ids[-5:], tokenizer.eos_token_id), len(p.ids)) for p in prompts[:200]]
     arguments = PPOArguments(
         total_steps=steps, rollout_batch_size=BATCH, per_device_train_batch_size=MICRO, num_ppo_epochs=EPOCHS,
@@ -83,7 +87,7 @@ def run_trl(folder: Path, steps: int) -> list[float]:
 
     name = str(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    prompts = json.loads((folder / "prompts.json").read_text())
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     config = PPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=MICRO,
         gradient_accumulation_steps=BATCH // MICRO, num_ppo_epochs=EPOCHS, num_mini_batches=MINI_BATCHES,
@@ -128,7 +132,7 @@ def main() -> None:
         if given.worker == "prepare":
             return prepare(given.folder)
         seconds = {"ours": run_ours, "trl": run_trl}[given.worker](given.folder, given.steps)
-        (given.folder / f"{given.worker}.json").write_text(json.dumps(seconds))
+        (given.folder / f"{given.worker}.json").write_text(json.dumps(seconds), encoding="utf-8")
         return None
     found: dict[str, list[float]] = {"ours": [], "trl": []}
     pythons = {"ours": sys.executable, "trl": str(given.peer_python)}
@@ -140,7 +144,7 @@ def main() -> None:
         def run(worker: str, python: str) -> None:
             done = subprocess.run(
                 [python, __file__, "--worker", worker, "--folder", name, "--steps", str(given.steps), "--threads",
-                 str(given.threads)], capture_output=True, text=True, cwd=folder,
+                 str(given.threads)], capture_output=True, encoding="utf-8", cwd=folder,
                 env=os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
             if done.returncode:
@@ -151,7 +155,7 @@ def main() -> None:
             for worker, python in pythons.items():
                 run(worker, python)
                 # The first steps pay for imports and warm-up.
-                found[worker] += json.loads((folder / f"{worker}.json").read_text())[2:]
+                found[worker] += json.loads((folder / f"{worker}.json").read_text(encoding="utf-8"))[2:]
     medians = {worker: statistics.median(seconds) for worker, seconds in found.items() if seconds}
     for worker, median in medians.items():
         print(f"{worker}: {1 / median:.2f} steps a second (median of {len(found[worker])} steps)")

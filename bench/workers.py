@@ -15,7 +15,7 @@ from stable_rlhf.train.engine import start
 
 
 def _begin(log: Path, threads: int | None) -> None:
-    sys.stderr = log.open("a", buffering=1)
+    sys.stderr = log.open("a", buffering=1, encoding="utf-8")
     if threads is not None:
         torch.set_num_threads(threads)
     start(0)

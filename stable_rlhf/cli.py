@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from stable_rlhf import __version__
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, parse, suggestion
+from stable_rlhf.progress import tolerant_output
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import Recipe
 
@@ -29,6 +30,7 @@ _LOST = re.compile(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``stable-rlhf``."""
+    tolerant_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments and arguments[0].startswith("--local_rank"):
         arguments.pop(0)  # the deepspeed launcher puts it first
@@ -75,7 +77,7 @@ def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
         raise error
     path = output_dir / f"error-{os.environ.get('RANK', '0')}.txt"
     try:
-        path.write_text("".join(traceback.format_exception(error)))
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
     except OSError:  # a full disk, most likely, and perhaps what the error is about
         raise error from None
     fail(f"{type(error).__name__}: {error}", hint=f"this was not foreseen; the traceback is in {path}")
@@ -153,7 +155,7 @@ def _fingerprint(path: str) -> str | None:
     """Which settings an input folder (or the folder of an input file) was made with, when a stage of ours made it."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        return str(json.loads((folder / "stage.json").read_text())["fingerprint"])
+        return str(json.loads((folder / "stage.json").read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -193,7 +195,7 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
     stage = measure_strength(recipe, RunDirectory(recipe.output_dir, recipe.checkpoint), backbone, settings)
     finish()
     if is_main_process():
-        summary = json.loads((stage.folder / "strength.json").read_text())
+        summary = json.loads((stage.folder / "strength.json").read_text(encoding="utf-8"))
         console = Console(width=None if sys.stdout.isatty() else 140)
         for table in notable_tables(summary):
             console.print(table)

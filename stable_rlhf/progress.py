@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -12,6 +13,14 @@ from contextlib import contextmanager
 def is_main_process() -> bool:
     """True on global rank 0 (or without a launcher)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tolerant_output() -> None:
+    """Characters that the terminal's encoding lacks become question marks, on standard output and standard error, in
+    place of a UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def say(message: str) -> None:

@@ -59,7 +59,7 @@ def run(*arguments: str | Path, cwd: Path, timeout: float = 300, module: bool = 
     """One call of the console script (``module``: of ``python -m stable_rlhf``) in a process of its own."""
     program = [sys.executable, "-m", "stable_rlhf"] if module else [CONSOLE_SCRIPT]
     done = subprocess.run(
-        [*program, *map(str, arguments)], cwd=cwd, env=environment(**extra), capture_output=True, text=True,
+        [*program, *map(str, arguments)], cwd=cwd, env=environment(**extra), capture_output=True, encoding="utf-8",
         timeout=timeout,
     )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
@@ -71,7 +71,11 @@ class Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment(),
         )
 
     def __call__(self, *arguments: object, cwd: Path, kill: float | str | None = None, **extra: str) -> Done:
@@ -101,7 +105,7 @@ class Server:
             self.process.stdin.write(json.dumps(call) + "\n")
             self.process.stdin.flush()
             codes = json.loads(self.process.stdout.readline())
-            return [Done(code, out.read_text(), err.read_text())
+            return [Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
                     for code, (out, err) in zip(codes, outputs, strict=True)]  # fmt: skip
 
     def close(self) -> None:
@@ -130,10 +134,10 @@ def _serve() -> None:
     from torch.utils import tensorboard  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
-    import stable_rlhf.cli
+    import stable_rlhf.cli  # noqa: F401
     import stable_rlhf.train.run  # noqa: F401
 
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
         call = json.loads(line)
@@ -192,7 +196,7 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int((entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
             except OSError:
                 continue
             children.setdefault(parent, []).append(int(entry.name))
@@ -218,7 +222,9 @@ def workers(pid: int) -> list[int]:
 def write_lines(path: Path, rows: list[Any]) -> Path:
     """JSON lines; a row that is a string is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 

@@ -184,20 +184,20 @@ def test_refused_arguments(cli, tmp_path, arguments, parts):
     ],
 )  # fmt: skip
 def test_refused_recipes(cli, tmp_path, text, parts):
-    (tmp_path / "my.yaml").write_text(text)
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
     cli("run", "my.yaml").refused("'my.yaml'", *parts)
     cli("sft", "--config", "my.yaml").refused("'my.yaml'", *parts)
     assert [p.name for p in tmp_path.iterdir()] == ["my.yaml"]
 
 
 def test_refused_values_in_a_recipe(cli, tmp_path):
-    (tmp_path / "my.yaml").write_text("ppo: {total_steps: abc}")
+    (tmp_path / "my.yaml").write_text("ppo: {total_steps: abc}", encoding="utf-8")
     cli("run", "my.yaml").refused("'ppo.total_steps' of the recipe", "expected a whole number, got 'abc'")
     (tmp_path / "my.yaml").write_bytes(b"title: \xff\xfe")
     cli("run", "my.yaml").refused("'my.yaml'", "not YAML")
-    (tmp_path / "my.yaml").write_text("model_name_or_path: m")
+    (tmp_path / "my.yaml").write_text("model_name_or_path: m", encoding="utf-8")
     cli("run", "my.yaml").refused("data.pairs")
-    (tmp_path / "my.yaml").write_text("model_name_or_path: m\ndata: {pairs: [p], prompts: [q]}")
+    (tmp_path / "my.yaml").write_text("model_name_or_path: m\ndata: {pairs: [p], prompts: [q]}", encoding="utf-8")
     cli("run", "my.yaml").refused("data.judge_fraction")
     cli("run", "my.yaml", "--data.judge_fraction", "0.2").refused("data.forget_tasks")
     cli("run", "my.yaml", "--data.judge_fraction", "0.2", "--data.forget_tasks", "a").refused("q: no such file")
@@ -206,7 +206,7 @@ def test_refused_values_in_a_recipe(cli, tmp_path):
 def test_scorers_without_scores_of_their_own(cli, tmp_path):
     cli("evaluate", "--scorers", "rm=nowhere").refused("scorer 'rm'", "scores.json does not exist", "--test-pairs")
     cli("evaluate", "--policies", "a=b", "--test-pairs", "x").refused("x: no such file")
-    (tmp_path / "x").write_text("{}")
+    (tmp_path / "x").write_text("{}", encoding="utf-8")
     cli("evaluate", "--policies", "a=b", "--test-pairs", "x").refused("--test_pairs are for scorers")
 
 
@@ -225,7 +225,7 @@ def test_a_list_may_be_one_value_or_several_with_commas(given, meant):
 
 
 def test_flags_win_over_the_recipe(cli, tmp_path):
-    (tmp_path / "my.yaml").write_text("ppo: {total_steps: 7, rollout_batch_size: 6}\nvariants: [rm]")
+    (tmp_path / "my.yaml").write_text("ppo: {total_steps: 7, rollout_batch_size: 6}\nvariants: [rm]", encoding="utf-8")
     cli("run", "my.yaml").refused("ppo.rollout_batch_size 6")
     cli("run", "my.yaml", "--ppo.rollout_batch_size", "9").refused("ppo.rollout_batch_size 9")
     cli("run", "my.yaml", "--ppo.total-steps=0").refused("ppo.total_steps must be at least 1, got 0")
@@ -289,7 +289,7 @@ def test_missing_models(cli, settings, files, tmp_path):
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.safetensors").write_bytes(b"\0" * 100)
     cli("sft", "--model-name-or-path", broken, *data).refused(f"model {str(broken)!r}: it cannot be loaded")
-    (broken / "config.json").write_text("{")
+    (broken / "config.json").write_text("{", encoding="utf-8")
     cli("sft", "--model-name-or-path", broken, *data).refused(f"model {str(broken)!r}: it cannot be loaded")
     cli("select", *settings, "--scorer", "nowhere", "--data.prompts", files / "prompts.jsonl",
         "--data.forget_tasks", "old", "--select.embedding_model", "minilm").refused("scorer 'nowhere'")  # fmt: skip
@@ -313,7 +313,7 @@ def test_select_from_scored_candidates(cli, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [
         "rehearsal.jsonl.gz", "report.html", "selection.json", "stage.json",
     ]  # fmt: skip
-    assert json.loads((folder / "selection.json").read_text())["below_threshold"] == 9
+    assert json.loads((folder / "selection.json").read_text(encoding="utf-8"))["below_threshold"] == 9
     assert "finished before" in cli(*call).worked().err
     write_lines(tmp_path / "c.jsonl", rows[:20])
     cli(*call).refused("stage selection was made with other settings", "candidates")
@@ -332,12 +332,14 @@ try:
 except SystemExit:
     print("deepspeed" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, encoding="utf-8"
+    )
     assert done.stdout.strip() == "False" and "none is not a folder" in done.stderr
 
 
 def test_strength_then_denoise(cli, settings, files, tmp_path):
-    rows = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (files / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     write_lines(tmp_path / "p.jsonl", [row | {"agreement": i % 3} for i, row in enumerate(rows)])
     call = ["strength", *settings, "--data.pairs", "p.jsonl", "--output-dir", "o", "--strength.num_scorers", "2",
             "--strength.folds", "2", "--strength.heads_only", "true", "--strength.check", "agreement",
@@ -349,7 +351,7 @@ def test_strength_then_denoise(cli, settings, files, tmp_path):
     folder = tmp_path / "o" / "strength"
     assert (folder / "strength.png").stat().st_size > 10_000 and "Strength by agreement" in (
         folder / "report.html"
-    ).read_text()
+    ).read_text(encoding="utf-8")
     assert cli(*call).worked().err.count("finished before") == 6
     write_lines(tmp_path / "p.jsonl", rows)
     cli(*call).refused("stage strength-hidden was made with other settings", "contents")
@@ -362,7 +364,7 @@ def test_strength_then_denoise(cli, settings, files, tmp_path):
 
 
 def test_bad_rows_can_be_skipped(cli, settings, tmp_path, files):
-    rows = (files / "sft.jsonl").read_text().splitlines()
+    rows = (files / "sft.jsonl").read_text(encoding="utf-8").splitlines()
     write_lines(tmp_path / "d.jsonl", [rows[0], "{", *rows[1:], {"prompt": "Hi"}])
     cli("sft", *settings, "--data.demonstrations", "d.jsonl", "--output-dir", "a").refused("d.jsonl:2: not JSON")
     done = cli("sft", *settings, "--data.demonstrations", "d.jsonl", "--on-bad-row", "skip", "--output-dir", "b")
@@ -373,7 +375,7 @@ def test_bad_rows_can_be_skipped(cli, settings, tmp_path, files):
 
 
 def test_responses_of_no_tokens_train(cli, settings, tmp_path, files):
-    pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     for index, row in enumerate(pairs):
         row["chosen" if index % 2 else "rejected"] = ""
     write_lines(tmp_path / "p.jsonl", pairs)
@@ -388,7 +390,7 @@ def test_responses_of_no_tokens_train(cli, settings, tmp_path, files):
 
 def test_long_rows_are_left_out_and_counted(cli, settings, tmp_path, files):
     long = "abcdefgh" * 10
-    pairs = (files / "pairs.jsonl").read_text().splitlines()
+    pairs = (files / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     write_lines(tmp_path / "p.jsonl", [*pairs, {**PAIR, "prompt": long}, {**PAIR, "chosen": long}])
     call = ["train-scorer", "--objective", "rm", *settings, "--data.pairs", "p.jsonl"]
     done = cli(*call).worked()
@@ -398,7 +400,7 @@ def test_long_rows_are_left_out_and_counted(cli, settings, tmp_path, files):
     done = cli(*call, "--output-dir", "o", "--data.max_length", "1024", "--data.max_prompt_length", "1024").worked()
     assert "2 of 42 comparisons are too long: left out" in done.err
     cli(*call, "--output-dir", "p", "--data.max_prompt_length", "2").refused("max_prompt_length 2")
-    rows = (files / "sft.jsonl").read_text().splitlines()
+    rows = (files / "sft.jsonl").read_text(encoding="utf-8").splitlines()
     write_lines(tmp_path / "d.jsonl", [*rows, {"prompt": "Hi", "response": long}])
     done = cli("sft", *settings, "--data.demonstrations", "d.jsonl", "--data.max_length", "1024").worked()
     assert "1 of 25 demonstrations are too long: left out" in done.err
@@ -430,7 +432,7 @@ def test_the_wrong_scorer_is_refused(cli, ppo):
 
 def test_prompts_that_do_not_fit(cli, ppo, files, tmp_path):
     long = {"prompt": "abcdefgh" * 6, "task": "new"}
-    write_lines(tmp_path / "q.jsonl", [*(files / "prompts.jsonl").read_text().splitlines(), long, long])
+    write_lines(tmp_path / "q.jsonl", [*(files / "prompts.jsonl").read_text(encoding="utf-8").splitlines(), long, long])
     call = [*ppo, "--variant", "rm", "--data.prompts", "q.jsonl"]
     done = cli(*call).worked()
     assert "2 of 42 prompts have over 24 tokens: left out" in done.err
@@ -483,18 +485,18 @@ def test_a_result_in_another_type_of_numbers_is_not_taken_for_finished(cli, sett
 def test_foreign_folders_are_left_alone(cli, settings, files, tmp_path):
     call = ["sft", *settings, "--data.demonstrations", files / "sft.jsonl", "--output-dir"]
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("keep me")
+    (tmp_path / "mine" / "thesis.txt").write_text("keep me", encoding="utf-8")
     cli(*call, "mine").refused("output_dir 'mine' is not empty", "nothing is overwritten")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    (tmp_path / "file").write_text("keep me")
+    (tmp_path / "file").write_text("keep me", encoding="utf-8")
     cli(*call, "file").refused("output_dir 'file' is a file")
     cli(*call, "file/below").refused("file/below")
-    assert (tmp_path / "file").read_text() == "keep me"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "keep me"
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "run.json").write_text("{")
+    (tmp_path / "broken" / "run.json").write_text("{", encoding="utf-8")
     cli(*call, "broken").refused("output_dir 'broken': run.json is damaged")
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "run.json").write_text('{"format": 1}')
+    (tmp_path / "half" / "run.json").write_text('{"format": 1}', encoding="utf-8")
     (tmp_path / "half" / "sft").mkdir()
     cli(*call, "half").refused("stage sft", "no readable stage.json")
 
@@ -515,8 +517,8 @@ def test_what_nobody_foresaw_is_kept_beside_the_run(cli, settings, files, tmp_pa
     for path in scorer.iterdir():
         if path.is_file():
             (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "advantage_model.json").write_text('{"objectives": "am"}')
+    (broken / "advantage_model.json").write_text('{"objectives": "am"}', encoding="utf-8")
     done = cli("select", *settings, "--scorer", broken, "--data.prompts", files / "prompts.jsonl",
                "--data.forget_tasks", "old", "--output-dir", "o")  # fmt: skip
     done.refused("TypeError")
-    assert "Traceback" in (tmp_path / "o" / "error-0.txt").read_text() and "o/error-0.txt" in done.err
+    assert "Traceback" in (tmp_path / "o" / "error-0.txt").read_text(encoding="utf-8") and "o/error-0.txt" in done.err

@@ -48,7 +48,7 @@ def folder(first) -> Path:
 
 @pytest.fixture(scope="module")
 def summary(folder) -> dict:
-    return json.loads((folder / "summary.json").read_text())
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def _installed(name: str) -> bool:
@@ -80,7 +80,7 @@ def figures(summary: dict) -> dict:
 def fresh_process(script: str, *arguments: object) -> dict:
     """Run a script that prints JSON in a new process, away from the repository."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, env=environment(),
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, encoding="utf-8", env=environment(),
         cwd="/", timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_every_stage_ran_in_order(first, summary):
 
 
 def test_the_report_is_one_file(folder, summary):
-    html = (folder / "report.html").read_text()
+    html = (folder / "report.html").read_text(encoding="utf-8")
     loaded: list[str] = []
 
     class Loads(HTMLParser):
@@ -169,15 +169,17 @@ def test_the_summary_says_how_it_was_made(folder, summary):
 
 
 def test_files_are_plain_json_lines(folder):
-    with gzip.open(folder / "pairs" / "pairs.jsonl.gz", "rt") as file:
+    with gzip.open(folder / "pairs" / "pairs.jsonl.gz", "rt", encoding="utf-8") as file:
         pairs = [json.loads(line) for line in file]
     assert 100 < len(pairs) <= 200
     assert all(len(p["alt_logprobs"]["chosen"]) == 2 and p["logprobs"]["chosen"] for p in pairs)
-    with gzip.open(folder / "selection" / "rehearsal.jsonl.gz", "rt") as file:
+    with gzip.open(folder / "selection" / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
         assert all(json.loads(line)["provenance"]["origin"] == "selected" for line in file)
-    with gzip.open(folder / "evaluation" / "responses.jsonl.gz", "rt") as file:
+    with gzip.open(folder / "evaluation" / "responses.jsonl.gz", "rt", encoding="utf-8") as file:
         assert {json.loads(line)["policy"] for line in file} == {"rm", "am-sr"}
-    assert [json.loads(x)["step"] for x in (folder / "ppo-rm" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(x)["step"] for x in (folder / "ppo-rm" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == [1, 2]
     assert list((folder / "ppo-rm" / "tensorboard").iterdir())
 
 
@@ -225,7 +227,7 @@ print(json.dumps({
 """,
         folder / "scorer-am", folder / "pairs" / "pairs.jsonl.gz",
     )  # fmt: skip
-    saved = json.loads((folder / "scorer-am" / "scores.json").read_text())
+    saved = json.loads((folder / "scorer-am" / "scores.json").read_text(encoding="utf-8"))
     for side in ("chosen", "rejected"):
         assert found[side] == pytest.approx(saved[side], abs=1e-4)
     assert len(set(saved["chosen"])) > 10
@@ -250,7 +252,7 @@ def test_finished_stages_are_not_redone(second, summary, server):
         assert f"[{stage}] finished before" in done.err
     assert done.err.count("not redone") == len(STAGES) and "9 stages had been finished before, in" in done.out
     assert times(second) == before
-    again = json.loads((second / "summary.json").read_text())
+    again = json.loads((second / "summary.json").read_text(encoding="utf-8"))
     assert all(s["skipped"] for s in again["stages"])
     assert [s["seconds"] for s in again["stages"]] == [s["seconds"] for s in summary["stages"]]
     assert figures(again) == figures(summary)
@@ -265,7 +267,7 @@ def test_a_removed_stage_is_redone_alone(second, summary, server):
     after = times(second)
     assert {k for k in before if not k.startswith("ppo-rm")} == {k for k in after if not k.startswith("ppo-rm")}
     assert all(after[k] == before[k] for k in after if not k.startswith("ppo-rm"))
-    again = json.loads((second / "summary.json").read_text())
+    again = json.loads((second / "summary.json").read_text(encoding="utf-8"))
     assert [s["name"] for s in again["stages"] if not s["skipped"]] == ["ppo-rm"]
     assert figures(again) == figures(summary)  # redone to the same figures
 
@@ -286,7 +288,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, summary, server, tmp_path):
         command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     inside, deadline = tmp_path / "run" / "sft.tmp" / "metrics.jsonl", time.monotonic() + 120
-    while not (inside.is_file() and inside.read_text().count("\n") > 2):
+    while not (inside.is_file() and inside.read_text(encoding="utf-8").count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -299,7 +301,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, summary, server, tmp_path):
     assert not list((tmp_path / "run").glob("*.tmp"))
     for name in ("pairs/pairs.jsonl.gz", "selection/rehearsal.jsonl.gz", "evaluation/responses.jsonl.gz"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
-    assert figures(json.loads((tmp_path / "run" / "summary.json").read_text())) == figures(summary)
+    assert figures(json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))) == figures(summary)
 
 
 # -- the same in single stages -----------------------------------------------------------------------------------------
@@ -318,7 +320,8 @@ scorer: {learning_rate: 1.0e-3, per_device_train_batch_size: 8}
 select: {embedding_model: minilm, num_clusters: 3, top_k: 3, criteria: {score: 1.0, entropy: 0.5}}
 ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rejection_samples: 2,
       per_device_rehearsal_batch_size: 2, max_new_tokens: 5, learning_rate: 1.0e-3}
-"""
+""",
+        encoding="utf-8",
     )
 
     def stage(command: str, *arguments: str, **extra: str) -> dict:
@@ -356,9 +359,9 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
     assert {seen["key"] for seen in endpoint.seen} == {"Bearer secret"}
     for path in (tmp_path / "chat").rglob("*.*"):
         assert not path.is_file() or b"secret" not in path.read_bytes()
-    page = (tmp_path / "out/evaluation/report.html").read_text()
+    page = (tmp_path / "out/evaluation/report.html").read_text(encoding="utf-8")
     assert "AM-PPO-SR" in page and "During PPO" in page
-    with gzip.open(tmp_path / "out/evaluation/responses.jsonl.gz", "rt") as file:
+    with gzip.open(tmp_path / "out/evaluation/responses.jsonl.gz", "rt", encoding="utf-8") as file:
         answered = [json.loads(line) for line in file]
     wins = [row["verdict"] for row in answered if (row["policy"], row["set"]) == ("am-sr", "main")].count("win")
     assert wins == 8 * evaluation["policies"]["am-sr"]["main"]["win"]
@@ -367,10 +370,10 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
     assert kept.keys() == {"rm", "mine"} and kept["rm"]["pairs"] == 18 and "chosen" not in kept["rm"]
     assert kept["rm"]["rows"] == kept["mine"]["rows"]
     for name, objective in (("rm", "rm"), ("mine", "am")):
-        scores = json.loads((tmp_path / f"out/scorer-{objective}/scores.json").read_text())
+        scores = json.loads((tmp_path / f"out/scorer-{objective}/scores.json").read_text(encoding="utf-8"))
         better = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
         assert kept[name]["accuracy"]["value"] == pytest.approx(sum(better) / 18)
-    page = (tmp_path / "held-out/evaluation/report.html").read_text()
+    page = (tmp_path / "held-out/evaluation/report.html").read_text(encoding="utf-8")
     assert "mine" in page and "measures models that were trained before" in page
     every = stage("evaluate", *scorers, "--test-pairs", "pairs.jsonl", "--output-dir", "given")["scorers"]
     assert every["rm"]["pairs"] == 60 and every["rm"]["rows"] == every["mine"]["rows"] != kept["rm"]["rows"]
@@ -394,7 +397,7 @@ def test_a_run_that_denoises_measures_strength_first(tmp_path):
     strength = ["strength-hidden", "strength-scorer-1", "strength-scorer-2", "strength"]
     assert stages == ["world", "sft", "pairs", *strength, "scorer-rm", "scorer-am", "ppo-rm", "evaluation"]
     for name in ("rm", "am"):
-        result = json.loads((tmp_path / "run" / f"scorer-{name}" / "stage.json").read_text())["result"]
+        result = json.loads((tmp_path / "run" / f"scorer-{name}" / "stage.json").read_text(encoding="utf-8"))["result"]
         assert result["denoise"] == {"pairs": result["train"], "flip": round(0.2 * result["train"])}
         assert result["num_alternates"] == (2 if name == "am" else 0)  # what came with the pairs is still there
     assert run(*call, cwd=tmp_path).worked().err.count("finished before") == len(stages)
@@ -417,7 +420,8 @@ scorer: {learning_rate: 1.0e-3, per_device_train_batch_size: 4}
 select: {embedding_model: minilm, num_clusters: 3, top_k: 3}
 ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rejection_samples: 2,
       per_device_rehearsal_batch_size: 2, max_new_tokens: 5, learning_rate: 1.0e-3}
-"""
+""",
+        encoding="utf-8",
     )
 
     def launch(*arguments: str) -> Done:
@@ -426,7 +430,7 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
             [*program, "--module", "stable_rlhf", "run", "my.yaml", "--data-dir", "files", *arguments], cwd=tmp_path,
-            env=environment(PATH=path), capture_output=True, text=True, timeout=280,
+            env=environment(PATH=path), capture_output=True, encoding="utf-8", timeout=280,
         )  # fmt: skip
         return Done(done.returncode, done.stdout, done.stderr)
 
@@ -434,10 +438,10 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
     assert (tmp_path / "out" / "report.html").is_file()
     assert done.err.count("[sft]\n") == done.err.count("[evaluation]\n") == 1  # rank 0 alone
     assert done.out.count("AM-PPO-SR ") >= 1 and done.out.count("10 stages took") == 1
-    lines = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert len(list((tmp_path / "out" / "sft" / "tensorboard").iterdir())) == 1
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["kind"] == "real" and summary["device"].endswith("2 ranks")
     assert summary["policies"]["am-sr"]["main"]["n"] == 8
     assert len(summary["scorers"]["am"]["chosen"]) == 18
@@ -521,22 +525,22 @@ def test_smollm2_by_ppo_with_rehearsal_on_two_ranks(tmp_path):
     def launch() -> subprocess.Popen[bytes]:
         command = [CONSOLE_SCRIPT, "launch", "--port", free_port(), "--devices-per-node", 2, recipe, "--data-dir",
                    files, "--output-dir", "out", *short.split()]  # fmt: skip
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             return subprocess.Popen(
                 list(map(str, command)), cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT
             )
 
     process = launch()
     while not snapshot.exists():
-        assert process.poll() is None, log.read_text()[-6000:]
+        assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
         time.sleep(0.05)
     for pid in [process.pid, *descendants(process.pid)]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
     process = launch()
-    assert process.wait() == 0, log.read_text()[-6000:]
-    assert re.search(r"going on after step [23]\n", log.read_text())
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert process.wait() == 0, log.read_text(encoding="utf-8")[-6000:]
+    assert re.search(r"going on after step [23]\n", log.read_text(encoding="utf-8"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["device"].endswith("2 ranks") and summary["settings"]["engine"]["zero_stage"] == 3
     curve = summary["policies"]["am-sr"]["curve"]
     assert [row["step"] for row in curve] == [1, 2, 3, 4] and all(row["rehearsal_loss"] > 0 for row in curve)

@@ -161,7 +161,7 @@ def test_other_settings_never_cost_a_snapshot(cli, files, sft, tmp_path):
 
 
 def losses(stage: Path) -> list[float]:
-    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row[name] for row in rows for name in ("step", "loss", "learning_rate")]
 
 

@@ -33,7 +33,7 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, max
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     tiny_files(tmp_path / "files")
-    (tmp_path / "my.yaml").write_text(TINY)
+    (tmp_path / "my.yaml").write_text(TINY, encoding="utf-8")
     return tmp_path
 
 
@@ -85,7 +85,9 @@ def test_a_device_that_is_too_small(cli):
 
 
 def test_sizes_that_nobody_knows(cli, tmp_path):
-    (tmp_path / "my.yaml").write_text("model_name_or_path: nobody/nothing\nppo: {rollout_batch_size: 8}")
+    (tmp_path / "my.yaml").write_text(
+        "model_name_or_path: nobody/nothing\nppo: {rollout_batch_size: 8}", encoding="utf-8"
+    )
     cli("launch", "--dry-run", "my.yaml", "--device-memory-gib", 80).refused("'nobody/nothing'", "model_shape")
 
 
@@ -93,7 +95,7 @@ def test_sizes_that_nobody_knows(cli, tmp_path):
 
 
 def test_a_command_for_each_host(cli, tiny):
-    (tiny / "hosts").write_text("# two nodes\nnode-a slots=2\nme@10.0.0.7 slots=2  # the second\n\n")
+    (tiny / "hosts").write_text("# two nodes\nnode-a slots=2\nme@10.0.0.7 slots=2  # the second\n\n", encoding="utf-8")
     out = cli("launch", "my.yaml", "--hostfile", "hosts", "--dry-run", "--ppo.rollout-batch-size=16").worked().out
     first, command, second, other = out.splitlines()[:4]
     assert (first, second) == ("# on node-a", "# on me@10.0.0.7")
@@ -128,7 +130,7 @@ def test_flags_may_come_before_the_recipe(cli, tiny):
     ],
 )
 def test_refused(cli, tiny, arguments, parts):
-    (tiny / "hosts").write_text("a slots=1\n")
+    (tiny / "hosts").write_text("a slots=1\n", encoding="utf-8")
     cli("launch", *arguments.split()).refused(*parts)
     assert not (tiny / "out").exists()
 
@@ -143,7 +145,7 @@ def test_refused(cli, tiny, arguments, parts):
     ],
 )  # fmt: skip
 def test_refused_hostfiles(cli, tiny, text, part):
-    (tiny / "hosts").write_text(text)
+    (tiny / "hosts").write_text(text, encoding="utf-8")
     cli("launch", "my.yaml", "--hostfile", "hosts", "--dry-run").refused("hostfile 'hosts'", part)
 
 
@@ -163,15 +165,15 @@ def test_a_batch_script(cli, tiny):
     done = cli("launch", "--slurm", "job.sh", "my.yaml", "--nodes", 2, "--title", "It's $HOME",
                "--ppo.rollout_batch_size", 16, "--max-restarts", 2).worked()  # fmt: skip
     assert "sbatch job.sh" in done.out
-    text = (tiny / "job.sh").read_text()
+    text = (tiny / "job.sh").read_text(encoding="utf-8")
     assert "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=2\n" in text
     # As many hosts as no pipe holds: what stops reading after the first would end scontrol, and with it the job.
     for name, does in (("scontrol", "seq -f node%.0f 7 30000"), ("srun", 'printf "%s\\n" "$@"')):
-        (tiny / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tiny / name).write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
         (tiny / name).chmod(0o755)
     path = os.pathsep.join([str(tiny), os.environ["PATH"]])
     extra = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "99", "PATH": path}
-    ran = subprocess.run(["bash", "job.sh"], cwd=tiny, env=environment(**extra), capture_output=True, text=True)
+    ran = subprocess.run(["bash", "job.sh"], cwd=tiny, env=environment(**extra), capture_output=True, encoding="utf-8")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [
         "--kill-on-bad-exit=1", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
@@ -195,14 +197,14 @@ def test_env(cli):
 def start(folder: Path, *program: object, **extra: str) -> Done:
     path = os.pathsep.join([str(Path(sys.executable).parent), extra.pop("PATH", os.environ["PATH"])])
     done = subprocess.run(
-        [*map(str, program)], cwd=folder, env=environment(PATH=path, **extra), capture_output=True, text=True,
+        [*map(str, program)], cwd=folder, env=environment(PATH=path, **extra), capture_output=True, encoding="utf-8",
         timeout=280,
     )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def finished(folder: Path, ranks: int) -> None:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["device"].endswith(f"{ranks} ranks") and summary["policies"]["rm"]["main"]["n"] == 4
 
 
@@ -235,7 +237,7 @@ def test_a_run_in_bfloat16(cli, tiny, layers):
     """As the recipes for GPUs run: every stage, models that only read in bfloat16 too."""
     cli("run", "my.yaml", "--engine.bf16", "true", "--engine.gradient_checkpointing", "true", "--variants",
         "[rejection,rm,am]", "--ppo.rejection_samples", 2, *layers).worked()  # fmt: skip
-    summary = json.loads((tiny / "out" / "summary.json").read_text())
+    summary = json.loads((tiny / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["settings"]["engine"]["bf16"] and set(summary["policies"]) == {"rejection", "rm", "am"}
     assert summary["policies"]["rm"]["main"]["n"] > 0
 
@@ -245,24 +247,26 @@ def test_two_hosts_of_the_loopback_range(tiny):
     """Two nodes of one process each; the second by a stand-in for ssh, whose arguments are those of the real one."""
     (tiny / "bin").mkdir()
     (tiny / "bin" / "ssh").write_text(
-        '#!/bin/sh\necho "$@" >> ssh.log\nwhile [ $# -gt 1 ]; do shift; done\nsh -c "$1"\n'
+        '#!/bin/sh\necho "$@" >> ssh.log\nwhile [ $# -gt 1 ]; do shift; done\nsh -c "$1"\n', encoding="utf-8"
     )
     (tiny / "bin" / "ssh").chmod(0o755)
-    (tiny / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    (tiny / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n", encoding="utf-8")
     done = start(tiny, CONSOLE_SCRIPT, "launch", "--hostfile", "hosts", "--port", free_port(), "my.yaml")
     assert done.code == 0, done.err[-6000:]
     finished(tiny / "out", 2)
     assert not (tiny / "ssh.log").exists()  # both are this machine's addresses
     # 192.0.2.0/24 belongs to nobody (RFC 5737): it can only be reached through ssh. What fails there ends everything.
-    (tiny / "hosts").write_text("127.0.0.1 slots=1\n192.0.2.1 slots=1\n")
-    (tiny / "bin" / "ssh").write_text('#!/bin/sh\necho "$@" >> ssh.log\necho $HF_TOKEN >> ssh.log\nexit 255\n')
+    (tiny / "hosts").write_text("127.0.0.1 slots=1\n192.0.2.1 slots=1\n", encoding="utf-8")
+    (tiny / "bin" / "ssh").write_text(
+        '#!/bin/sh\necho "$@" >> ssh.log\necho $HF_TOKEN >> ssh.log\nexit 255\n', encoding="utf-8"
+    )
     path = os.pathsep.join([str(tiny / "bin"), os.environ["PATH"]])
     began = time.monotonic()
     done = start(tiny, CONSOLE_SCRIPT, "launch", "--hostfile", "hosts", "--port", free_port(), "my.yaml", PATH=path,
                  HF_TOKEN="hf_abc", NCCL_DEBUG="INFO")  # fmt: skip
     assert done.code == 255 and "192.0.2.1 ended with status 255" in done.err
     assert time.monotonic() - began < 120
-    call = (tiny / "ssh.log").read_text().splitlines()[0]
+    call = (tiny / "ssh.log").read_text(encoding="utf-8").splitlines()[0]
     assert call.startswith(f"-tt -o BatchMode=yes 192.0.2.1 cd {tiny} && exec env ")
     assert "NCCL_DEBUG=INFO" in call and "HF_TOKEN" not in call and "--rdzv-conf=is_host=0" in call
 
@@ -272,18 +276,23 @@ def test_a_killed_rank_is_started_again(tiny):
     """One process of two is killed in the middle of a stage: torchrun starts both again, and they go on from the last
     snapshot."""
     log = tiny / "log"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [CONSOLE_SCRIPT, "launch", "--port", str(free_port()), "--max-restarts", "1", "my.yaml", "--sft.max_steps",
              "60", "--sft.num_train_epochs", "99", "--checkpoint.save_steps", "1"],
             cwd=tiny, env=environment(), stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     while not (tiny / "out" / "sft.tmp" / "checkpoints" / "step-00000003").exists():
-        assert process.poll() is None, log.read_text()[-6000:]
+        assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
         time.sleep(0.01)
     os.kill(max(workers(process.pid)), signal.SIGKILL)
-    assert process.wait(timeout=280) == 0, log.read_text()[-6000:]
-    assert log.read_text().count("[sft]\n") == 2 and "going on after step" in log.read_text()
-    steps = [json.loads(line)["step"] for line in (tiny / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")[-6000:]
+    assert log.read_text(encoding="utf-8").count("[sft]\n") == 2 and "going on after step" in log.read_text(
+        encoding="utf-8"
+    )
+    steps = [
+        json.loads(line)["step"]
+        for line in (tiny / "out" / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert steps == list(range(1, 61))
     finished(tiny / "out", 2)

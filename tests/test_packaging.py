@@ -22,7 +22,7 @@ FOLDERS = {"stable_rlhf": "stable_rlhf", "kernels": "stable_rlhf/kernels", "reci
 def test_version_has_one_source():
     import stable_rlhf
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "version" in project["dynamic"] and "version" not in project
     assert re.fullmatch(r"\d+\.\d+\.\d+", stable_rlhf.__version__)
     assert importlib.metadata.version("stable-rlhf") == stable_rlhf.__version__
@@ -31,7 +31,9 @@ def test_version_has_one_source():
 def test_importing_the_package_is_light():
     script = "import stable_rlhf, sys; print(*sorted(m for m in sys.modules if '.' not in m))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True, env=environment
+    )
     assert not {"torch", "numpy", "transformers", "deepspeed"} & set(done.stdout.split())
 
 
@@ -42,7 +44,7 @@ def test_kernels_are_part_of_the_package():
 
 
 def test_build_needs_neither_torch_nor_the_dependencies():
-    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
     assert {re.split(r"[<>=]", name)[0] for name in build["requires"]} == {"setuptools", "pybind11"}
 
 
@@ -67,7 +69,7 @@ def build_wheel(tmp_path: Path, **environment: str) -> tuple[set[str], str]:
         "--wheel-dir",
     ]
     done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+        [*command, str(tmp_path)], capture_output=True, encoding="utf-8", timeout=600, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -108,6 +110,8 @@ def test_without_a_compiler_the_wheel_installs_and_says_so(tmp_path):
         f"import sys; sys.path.insert(0, {str(target)!r}); import torch, stable_rlhf.ops as ops; "
         "print(ops.__file__); print(ops.gae(torch.ones(2), torch.zeros(2), torch.tensor([0, 2]), lam=1.0)[0].tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=tmp_path, check=True
+    )
     where, answer = done.stdout.split("\n")[:2]
     assert where.startswith(str(target)) and answer == "[2.0, 1.0]"

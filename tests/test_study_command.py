@@ -27,7 +27,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 def figures(folder: Path) -> dict:
     """What must be the same in every study with these settings."""
-    found = json.loads((folder / "results.json").read_text())
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for row in found["policies"]:
         del row["seconds"]
     for part in found["means"]["policies"].values():
@@ -48,14 +48,14 @@ def done(tmp_path_factory) -> Path:
 
 
 def test_a_study_compares_all_variants_and_seeds(done):
-    found = json.loads((done / "results.json").read_text())
+    found = json.loads((done / "results.json").read_text(encoding="utf-8"))
     assert {(r["variant"], r["seed"]) for r in found["policies"]} == {
         (variant, seed) for variant in ("sft", "rejection", "rm", "am-critic-free") for seed in (3, 4)
     }
     assert {(r["scorer"], r["seed"]) for r in found["scorers"]} == {(s, n) for s in ("rm", "am") for n in (3, 4)}
     assert found["kind"] == "reported" and found["validation"] is None and found["judges"] == ["gold"]
     for seed in (3, 4):
-        summary = json.loads((done / "seeds" / str(seed) / "summary.json").read_text())
+        summary = json.loads((done / "seeds" / str(seed) / "summary.json").read_text(encoding="utf-8"))
         assert summary["seed"] == seed and summary["settings"]["ppo"]["total_steps"] == 4
         for row in found["policies"]:
             if row["seed"] == seed and row["variant"] != "sft":
@@ -71,7 +71,7 @@ def test_a_study_compares_all_variants_and_seeds(done):
 def test_the_policy_without_a_critic_has_no_value_head(done):
     stage = done / "seeds" / "3" / "ppo-am-critic-free"
     assert (stage / "model.safetensors").is_file() and not (stage / "value_head.safetensors").exists()
-    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 4 and all(row["value_loss"] == 0 and "gold" in row for row in rows)
     assert (done / "seeds" / "3" / "ppo-rm" / "value_head.safetensors").is_file()
 
@@ -93,7 +93,7 @@ def test_what_cannot_run_is_refused_before_the_first_seed(tmp_path):
 def test_validation_seeds_are_told_and_other_settings_are_refused(done):
     where = done.parent
     run(*arguments(done, "--validation"), cwd=where).worked()
-    assert json.loads((done / "validation" / "results.json").read_text())["seeds"] == [7]
+    assert json.loads((done / "validation" / "results.json").read_text(encoding="utf-8"))["seeds"] == [7]
     said = run(*arguments(done), cwd=where).worked()
     assert "Validation seeds 7 (" in said.out and "ran before, with the very settings reported here" in said.out
     refused = run(*arguments(done, "--ppo.kl_coef", "0.5"), cwd=where)
@@ -121,7 +121,7 @@ def test_a_killed_study_leaves_no_process_behind_and_goes_on(done, tmp_path):
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
 def _alive(pid: int) -> bool:
@@ -129,4 +129,4 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"

@@ -100,12 +100,12 @@ def select_to_folder(
         summary = {**selection.summary(), "embedding": {k: v for k, v in embeddings.manifest.items() if k != "row_ids"}}
         if swept:
             summary["sweep"] = swept
-        (folder / "selection.json").write_text(json.dumps(summary) + "\n")
+        (folder / "selection.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
         page = render_selection(
             selection, embeddings.array, title=title, embedding=embeddings.manifest,
             outside=len(rows) - len(selection.rows), swept=swept, seed=seed,
         )  # fmt: skip
-        (folder / "report.html").write_text(page)
+        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
     return selection
 
 

@@ -55,7 +55,7 @@ def open_embeddings(folder: str | os.PathLike[str], *, verify: bool = False) -> 
     folder = Path(folder)
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         state = "holds an unfinished job" if (folder / "job.json").exists() else "holds no embeddings"
         raise ValueError(f"{folder}: {state}; embed_to_folder makes or finishes them") from None
@@ -142,7 +142,7 @@ def embed_to_folder(
                 held.enter_context(_locked(folder))
                 _begin(folder, {**job, "shard_rows": shard_rows})
         if not (folder / "manifest.json").exists():
-            shards = _shards(texts, json.loads((folder / "job.json").read_text())["shard_rows"])
+            shards = _shards(texts, json.loads((folder / "job.json").read_text(encoding="utf-8"))["shard_rows"])
             with ranks.together():  # all look before anyone writes
                 missing = [k for k in range(len(shards)) if not _shard_is_done(folder, k, len(shards[k]))]
             with ranks.together():
@@ -253,7 +253,7 @@ def _write_shard(folder: Path, k: int, rows: np.ndarray) -> None:
 def _shard_is_done(folder: Path, k: int, rows: int) -> bool:
     data, marker = _shard(folder, k)
     with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(marker.read_text())
+        known = json.loads(marker.read_text(encoding="utf-8"))
         if known["rows"] == rows and known["checksum"] == _digest(data):
             return True
     if marker.exists():
@@ -267,7 +267,7 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
         if not path.exists():
             continue
         try:
-            known = json.loads(path.read_text())
+            known = json.loads(path.read_text(encoding="utf-8"))
             key = known["key"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: damaged; delete the folder {folder} and embed again") from None
@@ -326,7 +326,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made a folder: {error.strerror or error}") from error
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

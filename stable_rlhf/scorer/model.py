@@ -183,7 +183,7 @@ class AdvantageModel(nn.Module):
         if self.expected_head is not None:
             heads |= {"expected_head." + k: v for k, v in self.expected_head.state_dict().items()}
         save_file({k: v.contiguous() for k, v in heads.items()}, folder / _HEADS_FILE)
-        (folder / _SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+        (folder / _SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -197,7 +197,7 @@ class AdvantageModel(nn.Module):
         for name in (_SETTINGS_FILE, _HEADS_FILE, "config.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"scorer {str(folder)!r}: no {name} there; is it a folder that train-scorer wrote?")
-        settings = ScorerSettings(**json.loads((folder / _SETTINGS_FILE).read_text()))
+        settings = ScorerSettings(**json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8")))
         backbone = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         prefer_flash_attention(backbone, dtype)
         model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)

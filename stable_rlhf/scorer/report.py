@@ -34,7 +34,7 @@ def write_report(
         title=title, lead=in_words(summary), picture=base64.b64encode(image).decode(), notable=summary["notable"],
         meaning=_MEANING, check=summary.get("check"),
     )  # fmt: skip
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
 
 
 def in_words(summary: dict[str, Any]) -> list[str]:

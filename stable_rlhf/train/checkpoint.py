@@ -87,7 +87,7 @@ class RunDirectory:
             raise RunError(f"output_dir {str(self.root)!r} is a file")
         if marker.is_file():
             try:
-                found = json.loads(marker.read_text())["format"]
+                found = json.loads(marker.read_text(encoding="utf-8"))["format"]
             except (ValueError, KeyError, TypeError):
                 raise RunError(
                     f"output_dir {str(self.root)!r}: {_MARKER} is damaged; choose another output_dir or delete this one"
@@ -103,7 +103,7 @@ class RunDirectory:
                 "overwritten: choose another output_dir"
             )
         self.root.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"format": _FORMAT, "made_by": "stable_rlhf"}) + "\n")
+        marker.write_text(json.dumps({"format": _FORMAT, "made_by": "stable_rlhf"}) + "\n", encoding="utf-8")
 
     def stage(
         self, name: str, settings: dict[str, Any], run: Callable[[Path], dict[str, Any]], inputs: Sequence[Stage] = ()
@@ -149,7 +149,7 @@ class RunDirectory:
             return None
         remedy = f"delete {str(folder)!r} to redo it, or choose another output_dir"
         try:
-            known = json.loads((folder / _STAGE).read_text())
+            known = json.loads((folder / _STAGE).read_text(encoding="utf-8"))
             seen, _, _ = known["fingerprint"], known["seconds"], known["result"]
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(
@@ -169,7 +169,7 @@ class RunDirectory:
         attempt = working / _ATTEMPT
         if any(p.suffix != ".tmp" for p in (working / SNAPSHOTS).glob("step-*")):
             same = _fingerprint(attempt) == fingerprint
-            before = {} if _fingerprint(attempt) is None else json.loads(attempt.read_text())
+            before = {} if _fingerprint(attempt) is None else json.loads(attempt.read_text(encoding="utf-8"))
             if not same and self.checkpoint.resume_from_checkpoint != "none":
                 alone = _layout_alone(before, key)
                 if not (alone and self.checkpoint.universal):
@@ -195,14 +195,14 @@ class RunDirectory:
 def _note(path: Path, record: dict[str, Any]) -> None:
     """Write a record that is whole at every moment: without it, snapshots beside it could not be used."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def _fingerprint(path: Path) -> str | None:
     """That of a record that `_note` wrote, None where there is none."""
     try:
-        return str(json.loads(path.read_text())["fingerprint"])
+        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -447,21 +447,21 @@ class Engine:
         average = self.average.state() if self.average is not None else {}
         save_pieces(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
         if rank() == 0:
-            (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n")
+            (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n", encoding="utf-8")
             if self._scaler is not None:
                 scale = {name: getattr(self._scaler, name) for name in _SCALER_STATE}
-                (folder / _LOSS_SCALE).write_text(json.dumps([scale, self.overflowed_steps]) + "\n")
+                (folder / _LOSS_SCALE).write_text(json.dumps([scale, self.overflowed_steps]) + "\n", encoding="utf-8")
             if self.average is not None:
                 save_file({k: v.contiguous() for k, v in average.items()}, folder / _AVERAGE)
 
     def load(self, folder: Path) -> None:
         """Take up what :meth:`save` wrote, on any number of ranks and with any ZeRO stage."""
         load_pieces(sorted(folder.glob("engine-*.safetensors")), self.module, self.optimizer, self.zero_stage)
-        self.scheduler.load_state_dict(json.loads((folder / _SCHEDULE).read_text()))
+        self.scheduler.load_state_dict(json.loads((folder / _SCHEDULE).read_text(encoding="utf-8")))
         for group, value in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = value
         if self._scaler is not None and (folder / _LOSS_SCALE).exists():  # not in a snapshot of another type
-            scale, self.overflowed_steps = json.loads((folder / _LOSS_SCALE).read_text())
+            scale, self.overflowed_steps = json.loads((folder / _LOSS_SCALE).read_text(encoding="utf-8"))
             vars(self._scaler).update(scale)
             self._take_scale()
         if self.average is not None:

@@ -80,7 +80,7 @@ def _kept_scores(name: str, folder: str) -> dict[str, Any]:
     path = Path(folder) / "scores.json"
     if not path.is_file():
         raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -89,7 +89,7 @@ def read_curve(folder: str) -> list[dict[str, float]]:
     path = Path(folder) / "metrics.jsonl"
     if not (path.is_file() and (path.parent / "stage.json").is_file()):
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "score" in row]
 
 

@@ -103,7 +103,7 @@ def read_hostfile(path: str) -> list[Host]:
         ValueError: names the file and the line.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"hostfile {path!r}: {getattr(error, 'strerror', None) or 'is not text'}") from error
     hosts: dict[str, Host] = {}
@@ -250,7 +250,7 @@ def write_slurm(recipe: Recipe, plan: Plan, path: str) -> None:
         ValueError: the file exists, or cannot be written.
     """
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             file.write(slurm_script(recipe, plan))
     except FileExistsError:
         raise ValueError(f"--slurm {path!r}: the file exists; nothing is overwritten") from None

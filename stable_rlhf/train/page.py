@@ -48,7 +48,8 @@ def write_page(
     path = folder / PAGE
     working = path.with_suffix(".tmp")
     try:
-        working.write_text(render_page(name, settings, tracker.history, tracker.samples, guard.warnings, total_steps))
+        page = render_page(name, settings, tracker.history, tracker.samples, guard.warnings, total_steps)
+        working.write_text(page, encoding="utf-8", errors="surrogateescape")
         os.replace(working, path)
     except OSError as error:
         say(f"  WARNING: {path} cannot be written: {error.strerror or error}")

@@ -230,7 +230,7 @@ def summarise(
         "paper": paper.constants(),
     }
     for name, stage in scorers.items():
-        scores = json.loads((stage.folder / "scores.json").read_text())
+        scores = json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))
         summary["scorers"][name] = {
             **scorer_evaluation(
                 scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
@@ -239,7 +239,7 @@ def summarise(
             "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
         }  # fmt: skip
     if selection is not None:
-        summary["selection"] = json.loads((selection.folder / "selection.json").read_text())
+        summary["selection"] = json.loads((selection.folder / "selection.json").read_text(encoding="utf-8"))
     for variant, stage in trained.items():
         summary["policies"][variant] = {
             **evaluated.result["policies"][variant],
@@ -301,8 +301,8 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     from stable_rlhf.evaluate.report import make_report
 
     page, pictures = make_report(summary)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "report.html").write_text(page)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
     (folder / "overview.png").write_bytes(overview(summary))
     write_pictures(pictures, folder / "pictures")
 
@@ -338,7 +338,7 @@ def device_name() -> str:
         return f"{torch.cuda.get_device_name()}{ranks}"
     name = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break

@@ -125,7 +125,7 @@ class Snapshots:
             files = {str(f.relative_to(working)): _digest(f) for f in sorted(working.rglob("*")) if f.is_file()}
             record = {"format": _FORMAT, "stage": self.stage, "step": step, "rows": self.rows, "shape": self.shape,
                       "state": state, "files": files}  # fmt: skip
-            (working / _MANIFEST).write_text(json.dumps(record) + "\n")
+            (working / _MANIFEST).write_text(json.dumps(record) + "\n", encoding="utf-8")
             _remove(path)  # of an attempt that was begun again from an earlier step, as are later ones
             working.rename(path)
             whole = self._all()
@@ -191,7 +191,7 @@ def _read(path: Path) -> dict[str, Any] | str:
     if not path.is_dir():
         return f"there is no checkpoint {str(path)!r}"
     try:
-        record: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+        record: dict[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         files = record["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"checkpoint {str(path)!r} has no readable {_MANIFEST}"

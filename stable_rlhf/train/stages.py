@@ -244,7 +244,7 @@ def run_scorer(
     scores = score_pairs(saved, test, cache)
     scores["rows"] = pairs_digest(test)
     if is_main_process():
-        (folder / "scores.json").write_text(json.dumps(scores) + "\n")
+        (folder / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
     correct = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
     result |= {"train": len(train), "test": len(test), "num_alternates": alternates, "left_out": long + long_test}
     result["accuracy"] = sum(correct) / len(correct)

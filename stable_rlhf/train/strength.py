@@ -272,13 +272,13 @@ def _write_votes(
     chosen = set(judged)
     found = [next(votes) if i in chosen else None for i, item in enumerate(pairs.encoded) for _ in item.row.pairs]
     if is_main_process():
-        (folder / _DIFFERENCES).write_text(json.dumps(found) + "\n")
+        (folder / _DIFFERENCES).write_text(json.dumps(found) + "\n", encoding="utf-8")
     return {"trained_on": trained, "judged": len(judged), "positive": sum(d > 0 for d in difference) / len(difference)}
 
 
 def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path) -> dict[str, Any]:
     """Mean and deviation of every pair, into the rows and into pictures, tables and figures to read."""
-    votes = [json.loads((voter / _DIFFERENCES).read_text()) for voter in voters]
+    votes = [json.loads((voter / _DIFFERENCES).read_text(encoding="utf-8")) for voter in voters]
     mean, std = preference_strength(np.array(votes, dtype=np.float64))  # None becomes NaN
     every = iter(PairStrength(float(m), float(s)) for m, s in zip(mean, std, strict=True))
     of_row = {id(item.row): tuple(next(every) for _ in item.row.pairs) for item in pairs.encoded}
@@ -297,7 +297,7 @@ def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path)
     if is_main_process():
         enriched = (comparison_row(replace(row, strength=of_row.get(id(row)))) for row in pairs.rows)
         write_jsonl(folder / "pairs.jsonl.gz", enriched)
-        (folder / "strength.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (folder / "strength.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         write_report(f"Preference strength: {recipe.title}", summary, mean, std, pairs.check, folder)
     return {k: v for k, v in summary.items() if k not in ("notable", "curve")}
 

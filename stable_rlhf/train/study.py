@@ -49,7 +49,9 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     (folder / "seeds").mkdir(parents=True, exist_ok=True)
     _run_seeds({seed: _of_seed(recipe, seed, folder / "seeds" / str(seed)) for seed in seeds}, recipe.study.workers)
 
-    summaries = [json.loads((folder / "seeds" / str(seed) / "summary.json").read_text()) for seed in seeds]
+    summaries = [
+        json.loads((folder / "seeds" / str(seed) / "summary.json").read_text(encoding="utf-8")) for seed in seeds
+    ]
     settings = {name: value for name, value in recipe.as_dict().items() if name not in _NOT_A_SETTING}
     # Which variants run says nothing of the settings each of them has: a validation may do with two.
     shared = {name: value for name, value in settings.items() if name != "variants"}
@@ -71,9 +73,9 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     )  # fmt: skip
     page, pictures = make_page(found)
     text = markdown(found)
-    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    (folder / "results.md").write_text(text)
-    (folder / "report.html").write_text(page)
+    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
     write_pictures(pictures, folder / "pictures")
     say(f"report: {folder / 'report.html'}")
     return text
@@ -84,7 +86,7 @@ def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
     path = root / "validation" / "results.json"
     if not path.is_file():
         return None
-    known = json.loads(path.read_text())
+    known = json.loads(path.read_text(encoding="utf-8"))
     return {
         "seeds": known["seeds"], "variants": known["settings"]["variants"],
         "same_settings": known["fingerprint"] == fingerprint,
@@ -156,6 +158,6 @@ def _run_seed(recipe: Recipe, log: str) -> None:
 
 
 def _tail(log: Path) -> str:
-    text = log.read_text(errors="replace") if log.is_file() else "it said nothing"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "it said nothing"
     lines = [line for line in text.splitlines() if line.strip()]
     return " / ".join(lines[-_LOG_TAIL:])

@@ -55,7 +55,7 @@ class Tracker:
         if not self._main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / METRICS).open("w")
+        self._file = (folder / METRICS).open("w", encoding="utf-8")
         self._file.writelines(json.dumps(row) + "\n" for row in self.history)
         (folder / _SAMPLES).unlink(missing_ok=True)
         self._write_samples(self.samples)
@@ -88,7 +88,7 @@ class Tracker:
 
     def _write_samples(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
-            with (self._folder / _SAMPLES).open("a") as file:
+            with (self._folder / _SAMPLES).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Tracker:
 def _before(path: Path, after: int) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines up to step ``after``."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
@@ -116,8 +116,8 @@ def _before(path: Path, after: int) -> list[dict[str, Any]]:
 def _service(name: str, folder: Path, after: int, settings: dict[str, Any] | None) -> Any:
     """A run of wandb or trackio; a resumed stage goes on with the run that it had."""
     path = folder / _IDENTITY
-    identity = json.loads(path.read_text())["id"] if after and path.is_file() else secrets.token_hex(4)
-    path.write_text(json.dumps({"id": identity}) + "\n")
+    identity = json.loads(path.read_text(encoding="utf-8"))["id"] if after and path.is_file() else secrets.token_hex(4)
+    path.write_text(json.dumps({"id": identity}) + "\n", encoding="utf-8")
     about: dict[str, Any] = {
         "project": os.environ.get(f"{name.upper()}_PROJECT", "stable_rlhf"),
         "name": f"{folder.resolve().parent.name}-{folder.name.removesuffix('.tmp')}-{identity}",

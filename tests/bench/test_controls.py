@@ -22,7 +22,7 @@ def study(tmp_path, monkeypatch):
     seed.mkdir(parents=True)
     known = {"rm": policy(0.2, 0.5), "am-sr": policy(0.4, 0.75)}
     scorers = {"rm": {"temperature": 1.5}}
-    (seed / "summary.json").write_text(json.dumps({"policies": known, "scorers": scorers}))
+    (seed / "summary.json").write_text(json.dumps({"policies": known, "scorers": scorers}), encoding="utf-8")
     calls: list[list[str]] = []
     measured = {"study": known["am-sr"], "changed": policy(0.6, 1.0)}
 
@@ -32,10 +32,10 @@ def study(tmp_path, monkeypatch):
         if words[0] == "train-ppo":
             folder = out / f"ppo-{calls[-1][calls[-1].index('--variant') + 1]}"
             folder.mkdir(parents=True)
-            (folder / "stage.json").write_text('{"seconds": 12.34}')
+            (folder / "stage.json").write_text('{"seconds": 12.34}', encoding="utf-8")
         if words[0] == "evaluate":
             (out / "evaluation").mkdir(parents=True)
-            (out / "evaluation" / "summary.json").write_text(json.dumps({"policies": measured}))
+            (out / "evaluation" / "summary.json").write_text(json.dumps({"policies": measured}), encoding="utf-8")
 
     monkeypatch.setattr(controls, "call", call)
     return tmp_path / "study", calls, measured, known
@@ -88,7 +88,7 @@ def test_what_has_a_line_is_not_measured_again(study, tmp_path):
 
 
 def test_the_page_shows_what_the_results_hold():
-    page = controls.PAGE.read_text()
+    page = controls.PAGE.read_text(encoding="utf-8")
     assert [match["name"] for match in controls.MARKED.finditer(page)] == [
         "study",
         "again",

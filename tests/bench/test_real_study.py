@@ -112,7 +112,7 @@ def test_scorers_are_compared_seed_by_seed():
 
 
 def test_docs_show_what_the_results_hold():
-    page, lines = real.PAGE.read_text(), read_lines(real.OUTPUT)
+    page, lines = real.PAGE.read_text(encoding="utf-8"), read_lines(real.OUTPUT)
     assert real.MARKED.search(page) and real.PICTURE.name in page
     assert real.rendered(page, lines) == page, "run: python -m bench.real report"
     jobs = [Job(line["seed"], line["dataset"], line["objective"]) for line in lines]
@@ -131,7 +131,7 @@ def test_a_study_in_two_processes(data, tmp_path):
         words += [word for change in changes for word in ("--setting", change)]
         done = subprocess.run(
             [sys.executable, "-m", "bench.real", "run", *words, "--seeds", *seeds], cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8", timeout=600,
         )  # fmt: skip
         return done.returncode, done.stderr
 
@@ -139,7 +139,7 @@ def test_a_study_in_two_processes(data, tmp_path):
     assert code == 0, said[-2000:]
     first = read_lines(path)
     times = {name: (tmp_path / "work" / "hidden-states" / name).stat().st_mtime for name in DATASETS}
-    path.write_text(path.read_text() + '{"seed": 1, "data')  # a kill
+    path.write_text(path.read_text(encoding="utf-8") + '{"seed": 1, "data', encoding="utf-8")  # a kill
     assert study("1", "2")[0] == 0
     lines = read_lines(path)
     assert lines[:4] == first and len(lines) == 8
@@ -148,7 +148,7 @@ def test_a_study_in_two_processes(data, tmp_path):
         assert list(found["epochs"]) == ["1", "3"]
         assert found["pairs"] == {"read": 40, "fit": 30, "train": 8, "test": 14}
         scores = tmp_path / "work" / "scores" / f"{found['dataset']}-{found['objective']}-seed-{found['seed']}.json"
-        assert real.measure(json.loads(scores.read_text())["3"], 10) == found["epochs"]["3"]
+        assert real.measure(json.loads(scores.read_text(encoding="utf-8"))["3"], 10) == found["epochs"]["3"]
     assert len({of["loss"] for found in lines for of in found["epochs"].values()}) == 16
     path.unlink()
     whole = ("scorer.num_trainable_layers=null", "data.max_pairs=0", "engine.bf16=true")

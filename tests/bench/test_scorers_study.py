@@ -118,7 +118,7 @@ def test_finished_scorers_are_not_redone_and_a_line_cut_short_is(tmp_path):
     assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs
     scorers.write_down([line("plain", "rm", 0, 0.7), line("flip", "rm", 0, 0.8)], path, {"environment": {}})
     assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs[2:]
-    path.write_text(path.read_text()[:-9])
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs[1:]
     scorers.write_down([line("flip", "rm", 0, 0.8)], path, {})
     assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs[2:]
@@ -144,11 +144,11 @@ def test_differences_are_paired_by_seed():
 
 
 def test_docs_show_what_the_results_hold():
-    page = scorers.PAGE.read_text()
+    page = scorers.PAGE.read_text(encoding="utf-8")
     assert [match["name"] for match in scorers.MARKED.finditer(page)] == list(STUDIES)
     assert scorers.rendered(page) == page, "run: python -m bench.scorers report"
     for study, own in STUDIES.items():
-        lines = [json.loads(text) for text in scorers.path_of(study).read_text().splitlines()]
+        lines = [json.loads(text) for text in scorers.path_of(study).read_text(encoding="utf-8").splitlines()]
         found = [Job(x["method"], x["objective"], x["seed"]) for x in lines]
         assert len(set(found)) == len(found)
         assert not scorers.unfinished(
@@ -178,7 +178,8 @@ def test_a_study_in_two_processes(tmp_path, tokenizer, tiny_model):
         words = ["noise", "--run", "quickstart", "--output-dir", "work", "--output", str(path), "--seeds", "0", "1"]
         done = subprocess.run(
             [sys.executable, "-m", "bench.scorers", *words, "--workers", "2", "--methods", *methods],
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8",
+            timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         return scorers.results(path)

@@ -206,7 +206,7 @@ def test_presets_name_operations_that_exist(preset):
 
 
 def test_readme_shows_what_the_results_hold():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     marked = [match["name"] for match in render.MARKED.finditer(readme)]
     assert marked == [
         "policy-loss",
@@ -224,7 +224,7 @@ def test_readme_shows_what_the_results_hold():
 
 def test_results_name_no_place_on_anybodys_disk():
     for path in suite.RESULTS.glob("*.json*"):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert not any(part in text for part in ("/home/", "/tmp/", "/root/", "/work/", "/Users/")), path.name
 
 
@@ -295,10 +295,10 @@ def test_memory_is_the_resident_set_of_a_process():
 def test_dry_run_of_the_gpu_script(tmp_path):
     done = subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--skip-build", "--output-dir", str(tmp_path)],
-        capture_output=True, text=True, timeout=1800, env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, encoding="utf-8", timeout=1800, env={**os.environ, "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (path,) = tmp_path.glob("dry-*.jsonl")
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert {line["op"] for line in lines} == set(suite.operations())
     assert all(line["status"] == "ok" for line in lines if line["role"] == "ours")

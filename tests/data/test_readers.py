@@ -427,7 +427,7 @@ def test_k_agrees_over_the_file_set(tmp_path: Path) -> None:
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
-    path.write_text("{}\n[]\n")
+    path.write_text("{}\n[]\n", encoding="utf-8")
     write_jsonl(good, [PAIR])
     with pytest.raises(DataError, match=f"^{path}: no row is left, all 2 are bad; the first: {path}:1: expected"):
         read_comparisons(path, on_bad_row="skip")

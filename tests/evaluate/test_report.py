@@ -208,7 +208,7 @@ def test_missing_parts_leave_out_their_sections(
     assert page.ids == [section for section in SECTIONS if section not in gone]
     assert page.open == []
     assert summary_markdown(part)
-    Console(width=80, file=open("/dev/null", "w")).print(summary_table(part))  # noqa: SIM115
+    Console(width=80, file=open("/dev/null", "w", encoding="utf-8")).print(summary_table(part))  # noqa: SIM115
 
 
 def test_nearly_empty_summary_still_renders() -> None:
@@ -317,7 +317,7 @@ def test_reports_say_plainly_what_is_not_reproduced(make_summary: Any, undrawn: 
 
 
 def test_tables_carry_figures_intervals_and_tokens(summary: dict[str, Any]) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     console.print(summary_table(summary))
     text = console.export_text()
     assert max(len(line) for line in text.splitlines()) <= 80
@@ -377,5 +377,5 @@ def test_importing_the_report_does_not_import_matplotlib_or_torch() -> None:
         "import sys, stable_rlhf.evaluate.report, stable_rlhf.evaluate.judge\n"
         "print([name for name in ('matplotlib', 'torch', 'jinja2', 'scipy') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"

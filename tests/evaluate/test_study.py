@@ -274,7 +274,7 @@ def test_results_that_do_not_belong_together_are_refused(summaries: Any) -> None
 
 def test_docs_show_what_the_results_hold() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    found = [json.loads((docs / name).read_text()) for name in ("results.json", "results-further.json")]
+    found = [json.loads((docs / name).read_text(encoding="utf-8")) for name in ("results.json", "results-further.json")]
     assert "/tmp" not in json.dumps(found)
     pool = study.pooled(found) | {"title": "Skill world: seven variants, ten seeds"}
-    assert study_report.markdown(pool) in (docs / "results.md").read_text()
+    assert study_report.markdown(pool) in (docs / "results.md").read_text(encoding="utf-8")

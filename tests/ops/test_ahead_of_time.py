@@ -44,7 +44,7 @@ def resources(
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     dump = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, encoding="utf-8", check=True
     ).stdout
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
     return used, compiled.asm["ptx"]

@@ -25,7 +25,7 @@ def encode(part: list[str]) -> np.ndarray:
 def main(folder: str, count: int, seconds_per_shard: float, log: str) -> None:
     def slow(part: list[str]) -> np.ndarray:
         time.sleep(seconds_per_shard)
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(f"{part[0].split()[1]}\n")
         return encode(part)
 

@@ -153,7 +153,9 @@ def test_a_folder_of_embeddings_holds_what_embed_texts_gives(tiny, tmp_path, opt
         other = tiny.parent / "elsewhere" / "plain"
         if not other.exists():
             shutil.copytree(tiny / "plain", other)
-            (other / "config.json").write_text((other / "config.json").read_text() + " ")
+            (other / "config.json").write_text(
+                (other / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8"
+            )
         embed_to_folder(texts, tmp_path, str(other), batch_size=4, shard_rows=10, **options)
 
 
@@ -185,7 +187,7 @@ def test_resolve(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     assert resolve_embedding_model("model") == str((tmp_path / "model").resolve())
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for bad in ("./missing", "/missing/too", "~/surely-not-here", "file"):
         with pytest.raises(ValueError, match="is not a folder"):
             resolve_embedding_model(bad)

@@ -45,7 +45,7 @@ def rows(n: int = 90) -> list[dict]:
 
 
 def write(path, lines) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
     return str(path)
 
 
@@ -63,14 +63,14 @@ def test_everything_is_written(tmp_path):
         given, [r["score"] for r in given], encode([r["prompt"] for r in given]), num_clusters=3, top_k=4
     )
     assert chosen.indices.tolist() == plain.indices.tolist()
-    with gzip.open(tmp_path / "o" / "rehearsal.jsonl.gz", "rt") as file:
+    with gzip.open(tmp_path / "o" / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
         kept = [json.loads(line) for line in file]
     assert sum(row["provenance"]["origin"] == "selected" for row in kept) == 12 and len(kept) == 13
     assert all(row["provenance"]["criteria"].keys() >= {"score", "length"} for row in kept if "score" in row)
-    figures = json.loads((tmp_path / "o" / "selection.json").read_text())
+    figures = json.loads((tmp_path / "o" / "selection.json").read_text(encoding="utf-8"))
     assert figures["kept"] == 12 and figures["candidates"] == 90 and figures["embedding"]["rows"] == 90
     assert [row["num_clusters"] for row in figures["sweep"]] == [2, 3, 5]
-    page = (tmp_path / "o" / "report.html").read_text()
+    page = (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 5  # map, sizes, criteria, coverage, sweep
     assert "<script" not in page and not re.search(r"""(src|href)=["']?(http|//)""", page)
     assert "12 of 90 candidates are kept" in page and "1 rows of outside data" in page
@@ -94,14 +94,14 @@ def test_the_embeddings_are_used_again(tmp_path):
 def test_small_and_unlabelled_sets_have_a_page_too(tmp_path, count):
     given = [{k: v for k, v in row.items() if k != "task"} for row in rows(count)]
     make(tmp_path, given, num_clusters=min(count, 3))
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "skill purity" not in page and f"of {count} candidates" in page
 
 
 def test_a_selection_that_keeps_nothing_has_a_page(tmp_path):
     assert make(tmp_path, rows(), minimum={"score": 99.0}).rows == []
-    assert "0 of 90 candidates are kept" in (tmp_path / "report.html").read_text()
-    assert "90 did not meet score ≥ 99" in (tmp_path / "report.html").read_text()
+    assert "0 of 90 candidates are kept" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "90 did not meet score ≥ 99" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_read_candidates(tmp_path):
@@ -125,7 +125,7 @@ def test_select_file(tmp_path):
         embedding={"encoder": encode},
     )  # fmt: skip
     assert len(chosen.rows) == 6
-    with gzip.open(tmp_path / "o" / "rehearsal.jsonl.gz", "rt") as file:
+    with gzip.open(tmp_path / "o" / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
         assert len(file.readlines()) == 7
 
 
@@ -137,7 +137,7 @@ select_file({write(tmp_path / "c.jsonl", rows())!r}, {str(tmp_path / "o")!r}, nu
             embedding_model="fake", embedding={{"encoder": lambda texts: np.eye(4)[[ord(t[0]) % 4 for t in texts]]}})
 print([m for m in ("deepspeed", "transformers", "stable_rlhf.train", "stable_rlhf.ppo") if m in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -382,5 +382,5 @@ def test_importing_the_room_loads_nothing_heavy():
         "stable_rlhf.ppo",
     ]
     code = f"import sys, stable_rlhf.rehearsal; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
     assert out.strip() == "[]"

@@ -39,7 +39,7 @@ def test_rows_are_in_the_order_of_the_texts_and_the_manifest_says_what_they_are(
     assert isinstance(made.array, np.memmap) and made.array.dtype == np.float32
     lengths = [len(text) for part in calls for text in part]
     assert lengths == sorted(lengths, reverse=True) and [len(part) for part in calls] == [16, 16, 16, 2]
-    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest == made.manifest
     assert (manifest["model"], manifest["normalized"], manifest["rows"], manifest["dimensions"]) == (
         "fake",
@@ -146,7 +146,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 
 def test_foreign_and_broken_folders(tmp_path):
-    (tmp_path / "thesis.txt").write_text("keep me")
+    (tmp_path / "thesis.txt").write_text("keep me", encoding="utf-8")
     with pytest.raises(ValueError, match=r"is not empty \(thesis.txt\) and holds no embeddings"):
         embed_to_folder(texts(3), tmp_path, "fake", encoder=encode)
     with pytest.raises(ValueError, match="holds no embeddings"):
@@ -161,7 +161,7 @@ def test_foreign_and_broken_folders(tmp_path):
     np.save(data, np.zeros((2, 2), np.float32))
     with pytest.raises(ValueError, match=r"float32 \[2, 2\] instead of float32 \[3, 12\]"):
         open_embeddings(made.folder)
-    (made.folder / "manifest.json").write_text("{")
+    (made.folder / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"manifest\.json: damaged"):
         open_embeddings(made.folder)
 
@@ -188,7 +188,7 @@ def kill_and_finish(folder: Path, count: int, begun: int, delay: float) -> int:
     worker = start_worker(folder / "e", count, 0.02, log)
 
     def entries() -> list[str]:
-        return log.read_text().split() if log.exists() else []
+        return log.read_text(encoding="utf-8").split() if log.exists() else []
 
     until = time.monotonic() + 60
     while len(entries()) < begun and worker.poll() is None and time.monotonic() < until:
@@ -213,7 +213,7 @@ def kill_and_finish(folder: Path, count: int, begun: int, delay: float) -> int:
 
 
 def _logged(part: list[str], log: Path) -> np.ndarray:
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"{part[0].split()[1]}\n")
     return encode(part)
 
@@ -247,6 +247,6 @@ def test_two_ranks_share_the_shards(tmp_path):
     for worker in workers:
         _, err = worker.communicate(timeout=120)
         assert worker.returncode == 0, err.decode()[-3000:]
-    shares = [set(log.read_text().split()) for log in logs]
+    shares = [set(log.read_text(encoding="utf-8").split()) for log in logs]
     assert [len(share) for share in shares] == [5, 5] and not shares[0] & shares[1]
     np.testing.assert_array_equal(open_embeddings(tmp_path / "e", verify=True).array, encode(texts(80)))

@@ -102,7 +102,7 @@ def summary_of(text: str) -> dict:
 def test_the_page_escapes_what_the_data_say(tmp_path):
     summary = summary_of("<script>alert(1)</script> & [bold]")
     write_report("A <title>", summary, [-1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 0.5], tmp_path)
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page and "A &lt;title&gt;" in page
     assert "0.500 [0.100, 0.800]" in page and "0.750 [0.500, 1.000]" in page and "4 pairs of 3 prompts" in page
     assert "-1.50" in page and "p.jsonl:3" in page

@@ -56,12 +56,12 @@ def main() -> None:
             states.append(torch.get_rng_state())
             files.append([(here / name).read_bytes() for name in ("model.safetensors", "heads.safetensors")])
         found[stage] = {
-            "metrics": [json.loads(line) for line in (here / "metrics.jsonl").read_text().splitlines()],
+            "metrics": [json.loads(line) for line in (here / "metrics.jsonl").read_text(encoding="utf-8").splitlines()],
             "same_weights": files[0] == files[1], "same_random_state": torch.equal(*states),
             "seen": gather_objects(seen),
         }  # fmt: skip
     if rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     barrier()
     finish()
 

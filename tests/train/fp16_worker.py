@@ -109,7 +109,7 @@ def main() -> None:
         }  # fmt: skip
         plain.engine.close()
     if rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
     barrier()
     torch.distributed.destroy_process_group()
 

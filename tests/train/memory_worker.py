@@ -65,7 +65,7 @@ def main() -> None:
                 {"stage": stage, "bf16": bf16, "measured": measured, "estimated": sum(wanted.values())} | wanted
             )
     if rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(rows))
+        Path(sys.argv[1]).write_text(json.dumps(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def main() -> None:
             "moved": [largest(kept[2 * step], kept[2 * step + 1]) for step in range(STEPS)],
         }  # fmt: skip
     if rank() == 0:
-        output.write_text(json.dumps(found))
+        output.write_text(json.dumps(found), encoding="utf-8")
     barrier()
     torch.distributed.destroy_process_group()
 

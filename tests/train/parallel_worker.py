@@ -240,7 +240,7 @@ def main() -> None:
             "drawn": [drawn, drawn_too], "nonfinite": nonfinite(stage, tokenizer),
         }  # fmt: skip
     if rank() == 0:
-        output.write_text(json.dumps(found))
+        output.write_text(json.dumps(found), encoding="utf-8")
     # A rank that ends while another still talks to it can take that one down with it.
     barrier()
     torch.distributed.destroy_process_group()

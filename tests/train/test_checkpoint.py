@@ -26,7 +26,7 @@ class Work:
     def __call__(self, folder: Path) -> dict:
         self.runs += 1
         self.found = sorted(p.name for p in folder.iterdir() if p.name != "attempt.json")
-        (folder / "weights.bin").write_text(f"run {self.runs}")
+        (folder / "weights.bin").write_text(f"run {self.runs}", encoding="utf-8")
         if self.fails:
             raise RuntimeError("out of memory")
         return self.result
@@ -48,8 +48,8 @@ def test_a_stage_leaves_its_folder_with_settings_result_and_seconds(tmp_path):
     stage = run.stage("ppo-am", SETTINGS, work)
     assert work.runs == 1 and not stage.skipped and stage.result == work.result
     assert stage.folder == tmp_path / "run" / "ppo-am" and run.stages == [stage]
-    assert (stage.folder / "weights.bin").read_text() == "run 1"
-    record = json.loads((stage.folder / "stage.json").read_text())
+    assert (stage.folder / "weights.bin").read_text(encoding="utf-8") == "run 1"
+    record = json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))
     assert record["settings"] == SETTINGS and record["result"] == work.result and record["seconds"] >= 0
     assert sorted(p.name for p in run.root.iterdir()) == ["ppo-am", "run.json"]
 
@@ -124,8 +124,8 @@ def test_a_deleted_stage_is_redone_alone(tmp_path):
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    (tmp_path / ".hidden").write_text("x")
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work", encoding="utf-8")
+    (tmp_path / ".hidden").write_text("x", encoding="utf-8")
     before = contents(tmp_path)
     with pytest.raises(RunError, match=r"output_dir .*not empty") as caught:
         RunDirectory(tmp_path)
@@ -140,16 +140,16 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
     file = tmp_path / "out"
-    file.write_text("keep me")
+    file.write_text("keep me", encoding="utf-8")
     with pytest.raises(RunError, match=r"output_dir .* is a file"):
         RunDirectory(file)
-    assert file.read_text() == "keep me"
+    assert file.read_text(encoding="utf-8") == "keep me"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"format"', "\x00"])
 def test_a_damaged_run_json_is_an_error(tmp_path, text):
     finish(tmp_path)
-    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
     before = contents(tmp_path)
     with pytest.raises(RunError, match=r"output_dir .*run\.json is damaged"):
         RunDirectory(tmp_path)
@@ -157,7 +157,7 @@ def test_a_damaged_run_json_is_an_error(tmp_path, text):
 
 
 def test_the_folder_of_another_version_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"format": 99}))
+    (tmp_path / "run.json").write_text(json.dumps({"format": 99}), encoding="utf-8")
     with pytest.raises(RunError, match=r"another version \(format 99\)"):
         RunDirectory(tmp_path)
 
@@ -169,7 +169,7 @@ def test_a_stage_folder_without_a_readable_record_is_an_error(tmp_path, damage):
     if damage == "missing":
         record.unlink()
     else:
-        record.write_text(damage)
+        record.write_text(damage, encoding="utf-8")
     before, work = contents(tmp_path), Work()
     with pytest.raises(RunError, match=r"stage ppo-am: .*no readable stage\.json"):
         RunDirectory(tmp_path).stage("ppo-am", SETTINGS, work)
@@ -178,18 +178,18 @@ def test_a_stage_folder_without_a_readable_record_is_an_error(tmp_path, damage):
 
 def test_a_file_in_the_place_of_a_stage_is_an_error(tmp_path):
     RunDirectory(tmp_path)
-    (tmp_path / "ppo-am").write_text("not a folder")
+    (tmp_path / "ppo-am").write_text("not a folder", encoding="utf-8")
     with pytest.raises(RunError, match="stage ppo-am"):
         RunDirectory(tmp_path).stage("ppo-am", SETTINGS, Work())
-    assert (tmp_path / "ppo-am").read_text() == "not a folder"
+    assert (tmp_path / "ppo-am").read_text(encoding="utf-8") == "not a folder"
 
 
 def test_what_a_killed_attempt_left_is_redone_from_scratch(tmp_path):
     RunDirectory(tmp_path)
     left = tmp_path / "ppo-am.tmp"
     (left / "early").mkdir(parents=True)
-    (left / "weights.bin").write_text("half")
-    (left / "stale.bin").write_text("old")
+    (left / "weights.bin").write_text("half", encoding="utf-8")
+    (left / "stale.bin").write_text("old", encoding="utf-8")
     work = Work()
     stage = RunDirectory(tmp_path).stage("ppo-am", SETTINGS, work)
     assert work.runs == 1 and work.found == [] and not stage.skipped

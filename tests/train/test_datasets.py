@@ -17,7 +17,7 @@ TASKS = ("reverse", "upper", "count")
 @pytest.fixture
 def write(tmp_path):
     def to(name: str, rows: list[dict]) -> str:
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return name
 
     return to
@@ -233,7 +233,7 @@ def test_bad_rows_are_skipped_and_counted_only_when_asked(write, settings, capsy
 def test_evaluation_prompts_never_train(tmp_path, tokenizer, capsys):
     rows = [{"prompt": f"Reverse: {'abc'[i % 3] * (1 + i // 3)}", "task": "t"} for i in range(12)]
     for name, part in (("all", rows), ("main", rows[:3]), ("forget", rows[3:5])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part), encoding="utf-8")
     files = {"prompts": ["all.jsonl"], "eval_main": ["main.jsonl"], "eval_forget": ["forget.jsonl"]}
     splits = load_prompts(DataArguments(data_dir=str(tmp_path), **files), tokenizer, 0)
     assert {p.row.prompt for p in splits.train} == {r["prompt"] for r in rows[5:]}
@@ -241,9 +241,9 @@ def test_evaluation_prompts_never_train(tmp_path, tokenizer, capsys):
 
 
 def test_a_changed_file_has_another_digest(tmp_path):
-    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "a.jsonl").write_text("{}\n", encoding="utf-8")
     arguments = DataArguments(data_dir=str(tmp_path), pairs=["a.jsonl"], prompts=["missing.jsonl"])
     first = contents(arguments)
     assert list(first) == ["a.jsonl"] and contents(arguments) == first
-    (tmp_path / "a.jsonl").write_text("{ }\n")
+    (tmp_path / "a.jsonl").write_text("{ }\n", encoding="utf-8")
     assert contents(arguments) != first

@@ -52,7 +52,7 @@ def train(tiny_model, tokenizer, rows):
 
 
 def curve(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def files(folder: Path) -> list[bytes]:
@@ -112,7 +112,7 @@ def found(tmp_path_factory) -> Callable[[int], dict]:
     def on(ranks: int) -> dict:
         folder, worker = tmp_path_factory.mktemp("eval"), Path(__file__).with_name("eval_worker.py")
         launch(ranks, str(folder), str(4 // ranks), "0,1,2,3", worker=worker)
-        return json.loads((folder / "found.json").read_text())
+        return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
     return on
 

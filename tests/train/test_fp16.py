@@ -157,7 +157,7 @@ def test_ppo_counts_overflows_and_its_guard_is_silent(fp16, tiny_model, tokenize
 def test_two_ranks(tmp_path):
     """An overflow on one rank leaves out the step of both; what a snapshot holds goes on to the same bits."""
     launch(2, str(tmp_path), worker=Path(__file__).with_name("fp16_worker.py"))
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert set(found) == {"1", "2", "3"}
     for row in found.values():
         assert row["moved"] == [True, False, False, True, False, True] and row["scale"] == 16384.0

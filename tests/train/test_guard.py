@@ -237,7 +237,7 @@ def test_updates_that_are_not_finite_can_be_skipped(stage, make, prompts, tmp_pa
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
     assert all(math.isfinite(value) for row in curve for value in row.values())
     assert "left out, the weights untouched" in capsys.readouterr().err
-    assert "skipped_updates" in (tmp_path / "training.html").read_text()
+    assert "skipped_updates" in (tmp_path / "training.html").read_text(encoding="utf-8")
 
 
 def test_a_policy_that_runs_away_within_a_step_leaves_out_the_rest_of_it(make, prompts, tmp_path):
@@ -270,5 +270,5 @@ def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts
         run(tmp_path / "killed")
     again = run(tmp_path / "killed")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in whole]
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "killed")]
+    samples = [(tmp_path / name / "samples.jsonl").read_text(encoding="utf-8") for name in ("whole", "killed")]
     assert samples[0] == samples[1] and [json.loads(s)["step"] for s in samples[0].splitlines()] == [0, 0, 2, 2, 4, 4]

@@ -153,7 +153,7 @@ def test_a_scorer_trained_with_lora_scores_without_peft(tiny_model, tokenizer, t
     first = scorer.score(["Write backwards: xyz"], ["zyx"])
     arguments = ScorerArguments(learning_rate=1e-2, num_train_epochs=6, per_device_train_batch_size=2)
     train_scorer(scorer, rows, arguments, replace(LORA, zero_stage=stage), tmp_path, seed=0)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     monkeypatch.setitem(sys.modules, "peft", None)
     again = AdvantageModel.from_pretrained(tmp_path)

@@ -48,7 +48,7 @@ def test_weights_gradients_and_optimiser_are_what_an_engine_holds(one_process, t
 def test_two_processes_share_as_estimated(tmp_path):
     found = tmp_path / "found.json"
     launch(2, str(found), worker=Path(__file__).with_name("memory_worker.py"))
-    rows = json.loads(found.read_text())
+    rows = json.loads(found.read_text(encoding="utf-8"))
     assert len(rows) == 6
     for row in rows:
         # ZeRO 1 has let go of the other ranks' gradients by then; in the backward pass it holds them.
@@ -234,7 +234,7 @@ def test_a_whole_update_with_blooms_vocabulary():
     for which in ("fused", "plain"):
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("update_memory_worker.py")), which, "0"],
-            env=environment(**extra), capture_output=True, text=True, timeout=1800,
+            env=environment(**extra), capture_output=True, encoding="utf-8", timeout=1800,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-6000:]
         found[which] = float(done.stdout.split()[-1])

@@ -42,7 +42,7 @@ def found(tmp_path_factory) -> Callable[[int], dict]:
     def on(ranks: int) -> dict:
         path, worker = folder / f"{ranks}.json", Path(__file__).with_name("meta_worker.py")
         launch(ranks, str(path), str(2 // ranks), "0,1,2,3", worker=worker)
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
     return on
 
@@ -96,7 +96,7 @@ def make(tiny_model, tokenizer):
 
 
 def curve(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,9 @@ def test_train_scorer_reads_the_file_and_names_a_bad_row(tiny_model, tokenizer, 
     for split in ("train", "judge"):
         run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / split, split=split)
         assert ("meta_difference" in curve(tmp_path / split)[0]) == (split == "train")  # the judge is left alone
-    (tmp_path / "shifted.jsonl").write_text('{"prompt": "Say z", "responses": ["z", "zz"]}\n{"prompt": "Say y"}\n')
+    (tmp_path / "shifted.jsonl").write_text(
+        '{"prompt": "Say z", "responses": ["z", "zz"]}\n{"prompt": "Say y"}\n', encoding="utf-8"
+    )
     with pytest.raises(DataError, match=r"shifted\.jsonl:2: 'responses' is missing"):
         run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / "bad")
 

@@ -35,7 +35,7 @@ def same(packed: list[float], padded: list[float], first: int = 1) -> None:
 
 
 def losses(folder) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_sft(tiny_model, tokenizer, tmp_path):

@@ -56,8 +56,8 @@ def test_the_page_needs_no_other_file(page):
 
 def test_the_curves_are_a_picture_of_the_panels_that_have_values(page):
     (data,) = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
-    whole = Image.open(io.BytesIO(base64.b64decode(data)))
-    few = Image.open(io.BytesIO(training_curves([{"step": 1.0, "score": 1.0, "kl": float("nan")}])))
+    whole = Image.open(io.BytesIO(base64.b64decode(data)), encoding="utf-8")
+    few = Image.open(io.BytesIO(training_curves([{"step": 1.0, "score": 1.0, "kl": float("nan")}])), encoding="utf-8")
     assert whole.width == few.width and whole.height > 3 * few.height
 
 
@@ -72,12 +72,14 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / PAGE).exists()  # nothing to show yet
     tracker.log(1, {"score": 1.0})
     write_page(tmp_path, "PPO", {}, tracker, guard, total_steps=3)
-    first = (tmp_path / PAGE).read_text()
+    first = (tmp_path / PAGE).read_text(encoding="utf-8")
     assert first.endswith("</html>") and not list(tmp_path.glob("*.tmp"))
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     tracker.log(2, {"score": 2.0})
     write_page(tmp_path, "PPO", {}, tracker, guard, total_steps=3)
-    assert (tmp_path / PAGE).read_text() == first and "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / PAGE).read_text(
+        encoding="utf-8"
+    ) == first and "No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setenv("RANK", "1")
     (tmp_path / PAGE).unlink()

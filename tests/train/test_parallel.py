@@ -29,7 +29,7 @@ def launch(ranks: int, *arguments: str, worker: Path = WORKER) -> None:
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port),
         str(worker), *arguments,
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -42,7 +42,9 @@ def losses_of(tmp_path_factory):
         folder = tmp_path_factory.mktemp("parallel")
         launch(1, str(folder / "one.json"), "4", stages)
         launch(2, str(folder / "two.json"), "2", stages)
-        return json.loads((folder / "one.json").read_text()), json.loads((folder / "two.json").read_text())
+        return json.loads((folder / "one.json").read_text(encoding="utf-8")), json.loads(
+            (folder / "two.json").read_text(encoding="utf-8")
+        )
 
     return lambda stage: run("0,3" if stage in "03" else "0,1,2")
 

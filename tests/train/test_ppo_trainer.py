@@ -99,7 +99,7 @@ def test_ppo_with_rehearsal_changes_the_policy_and_neither_reference_nor_scorer(
     assert abs(result["curve"][1]["kl"]) > 1e-4
     for name in ("config.json", "model.safetensors", "tokenizer.json", "value_head.safetensors", "metrics.jsonl"):
         assert (tmp_path / name).is_file(), name
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines == result["curve"]
 
 

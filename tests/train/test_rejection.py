@@ -109,7 +109,7 @@ def test_a_round_in_which_nothing_is_kept_changes_nothing(train, tiny_model, one
     assert torch.equal(weights(policy), before)
     assert result["curve"][0]["kept"] == 0 and math.isnan(result["curve"][0]["loss"])
     assert (tmp_path / "out" / "config.json").is_file()
-    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["step"] == 1
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8"))["step"] == 1
 
 
 def steps(tiny_model, tokenizer, per_device, accumulation, counts=(1, 5, 8)):

@@ -290,7 +290,7 @@ def test_training_with_the_regression_brings_e_to_the_mean_reward(make, rows, to
         settings = replace(arguments, expected_coef=coefficient)
         result = train_scorer(model, batch, settings, EngineArguments(), folder, seed=0)
         after[coefficient] = expectation_error(model.eval(), batch)
-        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         assert len(curve) == result["steps"] == 60
         assert ("expected_error" in curve[0]) == (coefficient > 0)
         assert curve[-1]["loss"] == result["loss"] and curve[0]["loss"] > curve[-1]["loss"]

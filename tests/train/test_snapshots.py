@@ -62,7 +62,7 @@ def trainers(tiny_model, tokenizer):
 def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict]]:
     """The saved weights, and what was logged (without the time it took)."""
     weights = {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return weights, [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
@@ -115,7 +115,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "no manifest":
         (path / "manifest.json").unlink()
     else:
-        (path / "manifest.json").write_text("{")
+        (path / "manifest.json").write_text("{", encoding="utf-8")
 
 
 @pytest.mark.parametrize("how", ["truncated", "a flipped bit", "a missing file", "no manifest", "a broken manifest"])
@@ -238,7 +238,7 @@ def test_a_snapshot_of_another_folder(stopped, trainers, tmp_path):
 
 
 def test_metrics_that_a_kill_cut_off_come_from_the_snapshot(stopped, trainers, tmp_path):
-    (stopped / "metrics.jsonl").write_text("")
+    (stopped / "metrics.jsonl").write_text("", encoding="utf-8")
     trainers["sft"](stopped, EngineArguments(), EVERY_STEP)
     trainers["sft"](tmp_path / "whole", EngineArguments(), CheckpointArguments(save_steps=0))
     assert outcome(stopped) == outcome(tmp_path / "whole")

@@ -61,7 +61,10 @@ def measure(recipe: Recipe, backbone: str) -> Path:
 
 
 def votes(folder: Path) -> dict[str, list[float | None]]:
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/differences.json"))}
+    return {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.parent.glob("*/differences.json"))
+    }
 
 
 @pytest.mark.parametrize("heads_only", [False, True])
@@ -217,7 +220,7 @@ def test_a_head_learns_what_a_linear_head_can():
 
 def test_scorers_train_on_the_denoised_labels(recipe, backbone, tmp_path):
     """Flip everything: the scorer prefers what was rejected; the file tells what became of every pair."""
-    rows = [json.loads(line) for line in Path(recipe.data.pairs[0]).read_text().splitlines()[:30]]
+    rows = [json.loads(line) for line in Path(recipe.data.pairs[0]).read_text(encoding="utf-8").splitlines()[:30]]
     rows = [row | {"strength": {"mean": -1.0 - i, "std": 0.5}} for i, row in enumerate(rows)]
     write_jsonl(tmp_path / "given.jsonl", rows)
     recipe.data.pairs = [str(tmp_path / "given.jsonl")]
@@ -245,7 +248,7 @@ def test_denoise_without_strength_names_the_row(recipe, backbone, tmp_path):
 
 def test_check_column(recipe, backbone):
     recipe.strength.heads_only, recipe.strength.check = True, "agreement"
-    found = json.loads((measure(recipe, backbone) / "strength.json").read_text())["check"]
+    found = json.loads((measure(recipe, backbone) / "strength.json").read_text(encoding="utf-8"))["check"]
     assert found["pairs"] == 30 and [v["value"] for v in found["by_value"]] == [0.5, 1.0]
     recipe.strength.check, recipe.output_dir = "agreemant", recipe.output_dir + "2"
     with pytest.raises(ValueError, match=r"strength\.check 'agreemant': no pair has a number"):

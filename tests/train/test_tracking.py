@@ -22,7 +22,7 @@ ROWS = [{"step": 1, "loss": 0.5, "score": 2.0}, {"step": 2, "loss": 0.25, "score
 
 
 def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_every_step_is_one_json_line_at_once(tmp_path):
@@ -72,7 +72,7 @@ def test_a_resumed_stage_keeps_what_was_logged_before_it(tmp_path):
     assert again.history == ROWS[:1] and [row["step"] for row in again.samples] == [0]
     again.sample(1, [{"prompt": "a", "response": "ä"}])
     again.close()
-    kept = (tmp_path / "samples.jsonl").read_text().splitlines()
+    kept = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in kept] == [0, 1] and "ä" in kept[1]
     Tracker(tmp_path, ()).close()
     assert not (tmp_path / "samples.jsonl").exists() and lines(tmp_path) == []
@@ -101,11 +101,13 @@ def services(tmp_path, monkeypatch):
     folder = tmp_path / "modules"
     folder.mkdir()
     for name in ("wandb", "trackio"):
-        (folder / f"{name}.py").write_text(STAND_IN.replace("NAME", name))
+        (folder / f"{name}.py").write_text(STAND_IN.replace("NAME", name), encoding="utf-8")
         monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
     monkeypatch.syspath_prepend(str(folder))
-    yield lambda name: [json.loads(line) for line in (folder / f"calls-{name}.jsonl").read_text().splitlines()]
+    yield lambda name: [
+        json.loads(line) for line in (folder / f"calls-{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for name in ("wandb", "trackio"):
         sys.modules.pop(name, None)
 

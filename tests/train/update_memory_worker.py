@@ -36,7 +36,7 @@ class Plain(PolicyModel):
 
 
 def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) << 10
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     before = resident("VmRSS")
     trained = 4 * sum(p.numel() for p in policy.parameters())
     assert before > 3 * trained, "weights and both moments are there"
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
     update()
     print((resident("VmHWM") - before - trained) / MIB)  # no gradient is there between two updates
 

@@ -83,7 +83,7 @@ def test_a_fresh_process_loads_the_same_tokenizer_beside_either_model(tmp_path: 
     out = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, *map(str, folders.values())],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         timeout=300,
     )
