@@ -293,7 +293,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, summary, server, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["run.json", "sft.tmp", "world"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "run.json", "sft.tmp", "world"]
     kept = (tmp_path / "run" / "world" / "stage.json").read_bytes()
     done = server("quickstart", "--output-dir", "run", *SMALL.split(), cwd=tmp_path).worked()
     assert "[world] finished before" in done.err and "an earlier attempt at sft did not finish" in done.err

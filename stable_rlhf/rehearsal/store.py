@@ -8,18 +8,18 @@ its final name is whole. The finished folder holds ``embeddings.npy`` in the ord
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stable_rlhf.locks import LOCK, FolderLock
 from stable_rlhf.progress import Bar, progress, say
 from stable_rlhf.rehearsal.embed import cannot_load, checked_texts, load_encoder, resolve_embedding_model
 
@@ -280,7 +280,7 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
             )
         (folder / "shards").mkdir(exist_ok=True)
         return
-    strange = [path.name for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".part"]
+    strange = [path.name for path in folder.iterdir() if path.name != LOCK and path.suffix != ".part"]
     if strange:
         raise ValueError(f"{folder} is not empty ({sorted(strange)[0]}) and holds no embeddings; choose another folder")
     _write_json(folder / "job.json", job)
@@ -319,19 +319,13 @@ def _clean(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; the system takes the lock back when the process ends, however it ends."""
+def _locked(folder: Path) -> AbstractContextManager[FolderLock]:
+    """The folder for this call alone, though another one of the same process asks for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made a folder: {error.strerror or error}") from error
-    with (folder / ".lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is embedding into this folder") from None
-        yield
+    return FolderLock(folder)
 
 
 def join_ranks() -> tuple[int, int]:

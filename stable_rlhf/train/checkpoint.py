@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from stable_rlhf.locks import LOCK, FolderInUse, FolderLock, lock_folder
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.config import CheckpointArguments
 from stable_rlhf.train.engine import barrier, gather_objects, world_size
 
 _MARKER = "run.json"
+_NO_CONTENT = (LOCK, "run.part")  # what a kill may leave before the marker is there
 _STAGE = "stage.json"
 _ATTEMPT = "attempt.json"  # which settings an unfinished stage has
 SNAPSHOTS = "checkpoints"  # of a stage that trains; see snapshots.py
@@ -57,12 +59,15 @@ class RunDirectory:
     settings is an error. An unfinished stage is begun again, or, where it left snapshots, finds them in its folder;
     then other settings are an error too, for snapshots are work. Under ``checkpoint.universal`` settings of the layout
     may be others.
+
+    While this object lives, its folder is locked (by rank 0): two runs in one folder would write each other's files.
     """
 
     def __init__(self, output_dir: str | Path, checkpoint: CheckpointArguments | None = None) -> None:
         self.root = Path(output_dir)
         self.checkpoint = checkpoint or CheckpointArguments()
         self.stages: list[Stage] = []
+        self._lock: FolderLock | None = None
         self._first_rank(self._open)
 
     def _first_rank(self, work: Callable[[], _T]) -> _T:
@@ -85,6 +90,16 @@ class RunDirectory:
         marker = self.root / _MARKER
         if self.root.exists() and not self.root.is_dir():
             raise RunError(f"output_dir {str(self.root)!r} is a file")
+        if not marker.exists() and self.root.exists() and any(p.name not in _NO_CONTENT for p in self.root.iterdir()):
+            raise RunError(
+                f"output_dir {str(self.root)!r} is not empty and was not written by stable_rlhf; nothing is "
+                "overwritten: choose another output_dir"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock_folder(self.root)
+        except FolderInUse as error:
+            raise RunError(f"output_dir {error}; let that one end, or choose another output_dir") from None
         if marker.is_file():
             try:
                 found = json.loads(marker.read_text(encoding="utf-8"))["format"]
@@ -97,13 +112,7 @@ class RunDirectory:
                     f"output_dir {str(self.root)!r} was written by another version (format {found}); choose another"
                 )
             return
-        if self.root.exists() and any(self.root.iterdir()):
-            raise RunError(
-                f"output_dir {str(self.root)!r} is not empty and was not written by stable_rlhf; nothing is "
-                "overwritten: choose another output_dir"
-            )
-        self.root.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"format": _FORMAT, "made_by": "stable_rlhf"}) + "\n", encoding="utf-8")
+        _note(marker, {"format": _FORMAT, "made_by": "stable_rlhf"})
 
     def stage(
         self, name: str, settings: dict[str, Any], run: Callable[[Path], dict[str, Any]], inputs: Sequence[Stage] = ()

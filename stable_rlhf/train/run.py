@@ -45,9 +45,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         # The world's model is too small to share out: beside other work on the same cores two threads ran its SFT many
         # times slower than one, waiting for each other.
         torch.set_num_threads(1)
-    if not (Path(recipe.output_dir) / "evaluation").exists():
+    root = Path(recipe.output_dir)
+    # A folder that is there comes first: another run may be at work in it. A new one waits until it will be used.
+    run = RunDirectory(root, recipe.checkpoint) if root.exists() else None
+    if not (root / "evaluation").exists():
         check_inputs(recipe)
-    run = RunDirectory(recipe.output_dir, recipe.checkpoint)
+    run = run or RunDirectory(root, recipe.checkpoint)
     part = recipe.as_dict()
     common = {"seed": recipe.seed, "engine": part["engine"]}
     cache = FeatureCache()  # scorers on the same frozen lower blocks share their hidden states

@@ -43,8 +43,10 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     seeds = recipe.study.validation_seeds if validation else recipe.study.seeds
     if not seeds:
         raise ValueError(f"study.{'validation_seeds' if validation else 'seeds'}: name at least one")
+    root = Path(recipe.output_dir)
+    run = RunDirectory(root) if root.exists() else None  # of something else, or of a study at work: refused
     check_inputs(recipe)
-    root = RunDirectory(recipe.output_dir).root  # a folder of something else is refused
+    run = run or RunDirectory(root)
     folder = root / "validation" if validation else root
     (folder / "seeds").mkdir(parents=True, exist_ok=True)
     _run_seeds({seed: _of_seed(recipe, seed, folder / "seeds" / str(seed)) for seed in seeds}, recipe.study.workers)

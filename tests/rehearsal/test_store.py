@@ -18,6 +18,10 @@ from stable_rlhf.rehearsal import embed_to_folder, open_embeddings
 WORKER = [sys.executable, str(Path(__file__).with_name("embedding_worker.py"))]
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
 def start_worker(folder: Path, count: int, seconds: float, log: Path, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
         [*WORKER, str(folder), str(count), str(seconds), str(log)], env={**os.environ, **extra}, stderr=subprocess.PIPE
@@ -91,10 +95,10 @@ def test_another_input_in_the_same_folder_is_refused(tmp_path, change, what, fin
     else:
         with pytest.raises(KeyboardInterrupt):
             embed_to_folder(**{**call, "encoder": fails_late})
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match=f"holds embeddings of another input .*{what}"):
         embed_to_folder(**{**call, **change})
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 def test_a_damaged_shard_is_made_again_and_only_that(tmp_path, capsys):
@@ -172,7 +176,7 @@ def test_one_process_at_a_time(tmp_path):
         until = time.monotonic() + 60
         while not (tmp_path / "log").exists() and time.monotonic() < until:
             time.sleep(0.02)
-        with pytest.raises(ValueError, match="another process is embedding into this folder"):
+        with pytest.raises(ValueError, match="is in use by process"):
             embed_to_folder(texts(64), tmp_path / "e", "fake", encoder=encode, shard_rows=8)
     finally:
         worker.kill()

@@ -33,7 +33,12 @@ class Work:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
 
 
 def finish(folder: Path, settings=None, name: str = "ppo-am") -> Work:
@@ -51,7 +56,7 @@ def test_a_stage_leaves_its_folder_with_settings_result_and_seconds(tmp_path):
     assert (stage.folder / "weights.bin").read_text(encoding="utf-8") == "run 1"
     record = json.loads((stage.folder / "stage.json").read_text(encoding="utf-8"))
     assert record["settings"] == SETTINGS and record["result"] == work.result and record["seconds"] >= 0
-    assert sorted(p.name for p in run.root.iterdir()) == ["ppo-am", "run.json"]
+    assert names(run.root) == ["ppo-am", "run.json"]
 
 
 def test_a_finished_stage_is_not_run_again_and_its_result_is_returned(tmp_path):
@@ -219,7 +224,7 @@ def test_a_kill_while_a_finished_stage_is_tidied_up_costs_nothing(left, tmp_path
     again = Work()
     stage = RunDirectory(tmp_path).stage("ppo-am", SETTINGS, again)
     assert (first.runs, again.runs) == (1, 0) and stage.skipped and stage.result == {"loss": 0.5, "curve": [1, 2]}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ppo-am", "run.json"]
+    assert names(tmp_path) == ["ppo-am", "run.json"]
     assert sorted(p.name for p in stage.folder.iterdir()) == ["stage.json", "weights.bin"]
 
 
