@@ -61,7 +61,10 @@ def _run(
     """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are;
     `select(rows, gradient)`, block by block, which of their columns count."""
     buffers = None
-    width = kernels.widest if isinstance(kernels, SplitVocabulary) else products.weight.shape[0]
+    width = products.weight.shape[0]
+    if isinstance(kernels, SplitVocabulary):
+        width = kernels.widest
+        products.keep_hidden_wide()  # what is rounded before it is summed is rounded once a rank
     most = max(1, workspace_bytes // (width * products.bytes_per_logit))
     for part, last in _chunks(count, most):
         if buffers is None:
@@ -86,7 +89,7 @@ def _run(
             products.add_bias(gradient)
     products.finish()
     if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
-        products.hidden_grad = kernels.sum(products.hidden_grad)
+        products.hidden_grad = kernels.sum(products.hidden_grad).to(products.dtype)
     return products.hidden_grad, products.weight_grad, products.bias_grad
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
 from torch import Tensor
 
 from stable_rlhf.ops._columns import CHUNK_ROWS, Selection, gather_columns
+from stable_rlhf.ops._wide_products import SLICE_BYTES, add_product
 
-SLICE_BYTES = 32 << 20  # a slice of a weight or of its gradient that is held in another type for a moment
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN, which makes the 16-bit products, has no instructions for them. What
+# it does not know it ignores.
+_ONEDNN_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_ONEDNN_WITHOUT_FLOAT16 = _ONEDNN_WITHOUT_BFLOAT16 | {
+    "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512", "AVX10_1_512_AMX",
+}  # fmt: skip
 
 _held = threading.local()
 
@@ -38,12 +45,14 @@ def release_workspace() -> None:
 
 def has_native_products(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device multiplies matrices of `dtype` in hardware. A CPU that does not, emulates 16-bit products 5 to
-    40 times slower than it makes float32 ones."""
+    40 times slower than it makes float32 ones; so does one whose oneDNN was told to do without these instructions."""
     if device.type != "cpu" or dtype == torch.float32:
         return True
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if dtype == torch.bfloat16:
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.cpu._is_amx_fp16_supported()
+        instructions = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return instructions and limit not in _ONEDNN_WITHOUT_BFLOAT16
+    return torch.cpu._is_amx_fp16_supported() and limit not in _ONEDNN_WITHOUT_FLOAT16
 
 
 class HeadProducts:
@@ -92,6 +101,11 @@ class HeadProducts:
         if self.gradient_dtype == self.logits_dtype or not any(self.needs):
             return logits, logits
         return logits, torch.empty(rows, vocabulary, dtype=self.gradient_dtype, device=device)
+
+    def keep_hidden_wide(self) -> None:
+        """Leaves the hidden gradient in float32, for a sum with those of other slices of the vocabulary."""
+        if self.hidden_grad is not None:
+            self.hidden_grad = torch.empty_like(self.hidden, dtype=torch.float32)
 
     def _slices(self) -> list[slice]:
         vocabulary, width = self.weight.shape
@@ -147,12 +161,11 @@ class HeadProducts:
         places = rows[selection.bounded]
         if self.needs[0]:
             assert self.hidden_grad is not None
-            made = torch.mm(few, self.weight.index_select(0, selection.columns).to(wide))
-            self.hidden_grad.index_copy_(0, places, made.to(self.dtype))
+            made = self._product(few, self.weight.index_select(0, selection.columns).to(wide), self.hidden_grad.dtype)
+            self.hidden_grad.index_copy_(0, places, made.to(self.hidden_grad.dtype))
         if self.needs[1]:
-            made = torch.mm(few.t(), self.hidden.index_select(0, places).to(wide))
-            total = self._weight_sum()
-            total.index_add_(0, selection.columns, made.to(total.dtype))
+            made = self._product(few.t(), self.hidden.index_select(0, places).to(wide), torch.float32)
+            self._weight_sum().index_add_(0, selection.columns, made)
         if selection.dense.numel():
             self._waiting.append((gradient.index_select(0, selection.dense), rows[selection.dense]))
             if sum(len(places) for _, places in self._waiting) >= CHUNK_ROWS:
@@ -166,10 +179,14 @@ class HeadProducts:
         self._waiting = []
         if self.needs[0]:
             assert self.hidden_grad is not None
-            self.hidden_grad.index_copy_(0, places, self._through_weight(gradient).to(self.dtype))
+            made = self._through_weight(gradient, self.hidden_grad.dtype)
+            self.hidden_grad.index_copy_(0, places, made.to(self.hidden_grad.dtype))
         if self.needs[1]:
             x = self.hidden.index_select(0, places).to(gradient.dtype)
             total = self._weight_sum()
+            if gradient.dtype != torch.float32:
+                add_product(gradient.t(), x, total, fresh=False)
+                return
             for rows in self._slices():
                 total[rows] += torch.mm(gradient[:, rows].t(), x)
 
@@ -179,10 +196,19 @@ class HeadProducts:
             self.weight_grad = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         return self.weight_grad
 
-    def _through_weight(self, gradient: Tensor) -> Tensor:
-        """gradient W, in float32 where the products are sliced."""
+    @staticmethod
+    def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """a b, in float32 and unrounded where `dtype` is float32, else in the type of a and b."""
+        if dtype == a.dtype or dtype != torch.float32:
+            return torch.mm(a, b)
+        made = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+        add_product(a, b, made, fresh=True)
+        return made
+
+    def _through_weight(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """gradient W, in float32 where `dtype` is or the products are sliced."""
         if not self.sliced:
-            return torch.mm(gradient, self.weight)
+            return self._product(gradient, self.weight, dtype)
         made = torch.zeros(gradient.shape[0], self.weight.shape[1])
         for columns in self._slices():
             made.addmm_(gradient[:, columns], self._wide(columns))
@@ -197,9 +223,12 @@ class HeadProducts:
         assert self.hidden_grad is not None
         out = self.hidden_grad[part]
         if order is None and not self.sliced:
-            torch.mm(gradient, self.weight, out=out)
+            if out.dtype == gradient.dtype:
+                torch.mm(gradient, self.weight, out=out)
+            else:
+                add_product(gradient, self.weight, out, fresh=True)
             return
-        made = self._through_weight(gradient)
+        made = self._through_weight(gradient, out.dtype)
         if order is None:
             out.copy_(made)
         else:
@@ -210,32 +239,22 @@ class HeadProducts:
         if first and last and not self.sliced:
             self.weight_grad = torch.mm(gradient.t(), x)
             return
-        if self.dtype == torch.float32:
-            if first:
-                self.weight_grad = torch.mm(gradient.t(), x)
-            else:
-                assert self.weight_grad is not None
-                self.weight_grad.addmm_(gradient.t(), x)
-            return
-        # Sums over chunks are kept in float32: in 16 bits they would be off by half as much again.
-        if self.sliced:
+        # Sums over chunks are kept in float32, and of products that are not rounded to 16 bits either.
+        if not self.sliced:
+            if self.weight_grad is None:
+                self.weight_grad = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            add_product(gradient.t(), x, self.weight_grad, fresh=first)
+        else:
             x = x.float()
-        if first:
-            self.weight_grad = torch.empty_like(weight, dtype=weight.dtype if last else torch.float32)
-        assert self.weight_grad is not None
-        for rows in self._slices():
-            total, ours = self.weight_grad[rows], gradient[:, rows].t()
-            if ours.dtype == total.dtype == torch.float32:  # in place: no fresh memory
-                if first:
-                    torch.mm(ours, x, out=total)
+            if self.weight_grad is None:
+                dtype = weight.dtype if last else torch.float32
+                self.weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            for rows in self._slices():
+                total, ours = self.weight_grad[rows], gradient[:, rows].t()
+                if total.dtype == torch.float32:  # in place: no fresh memory
+                    add_product(ours, x, total, fresh=first)
                 else:
-                    total.addmm_(ours, x)
-            elif self.sliced:
-                total.copy_(torch.mm(ours, x, out=self._scratch(rows)))
-            elif first:
-                total.copy_(torch.mm(ours, x))
-            else:
-                total += torch.mm(ours, x)
+                    total.copy_(torch.mm(ours, x, out=self._scratch(rows)))
         if last:
             self.weight_grad = self.weight_grad.to(weight.dtype)
 

@@ -38,10 +38,9 @@ class SplitVocabulary:
         self.widest = int(widths.max())  # every rank cuts chunks for this one, so that they meet in every collective
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the ranks, in float32 or wider."""
-        total = value.float() if value.dtype.itemsize < 4 else value.clone()
-        dist.all_reduce(total, group=self.group)
-        return total.to(value.dtype)
+        """The sum over the ranks, in place."""
+        dist.all_reduce(value, group=self.group)
+        return value
 
     def _local(self, state: RowState) -> RowState:
         """The state with the target's place in this rank's slice; a place outside of it stands for elsewhere."""

@@ -1,0 +1,98 @@
+"""Products of 16-bit matrices in float32, which nothing rounds to 16 bits on the way.
+
+What is summed over chunks must come from here: where every chunk's product is rounded to 16 bits, their sum is off by
+about half as much again as one product over all rows would be, however carefully it is added up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SLICE_BYTES = 32 << 20  # what is held in another type for a moment
+
+_ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of CBLAS
+_GEMMS = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
+
+
+def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
+    """total += a b, or total = a b where it is `fresh`; a [M, K] and b [K, N] of one type, total [M, N] in float32."""
+    if a.dtype == torch.float32:
+        if fresh:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif a.device.type != "cpu":
+        if fresh:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+            return
+        for rows in _slices(a.shape[0], 4 * b.shape[1]):
+            total[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
+    elif (gemm := _blas(a.dtype)) is not None:
+        _call(gemm, a, b, total, fresh)
+    else:
+        b = b.float()
+        for rows in _slices(a.shape[0], 4 * max(a.shape[1], 1)):
+            if fresh:
+                torch.mm(a[rows].float(), b, out=total[rows])
+            else:
+                total[rows].addmm_(a[rows].float(), b)
+
+
+def _slices(rows: int, bytes_per_row: int) -> list[slice]:
+    step = max(1, SLICE_BYTES // bytes_per_row)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+@cache
+def _blas(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The matrix product of the BLAS that libtorch_cpu is linked to, 16-bit operands to float32, or None.
+
+    torch 2.13 has no door to it on a CPU (`out_dtype` is for CUDA). MKL has it from 2020 on.
+    """
+    if sys.platform != "linux":
+        return None
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # Of the library that is loaded, and of what it depends on; nothing is loaded anew.
+        found: Callable[..., None] = getattr(ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY), _GEMMS[dtype])
+    except (OSError, AttributeError):
+        return None
+    integer, number, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    found.restype = None  # type: ignore[attr-defined]
+    found.argtypes = [  # type: ignore[attr-defined]
+        *[integer] * 6, number, pointer, integer, pointer, integer, number, pointer, integer,
+    ]  # fmt: skip
+    return found
+
+
+def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, total: Tensor, fresh: bool) -> None:
+    (m, k), n = a.shape, b.shape[1]
+    if 0 in (m, n, k):  # BLAS leaves some of these open
+        if fresh:
+            total.zero_()
+        return
+    a, transpose_a, lead_a = _layout(a)
+    b, transpose_b, lead_b = _layout(b)
+    assert total.is_contiguous() and total.dtype == torch.float32
+    gemm(
+        _ROW_MAJOR, transpose_a, transpose_b, m, n, k, 1.0, a.data_ptr(), lead_a, b.data_ptr(), lead_b,
+        0.0 if fresh else 1.0, total.data_ptr(), n,
+    )  # fmt: skip
+
+
+def _layout(x: Tensor) -> tuple[Tensor, int, int]:
+    """x as BLAS takes it: memory, whether it is transposed there, the distance between its rows or columns."""
+    rows, columns = x.shape
+    if x.stride(1) == 1 and (rows == 1 or x.stride(0) >= columns):
+        return x, _AS_IT_IS, max(x.stride(0), columns)
+    if x.stride(0) == 1 and (columns == 1 or x.stride(1) >= rows):
+        return x, _TRANSPOSED, max(x.stride(1), rows)
+    return x.contiguous(), _AS_IT_IS, columns

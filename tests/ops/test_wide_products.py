@@ -1,0 +1,177 @@
+"""Gradients from several chunks of 16-bit rows: as good as plain PyTorch's however many there are, on any processor.
+
+Whether the processor multiplies 16-bit matrices and whether torch's BLAS writes float32 from them is forced both ways,
+so that every path is tried everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import stable_rlhf.ops as ops
+from stable_rlhf.ops import PolicyLossConfig, _products, _wide_products
+from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops._columns import Selection
+from stable_rlhf.ops._products import HeadProducts, has_native_products
+from stable_rlhf.ops._wide_products import add_product
+
+CPP = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
+HALVES = [torch.bfloat16, torch.float16]
+ROWS, VOCABULARY, WIDTH = 102, 301, 48
+CONFIG = PolicyLossConfig(rehearsal_coef=1.0, clip_low=1.0, clip_high=1e4)  # no row falls to the one or the other side
+
+
+@pytest.fixture(params=["native, by BLAS", "native, by float32", "emulated"])
+def products(request, monkeypatch):
+    monkeypatch.setattr(_products, "has_native_products", lambda *_: request.param != "emulated")
+    if request.param == "native, by float32":
+        monkeypatch.setattr(_wide_products, "_blas", lambda _: None)
+    elif request.param == "native, by BLAS" and _wide_products._blas(torch.bfloat16) is None:
+        pytest.skip("torch has no such BLAS here")
+
+
+def gradients(call, dtype, chunks: int, workspace_dtype=None):
+    """Of hidden and weight by `call(hidden, weight, workspace_bytes)`, in about so many chunks."""
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(ROWS, WIDTH, generator=g).to(workspace_dtype or dtype)
+    weight = (torch.randn(VOCABULARY, WIDTH, generator=g) / 4).to(workspace_dtype or dtype)
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+    call(*leaves, math.ceil(ROWS / chunks) * VOCABULARY * 4).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def policy(hidden, weight, workspace_bytes, **options):
+    g = torch.Generator().manual_seed(7)
+    target = torch.randint(0, VOCABULARY, (ROWS,), generator=g)
+    return ops.linear_policy_loss(
+        hidden, weight, target, torch.randint(0, 3, (ROWS,), generator=g), advantage=torch.randn(ROWS, generator=g),
+        old_logprob=torch.full((ROWS,), -math.log(VOCABULARY)), config=CONFIG,
+        policy_denominator=1.0, rehearsal_denominator=1.0,
+        workspace_bytes=workspace_bytes, **options,
+    ).loss  # fmt: skip
+
+
+def logprob(hidden, weight, workspace_bytes):
+    g = torch.Generator().manual_seed(7)
+    target, factors = torch.randint(0, VOCABULARY, (ROWS,), generator=g), torch.randn(2, ROWS, generator=g)
+    found, entropy = ops.linear_logprob(hidden, weight, target, entropy=True, workspace_bytes=workspace_bytes)
+    return (found * factors[0] + entropy * factors[1]).sum()
+
+
+@CPP
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("chunks", [1, 2, 6, 51])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("call", [policy, logprob])
+def test_as_good_as_plain_pytorch_in_any_number_of_chunks(call, dtype, chunks):
+    with ops.backend("torch"):
+        truth = gradients(call, torch.float64, 1, dtype)
+        plain = gradients(call, dtype, 1)
+    for ours, theirs, want in zip(gradients(call, dtype, chunks), plain, truth, strict=True):
+        assert distance(ours, want) <= 1.25 * distance(theirs, want)
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm())
+
+
+def by_rows(made: HeadProducts, gradient: torch.Tensor, parts: list[slice]) -> None:
+    """Every other row has a gradient."""
+    for part in parts:
+        some = torch.arange(0, part.stop - part.start, 2)
+        made.backward(part, gradient[part][some], some, last=part.stop == len(gradient))
+
+
+def by_columns(made: HeadProducts, gradient: torch.Tensor, parts: list[slice]) -> None:
+    """Half the rows through some of the columns, the others, which wait, through all."""
+    assert made.hidden_grad is not None
+    made.hidden_grad.zero_()
+    for part in parts:
+        rows = torch.arange(part.start, part.stop)
+        bounded = torch.arange(0, len(rows), 2)
+        selection = Selection(torch.arange(0, VOCABULARY, 3), bounded, bounded[:-1] + 1)
+        made.backward_columns(rows, gradient[part], selection)
+
+
+def by_chunks(made: HeadProducts, gradient: torch.Tensor, parts: list[slice]) -> None:
+    for part in parts:
+        made.backward(part, gradient[part], None, last=part.stop == len(gradient))
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("way", [by_chunks, by_rows, by_columns])
+def test_sums_over_chunks_are_rounded_once(way, dtype, wide, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(510, WIDTH, generator=g).to(dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=g).to(dtype)
+    gradient = torch.randn(510, VOCABULARY, generator=g).to(dtype)
+    parts = [slice(begin, begin + 51) for begin in range(0, 510, 51)]
+    monkeypatch.setattr(_products, "CHUNK_ROWS", 60)  # rows that wait are added several times
+    made = HeadProducts(hidden, weight, None, None, (True, True, False))
+    if wide:
+        made.keep_hidden_wide()
+    way(made, gradient.to(made.gradient_dtype), parts)
+    made.finish()
+    reaches = gradient.double()  # what the way lets through
+    if way is by_rows:
+        reaches = torch.cat([torch.where(torch.arange(51)[:, None] % 2 == 0, gradient[p].double(), 0) for p in parts])
+    elif way is by_columns:
+        few = (torch.arange(51)[:, None] % 2 == 0) & (torch.arange(VOCABULARY) % 3 != 0)
+        reaches = torch.cat([torch.where(few, 0, gradient[p].double()) for p in parts])
+    # Rounding the true product once is the best that its own type allows.
+    for ours, truth in (
+        (made.weight_grad, reaches.t() @ hidden.double()),
+        (made.hidden_grad, reaches @ weight.double()),
+    ):
+        once = distance(truth.to(dtype), truth)
+        assert distance(ours, truth) <= (1e-5 * float(truth.norm()) if ours.dtype == torch.float32 else 1.02 * once)
+    assert made.hidden_grad.dtype == (torch.float32 if wide else dtype) and made.weight_grad.dtype == dtype
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 5, 3), (7, 1, 3), (7, 5, 1), (1, 1, 1), (7, 0, 3), (0, 5, 3)])
+def test_a_product_in_float32_of_whatever_lies_in_memory(shape, dtype, monkeypatch):
+    monkeypatch.setattr(_wide_products, "SLICE_BYTES", 48)
+    g = torch.Generator().manual_seed(0)
+    m, k, n = shape
+    a, b = torch.randn(m, k, generator=g).to(dtype), torch.randn(k, n, generator=g).to(dtype)
+    want = a.double() @ b.double()
+
+    def laid_out(x):
+        rows, columns = x.shape
+        apart = torch.zeros(rows, 2 * columns + 1, dtype=dtype)
+        apart[:, :columns] = x
+        scattered = torch.zeros(rows, 2 * columns, dtype=dtype)
+        scattered[:, ::2] = x
+        return x, x.t().contiguous().t(), apart[:, :columns], scattered[:, ::2]
+
+    for left in laid_out(a):
+        for right in laid_out(b):
+            total = torch.full((m, n), math.nan)
+            add_product(left, right, total, fresh=True)
+            torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=1e-5)
+            add_product(left, right, total, fresh=False)
+            torch.testing.assert_close(total.double(), 2 * want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "bfloat16", "float16"),
+    [
+        ("", True, True), ("default", True, True), ("AVX512_CORE_AMX_FP16", True, True), ("of tomorrow", True, True),
+        ("AVX512_CORE_AMX", True, False), ("AVX512_CORE_BF16", True, False),
+        ("avx512_core", False, False), ("AVX2", False, False), ("SSE41", False, False),
+    ],
+)  # fmt: skip
+def test_the_path_follows_what_onednn_may_use(limit, bfloat16, float16, monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    cpu = torch.device("cpu")
+    assert [has_native_products(d, cpu) for d in HALVES] == [bfloat16, float16]
+    assert has_native_products(torch.float32, cpu)
