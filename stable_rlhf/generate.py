@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.packing import Encoded, pad_sequences
+from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.models import context_length, length_batches
 from stable_rlhf.progress import progress
 
@@ -24,7 +25,8 @@ from stable_rlhf.progress import progress
 @dataclass(frozen=True)
 class GenerationSettings:
     """How responses are sampled: ``temperature`` 0 is greedy, ``top_p`` keeps the smallest set of tokens with at least
-    that probability, and a response ends with EOS or with the token that completes one of the ``stop`` strings."""
+    that probability, and a response ends with a token that ends a turn (:func:`ends_of_turn`) or with the one that
+    completes one of the ``stop`` strings."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -46,8 +48,8 @@ class GenerationSettings:
 class Rollout:
     """One sampled response.
 
-    encoded: token ids of prompt and response; EOS or the tokens of a stop string, where it ended with them, included.
-    text: of the response, without EOS and the stop string.
+    encoded: token ids of prompt and response; what ended it, a token or those of a stop string, included.
+    text: of the response, without what ended it.
     finished: it ended by itself, not at ``max_new_tokens``.
     logprobs: of each response token under the distribution that it was drawn from (``temperature`` and ``top_p``
         applied), nats; None when greedy.
@@ -94,10 +96,13 @@ class LocalRollouts:
         raise ValueError("the policy samples itself: there is no copy to load weights into")
 
 
-def response_text(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> str:
-    """The text of response tokens, up to the first stop string in it."""
-    text: str = tokenizer.decode(response, skip_special_tokens=True)
-    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+def response_text(tokenizer: Any, response: Sequence[int], stop: Sequence[str], ends: Sequence[int] = ()) -> str:
+    """The text of response tokens, up to the first stop string in it; without the one of ``ends`` that it ends with,
+    which a tokenizer need not count among its special ones."""
+    text = StopStrings(tokenizer, stop).text_before(response)
+    if len(response) and response[-1] in ends:
+        return min(text, tokenizer.decode(response[:-1], skip_special_tokens=True), key=len)
+    return text
 
 
 class _SampleByUniforms:
@@ -134,7 +139,7 @@ class _StopAtStrings:
     (transformers' own also matches strings that begin inside the prompt, and does not say where a row ended.)"""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int, rows: int) -> None:
-        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+        self.stop, self.prompt_length = StopStrings(tokenizer, stop), prompt_length
         # A token has at least one byte of text; four more, lest a piece of a character or a stripped space be first.
         self.window = max(len(s.encode()) for s in stop) + 4
         self.ends: list[int | None] = [None] * rows  # response tokens, the completing one included
@@ -143,10 +148,8 @@ class _StopAtStrings:
         length = input_ids.shape[1] - self.prompt_length
         tails = input_ids[:, input_ids.shape[1] - min(length, self.window) :].tolist()
         for i, tail in enumerate(tails):
-            if self.ends[i] is None:
-                text = self.tokenizer.decode(tail, skip_special_tokens=True)
-                if any(s in text for s in self.stop):
-                    self.ends[i] = length
+            if self.ends[i] is None and self.stop.hold(tail):
+                self.ends[i] = length
         return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
 
@@ -219,10 +222,11 @@ def generate(
             )
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    turn_ends, pad = ends_of_turn(tokenizer, causal_lm), tokenizer.pad_token_id
     config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad, use_cache=True
-    )
+        max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=list(turn_ends), pad_token_id=pad,
+        use_cache=True,
+    )  # fmt: skip
     device = next(causal_lm.parameters()).device
     was_training, own_config = causal_lm.training, causal_lm.generation_config
     # transformers fills what a configuration leaves open from the model's own: a repetition penalty there, say, would
@@ -253,14 +257,14 @@ def generate(
                 )  # fmt: skip
                 logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler else None
                 for row, (i, new) in enumerate(zip(rows, output[:, width:].tolist(), strict=True)):
-                    # The first EOS or stop string ends the response; what follows is padding, whatever its id.
-                    ends = [new.index(eos) + 1] if eos in new else []
+                    # The first end of a turn or stop string ends the response; padding follows, whatever its id.
+                    ends = [at for at, token in enumerate(new, start=1) if token in turn_ends][:1]
                     if stopper and (end := stopper.ends[row]) is not None:
                         ends.append(end)
                     response = new[: min(ends, default=len(new))]
                     rollouts[i] = Rollout(
                         Encoded((*prompts[i], *response), len(prompts[i])),
-                        response_text(tokenizer, response, settings.stop),
+                        response_text(tokenizer, response, settings.stop, turn_ends),
                         finished=bool(ends),
                         logprobs=tuple(logprobs[row][: len(response)]) if logprobs else None,
                     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.packing import Encoded
+from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, response_text
 from stable_rlhf.progress import progress
 
@@ -31,6 +32,7 @@ class VLLMRollouts:
     Args:
         url: Of the server, http://host:port; the first model that it lists is the policy.
         tokenizer: The policy's; token ids go over the wire in both directions.
+        ends: Tokens that end a response, of :func:`ends_of_turn`; None: those that the tokenizer knows of.
         timeout: Seconds that one response, or loading the weights, may take.
 
     Raises:
@@ -39,8 +41,9 @@ class VLLMRollouts:
 
     holds_a_copy = True
 
-    def __init__(self, url: str, tokenizer: Any, *, timeout: float = 600.0) -> None:
+    def __init__(self, url: str, tokenizer: Any, *, ends: Sequence[int] | None = None, timeout: float = 600.0) -> None:
         self.url, self.tokenizer, self.timeout = url.rstrip("/"), tokenizer, timeout
+        self.ends = ends_of_turn(tokenizer) if ends is None else tuple(ends)
         models = self._ask("/v1/models").get("data")
         if not models:
             raise ValueError(f"vLLM server {self.url}: /v1/models lists no model")
@@ -71,6 +74,10 @@ class VLLMRollouts:
             "model": self.model, "prompt": list(prompt), "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed, "stop": list(settings.stop),
             "logprobs": 0, "return_token_ids": True,
+            # Not the model's own ends, of which a server may know fewer, and special tokens only where a stop string
+            # has one: else it would look for that in a text without them.
+            "stop_token_ids": list(self.ends),
+            "skip_special_tokens": not StopStrings(self.tokenizer, settings.stop).hidden,
             # A server started without `--generation-config vllm` takes its defaults from the model's own file.
             "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         }  # fmt: skip
@@ -86,9 +93,12 @@ class VLLMRollouts:
             ) from None
         if len(response) != len(logprobs) or not response:
             raise ValueError(f"vLLM server {self.url}: {len(response)} token ids with {len(logprobs)} log-probs")
+        end = next((at for at, token in enumerate(response, start=1) if token in self.ends), None)
+        if end is not None:
+            response, logprobs, finished = response[:end], logprobs[:end], True
         return Rollout(
             Encoded((*prompt, *response), len(prompt)),
-            response_text(self.tokenizer, response, settings.stop),
+            response_text(self.tokenizer, response, settings.stop, self.ends),
             finished,
             tuple(logprobs) if settings.temperature > 0 else None,
         )

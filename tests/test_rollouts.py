@@ -8,6 +8,7 @@ import pytest
 import torch
 from vllm_stub import serving
 
+from stable_rlhf.data.turns import ends_of_turn
 from stable_rlhf.generate import GenerationSettings, LocalRollouts, _StopAtStrings, response_text
 from stable_rlhf.vllm_rollouts import VLLMRollouts
 
@@ -101,6 +102,33 @@ def test_a_prompt_that_holds_eos_is_not_a_finished_response(rollouts, tokenizer)
     (rollout,) = rollouts.sample([prompt], GenerationSettings(2), seeds=[3])
     assert rollout.encoded.ids[:3] == tuple(prompt)
     assert rollout.finished == (tokenizer.eos_token_id in rollout.encoded.response)
+
+
+@pytest.mark.parametrize("named", ["a number", "a list", "the template"])
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_every_end_that_model_or_template_has_ends_a_response(engine, named, tiny_model, tokenizer):
+    model, settings = tiny_model(), GenerationSettings(8, temperature=0.0)
+    free = LocalRollouts(model, tokenizer).sample(PROMPTS, settings)
+    end = next(t for t in free[0].encoded.response[1:] if t != tokenizer.eos_token_id)
+    eos = model.generation_config.eos_token_id
+    if named == "the template":
+        tokenizer = copy.deepcopy(tokenizer)
+        text = tokenizer.decode([end])
+        tokenizer.add_tokens([text])
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + text + "{% endfor %}"
+    else:
+        model.generation_config.eos_token_id = [eos, end] if named == "a list" else end
+    with serving(model, tokenizer) as server:
+        rollouts = LocalRollouts(model, tokenizer)
+        if engine == "vllm":
+            rollouts = VLLMRollouts(server.url, tokenizer, ends=ends_of_turn(tokenizer, copy.deepcopy(model)))
+        found = rollouts.sample(PROMPTS, settings)
+    for before, after in zip(free, found, strict=True):
+        tokens = before.encoded.response
+        at = next((i for i, t in enumerate(tokens, start=1) if t in (eos, end)), None)
+        assert after.encoded.response == tokens[:at] and after.finished == (at is not None)
+        assert after.text == tokenizer.decode([t for t in tokens[:at] if t != end], skip_special_tokens=True)
+    assert found[0].encoded.response[-1] == end
 
 
 def test_seeds_are_needed_to_sample(rollouts):

@@ -5,6 +5,7 @@ What it promises about vLLM is what vLLM's own sources say; it has not been held
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ class StubServer(ThreadingHTTPServer):
             request["max_tokens"], request["temperature"], request["top_p"], tuple(request["stop"])
         )
         assert request["logprobs"] == 0 and request["return_token_ids"] is True
+        # As vLLM: it knows the tokenizer's EOS and what it is told, and looks for stop strings in what it shows.
+        config = self.model.generation_config = copy.deepcopy(self.model.generation_config)
+        config.eos_token_id = [self.tokenizer.eos_token_id, *request["stop_token_ids"]]
+        special = self.tokenizer.all_special_tokens
+        assert not request["skip_special_tokens"] or not any(t in s for s in request["stop"] for t in special)
         with self.lock:
             (rollout,) = generate(
                 self.model, self.tokenizer, [request["prompt"]], settings, seeds=[request["seed"]]

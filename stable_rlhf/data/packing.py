@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.records import Prompt
+from stable_rlhf.data.turns import end_of_turn
 
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a prompt and a response; the response ends with EOS, unless it was cut off."""
+    """Token ids of a prompt and a response; the response ends with what ends a turn, unless it was cut off."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -52,13 +53,14 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def encode(tokenizer: Any, prompt: Prompt, response: str, *, finished: bool = True) -> Encoded:
-    """Prompt and response with EOS at the end, so that even an empty response has one token to be judged at.
+    """Prompt and response with :func:`end_of_turn` at the end, so that even an empty one has a token to be judged at.
 
-    A response that is not ``finished``, cut off at a greatest length, has none unless it is empty: it does not end."""
+    A response that is not ``finished``, cut off at a greatest length, has no end. An empty one then has no token: there
+    is nothing to learn or to judge, and whoever asks for unfinished responses has to leave it out."""
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = list(tokenizer(response, add_special_tokens=False)["input_ids"]) if response else []
-    if finished or not response_ids:
-        response_ids.append(tokenizer.eos_token_id)
+    if finished:
+        response_ids.append(end_of_turn(tokenizer))
     return Encoded((*prompt_ids, *response_ids), len(prompt_ids))
 
 

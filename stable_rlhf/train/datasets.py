@@ -189,13 +189,23 @@ def _cap_tasks(prompts: list[EncodedPrompt], most: int, seed: int) -> list[Encod
     return kept
 
 
+def encode_demonstrations(rows: Sequence[Demonstration], tokenizer: Any) -> list[tuple[Encoded, Demonstration]]:
+    """Rows with their token ids. A response whose row says ``"finished": false`` was cut off and gets no end; one that
+    is empty as well has no token to imitate, and its row is left out, and told."""
+    pairs = [(encode(tokenizer, r.prompt, r.response, finished=r.meta.get("finished") is not False), r) for r in rows]
+    kept = [(e, r) for e, r in pairs if e.response]
+    if len(kept) < len(pairs):
+        say(f"  {len(pairs) - len(kept)} of {len(pairs)} responses were cut off before their first token: left out")
+    return kept
+
+
 def load_demonstrations(
     arguments: DataArguments, names: Sequence[str], tokenizer: Any
 ) -> tuple[list[Encoded], list[Demonstration]]:
     """Read and encode prompt/response files; rows that are too long are left out and counted."""
     result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
     _report("demonstrations", result)
-    pairs = [(encode(tokenizer, r.prompt, r.response), r) for r in result.rows]
+    pairs = encode_demonstrations(result.rows, tokenizer)
     kept = [
         (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
     ]

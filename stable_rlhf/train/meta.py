@@ -35,7 +35,8 @@ def encode_responses(
     rows: Sequence[ResponseSet], tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> list[list[Encoded]]:
     """The responses of each row as token ids; rows with a prompt or a response that is too long are left out, and told.
-    Where a row's ``finished`` says of a response that it was cut off, it has no EOS.
+    Where a row's ``finished`` says of a response that it was cut off, it has no end. One that is empty as well has no
+    token to be scored at and is left out, and so is a row of which fewer than two are left: both are told.
 
     Raises:
         DataError: no row fits.
@@ -44,14 +45,21 @@ def encode_responses(
         [encode(tokenizer, row.prompt, r, finished=f) for r, f in zip(row.responses, _finished(row), strict=True)]
         for row in rows
     ]
-    kept = [e for e in everything if max(map(len, e)) <= max_length and e[0].prompt_length <= max_prompt_length]
+    scored = [[e for e in row if e.response] for row in everything]
+    fitting = [e for e in scored if len(e) > 1]
+    if lost := sum(map(len, everything)) - sum(map(len, scored)):
+        say(
+            f"  unlabelled responses: {lost} were cut off before their first token: left out, and with them "
+            f"{len(scored) - len(fitting)} rows of fewer than two others"
+        )
+    kept = [e for e in fitting if max(map(len, e)) <= max_length and e[0].prompt_length <= max_prompt_length]
     if not kept:
         raise DataError(
             f"scorer.meta_responses: none of {len(rows)} rows fits max_length {max_length} and max_prompt_length "
             f"{max_prompt_length}"
         )
-    if len(kept) < len(rows):
-        say(f"  {len(rows) - len(kept)} of {len(rows)} rows of unlabelled responses are too long: left out")
+    if len(kept) < len(fitting):
+        say(f"  {len(fitting) - len(kept)} of {len(rows)} rows of unlabelled responses are too long: left out")
     return kept
 
 

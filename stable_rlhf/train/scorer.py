@@ -61,7 +61,7 @@ def encode_comparisons(
                     if len(logprob) != len(example.response):
                         raise DataError(
                             f"{row.source}: alt_logprobs of response {i} have {len(logprob)} values, but the "
-                            f"response has {len(example.response)} tokens with EOS; was another tokenizer used?"
+                            f"response has {len(example.response)} tokens with its end; was another tokenizer used?"
                         )
         kept.append(EncodedComparison(row, examples))
     if not kept:

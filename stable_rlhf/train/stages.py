@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.packing import Encoded, encode_prompt
 from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, write_jsonl
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
+from stable_rlhf.data.turns import end_of_turn, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.progress import is_main_process, say
@@ -22,7 +23,13 @@ from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
 from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe, ScorerArguments, SelectArguments
-from stable_rlhf.train.datasets import load_demonstrations, load_preferences, load_prompts, locate
+from stable_rlhf.train.datasets import (
+    encode_demonstrations,
+    load_demonstrations,
+    load_preferences,
+    load_prompts,
+    locate,
+)
 from stable_rlhf.train.engine import (
     barrier,
     device,
@@ -106,9 +113,10 @@ def sampling_settings(recipe: Recipe, temperature: float) -> GenerationSettings:
 
 def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
     """The scorer reads the policy's token ids as they are, so both must mean the same by them."""
-    if policy.get_vocab() != scorer.get_vocab() or policy.eos_token_id != scorer.eos_token_id:
+    if policy.get_vocab() != scorer.get_vocab() or end_of_turn(policy) != end_of_turn(scorer):
         raise ValueError(
-            f"scorer {folder!r} has another tokenizer than the policy; train it on a backbone of the policy's family"
+            f"scorer {folder!r} has another tokenizer than the policy, or one that ends a response with another token; "
+            "train it on a backbone of the policy's family"
         )
 
 
@@ -451,10 +459,7 @@ def run_ppo(
         if rehearsal is None:
             raise ValueError("variant 'am-sr' needs rehearsal data (--rehearsal)")
         rows = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row).rows
-        encoded = [
-            encode(tokenizer, r.prompt, r.response, finished=r.meta.get("finished") is not False) for r in rows
-        ]  # fmt: skip
-        old = [e for e in encoded if len(e) <= recipe.data.max_length]
+        old = [e for e, _ in encode_demonstrations(rows, tokenizer) if len(e) <= recipe.data.max_length]
         if not old:
             raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")
         if not arguments.rehearsal_prompts_in_ppo:
@@ -467,13 +472,19 @@ def run_ppo(
     trainer = PPOTrainer(
         model, tokenizer, judge, arguments, recipe.engine, reference=reference, rehearsal=old,
         moving_average=variant == "rm-ma", seed=seed,
-        rollouts=VLLMRollouts(recipe.rollout.server, tokenizer) if recipe.rollout.server else None,
+        rollouts=_server(recipe, tokenizer, model),
     )  # fmt: skip
     return trainer.train(
         prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
         guard_arguments=recipe.guard, gold=gold, samples=splits.main[: recipe.rollout.sample_prompts],
         sample_steps=recipe.rollout.sample_steps,
     )  # fmt: skip
+
+
+def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts | None:
+    if not recipe.rollout.server:
+        return None
+    return VLLMRollouts(recipe.rollout.server, tokenizer, ends=ends_of_turn(tokenizer, model.causal_lm))
 
 
 def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:
