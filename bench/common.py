@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -24,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from stable_rlhf.data.jsonl import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -297,5 +298,5 @@ def new_result(folder: Path, name: str) -> Path:
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Whole or not at all: a run that is stopped leaves what it had before."""
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)

@@ -34,6 +34,7 @@ import torch
 
 from bench.common import ROOT, environment
 from bench.suite import RESULTS, read_lines
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.evaluate.study import NAMES, means, paired_difference, pooled, seed_mean
 from stable_rlhf.evaluate.study_report import make_page, markdown
 from stable_rlhf.pictures import FAINT, KEPT, picture, png
@@ -134,7 +135,7 @@ def run(study: Path, folder: Path, seeds: Sequence[int], controls: Sequence[str]
     with ThreadPoolExecutor(workers) as pool:
         for line in pool.map(lambda job: measure(job[0], job[1], study, folder), todo):
             with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"environment": environment(torch.device("cpu"))}) + "\n")
+                file.write(to_json(line | {"environment": environment(torch.device("cpu"))}) + "\n")
             print(f"{line['control']}, seed {line['seed']}: {line['seconds']:.0f} s of training", flush=True)
 
 

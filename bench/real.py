@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import math
 import re
 import statistics
@@ -40,6 +39,7 @@ from bench.suite import RESULTS, read_lines
 from bench.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.splits import split_rows
 from stable_rlhf.evaluate.metrics import (
     Interval,
@@ -217,7 +217,7 @@ def train(job: Job, plan: Plan) -> Line:
         )  # fmt: skip
     kept = plan.folder / "scores" / f"{job.dataset}-{job.objective}-seed-{job.seed}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(scored) + "\n", encoding="utf-8")
+    kept.write_text(to_json(scored) + "\n", encoding="utf-8")
     tokens = sum(len(e) for item in rows for e in item.examples)
     return {
         **job._asdict(), "pairs": {**shared.counts, "train": len(rows), "test": len(test)}, "tokens": tokens,
@@ -462,7 +462,7 @@ def main() -> None:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         for line in run(todo, given.workers, plan):
             with given.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | about) + "\n")
+                file.write(to_json(line | about) + "\n")
     print(tables(results(given.output)))
     return None
 

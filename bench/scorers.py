@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gzip
 import json
 import re
 import statistics
@@ -37,6 +36,7 @@ from bench.suite import RESULTS, read_lines
 from bench.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison, read_comparisons, write_jsonl
+from stable_rlhf.data.jsonl import read_jsonl, to_json
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
 from stable_rlhf.data.splits import split_rows
 from stable_rlhf.evaluate.metrics import calibration, pair_accuracy, temperature_scaled
@@ -179,8 +179,7 @@ def unlabelled(folder: Path, prompts: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def read_gzip(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_jsonl(path)
 
 
 def place(study: str, seed: int, folder: Path) -> Path:
@@ -360,7 +359,7 @@ def write_down(lines: Iterable[Line], path: Path, about: dict[str, Any]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     for line in lines:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"settings": settings_of(line["study"], line["method"])} | about) + "\n")
+            file.write(to_json(line | {"settings": settings_of(line["study"], line["method"])} | about) + "\n")
 
 
 def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder: Path) -> Iterator[Line]:

@@ -11,7 +11,6 @@ strength mends them, and as they were before. Held-out pairs are judged by the g
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import random
@@ -29,6 +28,7 @@ from safetensors.torch import load_file
 
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison, write_jsonl
+from stable_rlhf.data.jsonl import read_jsonl, to_json
 from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
@@ -70,15 +70,14 @@ def plant(pairs: Path, wrong: float, labels: str, seed: int) -> list[dict[str, A
     label and are left out."""
     rng = random.Random(seed)
     rows = []
-    with gzip.open(pairs, "rt", encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            if row["gold_chosen"] == row["gold_rejected"]:
-                continue
-            flipped = row.pop("flipped")
-            if flipped if labels == "annotator" else row["gold_chosen"] < row["gold_rejected"]:
-                row = turned(row)
-            planted = rng.random() < wrong
-            rows.append((turned(row) if planted else row) | {"planted": planted})
+    for row in read_jsonl(pairs):
+        if row["gold_chosen"] == row["gold_rejected"]:
+            continue
+        flipped = row.pop("flipped")
+        if flipped if labels == "annotator" else row["gold_chosen"] < row["gold_rejected"]:
+            row = turned(row)
+        planted = rng.random() < wrong
+        rows.append((turned(row) if planted else row) | {"planted": planted})
     return rows
 
 
@@ -321,7 +320,7 @@ def main() -> None:
     for seed in arguments.seeds:
         results.append(study(arguments, seed, arguments.output_dir / f"seed-{seed}"))
         record = {"command": shlex.join(["python", *sys.argv]), "results": results}
-        (arguments.output_dir / "study.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (arguments.output_dir / "study.json").write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
         print(table(results), flush=True)
         for path in filter(None, (arguments.output_dir / "study.png", arguments.figure)):
             path.write_bytes(draw(results))

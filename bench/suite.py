@@ -21,6 +21,7 @@ import torch
 
 import stable_rlhf.ops as ops
 from bench.common import MIB, ROOT, Step, Timing, allocator_peak, describe, environment, free_memory, measure, quantile
+from stable_rlhf.data.jsonl import read_jsonl, to_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RESULTS = ROOT / "bench" / "results"
@@ -405,7 +406,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+    return read_jsonl(path)
 
 
 def write_lines(lines: Iterable[Line], path: Path) -> None:
@@ -416,5 +417,5 @@ def write_lines(lines: Iterable[Line], path: Path) -> None:
     kept = {k: line for k, line in kept.items() if (line["case"], line["study"]) not in measured}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in (kept | new).values()), encoding="utf-8")
+    unfinished.write_text("".join(to_json(line) + "\n" for line in (kept | new).values()), encoding="utf-8")
     unfinished.replace(path)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from stable_rlhf import __version__
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, parse, suggestion
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.progress import tolerant_output
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import Recipe
@@ -134,7 +135,7 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
     finish()
     if is_main_process():
         result = {k: v for k, v in stage.result.items() if k != "curve"}
-        print(json.dumps({"stage": name, "folder": str(stage.folder), **result}, indent=1))
+        print(to_json({"stage": name, "folder": str(stage.folder), **result}, indent=1))
 
 
 def _settings(recipe: Recipe, sections: str, inputs: dict[str, Any], *, engine: bool = True) -> dict[str, Any]:

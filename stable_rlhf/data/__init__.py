@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stable_rlhf.data.jsonl import write_jsonl
 from stable_rlhf.data.readers import (
     ReadResult,
     comparison_row,
@@ -9,7 +10,6 @@ from stable_rlhf.data.readers import (
     read_demonstrations,
     read_prompts,
     read_responses,
-    write_jsonl,
 )
 from stable_rlhf.data.records import (
     Comparison,

@@ -1,4 +1,4 @@
-"""Readers of JSON-lines files (plain or gzip) into records, and the writer of such files.
+"""Readers of JSON-lines files (plain or gzip) into records.
 
 Rows are checked when they are read, one line at a time: a row that cannot be trained on stops the reader with
 ``file:line: reason`` (or is counted, with ``on_bad_row="skip"``), so that nothing downstream has to ask again.
@@ -7,20 +7,15 @@ The formats are described in docs/data.md.
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
 import os
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any, Generic, Literal, NoReturn, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+from stable_rlhf.data.jsonl import BadRow, bad, kind_of, parse_row, read_lines, short
 from stable_rlhf.data.records import (
     Comparison,
     DataError,
@@ -33,17 +28,16 @@ from stable_rlhf.data.records import (
     ResponseSet,
     as_messages,
 )
+from stable_rlhf.progress import say
 
 Record = TypeVar("Record")
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 OnBadRow: TypeAlias = Literal["error", "skip"]
 
 _ROLES = ("system", "user", "assistant")
+_MAX_FLOAT32 = 3.4028234e38
 _MAX_LOGPROB = 1e-6  # rounding in the model that wrote them may leave log 1 a hair above 0
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
-_UTF8_BOM = b"\xef\xbb\xbf"
-_GZIP_MAGIC = b"\x1f\x8b"
-_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def read_comparisons(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadRes
         if first_k is None:
             first_k = (k, source)
         elif first_k[0] != k:
-            _bad(f"'alt_logprobs' has K = {k} policies, but K = {first_k[0]} at {first_k[1]}; all rows need the same K")
+            bad(f"'alt_logprobs' has K = {k} policies, but K = {first_k[0]} at {first_k[1]}; all rows need the same K")
         return comparison
 
     return _read(paths, parse, on_bad_row)
@@ -84,6 +78,11 @@ def read_comparisons(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadRes
 def read_demonstrations(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Demonstration]:
     """Read ``prompt``/``response`` or ``question``/``answer`` rows; arguments and errors as `read_comparisons`."""
     return _read(paths, _demonstration, on_bad_row)
+
+
+def read_scored(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Demonstration]:
+    """Read demonstrations with a number ``score`` in ``meta``; arguments and errors as `read_comparisons`."""
+    return _read(paths, _scored, on_bad_row)
 
 
 def read_prompts(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[PromptRow]:
@@ -96,35 +95,10 @@ def read_responses(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResul
     return _read(paths, _response_set, on_bad_row)
 
 
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line, gzip-compressed if the name ends in ``.gz``; returns the number of rows.
-
-    The rows go to a temporary name beside ``path``, which is renamed at the end: a reader sees the old file or the
-    whole new one, and a failure leaves the old one. Missing parent folders are made. Equal rows give equal bytes.
-
-    Raises:
-        DataError: a row holds a value that JSON cannot (NaN and infinities included) or text that UTF-8 cannot.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
-    try:
-        with open(temporary, "wb") as raw:
-            with _compressed(raw, path) as out:
-                for row in rows:
-                    try:
-                        line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False).encode()
-                    except (TypeError, ValueError, RecursionError) as error:
-                        raise DataError(f"{path}: cannot write row {count + 1}: {error}") from error
-                    out.write(line + b"\n")
-                    count += 1
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+def tell_skipped(what: str, result: ReadResult[Any]) -> None:
+    """Say how many bad rows were left out of ``what``, if any were, and why the first."""
+    if result.skipped:
+        say(f"  {what}: {len(result.skipped)} bad rows left out, the first: {result.skipped[0]}")
 
 
 def comparison_row(row: Comparison) -> dict[str, Any]:
@@ -152,23 +126,6 @@ def comparison_row(row: Comparison) -> dict[str, Any]:
     return found | row.meta
 
 
-@contextmanager
-def _compressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
-    if path.suffix != ".gz":
-        yield raw
-        return
-    with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as out:  # no name, no time: equal bytes
-        yield cast(IO[bytes], out)
-
-
-class _BadRow(Exception):
-    """The reason why a row is refused, before file and line are known."""
-
-
-def _bad(reason: str) -> NoReturn:
-    raise _BadRow(reason)
-
-
 def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_row: OnBadRow) -> ReadResult[Record]:
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row must be "error" or "skip", got {on_bad_row!r}')
@@ -178,13 +135,13 @@ def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_r
     result: ReadResult[Record] = ReadResult([], [])
     for path in files:
         empty = True
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             empty = False
             source = f"{path}:{number}"
             try:
-                result.rows.append(parse(_object(line), source))
-            except _BadRow as bad:
-                error = DataError(f"{source}: {bad}")
+                result.rows.append(parse(parse_row(line), source))
+            except BadRow as reason:
+                error = DataError(f"{source}: {reason}")
                 if on_bad_row == "error":
                     raise error from None
                 result.skipped.append(error)
@@ -196,42 +153,6 @@ def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_r
     return result
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line that is not blank. Bytes, since str lines also break at U+2028."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory, expected a .jsonl or .jsonl.gz file")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    if line.startswith(_GZIP_MAGIC):
-                        raise DataError(f"{path}: holds gzip data, so its name must end in .gz")
-                    line = line.removeprefix(_UTF8_BOM)
-                line = line.strip()
-                if line:
-                    yield number, line
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        _bad(f"not UTF-8 text: {error.reason} at byte {error.start}")
-    except json.JSONDecodeError as error:
-        _bad(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        _bad(f"not JSON that can be read: {error}")
-    if not isinstance(value, dict):
-        _bad(f"expected a JSON object, found {_name(value)}")
-    return value
-
-
 # Rows. Each function takes the keys it understands out of the row; what stays is the record's meta.
 
 
@@ -239,9 +160,9 @@ def _comparison(row: dict[str, Any], source: str) -> Comparison:
     ranked = "responses" in row or "ranks" in row
     paired = "chosen" in row or "rejected" in row
     if ranked and paired:
-        _bad("has keys of a pair ('chosen', 'rejected') and of a ranking ('responses', 'ranks')")
+        bad("has keys of a pair ('chosen', 'rejected') and of a ranking ('responses', 'ranks')")
     if not (ranked or paired):
-        _bad("expected the keys 'prompt', 'chosen', 'rejected', or 'prompt', 'responses', 'ranks'")
+        bad("expected the keys 'prompt', 'chosen', 'rejected', or 'prompt', 'responses', 'ranks'")
     prompt: Prompt
     labels: Sequence[str]
     if ranked:
@@ -259,7 +180,7 @@ def _comparison(row: dict[str, Any], source: str) -> Comparison:
             prompt, responses = _common_prompt(_conversation(chosen, "chosen"), _conversation(rejected, "rejected"))
         pairs = ((0, 1),)
         if responses[0] == responses[1]:
-            _bad("'chosen' and 'rejected' are the same text, which is no preference")
+            bad("'chosen' and 'rejected' are the same text, which is no preference")
     logprobs = _optional(row, "logprobs", lambda value: _per_response_logprobs(value, responses, labels))
     alternates = _optional(row, "alt_logprobs", lambda value: _alternates(value, responses, labels, logprobs))
     strength = _optional(row, "strength", lambda value: _strength(value, pairs, paired))
@@ -279,19 +200,37 @@ def _comparison(row: dict[str, Any], source: str) -> Comparison:
 
 def _demonstration(row: dict[str, Any], source: str) -> Demonstration:
     if "prompt" not in row and "question" not in row:
-        _bad("expected the keys 'prompt', 'response' or 'question', 'answer'")
+        bad("expected the keys 'prompt', 'response' or 'question', 'answer'")
     prompt_key, response_key = ("prompt", "response") if "prompt" in row else ("question", "answer")
     prompt = _prompt(row.pop(prompt_key), prompt_key)
     response = _response(_take(row, response_key), response_key, prompt)
+    _boolean(row.get("finished"), "finished")
     return Demonstration(prompt=prompt, response=response, task=_task(row), source=source, meta=row)
+
+
+def _scored(row: dict[str, Any], source: str) -> Demonstration:
+    if row.get("score") is None:
+        bad("'score' is missing; every candidate needs the scorer's value")
+    for name in ("score", "entropy", "satisfaction", "length"):
+        value = row.get(name)
+        if value is not None and type(value) not in (int, float):
+            bad(f"'{name}' must be a number, not {kind_of(value)}")
+    if not 0 <= (row.get("satisfaction") or 0) <= 1:
+        bad(f"'satisfaction' is a rate in [0, 1], got {row['satisfaction']}")
+    return _demonstration(row, source)
 
 
 def _response_set(row: dict[str, Any], source: str) -> ResponseSet:
     prompt = _prompt(_take(row, "prompt"), "prompt")
     responses = _responses(_take(row, "responses"), prompt)
     finished = row.get("finished")
-    if isinstance(finished, list) and len(finished) != len(responses):
-        _bad(f"'finished' has {len(finished)} entries for {len(responses)} responses")
+    if finished is not None:
+        if not isinstance(finished, list):
+            bad(f"'finished' must be a list with one boolean a response, not {kind_of(finished)}")
+        if len(finished) != len(responses):
+            bad(f"'finished' has {len(finished)} entries for {len(responses)} responses")
+        for index, value in enumerate(finished):
+            _boolean(value, f"finished[{index}]")
     return ResponseSet(prompt=prompt, responses=responses, task=_task(row), source=source, meta=row)
 
 
@@ -303,13 +242,9 @@ def _prompt_row(row: dict[str, Any], source: str) -> PromptRow:
 # Fields.
 
 
-def _name(value: Any) -> str:
-    return _JSON_NAMES.get(type(value), "a number")
-
-
 def _take(row: dict[str, Any], key: str) -> Any:
     if key not in row:
-        _bad(f"'{key}' is missing")
+        bad(f"'{key}' is missing")
     return row.pop(key)
 
 
@@ -320,15 +255,15 @@ def _optional(row: dict[str, Any], key: str, parse: Callable[[Any], Record]) -> 
 
 def _text(value: Any, name: str, *, may_be_empty: bool = False, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        _bad(f"'{name}' must be {expected}, not {_name(value)}")
+        bad(f"'{name}' must be {expected}, not {kind_of(value)}")
     if not may_be_empty and not value.strip():
-        _bad(f"'{name}' is empty")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # a lone \ud800 passes JSON and fails in the tokenizer, hours later
-            _bad(f"'{name}' holds half of a surrogate pair, which is not text")
+        bad(f"'{name}' is empty")
     return value
+
+
+def _boolean(value: Any, name: str) -> None:
+    if not isinstance(value, bool) and value is not None:
+        bad(f"'{name}' must be true or false, not {kind_of(value)}")
 
 
 def _task(row: dict[str, Any]) -> str | None:
@@ -338,41 +273,37 @@ def _task(row: dict[str, Any]) -> str | None:
 
 def _margin(value: Any) -> float:
     if type(value) not in (int, float):
-        _bad(f"'margin' must be a number, not {_name(value)}")
-    try:
-        margin = float(value)
-    except OverflowError:
-        margin = math.inf
-    if not (math.isfinite(margin) and margin > 0):
-        _bad(f"'margin' must be a finite number larger than 0, got {margin}")
-    return margin
+        bad(f"'margin' must be a number, not {kind_of(value)}")
+    if not 0 < value <= _MAX_FLOAT32:
+        bad(f"'margin' must be a number larger than 0 that float32 holds, got {float(value):g}")
+    return float(value)
 
 
 def _strength(value: Any, pairs: Sequence[tuple[int, int]], paired: bool) -> tuple[PairStrength, ...]:
     """Of a pair an object, of a ranking a list of them in the order of its pairs."""
     entries = [value] if paired else value
     if not isinstance(entries, list) or len(entries) != len(pairs):
-        _bad(f"'strength' must be a list with one entry for each of the {len(pairs)} pairs")
+        bad(f"'strength' must be a list with one entry for each of the {len(pairs)} pairs")
     found = []
     for entry in entries:
         numbers: list[Any] = [entry.get(key) for key in ("mean", "std")] if isinstance(entry, dict) else [None]
-        if any(type(n) not in (int, float) or not abs(n) <= sys.float_info.max for n in numbers) or numbers[1] < 0:
-            _bad("'strength' must be an object with finite numbers 'mean' and 'std', 'std' at least 0")
+        if any(type(n) not in (int, float) or abs(n) > _MAX_FLOAT32 for n in numbers) or numbers[1] < 0:
+            bad("'strength' must be an object with numbers 'mean' and 'std' that float32 holds, 'std' at least 0")
         found.append(PairStrength(float(numbers[0]), float(numbers[1])))
     return tuple(found)
 
 
 def _messages(value: list[Any], name: str) -> list[Message]:
     if not value:
-        _bad(f"'{name}' is empty")
+        bad(f"'{name}' is empty")
     messages: list[Message] = []
     for index, message in enumerate(value):
         here = f"{name}[{index}]"
         if not isinstance(message, dict):
-            _bad(f"'{here}' must be a chat message with 'role' and 'content', not {_name(message)}")
+            bad(f"'{here}' must be a chat message with 'role' and 'content', not {kind_of(message)}")
         role = message.get("role")
         if role not in _ROLES:
-            _bad(f"'{here}' has the role {role!r}, expected one of {', '.join(_ROLES)}")
+            bad(f"'{here}' has the role {short(role)}, expected one of {', '.join(_ROLES)}")
         # Only a user has nothing to ask: a policy's earlier turn, like its response, may be empty.
         content = _text(message.get("content"), f"{here}.content", may_be_empty=role != "user")
         messages.append({"role": role, "content": content})
@@ -384,7 +315,7 @@ def _prompt(value: Any, name: str) -> Prompt:
         return _text(value, name, expected="a string or a list of chat messages")
     messages = _messages(value, name)
     if messages[-1]["role"] != "user":
-        _bad(f"'{name}' must end with a user turn, its last role is {messages[-1]['role']}")
+        bad(f"'{name}' must end with a user turn, its last role is {messages[-1]['role']}")
     return messages
 
 
@@ -394,30 +325,30 @@ def _response(value: Any, name: str, prompt: Prompt) -> str:
         return _text(value, name, may_be_empty=True, expected="a string or a list of chat messages")
     *before, last = _messages(value, name)
     if last["role"] != "assistant" or (before and before != as_messages(prompt)):
-        _bad(f"'{name}' must be one assistant message, alone or after the messages of the prompt")
+        bad(f"'{name}' must be one assistant message, alone or after the messages of the prompt")
     return last["content"]
 
 
 def _responses(value: Any, prompt: Prompt) -> tuple[str, ...]:
     if not isinstance(value, list):
-        _bad(f"'responses' must be a list, not {_name(value)}")
+        bad(f"'responses' must be a list, not {kind_of(value)}")
     if len(value) < 2:
-        _bad(f"'responses' needs at least two responses, got {len(value)}")
+        bad(f"'responses' needs at least two responses, got {len(value)}")
     return tuple(_response(item, f"responses[{index}]", prompt) for index, item in enumerate(value))
 
 
 def _pairs(ranks: Any, responses: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     if not isinstance(ranks, list) or any(type(rank) is not int for rank in ranks):
-        _bad("'ranks' must be a list of integers, 1 for the best")
+        bad("'ranks' must be a list of integers, 1 for the best")
     if len(ranks) != len(responses):
-        _bad(f"'ranks' has {len(ranks)} entries for {len(responses)} responses")
+        bad(f"'ranks' has {len(ranks)} entries for {len(responses)} responses")
     order = range(len(ranks))
     pairs = tuple((better, worse) for better in order for worse in order if ranks[better] < ranks[worse])
     if not pairs:
-        _bad(f"'ranks' are all equal ({ranks[0]}), which is no preference")
+        bad(f"'ranks' are all equal ({ranks[0]}), which is no preference")
     for better, worse in pairs:
         if responses[better] == responses[worse]:
-            _bad(f"responses[{better}] and responses[{worse}] are the same text with different ranks")
+            bad(f"responses[{better}] and responses[{worse}] are the same text with different ranks")
     return pairs
 
 
@@ -425,7 +356,7 @@ def _conversation(value: Any, name: str) -> list[Message]:
     """A whole conversation, as chat messages or as an HH-RLHF transcript."""
     messages = _messages(value, name) if isinstance(value, list) else _transcript(value, name)
     if messages[-1]["role"] != "assistant":
-        _bad(f"'{name}' must end with an assistant turn")
+        bad(f"'{name}' must end with an assistant turn")
     return messages
 
 
@@ -433,7 +364,7 @@ def _transcript(value: Any, name: str) -> list[Message]:
     """Split at "\\n\\nHuman:" and "\\n\\nAssistant:"; neighbouring turns of one speaker become one message."""
     start, *parts = _TURN.split(_text(value, name).strip())
     if start or not parts:
-        _bad(f"there is no 'prompt', and '{name}' is not a transcript that starts with \"Human:\"")
+        bad(f"there is no 'prompt', and '{name}' is not a transcript that starts with \"Human:\"")
     messages: list[Message] = []
     for speaker, text in zip(parts[::2], parts[1::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
@@ -450,7 +381,7 @@ def _common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[Prom
     *other, rejected_last = rejected
     if prompt != other:
         same = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(prompt, other, strict=False))))
-        _bad(
+        bad(
             f"there is no 'prompt', and 'chosen' and 'rejected' differ from turn {same + 1} on, "
             "before the last assistant turn: they do not answer one prompt"
         )
@@ -462,17 +393,14 @@ def _common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[Prom
 
 def _logprob_list(value: Any, name: str, response: str) -> LogProbs:
     if not isinstance(value, list) or not set(map(type, value)) <= {int, float}:
-        _bad(f"'{name}' must be a list of numbers, one per token")
-    try:
-        values = tuple(map(float, value))
-    except OverflowError:
-        values = (math.inf,)
-    if not all(map(math.isfinite, values)):
-        _bad(f"'{name}' holds a value that is not finite")
+        bad(f"'{name}' must be a list of numbers, one per token")
+    values = tuple(map(float, value))
+    if values and min(values) < -_MAX_FLOAT32:
+        bad(f"'{name}' holds {min(values):g}, which float32 does not hold")
     if values and max(values) > _MAX_LOGPROB:
-        _bad(f"'{name}' holds {max(values):g}; log-probabilities are at most 0")
+        bad(f"'{name}' holds {max(values):g}; log-probabilities are at most 0")
     if response and not values:
-        _bad(f"'{name}' is empty, but its response is not")
+        bad(f"'{name}' is empty, but its response is not")
     return values
 
 
@@ -480,10 +408,10 @@ def _by_response(value: Any, name: str, labels: Sequence[str]) -> list[Any]:
     """The values in the order of the responses: pairs name them, rankings list them."""
     if labels[0] == "chosen":
         if not isinstance(value, dict) or value.keys() != set(labels):
-            _bad(f"'{name}' must be an object with the keys 'chosen' and 'rejected'")
+            bad(f"'{name}' must be an object with the keys 'chosen' and 'rejected'")
         return [value[label] for label in labels]
     if not isinstance(value, list) or len(value) != len(labels):
-        _bad(f"'{name}' must be a list with one entry for each of the {len(labels)} responses")
+        bad(f"'{name}' must be a list with one entry for each of the {len(labels)} responses")
     return value
 
 
@@ -502,16 +430,16 @@ def _alternates(
     for index, entry in enumerate(_by_response(value, "alt_logprobs", labels)):
         name = f"alt_logprobs of {labels[index]}"
         if not isinstance(entry, list) or not entry:
-            _bad(f"'{name}' must be a list of K >= 1 lists of numbers; leave 'alt_logprobs' out for K = 0")
+            bad(f"'{name}' must be a list of K >= 1 lists of numbers; leave 'alt_logprobs' out for K = 0")
         policies = tuple(_logprob_list(item, f"{name}[{k}]", responses[index]) for k, item in enumerate(entry))
         if result and len(policies) != len(result[0]):
-            _bad(f"'{name}' has K = {len(policies)} policies, {labels[0]} has K = {len(result[0])}")
+            bad(f"'{name}' has K = {len(policies)} policies, {labels[0]} has K = {len(result[0])}")
         # All policies score the same tokens, so the weights can be taken token by token.
         lengths = {len(policy) for policy in policies}
         if logprobs is not None:
             lengths.add(len(logprobs[index]))
         if len(lengths) > 1:
             also = " and 'logprobs'" if logprobs is not None else ""
-            _bad(f"'{name}'{also} have different numbers of tokens: {', '.join(map(str, sorted(lengths)))}")
+            bad(f"'{name}'{also} have different numbers of tokens: {', '.join(map(str, sorted(lengths)))}")
         result.append(policies)
     return tuple(result)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from stable_rlhf.data.jsonl import without_nan
 from stable_rlhf.evaluate.findings import ACCURACY_MARGIN, VARIANT_NAMES
 from stable_rlhf.evaluate.metrics import LEVEL, Interval
 
@@ -372,13 +373,4 @@ def _compared(
         "claims": claims(scorers, policies),
         "curves": lines,
     }
-    return {key: _finite(value) for key, value in found.items()}
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {key: without_nan(value) for key, value in found.items()}

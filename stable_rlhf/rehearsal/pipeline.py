@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, write_jsonl
-from stable_rlhf.data.records import DataError, Demonstration
+from stable_rlhf.data.jsonl import to_json, write_jsonl
+from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
+from stable_rlhf.data.records import Demonstration
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL, prompt_text
 from stable_rlhf.rehearsal.report import render_selection
@@ -30,22 +29,12 @@ def read_candidates(paths: Paths, *, on_bad_row: OnBadRow = "error") -> tuple[li
     Rows are demonstrations with a number `score`; `entropy`, `satisfaction` and `length` may stand beside it.
 
     Raises:
-        DataError: as `read_demonstrations`, and for a row without a finite number as score (file and line named).
+        DataError: as `read_demonstrations`, and for a row without a number as score (file and line named).
     """
-    rows: list[dict[str, Any]] = []
-    scores: list[float] = []
-    for found in read_demonstrations(paths, on_bad_row=on_bad_row).rows:
-        score: Any = found.meta.get("score")
-        if type(score) not in (int, float) or not math.isfinite(score):
-            if on_bad_row == "skip":
-                continue
-            what = "is missing" if score is None else f"must be a finite number, got {score!r}"
-            raise DataError(f"{found.source}: 'score' {what}; every candidate needs the scorer's value")
-        rows.append({**found.meta, "prompt": found.prompt, "response": found.response, "task": found.task})
-        scores.append(float(score))
-    if not rows:
-        raise DataError("candidates: no row has a 'score'")
-    return rows, np.array(scores)
+    found = read_scored(paths, on_bad_row=on_bad_row)
+    tell_skipped("candidates", found)
+    rows = [{**row.meta, "prompt": row.prompt, "response": row.response, "task": row.task} for row in found.rows]
+    return rows, np.array([row.meta["score"] for row in found.rows], dtype=np.float64)
 
 
 def select_to_folder(
@@ -100,7 +89,7 @@ def select_to_folder(
         summary = {**selection.summary(), "embedding": {k: v for k, v in embeddings.manifest.items() if k != "row_ids"}}
         if swept:
             summary["sweep"] = swept
-        (folder / "selection.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
+        (folder / "selection.json").write_text(to_json(summary) + "\n", encoding="utf-8")
         page = render_selection(
             selection, embeddings.array, title=title, embedding=embeddings.manifest,
             outside=len(rows) - len(selection.rows), swept=swept, seed=seed,
@@ -122,5 +111,9 @@ def select_file(
     select_file("scored.jsonl.gz", "out", num_clusters=100, top_k=20) is a whole selection.
     """
     rows, scores = read_candidates(candidates, on_bad_row=on_bad_row)
-    added = read_demonstrations(outside, on_bad_row=on_bad_row).rows if outside else []
+    added = []
+    if outside:
+        found = read_demonstrations(outside, on_bad_row=on_bad_row)
+        tell_skipped("rehearsal data", found)
+        added = found.rows
     return select_to_folder(rows, scores, folder, outside=added, **settings)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.locks import LOCK, FolderLock
 from stable_rlhf.progress import Bar, progress, say
 from stable_rlhf.rehearsal.embed import cannot_load, checked_texts, load_encoder, resolve_embedding_model
@@ -237,7 +238,7 @@ def _write(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
+    _write(path, lambda file: file.write(to_json(content, indent=1).encode() + b"\n"))
 
 
 def _shard(folder: Path, k: int) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf import ops
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.packing import Encoded, encode, last_positions
 from stable_rlhf.data.records import Prompt
 from stable_rlhf.models import (
@@ -183,7 +184,7 @@ class AdvantageModel(nn.Module):
         if self.expected_head is not None:
             heads |= {"expected_head." + k: v for k, v in self.expected_head.state_dict().items()}
         save_file({k: v.contiguous() for k, v in heads.items()}, folder / _HEADS_FILE)
-        (folder / _SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
+        (folder / _SETTINGS_FILE).write_text(to_json(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(

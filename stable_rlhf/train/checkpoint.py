@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.locks import LOCK, FolderInUse, FolderLock, lock_folder
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.train.batches import stream_seed
@@ -204,7 +205,7 @@ class RunDirectory:
 def _note(path: Path, record: dict[str, Any]) -> None:
     """Write a record that is whole at every moment: without it, snapshots beside it could not be used."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 

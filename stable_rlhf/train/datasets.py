@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
-from stable_rlhf.data.readers import ReadResult, read_comparisons, read_demonstrations, read_prompts
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
 from stable_rlhf.data.splits import prompt_key, split_rows
 from stable_rlhf.progress import say
@@ -47,11 +47,6 @@ def contents(arguments: DataArguments) -> dict[str, str]:
     return digests(arguments, names)
 
 
-def _report(what: str, result: ReadResult[Any]) -> None:
-    if result.skipped:
-        say(f"  {what}: {len(result.skipped)} bad rows left out, the first: {result.skipped[0]}")
-
-
 def _split(setting: str, rows: Sequence[Row], sizes: Sequence[float] | Sequence[int], seed: int) -> list[list[Row]]:
     """`split_rows`, with errors that name the setting the sizes come from."""
     try:
@@ -74,7 +69,7 @@ def read_preferences(arguments: DataArguments, seed: int) -> list[Comparison]:
     if not arguments.pairs:
         raise DataError("data.pairs: name at least one preference file")
     result = read_comparisons(locate(arguments, arguments.pairs), on_bad_row=arguments.on_bad_row)
-    _report("preferences", result)
+    tell_skipped("preferences", result)
     rows = result.rows
     if arguments.max_pairs and arguments.max_pairs < len(rows):
         # Whole prompts are drawn, so the last one may bring more rows than there is room for.
@@ -112,7 +107,7 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
 
     def read(names: Sequence[str]) -> list[EncodedPrompt]:
         result = read_prompts(locate(arguments, names), on_bad_row=arguments.on_bad_row)
-        _report("prompts", result)
+        tell_skipped("prompts", result)
         return encode_prompts(result.rows, lambda p: encode_prompt(tokenizer, p), arguments.max_prompt_length)
 
     if not arguments.prompts:
@@ -204,7 +199,7 @@ def load_demonstrations(
 ) -> tuple[list[Encoded], list[Demonstration]]:
     """Read and encode prompt/response files; rows that are too long are left out and counted."""
     result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
-    _report("demonstrations", result)
+    tell_skipped("demonstrations", result)
     pairs = encode_demonstrations(result.rows, tokenizer)
     kept = [
         (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length

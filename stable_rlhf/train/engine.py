@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.lora import adapters_off, add_lora
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.train.config import EngineArguments
@@ -447,10 +448,10 @@ class Engine:
         average = self.average.state() if self.average is not None else {}
         save_pieces(folder / f"engine-{rank()}.safetensors", self.module, self.optimizer, self.zero_stage)
         if rank() == 0:
-            (folder / _SCHEDULE).write_text(json.dumps(self.scheduler.state_dict()) + "\n", encoding="utf-8")
+            (folder / _SCHEDULE).write_text(to_json(self.scheduler.state_dict()) + "\n", encoding="utf-8")
             if self._scaler is not None:
                 scale = {name: getattr(self._scaler, name) for name in _SCALER_STATE}
-                (folder / _LOSS_SCALE).write_text(json.dumps([scale, self.overflowed_steps]) + "\n", encoding="utf-8")
+                (folder / _LOSS_SCALE).write_text(to_json([scale, self.overflowed_steps]) + "\n", encoding="utf-8")
             if self.average is not None:
                 save_file({k: v.contiguous() for k, v in average.items()}, folder / _AVERAGE)
 

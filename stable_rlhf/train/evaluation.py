@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.data.readers import read_comparisons, write_jsonl
+from stable_rlhf.data.jsonl import write_jsonl
+from stable_rlhf.data.readers import read_comparisons, tell_skipped
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
@@ -25,6 +26,7 @@ from stable_rlhf.train.engine import barrier, device, gather_objects, release
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.scorer import encode_comparisons, pairs_digest, score_pairs
 from stable_rlhf.train.stages import Result, answer, load_reader, sampling_settings
+from stable_rlhf.train.tracking import read_metrics
 
 
 def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
@@ -53,7 +55,9 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
     on the scores of held-out pairs that train-scorer kept in the folder."""
     rows: list[Comparison] = []
     if test_pairs:
-        rows = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row).rows
+        pairs = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("test pairs", pairs)
+        rows = pairs.rows
     found: Result = {}
     for name, folder in scorers.items():
         say(f"  scorer {name}")
@@ -89,8 +93,7 @@ def read_curve(folder: str) -> list[dict[str, float]]:
     path = Path(folder) / "metrics.jsonl"
     if not (path.is_file() and (path.parent / "stage.json").is_file()):
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "score" in row]
+    return [row for row in read_metrics(path) if "score" in row]
 
 
 def _on_main_process(run: Callable[[], Result]) -> Result:

@@ -110,7 +110,7 @@ def training_curves(history: Sequence[dict[str, float]], marked: Sequence[int] =
 
 
 def _known(row: dict[str, float], key: str) -> bool:
-    return key in row and math.isfinite(row[key])
+    return row.get(key) is not None and math.isfinite(row[key])
 
 
 def _by_prompt(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

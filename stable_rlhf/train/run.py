@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
@@ -304,7 +305,7 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     from stable_rlhf.evaluate.report import make_report
 
     page, pictures = make_report(summary)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
     (folder / "overview.png").write_bytes(overview(summary))
     write_pictures(pictures, folder / "pictures")

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.train.checkpoint import SNAPSHOTS
 from stable_rlhf.train.config import CheckpointArguments
@@ -125,7 +126,7 @@ class Snapshots:
             files = {str(f.relative_to(working)): _digest(f) for f in sorted(working.rglob("*")) if f.is_file()}
             record = {"format": _FORMAT, "stage": self.stage, "step": step, "rows": self.rows, "shape": self.shape,
                       "state": state, "files": files}  # fmt: skip
-            (working / _MANIFEST).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            (working / _MANIFEST).write_text(to_json(record) + "\n", encoding="utf-8")
             _remove(path)  # of an attempt that was begun again from an earlier step, as are later ones
             working.rename(path)
             whole = self._all()

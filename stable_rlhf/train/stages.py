@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
+from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.packing import Encoded, encode_prompt
-from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, write_jsonl
+from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
@@ -220,6 +220,7 @@ def run_scorer(
     shifted: list[list[Encoded]] = []
     if arguments.meta_responses and split == "train":
         found = read_responses(locate(recipe.data, [arguments.meta_responses]), on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("unlabelled responses", found)
         shifted = encode_responses(found.rows, tokenizer, *limits)
     alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
     if alternates and any(r.row.logprobs is None for r in train) and policy is None:
@@ -252,7 +253,7 @@ def run_scorer(
     scores = score_pairs(saved, test, cache)
     scores["rows"] = pairs_digest(test)
     if is_main_process():
-        (folder / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
+        (folder / "scores.json").write_text(to_json(scores) + "\n", encoding="utf-8")
     correct = [(c > r) + 0.5 * (c == r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
     result |= {"train": len(train), "test": len(test), "num_alternates": alternates, "left_out": long + long_test}
     result["accuracy"] = sum(correct) / len(correct)
@@ -364,9 +365,9 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     release(model)
     outside = []
     if recipe.data.rehearsal:
-        outside = read_demonstrations(
-            locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row
-        ).rows
+        read = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("rehearsal data", read)
+        outside = read.rows
     selection = select_to_folder(
         candidates, scores, folder, embeddings_folder=folder.parent / "embeddings", outside=outside,
         seed=stream_seed(recipe.seed, "clusters") % 2**31, title=f"Rehearsal selection: {recipe.title}",
@@ -458,7 +459,9 @@ def run_ppo(
     if variant == "am-sr":
         if rehearsal is None:
             raise ValueError("variant 'am-sr' needs rehearsal data (--rehearsal)")
-        rows = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row).rows
+        read = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("rehearsal data", read)
+        rows = read.rows
         old = [e for e, _ in encode_demonstrations(rows, tokenizer) if len(e) <= recipe.data.max_length]
         if not old:
             raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")

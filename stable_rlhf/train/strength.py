@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf import ops
+from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.packing import last_positions
-from stable_rlhf.data.readers import comparison_row, write_jsonl
+from stable_rlhf.data.readers import comparison_row
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.data.splits import prompt_key, split_rows
 from stable_rlhf.models import (
@@ -272,7 +273,7 @@ def _write_votes(
     chosen = set(judged)
     found = [next(votes) if i in chosen else None for i, item in enumerate(pairs.encoded) for _ in item.row.pairs]
     if is_main_process():
-        (folder / _DIFFERENCES).write_text(json.dumps(found) + "\n", encoding="utf-8")
+        (folder / _DIFFERENCES).write_text(to_json(found) + "\n", encoding="utf-8")
     return {"trained_on": trained, "judged": len(judged), "positive": sum(d > 0 for d in difference) / len(difference)}
 
 
@@ -297,7 +298,7 @@ def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path)
     if is_main_process():
         enriched = (comparison_row(replace(row, strength=of_row.get(id(row)))) for row in pairs.rows)
         write_jsonl(folder / "pairs.jsonl.gz", enriched)
-        (folder / "strength.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (folder / "strength.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
         write_report(f"Preference strength: {recipe.title}", summary, mean, std, pairs.check, folder)
     return {k: v for k, v in summary.items() if k not in ("notable", "curve")}
 

@@ -19,6 +19,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.progress import say
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import Recipe
@@ -75,7 +76,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     )  # fmt: skip
     page, pictures = make_page(found)
     text = markdown(found)
-    (folder / "results.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
     write_pictures(pictures, folder / "pictures")

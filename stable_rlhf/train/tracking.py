@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.data.jsonl import read_jsonl, to_json
 from stable_rlhf.progress import is_main_process
 
 METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
@@ -45,9 +47,10 @@ class Tracker:
         settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         check_reporters(report_to)
-        self.history: list[dict[str, float]] = _before(folder / METRICS, after) if after else []
+        self.history: list[dict[str, float]] = read_metrics(folder / METRICS, after) if after else []
         # Samples of a step are taken before that step's update, so those of ``after`` itself come again.
-        self.samples: list[dict[str, Any]] = _before(folder / _SAMPLES, after - 1) if after else []
+        samples = read_jsonl(folder / _SAMPLES, torn_end=True) if after and (folder / _SAMPLES).is_file() else []
+        self.samples: list[dict[str, Any]] = [row for row in samples if row["step"] < after]
         self._folder, self._main = folder, is_main_process()
         self._file: Any = None
         self._board: Any = None
@@ -56,7 +59,7 @@ class Tracker:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS).open("w", encoding="utf-8")
-        self._file.writelines(json.dumps(row) + "\n" for row in self.history)
+        self._file.writelines(to_json(row) + "\n" for row in self.history)
         (folder / _SAMPLES).unlink(missing_ok=True)
         self._write_samples(self.samples)
         if "tensorboard" in report_to:
@@ -71,7 +74,7 @@ class Tracker:
         row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
         self.history.append(row)
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(to_json(row) + "\n")
             self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
@@ -89,7 +92,7 @@ class Tracker:
     def _write_samples(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
             with (self._folder / _SAMPLES).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(to_json(row, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
         if self._file is not None:
@@ -100,24 +103,21 @@ class Tracker:
             service.finish()
 
 
-def _before(path: Path, after: int) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines up to step ``after``."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the line that was being written when the stage was killed
-        if row["step"] <= after:
-            rows.append(row)
-    return rows
+def read_metrics(path: Path, after: int | None = None) -> list[dict[str, float]]:
+    """The rows of a stage's metrics, up to step ``after``; the line that was being written when it was killed is left
+    out. What was not finite stands in the file as null, and is NaN again."""
+    rows = read_jsonl(path, torn_end=True) if path.is_file() else []
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()}
+        for row in rows if after is None or row["step"] <= after
+    ]  # fmt: skip
 
 
 def _service(name: str, folder: Path, after: int, settings: dict[str, Any] | None) -> Any:
     """A run of wandb or trackio; a resumed stage goes on with the run that it had."""
     path = folder / _IDENTITY
     identity = json.loads(path.read_text(encoding="utf-8"))["id"] if after and path.is_file() else secrets.token_hex(4)
-    path.write_text(json.dumps({"id": identity}) + "\n", encoding="utf-8")
+    path.write_text(to_json({"id": identity}) + "\n", encoding="utf-8")
     about: dict[str, Any] = {
         "project": os.environ.get(f"{name.upper()}_PROJECT", "stable_rlhf"),
         "name": f"{folder.resolve().parent.name}-{folder.name.removesuffix('.tmp')}-{identity}",

@@ -109,7 +109,7 @@ def test_read_candidates(tmp_path):
     found, scores = read_candidates(path)
     assert scores.tolist() == [rows()[0]["score"], rows()[1]["score"]]
     assert found[0]["entropy"] == 0.5 and found[0]["task"] == "skill 0" and found[0]["prompt"] == rows()[0]["prompt"]
-    for bad, message in ((None, "'score' is missing"), ("high", "got 'high'"), (True, "got True")):
+    for bad, message in ((None, "'score' is missing"), ("high", "not a string"), (True, "not a boolean")):
         broken = {k: v for k, v in rows()[2].items() if k != "score"} | ({} if bad is None else {"score": bad})
         path = write(tmp_path / "d.jsonl", [rows()[0], broken])
         with pytest.raises(DataError, match=rf"d\.jsonl:2: .*{message}"):

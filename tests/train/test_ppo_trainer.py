@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from stable_rlhf import ops
+from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
-from stable_rlhf.data.readers import write_jsonl
 from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
 import torch
 
+from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.train.tracking import Tracker
 
 
@@ -65,17 +67,28 @@ def test_a_second_attempt_starts_the_curve_again(tmp_path):
 def test_a_resumed_stage_keeps_what_was_logged_before_it(tmp_path):
     tracker = fill(tmp_path, report_to=())
     for step in (0, 1, 2):
-        tracker.sample(step, [{"prompt": "a", "response": f"answer {step}"}])
+        tracker.sample(step, [{"prompt": "a", "response": f"answer {step}\u2028\u2029\x85\v\f\x1c"}])
     tracker.close()
     again = Tracker(tmp_path, (), after=1)
     # Samples of a step are taken before its update: those of step 1 come again.
-    assert again.history == ROWS[:1] and [row["step"] for row in again.samples] == [0]
+    assert again.history == ROWS[:1]
+    assert again.samples == [{"step": 0, "prompt": "a", "response": "answer 0\u2028\u2029\x85\v\f\x1c"}]
     again.sample(1, [{"prompt": "a", "response": "ä"}])
     again.close()
-    kept = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in kept] == [0, 1] and "ä" in kept[1]
+    kept = read_jsonl(tmp_path / "samples.jsonl")
+    assert [row["step"] for row in kept] == [0, 1] and kept[1]["response"] == "ä"
     Tracker(tmp_path, ()).close()
     assert not (tmp_path / "samples.jsonl").exists() and lines(tmp_path) == []
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_again(tmp_path):
+    tracker = Tracker(tmp_path, ())
+    for step in (1, 2):
+        tracker.log(step, {"loss": float("nan"), "kl": float("inf"), "score": 1.0})
+    tracker.close()
+    assert lines(tmp_path) == [{"step": step, "loss": None, "kl": None, "score": 1.0} for step in (1, 2)]
+    (row,) = Tracker(tmp_path, (), after=1).history
+    assert math.isnan(row["loss"]) and math.isnan(row["kl"]) and row["score"] == 1.0
 
 
 STAND_IN = """
