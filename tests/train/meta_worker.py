@@ -27,6 +27,7 @@ from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer
 
 STEPS, ACCUMULATION, RATE, ETA, BATCH = 4, 2, 1e-4, 0.5, 4
+DRAWS = 10
 
 
 def data(tokenizer):
@@ -61,38 +62,78 @@ def scorer(tokenizer) -> AdvantageModel:
     return AdvantageModel(model.base_model, tokenizer, ScorerSettings(objective="am"))
 
 
+def two_steps(model, rows, shifted, indices, others, global_batch: int):
+    """Loss at the moved weights and its gradient, J, and the moved weights, in plain autograd."""
+    names, weights = zip(*model.named_parameters(), strict=True)
+    objective = torch.zeros(())
+    for i in others:
+        k = len(shifted[i])
+        reward = torch.cat([model(*model.prepare([e]))[0] for e in shifted[i]]).float()
+        for first in range(k):
+            for second in range(first + 1, k):
+                objective = objective + 2 / k**2 * torch.sigmoid((reward[first] - reward[second]).abs()) / BATCH
+    gradient = torch.autograd.grad(objective, weights, allow_unused=True)
+    moved = {
+        name: (w if g is None else w.float() + ETA * g.float()).to(w.dtype).detach().requires_grad_()
+        for name, w, g in zip(names, weights, gradient, strict=True)
+    }
+    loss, *_ = scorer_loss(
+        lambda *a: functional_call(model, moved, a), model, [rows[i] for i in indices],
+        ScorerArguments(), None, global_batch,
+    )  # fmt: skip
+    found = torch.autograd.grad(loss, list(moved.values()))
+    return [float(loss.detach()), float(objective.detach())], found, [w.detach() for w in moved.values()]
+
+
 def explicit(tokenizer, rows, shifted, global_batch: int):
     """Loss and J of each step; the weights before each, moved in each, and at the end; Adam's mean gradient there."""
     model = scorer(tokenizer)
-    names, weights = zip(*model.named_parameters(), strict=True)
+    weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     figures, kept = [], []
-    batches = shuffled_steps(len(shifted), BATCH, STEPS, stream_seed(5, "meta"))
-    for indices, others in zip(shuffled_steps(len(rows), global_batch, STEPS, seed=3), batches, strict=True):
-        objective = torch.zeros(())
-        for i in others:
-            k = len(shifted[i])
-            reward = torch.cat([model(*model.prepare([e]))[0] for e in shifted[i]])
-            for first in range(k):
-                for second in range(first + 1, k):
-                    objective = objective + 2 / k**2 * torch.sigmoid((reward[first] - reward[second]).abs()) / BATCH
-        gradient = torch.autograd.grad(objective, weights, allow_unused=True)
-        moved = {
-            name: (w if g is None else w + ETA * g).detach().requires_grad_()
-            for name, w, g in zip(names, weights, gradient, strict=True)
-        }
-        kept += [[w.detach().clone() for w in weights], [w.detach().clone() for w in moved.values()]]
-        loss, *_ = scorer_loss(
-            lambda *a, moved=moved: functional_call(model, moved, a), model, [rows[i] for i in indices],
-            ScorerArguments(), None, global_batch,
-        )  # fmt: skip
-        for weight, found in zip(weights, torch.autograd.grad(loss, list(moved.values())), strict=True):
+    for indices, others in steps(rows, shifted, global_batch):
+        kept.append([w.detach().clone() for w in weights])
+        figure, gradient, moved = two_steps(model, rows, shifted, indices, others, global_batch)
+        for weight, found in zip(weights, gradient, strict=True):
             weight.grad = found
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        figures.append([float(loss.detach()), float(objective.detach())])
+        figures.append(figure)
+        kept.append([w.clone() for w in moved])
     kept.append([w.detach().clone() for w in weights])
     return figures, kept, [optimizer.state[w]["exp_avg"].flatten() for w in weights]
+
+
+def steps(rows, shifted, global_batch: int):
+    batches = shuffled_steps(len(shifted), BATCH, STEPS, stream_seed(5, "meta"))
+    return zip(shuffled_steps(len(rows), global_batch, STEPS, seed=3), batches, strict=True)
+
+
+def deviation(figures, before, moved, wanted, weights) -> list[float]:
+    """How far the first step's loss, J and movement of the weights are from those in float32; the last, relatively."""
+    ours, theirs = (
+        torch.cat([(b.double() - a.double()).flatten() for a, b in zip(*pair, strict=True)])
+        for pair in ((before, moved), weights[:2])
+    )
+    movement = float((ours - theirs).norm() / theirs.norm())
+    return [*(abs(a - b) for a, b in zip(figures, wanted[0], strict=True)), movement]
+
+
+def roundings(tokenizer, rows, shifted, global_batch: int, wanted, weights) -> list[list[float]]:
+    """The same deviations of plain autograd in bfloat16, once for each of several ways to round the weights to it."""
+    found, generator = [], torch.Generator().manual_seed(8)
+    indices, others = next(iter(steps(rows, shifted, global_batch)))
+    for _ in range(DRAWS):
+        model = scorer(tokenizer)
+        with torch.no_grad():
+            for weight in model.parameters():
+                within = (torch.rand(weight.shape, generator=generator) - 0.5) * weight.abs() * 2**-8  # a bit's half
+                weight.add_(within)
+        model.to(torch.bfloat16)
+        before = [w.detach().clone() for w in model.parameters()]
+        figures, _, moved = two_steps(model, rows, shifted, indices, others, global_batch)
+        found.append(deviation(figures, before, moved, wanted, weights))
+    return found
 
 
 def trained(tokenizer, rows, shifted, micro: int, engine_arguments: EngineArguments):
@@ -160,7 +201,9 @@ def main() -> None:
     start(0)
     tokenizer = build_tokenizer()
     rows, shifted = data(tokenizer)
-    wanted, weights, gradients = explicit(tokenizer, rows, shifted, micro * world_size() * ACCUMULATION)
+    global_batch = micro * world_size() * ACCUMULATION
+    wanted, weights, gradients = explicit(tokenizer, rows, shifted, global_batch)
+    by_rounding = roundings(tokenizer, rows, shifted, global_batch, wanted, weights) if rank() == 0 else []
     found = {}
     for name, settings in [(str(s), {"zero_stage": s}) for s in stages] + [
         (f"bf16 {s}", {"zero_stage": s, "bf16": True}) for s in stages if s
@@ -170,6 +213,7 @@ def main() -> None:
             "figures": figures, "explicit": wanted, "changed": changed,
             "weights": [largest(ours, theirs) for ours, theirs in zip(kept[:2], weights, strict=False)],
             "gradients": largest(means, gradients), "gradient": largest(gradients, [0.0] * len(gradients)),
+            "deviation": deviation(figures[0], *kept[:2], wanted, weights), "roundings": by_rounding,
             "moved": [largest(kept[2 * step], kept[2 * step + 1]) for step in range(STEPS)],
         }  # fmt: skip
     if rank() == 0:

@@ -64,10 +64,12 @@ def test_two_steps_equal_an_explicit_version(found, stage, ranks):
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 @pytest.mark.parametrize("ranks", ON_RANKS)
 def test_in_bfloat16_the_weights_move_and_come_back_to_the_bit(found, stage, ranks):
+    """And the first step's loss, J and movement are as near to float32's as plain autograd's in bfloat16, its weights
+    rounded in one way or another. (Not the later steps': rounding decides where they go.)"""
     part = found(ranks)[f"bf16 {stage}"]
     assert part["changed"] == 0 and min(part["moved"]) > 1e-2
-    for ours, theirs in zip(part["figures"], part["explicit"], strict=True):
-        assert ours == pytest.approx(theirs, abs=0.2)
+    for ours, *theirs in zip(part["deviation"], *part["roundings"], strict=True):
+        assert ours <= 3 * max(theirs)
 
 
 @pytest.fixture
