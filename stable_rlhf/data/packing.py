@@ -17,6 +17,8 @@ from stable_rlhf.data.records import Prompt
 from stable_rlhf.data.turns import end_of_turn
 
 IGNORE = -100
+_CHARACTERS = 16  # a token: four times what English has, and soon encoded
+_LONGEST_WORD = 128  # in characters: longer ones are a single unknown token to WordPiece, while their start is many
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,24 @@ def encode(tokenizer: Any, prompt: Prompt, response: str, *, finished: bool = Tr
     if finished:
         response_ids.append(end_of_turn(tokenizer))
     return Encoded((*prompt_ids, *response_ids), len(prompt_ids))
+
+
+def surely_longer(tokenizer: Any, prompt: Prompt, limit: int) -> bool:
+    """Whether a text, or a turn of a prompt, has more than ``limit`` tokens by far: a quick no to texts of megabytes, a
+    minute of tokenising each. False where only the whole encoding tells.
+
+    Parts from its start that grow are looked at. A part with more than twice the limit, and some for the word that it
+    cuts, settles it: what comes after adds tokens, and changes only those near the cut. A part that has fewer, as a run
+    of spaces that is one token, settles nothing, however long it is."""
+    if isinstance(prompt, list):  # of earlier answers a template may leave parts out
+        return any(surely_longer(tokenizer, m["content"], limit) for m in prompt if m["role"] != "assistant")
+    text = prompt.strip()  # as some templates do
+    size = _CHARACTERS * (limit + _LONGEST_WORD)
+    while len(text) > size:
+        if len(tokenizer(text[:size], add_special_tokens=False)["input_ids"]) > 2 * limit + _LONGEST_WORD:
+            return True
+        size *= 8
+    return False
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,20 @@ def load_encoder(
             raise ValueError(f"max_seq_length must be between 1 and {limit} for {model}, got {max_seq_length}")
         encoder.max_seq_length = max_seq_length
 
+    def beginning(text: str) -> str:
+        """As much of a text of megabytes as the encoder reads; the rest would be tokenised only to be thrown away."""
+        from stable_rlhf.data.packing import surely_longer  # imports torch
+
+        limit = encoder.max_seq_length
+        while limit and surely_longer(encoder.tokenizer, text, limit):
+            half = text[: len(text) // 2]
+            if not surely_longer(encoder.tokenizer, half, limit):
+                break
+            text = half
+        return text
+
     def encode(texts: list[str]) -> np.ndarray:
+        texts = [beginning(text) for text in texts]
         found = encoder.encode(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
         found = found.float()  # lengths in float32, whatever the encoder ran in
         if normalize:

@@ -6,10 +6,11 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.packing import Encoded, encode, encode_prompt, surely_longer
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
 from stable_rlhf.data.splits import prompt_key, split_rows
@@ -108,7 +109,10 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
     def read(names: Sequence[str]) -> list[EncodedPrompt]:
         result = read_prompts(locate(arguments, names), on_bad_row=arguments.on_bad_row)
         tell_skipped("prompts", result)
-        return encode_prompts(result.rows, lambda p: encode_prompt(tokenizer, p), arguments.max_prompt_length)
+        most = arguments.max_prompt_length
+        return encode_prompts(
+            result.rows, lambda p: None if surely_longer(tokenizer, p, most) else encode_prompt(tokenizer, p), most
+        )
 
     if not arguments.prompts:
         raise DataError("data.prompts: name at least one prompt file")
@@ -200,15 +204,17 @@ def load_demonstrations(
     """Read and encode prompt/response files; rows that are too long are left out and counted."""
     result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
     tell_skipped("demonstrations", result)
-    pairs = encode_demonstrations(result.rows, tokenizer)
+    count, limits = len(result.rows), (arguments.max_prompt_length, arguments.max_length)
+    rows = [r for r in result.rows if not any(map(partial(surely_longer, tokenizer), (r.prompt, r.response), limits))]
+    pairs = encode_demonstrations(rows, tokenizer)
     kept = [
         (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
     ]
     if not kept:
         raise DataError(
-            f"none of {len(pairs)} demonstrations fits max_length {arguments.max_length} and max_prompt_length "
+            f"none of {count} demonstrations fits max_length {arguments.max_length} and max_prompt_length "
             f"{arguments.max_prompt_length}"
         )
-    if len(kept) < len(pairs):
-        say(f"  {len(pairs) - len(kept)} of {len(pairs)} demonstrations are too long: left out")
+    if long := count - len(rows) + len(pairs) - len(kept):
+        say(f"  {long} of {count} demonstrations are too long: left out")
     return [e for e, _ in kept], [r for _, r in kept]

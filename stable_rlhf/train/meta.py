@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.packing import Encoded, encode, surely_longer
 from stable_rlhf.data.records import DataError, ResponseSet
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import say
@@ -44,6 +44,8 @@ def encode_responses(
     everything = [
         [encode(tokenizer, row.prompt, r, finished=f) for r, f in zip(row.responses, _finished(row), strict=True)]
         for row in rows
+        if not surely_longer(tokenizer, row.prompt, max_prompt_length)
+        and not any(surely_longer(tokenizer, r, max_length) for r in row.responses)
     ]
     scored = [[e for e in row if e.response] for row in everything]
     fitting = [e for e in scored if len(e) > 1]
@@ -58,8 +60,8 @@ def encode_responses(
             f"scorer.meta_responses: none of {len(rows)} rows fits max_length {max_length} and max_prompt_length "
             f"{max_prompt_length}"
         )
-    if len(kept) < len(fitting):
-        say(f"  {len(fitting) - len(kept)} of {len(rows)} rows of unlabelled responses are too long: left out")
+    if long := len(rows) - len(everything) + len(fitting) - len(kept):
+        say(f"  {long} of {len(rows)} rows of unlabelled responses are too long: left out")
     return kept
 
 

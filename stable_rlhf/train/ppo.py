@@ -410,11 +410,11 @@ class PPOTrainer:
 
 
 def encode_prompts(
-    rows: Sequence[PromptRow], encode_one: Callable[[Any], list[int]], max_prompt_length: int
+    rows: Sequence[PromptRow], encode_one: Callable[[Any], list[int] | None], max_prompt_length: int
 ) -> list[EncodedPrompt]:
-    """Encode prompts; those that are too long are left out and counted."""
-    encoded = [EncodedPrompt(row, encode_one(row.prompt)) for row in rows]
-    kept = [p for p in encoded if len(p.ids) <= max_prompt_length]
+    """Encode prompts; those that are too long are left out and counted. ``encode_one`` may give None for them."""
+    encoded = [(row, encode_one(row.prompt)) for row in rows]
+    kept = [EncodedPrompt(row, ids) for row, ids in encoded if ids is not None and len(ids) <= max_prompt_length]
     if not kept:
         raise DataError(f"none of {len(rows)} prompts fits max_prompt_length {max_prompt_length}")
     if len(kept) < len(encoded):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf import ops
-from stable_rlhf.data.packing import Encoded, encode, response_targets
+from stable_rlhf.data.packing import Encoded, encode, response_targets, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.metrics import calibration, pair_accuracy
 from stable_rlhf.models import FeatureCache, PolicyModel
@@ -49,11 +49,20 @@ class EncodedComparison:
 def encode_comparisons(
     rows: Sequence[Comparison], tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> tuple[list[EncodedComparison], int]:
-    """Encode comparisons; those with a prompt or a response that is too long are left out: (kept, left out)."""
+    """Encode comparisons; those with a prompt or a response that is too long are left out: (kept, left out). So are
+    those of which two responses with different ranks have the same tokens, which is no preference; they are told."""
     kept: list[EncodedComparison] = []
+    same: list[Comparison] = []
     for row in rows:
+        if surely_longer(tokenizer, row.prompt, max_prompt_length):
+            continue
+        if any(surely_longer(tokenizer, response, max_length) for response in row.responses):
+            continue
         examples = [encode(tokenizer, row.prompt, r) for r in row.responses]
         if max(map(len, examples)) > max_length or examples[0].prompt_length > max_prompt_length:
+            continue
+        if any(examples[better] == examples[worse] for better, worse in row.pairs):
+            same.append(row)
             continue
         if row.alt_logprobs is not None:
             for i, (example, alternates) in enumerate(zip(examples, row.alt_logprobs, strict=True)):
@@ -64,11 +73,16 @@ def encode_comparisons(
                             f"response has {len(example.response)} tokens with its end; was another tokenizer used?"
                         )
         kept.append(EncodedComparison(row, examples))
+    if same:
+        what = "responses with different ranks have the same tokens, which is no preference"
+        if len(same) == len(rows):
+            raise DataError(f"{same[0].source}: {what}; so it is in all {len(rows)} comparisons")
+        say(f"  {len(same)} of {len(rows)} comparisons: {what}: left out, the first is {same[0].source}")
     if not kept:
         raise DataError(
             f"none of {len(rows)} comparisons fits max_length {max_length} and max_prompt_length {max_prompt_length}"
         )
-    return kept, len(rows) - len(kept)
+    return kept, len(rows) - len(kept) - len(same)
 
 
 @torch.no_grad()

@@ -101,6 +101,19 @@ def test_comparisons_that_are_too_long_are_left_out_and_counted(tokenizer):
             encode_comparisons([good], tokenizer, *short)
 
 
+def test_responses_that_differ_as_text_but_not_as_tokens_are_no_preference(tokenizer, capsys):
+    """They trained at ln 2. Both of these characters are unknown to the tokenizer."""
+    good = Comparison("ab", ("ba", "b"), ((0, 1),), source="f:1")
+    same = Comparison("ab", ("Ω", "Ψ"), ((0, 1),), source="f:2")
+    tied = Comparison("ab", ("Ω", "Ψ", "b"), ((0, 2), (1, 2)), source="f:3")
+    ranked = Comparison("ab", ("Ω", "b", "Ψ"), ((0, 1), (0, 2), (1, 2)), source="f:4")
+    found, long = encode_comparisons([good, same, tied, ranked], tokenizer, 10, 6)
+    assert [item.row for item in found] == [good, tied] and long == 0
+    assert "2 of 4 comparisons" in (told := capsys.readouterr().err) and "the first is f:2" in told
+    with pytest.raises(DataError, match=r"^f:2: responses with different ranks have the same tokens"):
+        encode_comparisons([same], tokenizer, 10, 6)
+
+
 def with_alternates(tokens: tuple[int, int], k: int = 2, logprobs: tuple[int, int] | None = None) -> Comparison:
     """A row with log-probs of the given numbers of tokens for its responses "ba" and "b"."""
     alternates = tuple(tuple(tuple(-0.7 - 0.1 * t - i for t in range(n)) for i in range(k)) for n in tokens)
