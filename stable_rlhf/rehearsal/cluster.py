@@ -271,6 +271,7 @@ def cluster_embeddings(
         if spherical:
             scale = np.where(squared > 0, 1 / np.sqrt(np.maximum(squared, np.float32(1e-38))), 0).astype(np.float32)
         rows.scale = scale
+        offset = rows.offset = None if spherical else kmeans.common_offset(rows, squared)
         train = rows
         if train_rows is not None and max(train_rows, num_clusters) < n:
             chosen = np.sort(generator.choice(n, max(train_rows, num_clusters), replace=False))
@@ -310,7 +311,10 @@ def cluster_embeddings(
                 logger.warning(notes[-1])
         assignment = _stream(rows, nearest)
     with kmeans.open_rows(embeddings, scale=scale, threads=threads) as rows:
+        rows.offset = offset
         inertia = float(kmeans.distances(rows, centroids, assignment).sum(dtype=np.float64))
+    if offset is not None:
+        centroids = centroids + offset
     return Clusters(
         assignment=assignment,
         centroids=centroids,

@@ -22,6 +22,7 @@ from stable_rlhf.progress import progress
 BLOCK_ROWS = 2048  # 8 MB of scores at c = 1,000; of 256 to 4,096 rows the fastest at c = 100 and c = 1,000
 INIT_ROWS = 16_384  # k-means++ draws from this many rows, or 32 a cluster where that is more
 _LARGEST_PROPOSAL = 128
+_LONG_OFFSET = 1e4  # squared length of an offset over the rows' variance
 
 Result = TypeVar("Result")
 
@@ -39,10 +40,12 @@ class Rows:
     """Rows [n, d] of an array or memory map, handed out block by block to a few threads.
 
     scale: float32 [n], what each row is to be multiplied by (1 over its length for spherical clusters), or None.
+    offset: float32 [d], what is subtracted from every row (`common_offset`), or None; not together with `scale`.
     """
 
     def __init__(self, array: np.ndarray, pool: ThreadPoolExecutor, threads: int, scale: np.ndarray | None = None):
         self.array, self.scale = array, scale
+        self.offset: np.ndarray | None = None
         self._pool, self._threads = pool, threads
 
     def of(self, array: np.ndarray) -> Rows:
@@ -53,8 +56,10 @@ class Rows:
         return len(self.array)
 
     def block(self, start: int) -> np.ndarray:
-        """Rows [start, start + BLOCK_ROWS) as they are stored, float32 and contiguous; no copy where they are that."""
-        return np.ascontiguousarray(self.array[start : start + BLOCK_ROWS], dtype=np.float32)
+        """Rows [start, start + BLOCK_ROWS) as they are stored but for the offset, float32 and contiguous; no copy where
+        they are that."""
+        block = np.ascontiguousarray(self.array[start : start + BLOCK_ROWS], dtype=np.float32)
+        return block if self.offset is None else block - self.offset
 
     def scaled(self, start: int) -> np.ndarray:
         block = self.block(start)
@@ -63,6 +68,8 @@ class Rows:
     def take(self, places: np.ndarray) -> np.ndarray:
         """The rows at `places`, scaled, float32 [m, d]."""
         found = np.asarray(self.array[places], dtype=np.float32)
+        if self.offset is not None:
+            return found - self.offset
         return found if self.scale is None else found * self.scale[places, None]
 
     def map(self, work: Callable[[int], Result]) -> Iterator[tuple[int, Result]]:
@@ -99,6 +106,20 @@ def squared_lengths(rows: Rows) -> np.ndarray:
     for _ in rows.map(work):
         pass
     return found
+
+
+def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
+    """float32 [d], what all rows share where that is a hundred times as long as what they differ by, else None.
+
+    Distances are differences of products, in every backend. With an offset that long, float32's rounding of the
+    products is as large as the distances, and all rows may end up in one cluster."""
+    total = np.zeros(rows.array.shape[1])
+    for _, part in rows.map(lambda start: rows.block(start).sum(axis=0, dtype=np.float64)):
+        total += part
+    mean = total / len(rows)
+    shared = float(mean @ mean)
+    spread = float(squared.mean(dtype=np.float64)) - shared
+    return mean.astype(np.float32) if spread * _LONG_OFFSET < shared else None
 
 
 class _Nearest:

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from stable_rlhf.rehearsal import cluster_embeddings, kmeans
+from stable_rlhf.rehearsal import cluster, cluster_embeddings, kmeans
 
 faiss = pytest.importorskip("faiss")
 
@@ -266,6 +266,37 @@ def test_a_large_common_offset_does_not_hide_the_clusters():
     shifted = x + np.float32(20_000)  # |x|^2 is 3e9: its float32 rounding alone is larger than any distance here
     found = cluster_embeddings(shifted, 4)
     assert same_partition(found.assignment, labels)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "faiss", "flash-kmeans"])
+@pytest.mark.parametrize("method", ["kmeans", "gmm"])
+@pytest.mark.parametrize("settings", [{}, {"train_rows": 500}])
+def test_an_offset_far_larger_than_the_data_hides_no_cluster(backend, method, settings, monkeypatch):
+    """faiss put all rows into one cluster, in silence: its distances are differences of products of 1e12."""
+    rows, labels = blobs(each=200)
+    given: dict = {"backend": backend, "method": method, **settings}
+    if backend == "flash-kmeans":
+        if method == "gmm":
+            pytest.skip("runs on no device")
+        monkeypatch.setattr(cluster, "_flash", lambda train, start, *, niter, device: cluster._faiss(
+            train, start, niter=niter, seed=0, spherical=False, devices=None))  # fmt: skip
+        monkeypatch.setitem(sys.modules, "flash_kmeans", types.SimpleNamespace(__spec__=object()))
+        given["devices"] = [0]
+    x = (64 * rows).astype(np.float32)  # float32 has steps of 1/16 at 1e6
+    near = cluster_embeddings(x, 6, **given)
+    far = cluster_embeddings(x + np.float32(1e6), 6, **given)
+    assert same_partition(near.assignment, far.assignment)
+    assert far.inertia == pytest.approx(near.inertia, rel=1e-3)
+    np.testing.assert_allclose(far.centroids - np.float32(1e6), near.centroids, atol=0.2)
+    assert same_partition(far.assignment, labels)
+
+
+def test_an_ordinary_mean_is_left_where_it_is():
+    """Nothing is subtracted, so that results stay what they were, to the bit."""
+    x = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    for offset, expected in ((0.0, False), (50.0, False), (1000.0, True)):
+        with kmeans.open_rows(x + np.float32(offset)) as rows:
+            assert (kmeans.common_offset(rows, kmeans.squared_lengths(rows)) is not None) == expected
 
 
 def test_plus_plus_draws_by_squared_distance():

@@ -124,7 +124,7 @@ def with_alternates(tokens: tuple[int, int], k: int = 2, logprobs: tuple[int, in
 @pytest.mark.parametrize("tokens", [(2, 2), (3, 1), (4, 2)])
 def test_alternates_of_a_wrong_length_are_an_error_that_names_the_row(tokenizer, tokens):
     assert encode_comparisons([with_alternates((3, 2))], tokenizer, 64, 64)[1] == 0  # with EOS: 3 and 2 tokens
-    with pytest.raises(DataError, match=r"pairs\.jsonl:17: alt_logprobs of response [01] .*tokens with EOS"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:17: alt_logprobs of response [01] .*tokens with its end"):
         encode_comparisons([with_alternates(tokens)], tokenizer, 64, 64)
 
 
