@@ -11,7 +11,7 @@ import numpy as np
 
 from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
-from stable_rlhf.data.records import Demonstration
+from stable_rlhf.data.records import DataError, Demonstration
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL, prompt_text
 from stable_rlhf.rehearsal.report import render_selection
@@ -51,6 +51,7 @@ def select_to_folder(
     sweep: Sequence[int] = (),
     title: str = "Rehearsal selection",
     seed: int = 0,
+    needed: bool = False,
     **selecting: Any,
 ) -> Selection:
     """Embed the prompts, cluster them, keep the best answers of every cluster, and write it all down in `folder`.
@@ -64,6 +65,7 @@ def select_to_folder(
         and another selection from the same prompts embeds nothing; default ``folder/embeddings``.
     outside: rows of `read_demonstrations` or dicts to add to D_R (`top_up`).
     sweep: numbers of clusters to compare with each other on the report's chart (`sweep_clusters`).
+    needed: raise a DataError where D_R would be empty, in place of a warning.
     selecting: further keywords of `select_rehearsal` and, through it, of `cluster_embeddings`.
 
     Under a launcher every rank makes the same selection from embeddings that the ranks shared out; rank 0 writes.
@@ -80,6 +82,12 @@ def select_to_folder(
     for note in selection.settings["notes"]:
         say(f"  {note}")
     rows = top_up(selection.rows, outside, seed=seed)
+    if not selection.rows:
+        limits = [f"select.{name} {selection.settings[name]}" for name in ("minimum", "maximum")]
+        nothing = f"{' and '.join(limits)} leave none of {len(candidates)} candidates"
+        if needed and not rows:
+            raise DataError(f"{nothing}, and there are no outside rows: nothing is left to rehearse")
+        say(f"  WARNING: {nothing}: the rehearsal data are {len(rows)} outside rows")
     if is_main_process():
         clustering = {k: v for k, v in selecting.items() if k in _CLUSTERING}
         swept = sweep_clusters(

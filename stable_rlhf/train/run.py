@@ -123,7 +123,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if "am-sr" in recipe.variants:
         selection = run.stage(
             "selection", {**ppo_settings, "select": part["select"]},
-            lambda f: stages.run_select(recipe, str(policy), str(scorers["am"].folder), f), [*inputs, scorers["am"]],
+            lambda f: stages.run_select(recipe, str(policy), str(scorers["am"].folder), f, needed=True),
+            [*inputs, scorers["am"]],
         )  # fmt: skip
     trained: dict[str, Stage] = {}
     for variant in recipe.variants:

@@ -335,8 +335,10 @@ def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
     return {"prompts": len(prompts), "responses": len(rollouts)}
 
 
-def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result:
-    """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster."""
+def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed: bool = False) -> Result:
+    """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster.
+
+    ``needed``: something is trained on the result next, so that it must not be empty."""
     from stable_rlhf.rehearsal import resolve_embedding_model, select_to_folder
 
     s = recipe.select
@@ -371,7 +373,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path) -> Result
     selection = select_to_folder(
         candidates, scores, folder, embeddings_folder=folder.parent / "embeddings", outside=outside,
         seed=stream_seed(recipe.seed, "clusters") % 2**31, title=f"Rehearsal selection: {recipe.title}",
-        **select_settings(s),
+        needed=needed, **select_settings(s),
     )  # fmt: skip
     barrier()
     return {"candidates": len(candidates), "kept": len(selection.rows), "outside": len(outside)}

@@ -98,10 +98,15 @@ def test_small_and_unlabelled_sets_have_a_page_too(tmp_path, count):
     assert "skill purity" not in page and f"of {count} candidates" in page
 
 
-def test_a_selection_that_keeps_nothing_has_a_page(tmp_path):
+def test_a_selection_that_keeps_nothing_has_a_page_and_a_warning(tmp_path, capsys):
     assert make(tmp_path, rows(), minimum={"score": 99.0}).rows == []
+    nothing = "select.minimum {'score': 99.0} and select.maximum {} leave none of 90 candidates"
+    assert f"WARNING: {nothing}: the rehearsal data are 0 outside rows" in capsys.readouterr().err
     assert "0 of 90 candidates are kept" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "90 did not meet score ≥ 99" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(DataError, match=f"^{nothing}, and there are no outside rows: nothing is left"):
+        make(tmp_path, rows(), minimum={"score": 99.0}, needed=True)
+    make(tmp_path, rows(), minimum={"score": 99.0}, needed=True, outside=[{"prompt": "q", "response": "a"}])
 
 
 def test_read_candidates(tmp_path):
