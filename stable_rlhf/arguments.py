@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from stable_rlhf.recipe_file import check_value, read_recipe, suggestion
+from stable_rlhf.settings import expand_user, is_text, leaves
 from stable_rlhf.train.config import VARIANTS, LaunchArguments, Recipe
 
 USAGE = """\
@@ -53,11 +53,11 @@ Several processes (launch writes torchrun's command; deepspeed, torchrun and acc
 _ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"} | {
     f"--{name}": f"--launch.{name}" for name in LaunchArguments.__dataclass_fields__
 }
-_LISTS = {"--variants", "--report_to", "--engine.lora_target_modules"} | {
-    f"--data.{name}" for name in ("pairs", "prompts", "demonstrations", "eval_main", "eval_forget", "rehearsal",
-                                  "forget_tasks")
-}  # fmt: skip
-_NUMBERS = {"--study.seeds", "--study.validation_seeds", "--select.devices", "--select.sweep"}
+_SETTINGS = {f"--{name}": hint for name, hint in leaves(Recipe)}
+# Lists that may be given as a,b: no mappings, and not the strings that end a response, which hold commas themselves.
+_LISTS = {flag for flag, hint in _SETTINGS.items() if "list[" in str(hint) and "dict[" not in str(hint)}
+_LISTS -= {"--ppo.stop"}
+_NUMBERS = {flag for flag in _LISTS if "list[typing.Annotated[int" in str(_SETTINGS[flag])}
 # Flags that only one command has. They are not settings of a recipe, so they have a parser of their own.
 _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "quickstart": [],
@@ -112,13 +112,14 @@ class _Parser(ArgumentParser):
 
     own: argparse.ArgumentParser
     given: list[str]
+    where: dict[str, str]  # where a recipe gives a setting, for errors about its value
 
     def known(self) -> list[str]:
         actions = [*self._actions, *self.own._actions]
         return [name for action in actions for option in action.option_strings if (name := option.lstrip("-")) != "h"]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(_plain(message, self.given) + self._suggestion(message), hint=f"see `{self.prog} --help`")
+        fail(_plain(message, self.given, self.where) + self._suggestion(message), hint=f"see `{self.prog} --help`")
 
     def _suggestion(self, message: str) -> str:
         if "nrecognized" in message:
@@ -140,24 +141,12 @@ class _OwnParser(argparse.ArgumentParser):
         fail(message, hint=f"see `{self.prog} --help`")
 
 
-def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """The known name that was probably meant, in words, or nothing."""
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        if not near:  # perhaps the right name in the wrong section
-            last = {k.rsplit(".", 1)[-1]: k for k in known}
-            near = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)]
-        if near:
-            return f"; did you mean {near[0]!r}?"
-    return ""
-
-
-def _plain(message: str, given: Sequence[str]) -> str:
+def _plain(message: str, given: Sequence[str], places: Mapping[str, str]) -> str:
     """jsonargparse's report of a wrong value in one line: which setting, what it takes, what it got."""
     key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.S)
     wanted = [w for line in message.splitlines() for w in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", line)]
     if not (key and value and wanted):
-        return message.strip()
+        return _cut(" ".join(message.split()))
     words = []
     for kind in wanted:
         if kind.startswith("typing.Literal["):
@@ -166,8 +155,17 @@ def _plain(message: str, given: Sequence[str]) -> str:
             name = kind.removeprefix("<class '").removesuffix("'>")
             words.append(_TYPES.get(name, name))
     flag = f"--{key[1]}"
-    where = flag if any(g == flag or g.startswith(f"{flag}=") for g in given) else f"setting {key[1]!r} of the recipe"
-    return f"{where}: expected {' or '.join(dict.fromkeys(words))}, got {value[1].strip()!r}"
+    on_the_line = any(g == flag or g.startswith(f"{flag}=") for g in given)
+    where = flag if on_the_line else places.get(key[1], f"setting {key[1]!r} of the recipe")
+    quotes = ""
+    if "text" in words and value[1].strip() in ("True", "False") and not on_the_line:
+        quotes = " (yes, no, on and off are true and false in YAML: text has quotes)"
+    return f"{where}: expected {' or '.join(dict.fromkeys(words))}, got {_cut(value[1].strip())!r}{quotes}"
+
+
+def _cut(text: str) -> str:
+    """Text of an error, not pages of it."""
+    return text if len(text) <= 400 else f"{text[:200]}… ({len(text)} characters)"
 
 
 def fail(message: str, *, hint: str = "") -> NoReturn:
@@ -191,8 +189,10 @@ def build_parser(command: str) -> _Parser:
             action.help = argparse.SUPPRESS
     parser.own = _OwnParser(prog=name, add_help=False, allow_abbrev=False)
     for flag, options in _OWN[command]:
-        parser.own.add_argument(flag, **options)
-    parser.given = []
+        # What is neither a choice nor a switch names a file or folder (lists of them: `items`).
+        path: dict[str, Any] = {} if {"choices", "action"} & options.keys() else {"type": expand_user}
+        parser.own.add_argument(flag, **options, **path)
+    parser.given, parser.where = [], {}
     return parser
 
 
@@ -202,40 +202,6 @@ def _describe(command: str) -> str:
         if words and words[0] == command:
             return " ".join(words[2 if words[1] == "RECIPE" else 1 :])
     return ""
-
-
-def check_recipe(path: str, known: Sequence[str]) -> None:
-    """Refuse what is not a recipe, naming the file and the line or the setting; values are checked by the parser."""
-    if Path(path).is_dir():
-        fail(f"recipe {path!r}: is a folder")
-    try:
-        content = yaml.safe_load(Path(path).read_bytes())
-    except FileNotFoundError:
-        fail(f"recipe {path!r}: no such file")
-    except OSError as error:
-        fail(f"recipe {path!r}: cannot be read: {error.strerror or error}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        fail(f"recipe {path!r}{line}: not YAML: {problem}")
-    if content is None:
-        fail(f"recipe {path!r}: the file is empty")
-    if not isinstance(content, dict):
-        fail(f"recipe {path!r}: expected settings as `name: value`, found {type(content).__name__}")
-    settings, sections = set(known), {k.split(".")[0] for k in known if "." in k}
-    for name, value in content.items():
-        if name in sections and name not in settings - sections:
-            if not isinstance(value, dict):
-                fail(
-                    f"recipe {path!r}: {name!r} is a section of settings (`{name}:` and indented lines), got {value!r}"
-                )
-            unknown = [f"{name}.{key}" for key in value if f"{name}.{key}" not in settings]
-        else:
-            unknown = [] if name in settings else [str(name)]
-        if unknown:
-            names = [k for k in known if k not in ("help", "config", "print_config")]
-            fail(f"recipe {path!r}: unknown setting {unknown[0]!r}{suggestion(unknown[:1], names)}")
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -276,6 +242,42 @@ def _as_list(name: str, value: str) -> str:
     return json.dumps([part for part in value.split(",") if part]) if name in _LISTS else value
 
 
+def items(flag: str, given: Sequence[str] | None) -> list[str]:
+    """The names given as `a b`, as `a,b` or as the list `[a, b]`, in which quotes keep what is inside: `["a,b"]`.
+
+    Raises:
+        ValueError: what begins with [ is no list.
+    """
+    found: list[str] = []
+    for part in given or ():
+        if not part.lstrip().startswith("["):
+            found += [item for item in part.split(",") if item]
+            continue
+        try:
+            listed = yaml.load(part, yaml.BaseLoader)
+        except yaml.YAMLError:
+            listed = None
+        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+            example = json.dumps([part])
+            raise ValueError(f"{flag}: {part!r} is no list; a name that begins with [ stands in one: '{example}'")
+        found += listed
+    return found
+
+
+def _check_flag(parser: _Parser, flag: str, value: str) -> None:
+    """What the parser would take, or would stop at without a clear word."""
+    name = flag.removeprefix("--")
+    if flag == "--config":
+        for setting, line in read_recipe(value, parser.known()).items():
+            parser.where[setting] = f"recipe {value!r}, line {line}: {setting!r}"
+    elif name in Recipe.__dataclass_fields__ and flag not in _SETTINGS:
+        if not value.startswith("{"):
+            raise ValueError(f"{flag} is a section of settings: {flag}.NAME VALUE sets one of them")
+        check_value(flag, value)
+    elif flag.removesuffix("+") in _SETTINGS and not is_text(_SETTINGS[flag.removesuffix("+")]):
+        check_value(flag, value)
+
+
 def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
     """A recipe and the command's own flags from its arguments."""
     arguments = normalise(argv)
@@ -288,10 +290,12 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace
         arguments = _recipe_first(command, arguments, switches)
     own, settings = parser.own.parse_known_args(arguments)
     parser.given = settings
-    for flag, value in pairwise([*settings, ""]):
-        name, equals, inline = flag.partition("=")
-        if name == "--config" and (inline or not equals):
-            check_recipe(inline if equals else value, parser.known())
+    try:
+        for flag, value in pairwise([*settings, ""]):
+            name, equals, inline = flag.partition("=")
+            _check_flag(parser, name, inline if equals else value)
+    except ValueError as error:
+        fail(str(error))
     if command == "quickstart":
         with resources.as_file(resources.files("stable_rlhf.recipes") / "quickstart.yaml") as recipe:
             space = parser.parse_args(["--config", str(recipe), *settings])

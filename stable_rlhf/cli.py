@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stable_rlhf import __version__
-from stable_rlhf.arguments import COMMANDS, USAGE, fail, parse, suggestion
+from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.progress import tolerant_output
+from stable_rlhf.recipe_file import suggestion
+from stable_rlhf.settings import expand_user
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import Recipe
 
@@ -204,32 +206,34 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
         print(f"to read: {stage.folder / 'report.html'}; to train on: --data.pairs {stage.folder / 'pairs.jsonl.gz'}")
 
 
-def _items(given: Sequence[str] | None) -> list[str]:
-    """What was given as `a b`, as `a,b` or as `[a, b]`."""
-    return [item.strip() for part in given or () for item in part.strip(" []").split(",")]
-
-
-def _files(recipe: Recipe, given: Sequence[str] | None) -> list[str]:
+def _files(recipe: Recipe, flag: str, given: Sequence[str] | None) -> list[str]:
     from stable_rlhf.train.datasets import locate
 
-    files = _items(given)
+    files = [expand_user(name) for name in items(flag, given)]
     missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
     if missing:
-        raise ValueError(f"{missing[0]}: no such file")
+        raise ValueError(f"{missing[0]}: no such file{_hint(given)}")
     return files
 
 
 def _named(flag: str, given: Sequence[str] | None) -> dict[str, str]:
     """NAME=FOLDER items by name."""
     named: dict[str, str] = {}
-    for item in _items(given):
+    for item in items(flag, given):
         name, equals, folder = item.partition("=")
         if not equals or not name or not folder:
-            raise ValueError(f"{flag}: {item!r} is not NAME=FOLDER, as in {flag} am=runs/am other=runs/other")
+            example = f"as in {flag} am=runs/am other=runs/other"
+            raise ValueError(f"{flag}: {item!r} is not NAME=FOLDER, {example}{_hint(given)}")
         if name in named:
             raise ValueError(f"{flag}: the name {name!r} is given twice")
-        named[name] = folder
+        named[name] = expand_user(folder)
     return named
+
+
+def _hint(given: Sequence[str] | None) -> str:
+    """How to write a name with a comma, when one was given."""
+    comma = next((part for part in given or () if "," in part and not part.lstrip().startswith("[")), "")
+    return f"; commas divide names: one that holds them stands in a list, '{json.dumps([comma])}'" if comma else ""
 
 
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
@@ -239,7 +243,7 @@ def _select(recipe: Recipe, own: argparse.Namespace) -> None:
     if (own.scorer is None) == (own.candidates is None):
         raise ValueError("select: give either --scorer (and a policy to answer --data.prompts) or --candidates FILE")
     if own.candidates is not None:
-        files = _files(recipe, own.candidates)
+        files = _files(recipe, "--candidates", own.candidates)
         inputs = {"candidates": digests(recipe.data, files)}
         run = lambda folder: run_select_file(recipe, files, folder)  # noqa: E731
         _single("selection", recipe, "data select", inputs, run, engine=False)
@@ -268,7 +272,7 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     policies, scorers = _named("--policies", own.policies), _named("--scorers", own.scorers)
     if not policies and not scorers:
         raise ValueError("evaluate: give --scorers NAME=FOLDER, --policies NAME=FOLDER, or both")
-    test_pairs = _files(recipe, own.test_pairs)
+    test_pairs = _files(recipe, "--test_pairs", own.test_pairs)
     if test_pairs and not scorers:
         raise ValueError("--test_pairs are for scorers: give --scorers NAME=FOLDER as well")
     baseline = _policy(recipe) if policies else None

@@ -69,7 +69,7 @@ Workers = Annotated[int, Range(1, 10**4)]
 Device = Annotated[int, Range(0, 10**4)]
 Port = Annotated[int, Range(1, 65535)]
 Mebibytes = Annotated[int, Range(1, 10**7)]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
+Seed = Annotated[int, Range(0, 10**12)]  # seeds made of it stay below 2^63
 Epochs = Annotated[float, Range(0, 10**5, without_low=True)]
 LearningRate = Annotated[float, Range(0, 1000)]
 Coefficient = Annotated[float, Range(0, 10**6)]
@@ -128,6 +128,13 @@ def check_settings(settings: Any, within: str = "") -> None:
 def expand_user(path: str) -> str:
     """The path with the user's home for a leading ``~``, as a shell would write it."""
     return os.path.expanduser(path)
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a type is text, or text and nothing."""
+    if get_origin(hint) is Annotated:
+        return is_text(get_args(hint)[0])
+    return hint is str or (get_origin(hint) in (Union, UnionType) and any(map(is_text, get_args(hint))))
 
 
 def paths_in(hint: Any) -> bool:

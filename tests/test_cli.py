@@ -192,7 +192,7 @@ def test_refused_recipes(cli, tmp_path, text, parts):
 
 def test_refused_values_in_a_recipe(cli, tmp_path):
     (tmp_path / "my.yaml").write_text("ppo: {total_steps: abc}", encoding="utf-8")
-    cli("run", "my.yaml").refused("'ppo.total_steps' of the recipe", "expected a whole number, got 'abc'")
+    cli("run", "my.yaml").refused("'my.yaml', line 1: 'ppo.total_steps': expected a whole number, got 'abc'")
     (tmp_path / "my.yaml").write_bytes(b"title: \xff\xfe")
     cli("run", "my.yaml").refused("'my.yaml'", "not YAML")
     (tmp_path / "my.yaml").write_text("model_name_or_path: m", encoding="utf-8")

@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 
-from stable_rlhf.arguments import _OWN, COMMANDS, parse
-from stable_rlhf.settings import Range, check_settings, leaves, paths_in
+from stable_rlhf.arguments import COMMANDS, build_parser, items, parse
+from stable_rlhf.settings import Range, check_settings, expand_user, leaves, paths_in
 from stable_rlhf.train.config import Recipe
 
 SETTINGS = dict(leaves(Recipe))
@@ -156,11 +156,15 @@ def test_every_path_is_one_to_expand(monkeypatch, tmp_path):
         check_settings(Recipe(output_dir="~nobody-here/x"))
 
 
-def test_a_command_has_no_number_of_its_own():
-    """Numbers are settings of the recipe, where they are checked; a command's flags are words, paths and switches."""
+def test_flags_of_one_command_are_choices_switches_lists_and_paths(monkeypatch, tmp_path):
+    """Numbers are settings of the recipe, where they are checked."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     for command in COMMANDS:
-        for flag, options in _OWN[command]:
-            assert options.get("type") not in (int, float), f"{command} {flag}"
+        for action in build_parser(command).own._actions:
+            kind = action.choices or action.nargs is not None or action.type is expand_user
+            assert kind and (action.nargs is None or action.type is None), f"{command} {action.option_strings}"
+    _, own = parse("select", ["--scorer", "~/s"])
+    assert own.scorer == f"{tmp_path}/s"
 
 
 def test_from_the_command_line(monkeypatch, tmp_path):
@@ -168,3 +172,28 @@ def test_from_the_command_line(monkeypatch, tmp_path):
     recipe, _ = parse("sft", ["--output-dir", "~/out", "--data.pairs", "~/a,b", "--data-dir=~/d", "--ppo.lam", "1"])
     assert recipe.output_dir == f"{tmp_path}/out" and recipe.data.pairs == [f"{tmp_path}/a", "b"]
     assert recipe.data.data_dir == f"{tmp_path}/d" and json.dumps(recipe.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a,b", "c"], ["a", "b", "c"]),
+        (["[a=b, c=d]"], ["a=b", "c=d"]),
+        (['["a,b", "c]"]', "d"], ["a,b", "c]", "d"]),
+        (["runs/[1]", "x=runs/a]"], ["runs/[1]", "x=runs/a]"]),
+        (['["[x].jsonl"]'], ["[x].jsonl"]),
+        (["[1, no, 1e-5]"], ["1", "no", "1e-5"]),
+        (["[]"], []),
+        (None, []),
+    ],
+)
+def test_names_with_commas_and_brackets(given, names):
+    assert items("--scorers", given) == names
+
+
+def test_a_list_that_is_none():
+    with pytest.raises(ValueError, match=re.escape("""'[x].jsonl' is no list; a name that begins with [ stands""")):
+        items("--scorers", ["[x].jsonl"])
+    with pytest.raises(ValueError, match=re.escape("--scorers: '[a: b]' is no list")):
+        items("--scorers", ["[a: b]"])
