@@ -92,14 +92,13 @@ def explicit(tokenizer, rows, shifted, global_batch: int):
     optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     figures, kept = [], []
     for indices, others in steps(rows, shifted, global_batch):
-        kept.append([w.detach().clone() for w in weights])
         figure, gradient, moved = two_steps(model, rows, shifted, indices, others, global_batch)
+        kept += [[w.detach().clone() for w in weights], [w.clone() for w in moved]]
         for weight, found in zip(weights, gradient, strict=True):
             weight.grad = found
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         figures.append(figure)
-        kept.append([w.clone() for w in moved])
     kept.append([w.detach().clone() for w in weights])
     return figures, kept, [optimizer.state[w]["exp_avg"].flatten() for w in weights]
 
