@@ -53,7 +53,7 @@ from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.train.page import write_page
 from stable_rlhf.train.rollout_metrics import rollout_metrics
 from stable_rlhf.train.sft import save_policy
-from stable_rlhf.train.snapshots import Snapshots
+from stable_rlhf.train.snapshots import Kept, Snapshots
 from stable_rlhf.train.tracking import Tracker
 
 
@@ -108,6 +108,8 @@ class PPOTrainer:
         self.accumulation = arguments.rollout_batch_size // (
             arguments.num_mini_batches * arguments.per_device_train_batch_size * world_size()
         )
+        # Rehearsal sequences of one random stream: those of a micro-step, in the cut that the stage began with.
+        self.drawn_together = arguments.per_device_rehearsal_batch_size * world_size()
         self.engine = Engine(
             policy, engine_arguments, learning_rate=arguments.learning_rate,
             head_learning_rate=arguments.head_learning_rate,
@@ -264,15 +266,26 @@ class PPOTrainer:
     def _mini_batches(
         self, experiences: Sequence[Experience], step: int
     ) -> Iterator[tuple[list[Sequence[Experience]], list[list[Encoded]]]]:
-        """For each optimiser step: its micro-batches of rollouts, and the rehearsal sequences of each (all ranks')."""
+        """For each optimiser step: its micro-batches of rollouts, and the rehearsal sequences of each (all ranks').
+
+        A mini-batch is a block of consecutive rows of the step's batch, whose prompts are in random order; each pass
+        takes the blocks in another order. So every cut into ranks and micro-steps has the same ones, and each rank its
+        share of each."""
         per_device = self.arguments.per_device_train_batch_size
         micro = [experiences[s : s + per_device] for s in range(0, len(experiences), per_device)]
         for epoch in range(self.arguments.num_ppo_epochs):
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "mini-batches", step, epoch))
-            order = torch.randperm(len(micro), generator=generator).tolist()
-            for start in range(0, len(order), self.accumulation):
-                chosen = [micro[i] for i in order[start : start + self.accumulation]]
-                yield chosen, [self._rehearsal(step, epoch, start + i) for i in range(len(chosen))]
+            seed = stream_seed(self.seed, "mini-batches", step, epoch)
+            blocks, within = (  # the order within one is of no account but for rounding
+                torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+                for count in (self.arguments.num_mini_batches, self.accumulation)
+            )
+            for number, block in enumerate(blocks):
+                old = self._rehearsal(step, epoch, number)
+                width = len(old) // self.accumulation
+                yield (
+                    [micro[block * self.accumulation + i] for i in within],
+                    [old[i * width : (i + 1) * width] for i in range(self.accumulation)],
+                )
 
     def _optimise(
         self, groups: Sequence[Sequence[Experience]], old: Sequence[Sequence[Encoded]]
@@ -302,13 +315,21 @@ class PPOTrainer:
         found = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))
         return found | {"max_log_ratio": max_over_ranks([largest])[0]}, moved, too_far
 
-    def _rehearsal(self, step: int, epoch: int, micro: int) -> list[Encoded]:
-        """The rehearsal sequences of one micro-step, over all ranks (every rank draws the same list)."""
-        if not self.rehearsal:
-            return []
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "rehearsal", step, epoch, micro))
-        count = self.arguments.per_device_rehearsal_batch_size * world_size()
-        return [self.rehearsal[i] for i in torch.randint(len(self.rehearsal), (count,), generator=generator).tolist()]
+    @property
+    def rehearsal_rows(self) -> int:
+        """Rehearsal sequences of an optimiser step, over all ranks."""
+        return (
+            self.arguments.per_device_rehearsal_batch_size * world_size() * self.accumulation if self.rehearsal else 0
+        )
+
+    def _rehearsal(self, step: int, epoch: int, number: int) -> list[Encoded]:
+        """The rehearsal sequences of one optimiser step, over all ranks (every rank draws the same list)."""
+        draws, found = self.rehearsal_rows // self.drawn_together, list[Encoded]()
+        for draw in range(number * draws, (number + 1) * draws):
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "rehearsal", step, epoch, draw))
+            rows = torch.randint(len(self.rehearsal), (self.drawn_together,), generator=generator)
+            found += [self.rehearsal[i] for i in rows.tolist()]
+        return found
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -327,7 +348,11 @@ class PPOTrainer:
     ) -> dict[str, Any]:
         """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
         the policy. Every ``sample_steps`` steps (0: never) ``samples`` are answered and kept."""
-        a, snapshots = self.arguments, Snapshots(folder, self.engine, checkpoint)
+        a, same = self.arguments, list[Kept]()
+        if self.rehearsal:
+            remedy = "choose per_device_rehearsal_batch_size in proportion to per_device_train_batch_size"
+            same = [Kept("rehearsal sequences an update", self.rehearsal_rows, remedy)]
+        snapshots = Snapshots(folder, self.engine, checkpoint, same)
         limits = guard_arguments or GuardArguments()
         guard = StabilityGuard(limits, self.kl.lower_target)
         self.engine.skip_nonfinite, self.max_update_kl = limits.on_nonfinite == "skip", limits.max_update_kl
@@ -336,6 +361,7 @@ class PPOTrainer:
         tracker, tokens = Tracker(folder, report_to, after=done, settings=settings), carried.get("tokens", 0.0)
         if done:
             self.kl.value, self.kl.target = carried["kl"]
+            self.drawn_together = carried.get("drawn_together", self.drawn_together)
             guard.restore(carried["guard"], tracker.history)
             if self.moments is not None:
                 self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]
@@ -379,6 +405,7 @@ class PPOTrainer:
                 carried = {
                     "tokens": tokens, "moments": [moments.count, moments.mean, moments.m2] if moments else None,
                     "kl": [self.kl.value, self.kl.target], "guard": guard.state(),
+                    "drawn_together": self.drawn_together,
                 }  # fmt: skip
                 snapshots.save(step + 1, carried, last=a.total_steps)
                 if snapshots.arguments.save_steps and (step + 1) % snapshots.arguments.save_steps == 0:

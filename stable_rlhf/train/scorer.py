@@ -26,7 +26,7 @@ from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Score
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import HEADS, Engine, barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.train.meta import MetaRM
-from stable_rlhf.train.snapshots import Snapshots
+from stable_rlhf.train.snapshots import Kept, Snapshots, rows_a_step
 from stable_rlhf.train.tracking import Tracker
 from stable_rlhf.train.weights import gathered
 
@@ -244,7 +244,11 @@ def train_scorer(
     engine.train()
     meta = MetaRM(engine, model, meta_responses, arguments, cache, steps=steps, seed=seed) if meta_responses else None
     shares = micro_steps(list(range(global_batch)), per_device, rank(), world_size())  # places in a step's batch
-    snapshots = Snapshots(folder, engine, checkpoint, rows=global_batch)
+    kept = [rows_a_step(global_batch)]
+    if term:
+        remedy = "keep scorer.per_device_train_batch_size x ranks"
+        kept.append(Kept("comparisons a micro-step, each other's negatives", per_device * world_size(), remedy))
+    snapshots = Snapshots(folder, engine, checkpoint, kept)
     done, carried = snapshots.restore()
     tracker = Tracker(folder, report_to, after=done)
     tokens = carried.get("tokens", 0)

@@ -15,7 +15,7 @@ from stable_rlhf.progress import is_main_process, progress
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, SFTArguments
 from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
-from stable_rlhf.train.snapshots import Snapshots
+from stable_rlhf.train.snapshots import Snapshots, rows_a_step
 from stable_rlhf.train.tracking import Tracker
 from stable_rlhf.train.weights import gathered
 
@@ -71,7 +71,7 @@ def train_sft(
         micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
-    snapshots = Snapshots(folder, engine, checkpoint, rows=global_batch)
+    snapshots = Snapshots(folder, engine, checkpoint, [rows_a_step(global_batch)])
     done, carried = snapshots.restore()
     tracker, cache = Tracker(folder, report_to, after=done), FeatureCache()
     early = max(1, round(early_share * steps)) if early_share is not None else 0

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,23 @@ _FORMAT = 2
 _CHUNK = 1 << 22
 
 
+class Kept(NamedTuple):
+    """A number that follows from the ranks and the cut into micro-steps. Where a stage goes on from a snapshot it must
+    be the same, or the stage would go on with something else than other roundings."""
+
+    what: str
+    number: int
+    remedy: str
+
+
+def rows_a_step(rows: int) -> Kept:
+    """Of a stage whose rows a step follow from the number of ranks."""
+    return Kept(
+        "rows a step", rows, "choose per_device_train_batch_size and gradient_accumulation_steps so that their "
+        "product with the number of ranks is the same",
+    )  # fmt: skip
+
+
 class Snapshots:
     """The snapshots of one stage, in ``folder/checkpoints/step-N``.
 
@@ -39,24 +56,23 @@ class Snapshots:
         folder: The stage's working folder.
         engine: Whose weights, optimiser and schedule are kept.
         arguments: How often, how many, and where to resume from; None: the defaults.
-        rows: Rows a step, where that follows from the number of ranks: then another number of ranks must come to the
-            same, or the stage would go on with other data.
+        kept: What another number of ranks, or another cut, must come to as well.
     """
 
     def __init__(
-        self, folder: Path, engine: Engine, arguments: CheckpointArguments | None, *, rows: int | None = None
+        self, folder: Path, engine: Engine, arguments: CheckpointArguments | None, kept: Sequence[Kept] = ()
     ) -> None:
         self.stage = folder.name.removesuffix(".tmp")
         self.folder, self.engine, self.arguments = folder / SNAPSHOTS, engine, arguments or CheckpointArguments()
-        self.rows, self.shape = rows, {"world_size": world_size(), "zero_stage": engine.zero_stage}
+        self.kept, self.shape = kept, {"world_size": world_size(), "zero_stage": engine.zero_stage}
 
     def restore(self) -> tuple[int, dict[str, Any]]:
         """Load the newest good snapshot; returns its step and what :meth:`save` was given, or (0, {}) without one.
 
         Raises:
             ValueError: ``resume_from_checkpoint`` names a folder that is missing, damaged or another stage's; the
-                snapshot was made by another number of ranks or another ZeRO stage and ``universal`` is off; or its
-                steps have another number of rows.
+                snapshot was made by another number of ranks or another ZeRO stage and ``universal`` is off; or one of
+                ``kept`` is another number there.
         """
         found = gather_objects(self._newest() if is_main_process() else None)[0]
         if isinstance(found, str):
@@ -66,12 +82,11 @@ class Snapshots:
         if found is None:
             return 0, {}
         path, record = found
-        if record["rows"] != self.rows:
-            raise ValueError(
-                f"checkpoint {str(path)!r} was made with {record['rows']} rows a step, this run has {self.rows}: "
-                "choose per_device_train_batch_size and gradient_accumulation_steps so that their product with the "
-                "number of ranks is the same"
-            )
+        for what, number, remedy in self.kept:
+            if (before := record.get("kept", {}).get(what, number)) != number:
+                raise ValueError(
+                    f"checkpoint {str(path)!r} was made with {before} {what}, this run has {number}: {remedy}"
+                )
         if record["shape"] != self.shape:
             if not self.arguments.universal:
                 raise ValueError(
@@ -124,8 +139,8 @@ class Snapshots:
 
         def finish() -> None:
             files = {str(f.relative_to(working)): _digest(f) for f in sorted(working.rglob("*")) if f.is_file()}
-            record = {"format": _FORMAT, "stage": self.stage, "step": step, "rows": self.rows, "shape": self.shape,
-                      "state": state, "files": files}  # fmt: skip
+            record = {"format": _FORMAT, "stage": self.stage, "step": step, "shape": self.shape, "state": state,
+                      "kept": {each.what: each.number for each in self.kept}, "files": files}  # fmt: skip
             (working / _MANIFEST).write_text(to_json(record) + "\n", encoding="utf-8")
             _remove(path)  # of an attempt that was begun again from an earlier step, as are later ones
             working.rename(path)

@@ -108,13 +108,15 @@ def recorded(tokenizer) -> tuple[list[Experience], list[Encoded]]:
     return experiences, rehearsal
 
 
-def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[float], list[float], list[list[int]]]:
+def ppo_losses(
+    stage: int, micro: int, tokenizer, rehearse: bool, mini_batches: int = 1, updates: int = UPDATES
+) -> tuple[list[float], list[float], list[list[int]]]:
     """Losses and gradient norms of PPO with its critic, and what is sampled after it."""
     experiences, rehearsal = recorded(tokenizer)
     arguments = PPOArguments(
-        learning_rate=1e-2, total_steps=UPDATES, rollout_batch_size=16, per_device_train_batch_size=micro,
+        learning_rate=1e-2, total_steps=updates, rollout_batch_size=16, per_device_train_batch_size=micro,
         per_device_rehearsal_batch_size=micro, rehearsal_coef=0.5, vf_coef=0.3, entropy_coef=0.01,
-        max_new_tokens=12,
+        max_new_tokens=12, num_mini_batches=mini_batches,
     )  # fmt: skip
     scorer = AdvantageModel(model(tokenizer).base_model, tokenizer)
     policy = PolicyModel(model(tokenizer), value_head=True)
@@ -123,7 +125,7 @@ def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[
     )
     places = [p for share in micro_steps(list(range(16)), micro, rank(), world_size()) for p in share]
     losses, norms = [], []
-    for step in range(UPDATES):
+    for step in range(updates):
         mine = [Experience(**vars(experiences[p])) for p in places]
         trainer.estimate(mine)
         metrics = trainer.update(mine, step)
@@ -138,7 +140,7 @@ def ppo_losses(stage: int, micro: int, tokenizer, rehearse: bool) -> tuple[list[
         ) if stage != 3 else []  # fmt: skip
     mine = [Experience(**vars(experiences[p])) for p in places]
     trainer.estimate(mine)
-    losses.append(trainer.update(mine, UPDATES)["loss"])
+    losses.append(trainer.update(mine, updates)["loss"])
     assert stage == 3 or plain
     drawn = torch.full((16, 64), -1, dtype=torch.float64)
     for place, rollout in zip(places, rollouts, strict=True):
@@ -229,8 +231,11 @@ def main() -> None:
     for stage in stages:
         plain, norms, drawn = ppo_losses(stage, micro, tokenizer, rehearse=False)
         rehearsed, norms_too, drawn_too = ppo_losses(stage, micro, tokenizer, rehearse=True)
+        # Micro-steps of half the width on two ranks, so twice as many.
+        cut, *_ = ppo_losses(stage, micro // world_size(), tokenizer, rehearse=False, mini_batches=2, updates=3)
         found[stage] = {
             "scorer": scorer_losses(stage, micro, tokenizer), "ppo": plain, "ppo-sr": rehearsed,
+            "mini-batches": cut,
             "simcse": scorer_losses(stage, micro, tokenizer, contrastive="simcse", contrastive_on="differences"),
             "swav": scorer_losses(stage, micro, tokenizer, contrastive="swav", swav_prototypes=6),
             "norms": norms + norms_too,

@@ -136,6 +136,26 @@ def test_a_resumed_stage_draws_the_same_masks_and_keeps_its_prototypes(make, row
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("method", ["none", "simcse"])
+@pytest.mark.usefixtures("one_process")
+def test_a_snapshot_with_other_negatives_is_refused(make, rows, tmp_path, killed_after, method):
+    """The negatives of a row are those of its micro-step. Without the term another cut may go on."""
+    often = CheckpointArguments(save_steps=1, universal=True)
+
+    def train(arguments: ScorerArguments) -> None:
+        train_scorer(make(), rows, arguments, EngineArguments(), tmp_path, seed=0, checkpoint=often)
+
+    arguments = replace(TRAINING, contrastive=method, num_train_epochs=2)
+    with killed_after(2):
+        train(arguments)
+    cut = replace(arguments, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    if method == "none":
+        train(cut)
+        return
+    with pytest.raises(ValueError, match=r"with 2 comparisons a micro-step, each other's negatives, this run has 1: k"):
+        train(cut)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

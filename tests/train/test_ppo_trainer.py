@@ -264,15 +264,16 @@ def test_rollouts_that_do_not_divide_are_an_error_that_names_the_numbers(make, r
         make(arguments)
 
 
-def test_rehearsal_is_drawn_anew_for_every_micro_step_and_repeatably(make, rehearsal):
+def test_rehearsal_is_drawn_anew_for_every_update_and_repeatably(make, rehearsal):
     trainer, again = make(rehearsal=rehearsal), make(rehearsal=rehearsal)
     draws = {
-        (step, epoch, micro): [rehearsal.index(e) for e in trainer._rehearsal(step, epoch, micro)]
-        for step in range(4) for epoch in range(2) for micro in range(4)
+        (step, epoch, number): [rehearsal.index(e) for e in trainer._rehearsal(step, epoch, number)]
+        for step in range(4) for epoch in range(2) for number in range(2)
     }  # fmt: skip
-    assert all(len(draw) == 3 for draw in draws.values())
+    assert all(len(draw) == 6 for draw in draws.values())  # three for each of two micro-steps
     assert {i for draw in draws.values() for i in draw} == set(range(5))
-    assert len({tuple(draw) for draw in draws.values()}) > 16
+    assert len({tuple(draw) for draw in draws.values()}) > 12
+    assert len({tuple(draw[at : at + 3]) for draw in draws.values() for at in (0, 3)}) > 24
     assert all([rehearsal.index(e) for e in again._rehearsal(*key)] == draw for key, draw in draws.items())
     assert make()._rehearsal(0, 0, 0) == []
 
@@ -286,7 +287,7 @@ def nll(trainer: PPOTrainer, example: Encoded) -> float:
 def test_the_rehearsal_loss_is_a_mean_over_tokens_or_a_sum_over_each_sequence(make, tokenizer, rehearsal, reduction):
     arguments = replace(ARGUMENTS, num_ppo_epochs=1, rehearsal_reduction=reduction, temperature=0.5)
     trainer = make(arguments, rehearsal=rehearsal)
-    drawn = [e for micro in (0, 1) for e in trainer._rehearsal(5, 0, micro)]
+    drawn = trainer._rehearsal(5, 0, 0)
     total = sum(nll(trainer, e) for e in drawn)
     assert len({len(e.response) for e in drawn}) > 1
     experiences = trainer.judge(as_rollouts(tokenizer))
