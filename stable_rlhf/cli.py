@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from stable_rlhf import __version__
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
-from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.progress import tolerant_output
 from stable_rlhf.recipe_file import suggestion
 from stable_rlhf.settings import expand_user
@@ -198,7 +198,7 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
     stage = measure_strength(recipe, RunDirectory(recipe.output_dir, recipe.checkpoint), backbone, settings)
     finish()
     if is_main_process():
-        summary = json.loads((stage.folder / "strength.json").read_text(encoding="utf-8"))
+        summary = read_json(stage.folder / "strength.json")
         console = Console(width=None if sys.stdout.isatty() else 140)
         for table in notable_tables(summary):
             console.print(table)

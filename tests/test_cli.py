@@ -211,6 +211,19 @@ def test_scorers_without_scores_of_their_own(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read as JSON"), ('{"chosen": [], "rejected": []}', "has no 'tasks'"),
+        ('{"chosen": [1], "rejected": [], "tasks": []}', "lists of one length"),
+        ('{"chosen": [NaN], "rejected": [1], "tasks": [null]}', "must be lists of finite numbers"),
+    ],
+)  # fmt: skip
+def test_scores_of_a_scorer_that_are_broken(cli, tmp_path, text, reason):
+    (tmp_path / "scores.json").write_text(text, encoding="utf-8")
+    cli("evaluate", "--scorers", "rm=.").refused("scores.json: ", reason)
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("--study.seeds 101", "--study.seeds [101]"),

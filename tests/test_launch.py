@@ -149,6 +149,11 @@ def test_refused_hostfiles(cli, tiny, text, part):
     cli("launch", "my.yaml", "--hostfile", "hosts", "--dry-run").refused("hostfile 'hosts'", part)
 
 
+def test_a_pipe_is_no_hostfile(cli, tiny):
+    os.mkfifo(tiny / "pipe")
+    cli("launch", "my.yaml", "--hostfile", "pipe", "--dry-run").refused("hostfile 'pipe': is no regular file")
+
+
 def test_a_port_that_is_taken(cli, tiny):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -49,7 +49,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, expected: str = "a .jsonl or .jsonl.gz file") -> None:
     """Refuse what is no regular file: a pipe would be waited for, a device read without end.
 
     Raises:
@@ -63,7 +63,7 @@ def check_file(path: Path) -> None:
         raise DataError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(mode):
         found = _KINDS.get(stat.S_IFMT(mode), "a device")
-        raise DataError(f"{path}: is {found}, expected a .jsonl or .jsonl.gz file")
+        raise DataError(f"{path}: is {found}, expected {expected}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -170,6 +170,25 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
+    """The object that a JSON file of the package's own holds.
+
+    Raises:
+        DataError: it is missing or cannot be read, is no JSON object, or lacks one of ``keys``; the file is named.
+    """
+    check_file(Path(path), "a JSON file")
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a JSON object, found {kind_of(found)}")
+    for key in keys:
+        if key not in found:
+            raise DataError(f"{path}: has no {key!r}")
+    return found
 
 
 def read_jsonl(path: str | os.PathLike[str], *, torn_end: bool = False) -> list[dict[str, Any]]:

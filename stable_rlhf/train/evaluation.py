@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.data.jsonl import write_jsonl
+from stable_rlhf.data.jsonl import read_json, write_jsonl
 from stable_rlhf.data.readers import read_comparisons, tell_skipped
-from stable_rlhf.data.records import Comparison
+from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
 from stable_rlhf.evaluate.metrics import scorer_evaluation
@@ -84,8 +84,17 @@ def _kept_scores(name: str, folder: str) -> dict[str, Any]:
     path = Path(folder) / "scores.json"
     if not path.is_file():
         raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, "chosen", "rejected", "tasks")
+    scores = found["chosen"], found["rejected"]
+    if any(not isinstance(part, list) or not all(map(_finite, part)) for part in scores):
+        raise DataError(f"{path}: 'chosen' and 'rejected' must be lists of finite numbers")
+    if not isinstance(found["tasks"], list) or {len(found["tasks"])} != set(map(len, scores)):
+        raise DataError(f"{path}: 'chosen', 'rejected' and 'tasks' must be lists of one length")
     return found
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_curve(folder: str) -> list[dict[str, float]]:

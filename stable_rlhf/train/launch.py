@@ -102,8 +102,10 @@ def read_hostfile(path: str) -> list[Host]:
     Raises:
         ValueError: names the file and the line.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"hostfile {path!r}: is no regular file")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"hostfile {path!r}: {getattr(error, 'strerror', None) or 'is not text'}") from error
     hosts: dict[str, Host] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
@@ -235,7 +234,7 @@ def summarise(
         "paper": paper.constants(),
     }
     for name, stage in scorers.items():
-        scores = json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))
+        scores = read_json(stage.folder / "scores.json")
         summary["scorers"][name] = {
             **scorer_evaluation(
                 scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
@@ -244,7 +243,7 @@ def summarise(
             "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
         }  # fmt: skip
     if selection is not None:
-        summary["selection"] = json.loads((selection.folder / "selection.json").read_text(encoding="utf-8"))
+        summary["selection"] = read_json(selection.folder / "selection.json")
     for variant, stage in trained.items():
         summary["policies"][variant] = {
             **evaluated.result["policies"][variant],

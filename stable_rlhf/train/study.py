@@ -19,7 +19,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.progress import say
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import Recipe
@@ -52,9 +52,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     (folder / "seeds").mkdir(parents=True, exist_ok=True)
     _run_seeds({seed: _of_seed(recipe, seed, folder / "seeds" / str(seed)) for seed in seeds}, recipe.study.workers)
 
-    summaries = [
-        json.loads((folder / "seeds" / str(seed) / "summary.json").read_text(encoding="utf-8")) for seed in seeds
-    ]
+    summaries = [read_json(folder / "seeds" / str(seed) / "summary.json") for seed in seeds]
     settings = {name: value for name, value in recipe.as_dict().items() if name not in _NOT_A_SETTING}
     # Which variants run says nothing of the settings each of them has: a validation may do with two.
     shared = {name: value for name, value in settings.items() if name != "variants"}

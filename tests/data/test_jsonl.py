@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stable_rlhf.data import DataError, read_comparisons, read_demonstrations, read_prompts, read_responses, write_jsonl
-from stable_rlhf.data.jsonl import read_jsonl, to_json
+from stable_rlhf.data.jsonl import read_json, read_jsonl, to_json
 from stable_rlhf.data.readers import read_scored
 
 READERS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
@@ -131,6 +131,17 @@ def test_our_own_files_end_where_the_process_was_killed(tmp_path: Path) -> None:
     assert read_jsonl(path, torn_end=True) == [{"step": 1, "text": "a\u2028b"}]
     with pytest.raises(DataError, match=f"^{path}:2: not JSON: "):
         read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "cannot be read as JSON"), ("[1]", "found an array"), ("{}", "has no 'chosen'"), ("[" * 10**5, "cannot be")],
+)
+def test_a_broken_file_of_our_own_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=f"^{path}: .*{reason}"):
+        read_json(path, "chosen")
 
 
 def test_json_that_is_written_has_no_nan() -> None:
