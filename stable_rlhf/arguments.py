@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from stable_rlhf.progress import printable
 from stable_rlhf.recipe_file import check_value, read_recipe, suggestion
 from stable_rlhf.settings import expand_user, is_text, leaves
 from stable_rlhf.train.config import VARIANTS, LaunchArguments, Recipe
@@ -171,9 +172,10 @@ def _cut(text: str) -> str:
 def fail(message: str, *, hint: str = "") -> NoReturn:
     """One clear message on standard error, exit status 2."""
     rank = os.environ.get("RANK", "0")
+    message = printable(message.strip(), lines=False)
     print(f"stable-rlhf: error: {message}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
     if hint and rank == "0":
-        print(f"  {hint}", file=sys.stderr)
+        print(f"  {printable(hint, lines=False)}", file=sys.stderr)
     raise SystemExit(2)
 
 

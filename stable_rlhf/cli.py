@@ -19,7 +19,7 @@ from stable_rlhf.progress import tolerant_output
 from stable_rlhf.recipe_file import suggestion
 from stable_rlhf.settings import expand_user
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import Recipe
+from stable_rlhf.train.config import Recipe, decisive
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.
@@ -87,18 +87,15 @@ def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
 
 
 def _run(recipe: Recipe, own: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from stable_rlhf.evaluate.report import summary_table
-    from stable_rlhf.progress import is_main_process
+    from stable_rlhf.progress import console, is_main_process
     from stable_rlhf.train.engine import finish
     from stable_rlhf.train.run import run_recipe
 
     summary = run_recipe(recipe)
     finish()
     if is_main_process():
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(summary_table(summary))
+        console(width=None if sys.stdout.isatty() else 140).print(summary_table(summary))
         print(_time_taken(summary["stages"]))
         print(f"report: {Path(recipe.output_dir) / 'report.html'}")
 
@@ -146,6 +143,8 @@ def _settings(recipe: Recipe, sections: str, inputs: dict[str, Any], *, engine: 
 
     everything = recipe.as_dict()
     settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
+    if "evaluate" in settings:
+        settings["evaluate"] = decisive(settings["evaluate"])
     if "data" in settings:
         settings["data"] |= {"contents": contents(recipe.data)}
     settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
@@ -184,9 +183,7 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from stable_rlhf.progress import is_main_process
+    from stable_rlhf.progress import console, is_main_process, printable
     from stable_rlhf.scorer.report import in_words, notable_tables
     from stable_rlhf.train.checkpoint import RunDirectory
     from stable_rlhf.train.engine import finish, start
@@ -199,10 +196,10 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
     finish()
     if is_main_process():
         summary = read_json(stage.folder / "strength.json")
-        console = Console(width=None if sys.stdout.isatty() else 140)
+        screen = console(width=None if sys.stdout.isatty() else 140)
         for table in notable_tables(summary):
-            console.print(table)
-        print("\n".join(in_words(summary)))
+            screen.print(table)
+        print(printable("\n".join(in_words(summary))))
         print(f"to read: {stage.folder / 'report.html'}; to train on: --data.pairs {stage.folder / 'pairs.jsonl.gz'}")
 
 
@@ -289,9 +286,10 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _study(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.progress import printable
     from stable_rlhf.train.study import run_study
 
-    print(run_study(recipe, validation=own.validation))
+    print(printable(run_study(recipe, validation=own.validation)))
 
 
 def _launch(recipe: Recipe, own: argparse.Namespace) -> None:

@@ -1,13 +1,44 @@
-"""Progress bars for long work: on rank 0 only, and quiet when the output is not a terminal."""
+"""What a person sees while work goes on: bars and lines on rank 0, and no control characters out of anybody's text."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+# Escape sequences of terminals whole; then what is left of them, other control characters, and the marks that turn the
+# direction of text. A terminal obeys them all, wherever the text came from.
+_SEQUENCE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x9d\x90])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """``text`` as it may stand on a terminal: without control characters and escape sequences, without half surrogates
+    (which no file takes). ``lines``: line ends and tabs stay; else each becomes a space."""
+    found = _CONTROL.sub("", _SEQUENCE.sub("", text.replace("\r\n", "\n")))
+    if not lines:
+        found = re.sub("[\n\t\u2028\u2029]+", " ", found)
+    return found.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def console(**settings: Any) -> Any:
+    """A console of rich that prints what any table or text holds as `printable` has it."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Printable(Console):
+        def render(self, *given: Any, **options: Any) -> Any:
+            for segment in super().render(*given, **options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return Printable(**settings)
 
 
 def is_main_process() -> bool:
@@ -26,7 +57,7 @@ def tolerant_output() -> None:
 def say(message: str) -> None:
     """A line for the person who watches: standard error, rank 0 only."""
     if is_main_process():
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -39,14 +70,14 @@ class Bar:
         self.note = ""
         self._rich = None
         if is_main_process() and sys.stderr.isatty():
-            from rich.console import Console
+            from rich.markup import escape
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._rich = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+                TimeRemainingColumn(), console=console(stderr=True), transient=True,
             )  # fmt: skip
-            self._task = self._rich.add_task(description, total=total, note="")
+            self._task = self._rich.add_task(escape(description), total=total, note="")
             self._rich.start()
 
     def advance(self, count: int = 1, note: str = "") -> None:

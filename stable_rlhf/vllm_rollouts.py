@@ -9,21 +9,19 @@ that trainer and server both see. Processed log-probs are those of the distribut
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.packing import Encoded
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, response_text
+from stable_rlhf.outside import Server, short
 from stable_rlhf.progress import progress
 
 _AT_ONCE = 64  # requests of one process in flight: the server batches them itself
+_TOKEN_BYTES = 1 << 10  # of an answer, for each token asked for: its id, its text, its log-probs, its place
+_ROUNDING, _LEAST = 1e-3, 1e6  # nats that a log-prob may be above and below 0
 
 
 class VLLMRollouts:
@@ -34,20 +32,28 @@ class VLLMRollouts:
         tokenizer: The policy's; token ids go over the wire in both directions.
         ends: Tokens that end a response, of :func:`ends_of_turn`; None: those that the tokenizer knows of.
         timeout: Seconds that one response, or loading the weights, may take.
+        vocabulary: Token ids that the policy has; None: those of the tokenizer.
+        retries: Tries again, the first after ``pause`` seconds, where the server is busy or does not answer.
 
     Raises:
-        ValueError: nothing answers at ``url``, or it refuses a request; the message names the address and the answer.
+        ValueError: nothing answers at ``url``, it refuses a request, or an answer is not what was asked for; the
+            message names the address and the answer.
     """
 
     holds_a_copy = True
 
-    def __init__(self, url: str, tokenizer: Any, *, ends: Sequence[int] | None = None, timeout: float = 600.0) -> None:
-        self.url, self.tokenizer, self.timeout = url.rstrip("/"), tokenizer, timeout
+    def __init__(
+        self, url: str, tokenizer: Any, *, ends: Sequence[int] | None = None, timeout: float = 600.0,
+        vocabulary: int | None = None, retries: int = 3, pause: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.tokenizer = tokenizer
         self.ends = ends_of_turn(tokenizer) if ends is None else tuple(ends)
-        models = self._ask("/v1/models").get("data")
-        if not models:
-            raise ValueError(f"vLLM server {self.url}: /v1/models lists no model")
-        self.model = models[0]["id"]
+        self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
+        self._server = Server(
+            "vLLM server", url, setting="rollout.server", timeout=timeout, timeout_setting="rollout.timeout",
+            retries=retries, pause=pause,
+        )  # fmt: skip
+        self.model = self._server.ask("/v1/models", read=_first_model)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
@@ -55,22 +61,27 @@ class VLLMRollouts:
         """One response per prompt, each drawn with its own seed."""
         if settings.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
             raise ValueError("seeds: one integer a prompt is needed when temperature > 0")
-        with ThreadPoolExecutor(_AT_ONCE) as pool, progress("rollouts", total=len(prompts), unit="responses") as bar:
-            found = []
-            for rollout in pool.map(self._one, prompts, seeds or [0] * len(prompts), [settings] * len(prompts)):
-                found.append(rollout)
-                bar.advance()
-        return found
+        asked = [
+            self._body(prompt, seed, settings)
+            for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True)
+        ]
+        with progress("rollouts", total=len(prompts), unit="responses") as bar:
+            return self._server.ask_all(
+                "/v1/completions", asked, lambda place, answer: self._rollout(prompts[place], answer, settings),
+                at_once=_AT_ONCE, advance=bar.advance, limit=(1 << 20) + _TOKEN_BYTES * settings.max_new_tokens,
+            )  # fmt: skip
 
     def load(self, folder: Path) -> None:
         """Reload the weights of every worker from ``folder``; what was computed with the old ones is forgotten.
 
         No request may be under way: the trainer calls this between two rollouts."""
-        self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}})
-        self._ask("/reset_prefix_cache", {})
+        hints = {404: "start it with VLLM_SERVER_DEV_MODE=1, or it cannot load new weights"}
+        weights = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
+        self._server.ask("/collective_rpc", weights, hints=hints)
+        self._server.ask("/reset_prefix_cache", {}, hints=hints)
 
-    def _one(self, prompt: Sequence[int], seed: int, settings: GenerationSettings) -> Rollout:
-        request = {
+    def _body(self, prompt: Sequence[int], seed: int, settings: GenerationSettings) -> dict[str, Any]:
+        return {
             "model": self.model, "prompt": list(prompt), "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed, "stop": list(settings.stop),
             "logprobs": 0, "return_token_ids": True,
@@ -81,47 +92,53 @@ class VLLMRollouts:
             # A server started without `--generation-config vllm` takes its defaults from the model's own file.
             "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         }  # fmt: skip
-        answer = self._ask("/v1/completions", request)
-        try:
-            (choice,) = answer["choices"]
-            response, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-            finished = choice["finish_reason"] == "stop"
-        except (KeyError, TypeError, ValueError) as error:
+
+    def _rollout(self, prompt: Sequence[int], answer: Any, settings: GenerationSettings) -> Rollout:
+        """An answer as a rollout; whatever in it could mislead the trainer is refused."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise ValueError(f"one choice is wanted, got {short(answer if choices is None else choices)}")
+        if (model := answer.get("model", self.model)) != self.model:
+            raise ValueError(f"it is of model {short(model)}, not of {self.model!r}")
+        (choice,) = choices
+        response, scores, end = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
+        logprobs = scores.get("token_logprobs") if isinstance(scores, dict) else None
+        if not isinstance(response, list) or not isinstance(logprobs, list):
             raise ValueError(
-                f"vLLM server {self.url}: an answer without token ids and log-probs ({error!r}); a vLLM that knows "
-                "`return_token_ids` is needed"
-            ) from None
-        if len(response) != len(logprobs) or not response:
-            raise ValueError(f"vLLM server {self.url}: {len(response)} token ids with {len(logprobs)} log-probs")
-        end = next((at for at, token in enumerate(response, start=1) if token in self.ends), None)
-        if end is not None:
-            response, logprobs, finished = response[:end], logprobs[:end], True
+                "an answer without token ids and log-probs; a vLLM that knows `return_token_ids` is needed"
+            )
+        if end not in ("stop", "length"):
+            raise ValueError(f"finish_reason must be 'stop' or 'length', got {short(end)}")
+        if not 1 <= len(response) <= settings.max_new_tokens or len(response) != len(logprobs):
+            raise ValueError(
+                f"{len(response)} token ids with {len(logprobs)} log-probs, where 1 to {settings.max_new_tokens} were "
+                "asked for"
+            )
+        for token in response:
+            if type(token) is not int or not 0 <= token < self.vocabulary:
+                raise ValueError(
+                    f"a token id must be a whole number from 0 to {self.vocabulary - 1}, got {short(token)}"
+                )
+        for logprob in logprobs:
+            if type(logprob) not in (int, float) or not -_LEAST <= logprob <= _ROUNDING:  # NaN is no such number
+                raise ValueError(f"a log-prob must be a finite number of at most 0, got {short(logprob)}")
+        finished = end == "stop"
+        last = next((at for at, token in enumerate(response, start=1) if token in self.ends), None)
+        if last is not None:
+            response, logprobs, finished = response[:last], logprobs[:last], True
         return Rollout(
             Encoded((*prompt, *response), len(prompt)),
             response_text(self.tokenizer, response, settings.stop, self.ends),
             finished,
-            tuple(logprobs) if settings.temperature > 0 else None,
+            tuple(map(float, logprobs)) if settings.temperature > 0 else None,
         )
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """POST ``body`` (GET without one); the answer's JSON, {} when it has none."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                text = answer.read()
-            found = json.loads(text) if text else {}
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read().decode(errors="replace").split())[:300]
-            hint = (
-                ": start it with VLLM_SERVER_DEV_MODE=1, or it cannot load new weights"
-                if error.code == 404 and not path.startswith("/v1")
-                else f": {said}"
-            )
-            raise ValueError(f"vLLM server {self.url}{path} answered {error.code}{hint}") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise ValueError(f"vLLM server {self.url}: no answer to {path} ({reason}); is it up?") from None
-        except ValueError as error:
-            raise ValueError(f"vLLM server {self.url}{path}: the answer is not JSON ({error})") from None
-        return found if isinstance(found, dict) else {}
+
+def _first_model(answer: Any) -> str:
+    models = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(models, list) or not models:
+        raise ValueError(f"a list of models is wanted, got {short(answer if models is None else models)}")
+    name = models[0].get("id") if isinstance(models[0], dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the first model has no name: {short(models[0])}")
+    return name

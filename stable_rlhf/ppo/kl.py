@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _GAIN, _MOST = 0.1, 0.2  # K_beta and the bound on the error, both as published
 
 
@@ -16,7 +18,7 @@ class KLController:
 
     def update(self, kl: float) -> None:
         """Take up the mean KL of a step's responses."""
-        if self.target is not None:
+        if self.target is not None and math.isfinite(kl):  # what is not finite asks for nothing
             error = kl / self.target - 1
             self.value *= 1 + _GAIN * max(-_MOST, min(_MOST, error))
 

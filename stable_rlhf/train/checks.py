@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from stable_rlhf.outside import SECRET_NAME, check_address, has_credentials, without_credentials
 from stable_rlhf.settings import check_settings
 from stable_rlhf.train.config import Recipe, StudyArguments
 
@@ -27,14 +32,52 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")
     if not all(recipe.ppo.stop):
         raise ValueError("ppo.stop: an empty string would end every response at once")
-    server = recipe.rollout.server
-    if server is not None and not server.startswith(("http://", "https://")):
-        raise ValueError(f"rollout.server must be an address, http://host:port, got {server!r}")
+    _check_outside(recipe)
     if recipe.guard.on_kl == "lower_target" and (recipe.ppo.kl_target is None or recipe.guard.max_kl is None):
         raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")
     if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
         raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
     _check_seeds(recipe.study)
+
+
+def _check_outside(recipe: Recipe) -> None:
+    """What is said to servers, and what must not be written into records: settings are, everywhere."""
+    evaluate = recipe.evaluate
+    for setting, address in (
+        ("rollout.server", recipe.rollout.server),
+        ("evaluate.judge_base_url", evaluate.judge_base_url),
+    ):
+        if address is not None:
+            check_address(setting, address)
+    for setting, text in _texts(recipe.as_dict()):
+        if has_credentials(text):
+            raise ValueError(
+                f"{setting}: {without_credentials(text)!r} holds credentials, and settings are written into every "
+                "record of a run: leave them out"
+            )
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*|", evaluate.judge_api_key_env):
+        raise ValueError("evaluate.judge_api_key_env is the name of an environment variable, not the key itself")
+    ours = {"model", "messages", "stream", "n"}
+    for name in evaluate.judge_request:
+        if name in ours:
+            raise ValueError(f"evaluate.judge_request.{name}: every request has its own, it cannot be set")
+        if SECRET_NAME.search(str(name)):
+            raise ValueError(
+                f"evaluate.judge_request.{name}: settings are written into every record of a run; put a key into the "
+                "environment variable that evaluate.judge_api_key_env names"
+            )
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among settings, with its name."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _texts(value, name)
 
 
 def _check_seeds(study: StudyArguments) -> None:

@@ -14,6 +14,7 @@ from stable_rlhf.settings import (
     Port,
     Positive,
     Rows,
+    Seconds,
     Seed,
     ShareBelowOne,
     TemperatureOrGreedy,
@@ -55,6 +56,7 @@ __all__ = [
     "StudyArguments",
     "Variant",
     "WorldArguments",
+    "decisive",
 ]
 
 Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free"]
@@ -215,11 +217,14 @@ class RolloutArguments:
 
     Args:
         server: Address of a vLLM server that samples, http://host:port (unset: the policy itself, by transformers).
+        timeout: Seconds until an answer of that server must be whole, loading weights included; it is asked again three
+            times.
         sample_steps: Answer the same few evaluation prompts after every so many steps, in samples.jsonl (0: never).
         sample_prompts: How many of them.
     """
 
     server: str | None = None
+    timeout: Seconds = 600.0
     sample_steps: CountOrNone = 0
     sample_prompts: Rows = 4
 
@@ -256,9 +261,11 @@ class EvaluateArguments:
         tie_margin: A difference of scores of at most this is a tie.
         judge_base_url: The endpoint of ``chat``, OpenAI's chat completions: http://localhost:8000/v1.
         judge_model: The model to ask for there.
-        judge_api_key_env: Environment variable that holds the endpoint's key, when it needs one.
+        judge_api_key_env: Environment variable that holds the endpoint's key, when it needs one: sent as bearer token,
+            or as it is where it begins with ``Basic``.
         judge_request: Further fields of each request to it.
         judge_workers: Requests at the same time.
+        judge_timeout: Seconds until an answer of the endpoint must be whole; it is asked again five times.
     """
 
     judge: Literal["gold", "scorer", "chat"] = "scorer"
@@ -269,6 +276,12 @@ class EvaluateArguments:
     judge_api_key_env: str = "OPENAI_API_KEY"
     judge_request: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
     judge_workers: Workers = 4
+    judge_timeout: Seconds = 120.0
+
+
+def decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """A section of settings without those that decide nothing of a stage's result: a run may go on with others."""
+    return {name: value for name, value in settings.items() if name != "judge_timeout"}
 
 
 @dataclass

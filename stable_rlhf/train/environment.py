@@ -15,6 +15,8 @@ import torch
 import stable_rlhf
 from stable_rlhf import ops
 from stable_rlhf.ops._backend import extension
+from stable_rlhf.outside import SECRET_NAME, without_credentials
+from stable_rlhf.progress import printable
 from stable_rlhf.train.run import device_name, versions
 
 # Beside what this package needs: what can change how processes start, talk and compile.
@@ -23,7 +25,31 @@ _PREFIXES = (
     "ACCELERATE_", "CUDA_", "DS_", "FI_", "GLOO_", "HF_", "KMP_", "LOCAL_", "MASTER_", "MKL_", "NCCL_", "OMP_", "OMPI_",
     "PYTORCH_", "RANK", "ROLE_", "SLURM_", "STABLE_RLHF_", "TOKENIZERS_", "TORCH", "TRITON_", "UCX_", "WORLD_SIZE",
 )  # fmt: skip
-_SECRET = re.compile("TOKEN(?!IZERS)|SECRET|KEY|PASSWORD|JWT")
+# Whose value is shown: switches, sizes, places and addresses that are known to be no credential. Of every other
+# variable of these prefixes only the name is: what a secret is called nobody can list.
+_SHOWN = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|MASTER_(ADDR|PORT)|ROLE_NAME"
+    r"|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING|DEVICE_ORDER|DEVICE_MAX_CONNECTIONS|HOME|PATH|MODULE_LOADING|CACHE_PATH)"
+    r"|(OMP|KMP|MKL)_(NUM_THREADS|DYNAMIC|PROC_BIND|PLACES|WAIT_POLICY|SCHEDULE|STACKSIZE|THREAD_LIMIT|AFFINITY|BLOCKTIME"
+    r"|MAX_ACTIVE_LEVELS|DUPLICATE_LIB_OK|SETTINGS|DEBUG_CPU_TYPE|ENABLE_INSTRUCTIONS|THREADING_LAYER|VERBOSE)"
+    r"|NCCL_(DEBUG|DEBUG_SUBSYS|DEBUG_FILE|SOCKET_IFNAME|SOCKET_FAMILY|SOCKET_NTHREADS|NSOCKS_PERTHREAD|IB_\w+|P2P_\w+"
+    r"|SHM_\w+|NET|NET_\w+|ALGO|PROTO|BUFFSIZE|NTHREADS|M\w+_NCHANNELS|M\w+_CTAS|CROSS_NIC|TOPO_FILE|NVLS_ENABLE"
+    r"|CUMEM_ENABLE|ASYNC_ERROR_HANDLING|BLOCKING_WAIT|TIMEOUT|COMM_BLOCKING|LAUNCH_MODE|IGNORE_CPU_AFFINITY)"
+    r"|GLOO_(SOCKET_IFNAME|DEVICE_TRANSPORT)|FI_(PROVIDER|EFA_\w+|LOG_LEVEL)|UCX_(TLS|NET_DEVICES|LOG_LEVEL)"
+    r"|OMPI_COMM_WORLD_(LOCAL_)?(RANK|SIZE)"
+    r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|DATASETS_OFFLINE|ENDPOINT|HUB_ENABLE_HF_TRANSFER|HUB_DISABLE_\w+"
+    r"|HUB_ETAG_TIMEOUT|HUB_DOWNLOAD_TIMEOUT|ASSETS_CACHE|MODULES_CACHE)|TOKENIZERS_PARALLELISM"
+    r"|TORCH_(HOME|LOGS|COMPILE_DEBUG|CUDA_ARCH_LIST|CPP_LOG_LEVEL|EXTENSIONS_DIR|SHOW_CPP_STACKTRACES|DISTRIBUTED_DEBUG"
+    r"|NCCL_\w+|ALLOW_TF32\w*|DISABLE_SHARE_RDZV_TCP_STORE|USE_CUDA_DSA)|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+"
+    r"|TORCHELASTIC_(RUN_ID|RESTART_COUNT|MAX_RESTARTS|ERROR_FILE|USE_AGENT_STORE)"
+    r"|PYTORCH_(CUDA_ALLOC_CONF|ALLOC_CONF|NVML_BASED_CUDA_CHECK|KERNEL_CACHE_PATH|NO_CUDA_MEMORY_CACHING|JIT)"
+    r"|TRITON_(CACHE_DIR|INTERPRET|DEBUG|HOME|PRINT_AUTOTUNING|PTXAS_PATH|KERNEL_DUMP|DUMP_DIR|ALWAYS_COMPILE)"
+    r"|DS_(ACCELERATOR|SKIP_CUDA_CHECK|BUILD_\w+|ENV_FILE)|STABLE_RLHF_(DEBUG|DATA|CHECK|CPU_ISA|BACKEND)"
+    r"|SLURM_(JOB_ID|JOB_NAME|JOB_PARTITION|JOB_NUM_NODES|JOB_NODELIST|NNODES|NODEID|NODELIST|NTASKS|NTASKS_PER_NODE|NPROCS"
+    r"|PROCID|LOCALID|CPUS_PER_TASK|CPUS_ON_NODE|GPUS|GPUS_PER_NODE|GPUS_ON_NODE|MEM_PER_NODE|RESTART_COUNT|SUBMIT_DIR"
+    r"|CLUSTER_NAME|STEP_ID)"
+    r"|ACCELERATE_(USE_\w+|MIXED_PRECISION|DEEPSPEED_ZERO_STAGE|DYNAMO_BACKEND|DEBUG_MODE|CONFIG_FILE)"
+)
 _COMPILERS = (("c++", "c++"), ("nvcc", "nvcc"), ("ninja", "ninja"))
 
 
@@ -90,9 +116,13 @@ def _package_versions() -> list[tuple[str, str]]:
 
 
 def _variables() -> list[tuple[str, str]]:
-    """Variables of launchers and libraries; what could be a credential is only said to be there."""
+    """Variables of launchers and libraries; what is not known to be no credential is only said to be there."""
     names = sorted(name for name in os.environ if name.startswith(_PREFIXES))
-    return [(name, "(set, not shown)" if _SECRET.search(name) else os.environ[name]) for name in names]
+    return [
+        (name, without_credentials(os.environ[name]) if _SHOWN.fullmatch(name) and not SECRET_NAME.search(name)
+         else "(set, not shown)")
+        for name in names
+    ]  # fmt: skip
 
 
 def report() -> str:
@@ -109,4 +139,4 @@ def report() -> str:
     lines = []
     for title, pairs in sections.items():
         lines += [f"[{title}]", *(f"{name:26s}{value}" for name, value in pairs), ""]
-    return "\n".join(lines).rstrip()
+    return printable("\n".join(printable(line, lines=False) for line in lines).rstrip())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,9 +17,10 @@ from stable_rlhf.evaluate.metrics import scorer_evaluation
 from stable_rlhf.evaluate.policies import against, mean_kl
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import load_tokenizer
+from stable_rlhf.outside import read_key
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.scorer.model import AdvantageModel
-from stable_rlhf.train.config import Recipe
+from stable_rlhf.train.config import EvaluateArguments, Recipe
 from stable_rlhf.train.datasets import PromptSplits, load_prompts, locate
 from stable_rlhf.train.engine import barrier, device, gather_objects, release
 from stable_rlhf.train.ppo import EncodedPrompt
@@ -38,9 +38,11 @@ def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
         return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
     if e.judge == "chat":
         assert e.judge_base_url and e.judge_model  # `check` asks for them
+        named = e.judge_api_key_env != EvaluateArguments.judge_api_key_env  # the default one need not be there
+        key = read_key("evaluate.judge_api_key_env", e.judge_api_key_env, needed=named and bool(e.judge_api_key_env))
         return ChatJudge(
-            e.judge_base_url, e.judge_model, api_key=os.environ.get(e.judge_api_key_env), request=e.judge_request,
-            workers=e.judge_workers,
+            e.judge_base_url, e.judge_model, api_key=key, request=e.judge_request, workers=e.judge_workers,
+            timeout=e.judge_timeout,
         )  # fmt: skip
     if scorer is None:
         raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")

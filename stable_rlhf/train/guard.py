@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ _RULES = (
         "the policy is turning into noise: lower learning_rate or entropy_coef, raise kl_coef",
     ),
     _Rule(
-        "length", lambda now, before: _jump(now, before, "length", 1.8) and now["score"] > _median(before, "score"),
+        "length", lambda now, before: _jump(now, before, "length", 1.8)
+        and "score" in now and now["score"] > _median(before, "score"),
         "the score rises with the length: the scorer may pay for length alone; look at samples, raise kl_coef",
     ),
     _Rule(
@@ -113,7 +115,7 @@ class TaskDrift:
         self.scores: dict[str, list[float]] = {}  # of a task: its first scores, then its last ones
 
     def add(self, scores: Iterable[tuple[str, float]]) -> None:
-        """Take up (task, score) of a step, in an order that does not depend on the ranks."""
+        """Take up (task, score) of a step, in an order that does not depend on the ranks; scores are finite."""
         for task, score in scores:
             kept = self.scores.setdefault(task, [])
             kept.append(score)
@@ -127,7 +129,7 @@ class TaskDrift:
             task: statistics.fmean(kept[_SCORES:]) - statistics.fmean(kept[:_SCORES])
             for task, kept in self.scores.items() if len(kept) == 2 * _SCORES
         }  # fmt: skip
-        if len(moved) < 3 or spread <= 0:
+        if len(moved) < 3 or not spread > 0:
             return "", 0.0
         middle = statistics.median(moved.values())
         task = max(sorted(moved), key=lambda t: abs(moved[t] - middle))
@@ -137,6 +139,8 @@ class TaskDrift:
 class StabilityGuard:
     """``guard.look(step, metrics)`` after each step of PPO.
 
+    A figure that is not finite is a warning by itself, whichever it is, and no rule sees it: every comparison with NaN
+    is false, and a median with one says nothing for twenty steps.
     Warnings go to standard error, each at most every 20 steps, and are kept in ``warnings`` as (step, name, text).
     ``lower_kl_target`` is called where ``guard.on_kl`` asks for that.
     """
@@ -155,7 +159,7 @@ class StabilityGuard:
         """Go on from :meth:`state` and the metrics of the steps before."""
         self.warnings = [(int(step), str(name), str(text)) for step, name, text in state["warnings"]]
         self.drift.scores = {task: list(kept) for task, kept in state["scores"].items()}
-        self._before = list(history[-_REMEMBERED:])
+        self._before = [{k: v for k, v in row.items() if math.isfinite(v)} for row in history[-_REMEMBERED:]]
 
     def look(self, step: int, metrics: Row, task_scores: Iterable[tuple[str, float]] = ()) -> None:
         """Warn about what looks wrong; ``task_scores`` are (task, score) of the step's responses.
@@ -164,7 +168,7 @@ class StabilityGuard:
             KLTooHigh: ``metrics["kl"]`` (nats a response) is above ``guard.max_kl`` and ``guard.on_kl`` is ``stop``.
         """
         limit = self.arguments.max_kl
-        if limit is not None and metrics["kl"] > limit:
+        if limit is not None and not metrics["kl"] <= limit:  # NaN is no KL that is low enough
             text = (
                 f"KL to the initial policy is {metrics['kl']:.1f} nats a response, above guard.max_kl {limit:g}: the "
                 "score of such text says little; raise kl_coef, lower learning_rate, or take an earlier snapshot"
@@ -173,11 +177,18 @@ class StabilityGuard:
                 raise KLTooHigh(f"stopped after step {step}: {text}")
             if self._warn(step, "max_kl", text) and self.arguments.on_kl == "lower_target" and self.lower_kl_target:
                 self.lower_kl_target()
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for name in sorted({*metrics} - {*finite}):
+            self._warn_nonfinite(step, name, metrics[name])
         for rule in _RULES:
-            if rule.broken(metrics, self._before):
-                self._warn(step, rule.name, f"{rule.name} is {metrics[rule.name]:.3g}: {rule.advice}")
-        self.drift.add(task_scores)
-        task, moved = self.drift.worst(metrics.get("score_std", 0.0))
+            if rule.broken(finite, self._before):
+                self._warn(step, rule.name, f"{rule.name} is {finite[rule.name]:.3g}: {rule.advice}")
+        known = list(task_scores)
+        for task, score in known:
+            if not math.isfinite(score):
+                self._warn_nonfinite(step, f"the score of task {task!r}", score)
+        self.drift.add((task, score) for task, score in known if math.isfinite(score))
+        task, moved = self.drift.worst(finite.get("score_std", 0.0))
         if abs(moved) > 1:
             self._warn(
                 step, "task_drift",
@@ -185,7 +196,14 @@ class StabilityGuard:
                 "median task: the policy gains on some tasks at the cost of others. Look at that task's samples, "
                 "rehearse it, or give it more prompts",
             )  # fmt: skip
-        self._before = [*self._before, metrics][-_REMEMBERED:]
+        self._before = [*self._before, finite][-_REMEMBERED:]
+
+    def _warn_nonfinite(self, step: int, name: str, value: float) -> None:
+        self._warn(
+            step, f"{name}, not finite",
+            f"{name} is {value}, so nothing can be said about it: look at this step's data; where logprob_gap is not "
+            "finite either, at the rollout engine",
+        )  # fmt: skip
 
     def _warn(self, step: int, name: str, text: str) -> bool:
         """Warn, unless that was done not long ago."""

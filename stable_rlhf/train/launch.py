@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from stable_rlhf.outside import SECRET_NAME, has_credentials
+from stable_rlhf.progress import printable
 from stable_rlhf.train.config import LaunchArguments, Recipe
 from stable_rlhf.train.memory import GIB, Estimate, estimate, remedies
 from stable_rlhf.train.ppo import check_sizes
@@ -40,7 +42,6 @@ _FORWARDED = (
     "TRITON_",
     "UCX_",
 )
-_SECRET = re.compile("TOKEN|SECRET|KEY|PASSWORD")
 # Since torch 2.5 all attempts of a run share one store by default, and processes that were started again find the dead
 # ones' addresses in it (pytorch issues 135712, 167288; seen with 2.13).
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -206,7 +207,7 @@ def dry_run(recipe: Recipe, plan: Plan) -> int:
         return 0
     short = (found.peak.total - limit) / GIB
     message = f"{recipe.title}: every device is {short:.1f} GiB short in stage {found.peak.stage} ({found.peak.name})"
-    print(f"stable-rlhf: does not fit: {message}", file=sys.stderr)
+    print(f"stable-rlhf: does not fit: {printable(message, lines=False)}", file=sys.stderr)
     changes = remedies(recipe, world_size=plan.world_size, devices_per_node=devices, limit=limit)
     part = max(found.peak.items, key=found.peak.items.__getitem__)
     lines = [f"its largest part is {part}, {found.peak.items[part] / GIB:.1f} GiB; what lowers the peak, and to what:"]
@@ -223,7 +224,7 @@ def slurm_script(recipe: Recipe, plan: Plan) -> str:
     torchrun = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
     lines = " \\\n    ".join([*(f'"{f}"' for f in flags), f"-m stable_rlhf run {shlex.join(plan.arguments)}"])
     return f"""#!/bin/bash
-# {recipe.title}: submit with sbatch from the folder that relative paths below start at.
+# {printable(recipe.title, lines=False)}: submit with sbatch from the folder that relative paths below start at.
 # A job that is requeued or submitted again goes on where the run stopped: same command, same output folder.
 #SBATCH --job-name={plan.name}
 #SBATCH --nodes={plan.nodes}
@@ -297,7 +298,11 @@ def start_on(host: Host, command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start one node's command: here, or through ssh in the same folder with the variables that libraries read."""
     if is_local(host.name):
         return subprocess.Popen(command, start_new_session=True)
-    kept = {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED) and not _SECRET.search(k)}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith(_FORWARDED) and not SECRET_NAME.search(k) and not has_credentials(v)
+    }
     words = ["env", *(f"{k}={v}" for k, v in kept.items()), *command]
     remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
     # -tt: when this end goes away, so does the other.

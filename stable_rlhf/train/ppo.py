@@ -309,7 +309,7 @@ class PPOTrainer:
             for name, part in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(part)
             if i == len(groups) - 1 and self.max_update_kl is not None:
-                too_far = sum_over_ranks([metrics["approx_kl"]])[0] > self.max_update_kl
+                too_far = not sum_over_ranks([metrics["approx_kl"]])[0] <= self.max_update_kl  # NaN is too far
             self.engine.backward(loss, drop=too_far)
             moved = self.engine.step()
         found = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))

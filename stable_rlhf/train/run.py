@@ -23,7 +23,7 @@ from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.train import evaluation, stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
-from stable_rlhf.train.config import DataArguments, Recipe
+from stable_rlhf.train.config import DataArguments, Recipe, decisive
 from stable_rlhf.train.datasets import check_evaluation_sets, contents, digests, locate
 from stable_rlhf.train.engine import barrier, start, world_size
 from stable_rlhf.train.meta import check_meta_batch
@@ -156,7 +156,10 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             )  # fmt: skip
     evaluated = run.stage(
         "evaluation",
-        {"seed": recipe.seed, "data": settings_data, "evaluate": part["evaluate"], "variants": recipe.variants},
+        {
+            "seed": recipe.seed, "data": settings_data, "evaluate": decisive(part["evaluate"]),
+            "variants": recipe.variants,
+        },
         lambda f: evaluation.run_evaluate(
             recipe, str(policy), {v: str(s.folder) for v, s in trained.items()}, str(judge.folder) if judge else None, f
         ),

@@ -489,7 +489,10 @@ def run_ppo(
 def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts | None:
     if not recipe.rollout.server:
         return None
-    return VLLMRollouts(recipe.rollout.server, tokenizer, ends=ends_of_turn(tokenizer, model.causal_lm))
+    return VLLMRollouts(
+        recipe.rollout.server, tokenizer, ends=ends_of_turn(tokenizer, model.causal_lm),
+        timeout=recipe.rollout.timeout, vocabulary=model.causal_lm.get_input_embeddings().num_embeddings,
+    )  # fmt: skip
 
 
 def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
+from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
@@ -58,6 +59,40 @@ def test_a_calm_run_is_left_in_peace(capsys):
 def test_each_warning_says_what_to_try(changes, name, advice, capsys):
     ((step, found, text),) = after(changes).warnings
     assert (step, found) == (9, name) and advice in text and text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [*CALM, "a_metric_of_no_rule"])
+def test_what_is_not_finite_is_a_warning_in_every_rule(name, value):
+    guard = after({name: value})
+    ((step, _, text),) = guard.warnings
+    assert step == 9 and f"{name} is {value}" in text
+    for later in range(10, 16):  # and it spoils no median of those that come after
+        guard.look(later, CALM)
+    assert len(guard.warnings) == 1
+    guard.look(16, {**CALM, "entropy": 0.2})
+    assert guard.warnings[-1][1] == "entropy"
+
+
+def test_a_task_score_that_is_not_finite_is_told_and_forgotten():
+    guard = StabilityGuard(GuardArguments())
+    for step in range(1, 70):
+        guard.look(step, CALM, [(task, math.nan if step == 5 and task == "a" else 1.0) for task in "abc"])
+    assert [(step, "the score of task 'a' is nan" in text) for step, _, text in guard.warnings] == [(5, True)]
+    assert all(math.isfinite(score) for kept in guard.drift.scores.values() for score in kept)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_kl_that_is_no_number_is_above_its_limit(value):
+    with pytest.raises(KLTooHigh, match=f"KL to the initial policy is {value} nats"):
+        after({"kl": value}, GuardArguments(max_kl=20.0, on_kl="stop"))
+
+
+def test_a_kl_that_is_no_number_moves_no_coefficient():
+    controller = KLController(0.1, 5.0)
+    for kl in (math.nan, math.inf, -math.inf):
+        controller.update(kl)
+    assert controller.value == 0.1
 
 
 def test_long_answers_that_score_less_are_no_reward_hacking():

@@ -145,5 +145,5 @@ def test_bad_settings_are_named(settings, message):
 def test_a_server_is_an_address():
     recipe = Recipe()
     recipe.rollout.server = "localhost:8000"
-    with pytest.raises(ValueError, match=r"rollout\.server must be an address, http://host:port, got 'localhost:8000'"):
+    with pytest.raises(ValueError, match=r"rollout\.server must be an address .*, got 'localhost:8000'"):
         check(recipe)
