@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stable_rlhf import __version__
+from stable_rlhf import __version__, signals
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.progress import tolerant_output
@@ -33,6 +33,11 @@ _LOST = re.compile(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``stable-rlhf``."""
+    with signals.ended_by_one_line():
+        _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     tolerant_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments and arguments[0].startswith("--local_rank"):
@@ -54,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, own = parse(command, rest)
     try:
         check(recipe)
+        signals.set_limits(recipe.checkpoint.grace_seconds)
         _COMMANDS[command](recipe, own)
-    except KeyboardInterrupt:
-        print("stable-rlhf: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        raise SystemExit(130) from None
     except Exception as error:
+        if "torch" in sys.modules:
+            from stable_rlhf.train.watchdog import wait_for_the_end
+
+            wait_for_the_end()
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":
             raise
         from safetensors import SafetensorError
@@ -69,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, SafetensorError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            if number := signals.received():  # so has the other one, and it was quicker
+                raise signals.Stopped(number) from None
             fail("another rank has ended, so this one cannot go on; what it said, or the launcher, tells why",
                  hint="the same command goes on from the last checkpoint")  # fmt: skip
         _unexpected(error, Path(recipe.output_dir))

@@ -40,6 +40,34 @@ def console(**settings: Any) -> Any:
 
     return Printable(**settings)
 
+_marks = 0
+_stage = ""
+_bar: Bar | None = None
+
+
+def mark() -> None:
+    """This process has got on: a row, a step, a phase."""
+    global _marks
+    _marks += 1
+
+
+def marks() -> int:
+    """How often it has."""
+    return _marks
+
+
+def begin(stage: str) -> None:
+    """What follows belongs to this stage."""
+    global _stage, _bar
+    _stage, _bar = stage, None
+    mark()
+
+
+def doing() -> str:
+    """Where this process is, for a person: stage, and the last thing that it counted."""
+    counted = f"{_bar.description} {_bar.done}/{_bar.total} {_bar.unit}" if _bar is not None else ""
+    return ", ".join(part.strip() for part in (f"stage {_stage}" if _stage else "", counted) if part)
+
 
 def is_main_process() -> bool:
     """True on global rank 0 (or without a launcher)."""
@@ -56,6 +84,7 @@ def tolerant_output() -> None:
 
 def say(message: str) -> None:
     """A line for the person who watches: standard error, rank 0 only."""
+    mark()
     if is_main_process():
         print(printable(message), file=sys.stderr, flush=True)
 
@@ -81,6 +110,9 @@ class Bar:
             self._rich.start()
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        global _bar
+        _bar = self
+        mark()
         self.done += count
         self.note = note or self.note
         if self._rich is not None:

@@ -73,6 +73,8 @@ Seed = Annotated[int, Range(0, 10**12)]  # seeds made of it stay below 2^63
 Epochs = Annotated[float, Range(0, 10**5, without_low=True)]
 LearningRate = Annotated[float, Range(0, 1000)]
 Coefficient = Annotated[float, Range(0, 10**6)]
+Seconds = Annotated[float, Range(0, 10**6)]
+Minutes = Annotated[float, Range(0, 10**6)]
 Positive = Annotated[float, Range(0, 10**6, without_low=True)]
 Seconds = Annotated[float, Range(0, 24 * 3600, without_low=True)]
 Number = Annotated[float, Range(-(10**6), 10**6)]

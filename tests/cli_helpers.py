@@ -78,27 +78,30 @@ class Server:
             env=environment(),
         )
 
-    def __call__(self, *arguments: object, cwd: Path, kill: float | str | None = None, **extra: str) -> Done:
+    def __call__(
+        self, *arguments: object, cwd: Path, kill: float | str | None = None, sign: int = signal.SIGKILL, **extra: str
+    ) -> Done:  # fmt: skip
         """``kill``: SIGKILL the call after so many seconds, or once a file of this name (a glob in ``cwd``) is there;
-        if it still runs then, its code is -9."""
-        return self._run(1, arguments, cwd, kill, [0], extra)[0]
+        if it still runs then, its code is -9. ``sign``: another signal than SIGKILL."""
+        return self._run(1, arguments, cwd, kill, [0], sign, extra)[0]
 
     def ranks(
         self, count: int, *arguments: object, cwd: Path, kill: float | str | None = None, who: list[int] | None = None,
-        **extra: str,
+        sign: int = signal.SIGKILL, **extra: str,
     ) -> list[Done]:  # fmt: skip
         """The same as ``count`` ranks, as a launcher would start them; ``who``: the ranks to kill (all)."""
         launcher = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return self._run(count, arguments, cwd, kill, who or list(range(count)), launcher | extra)
+        return self._run(count, arguments, cwd, kill, who or list(range(count)), sign, launcher | extra)
 
     def _run(
         self, count: int, arguments: tuple[object, ...], cwd: Path, kill: float | str | None, who: list[int],
-        extra: dict[str, str],
+        sign: int, extra: dict[str, str],
     ) -> list[Done]:  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             outputs = [(Path(folder, f"out-{i}"), Path(folder, f"err-{i}")) for i in range(count)]
             call: dict[str, Any] = {
                 "argv": list(map(str, arguments)), "cwd": str(cwd), "env": extra, "kill": kill, "who": who,
+                "sign": int(sign),
                 "outputs": [(str(out), str(err)) for out, err in outputs],
             }  # fmt: skip
             assert self.process.stdin and self.process.stdout
@@ -155,7 +158,7 @@ def _serve() -> None:
                 kill = None
                 for rank in call["who"]:
                     if codes[rank] is None:
-                        os.kill(children[rank], signal.SIGKILL)
+                        os.kill(children[rank], call["sign"])
             time.sleep(0.005)
         replies.write(json.dumps(codes) + "\n")
         replies.flush()

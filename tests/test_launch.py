@@ -101,7 +101,7 @@ def test_a_command_for_each_host(cli, tiny):
     assert (first, second) == ("# on node-a", "# on me@10.0.0.7")
     for line, holds, address in ((command, 1, "node-a"), (other, 0, "10.0.0.7")):
         assert "--nnodes=2 --nproc-per-node=2" in line and "--rdzv-endpoint=node-a:29400" in line
-        assert f"--rdzv-conf=is_host={holds} --local-addr={address} -m stable_rlhf run my.yaml" in line
+        assert f"--rdzv-conf=is_host={holds} --local-addr={address} " in line and " -m stable_rlhf run my.yaml" in line
         assert line.endswith("--ppo.rollout_batch_size=16")
     assert "unknown (--device-memory-gib says)" in out
 
@@ -109,7 +109,8 @@ def test_a_command_for_each_host(cli, tiny):
 def test_flags_may_come_before_the_recipe(cli, tiny):
     out = cli("launch", "--dry-run", "--rendezvous", "first", "--nodes", 2, "--port=3000", "--max-restarts", 4,
               "--seed", 3, "my.yaml", "--ppo.rollout_batch_size", 16).worked().out  # fmt: skip
-    assert "--rdzv-endpoint=first:3000 --rdzv-id=out --max-restarts=4 -m stable_rlhf run my.yaml --seed 3" in out
+    assert "--rdzv-endpoint=first:3000 --rdzv-id=out --max-restarts=4 " in out
+    assert " -m stable_rlhf run my.yaml --seed 3" in out
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ def test_a_batch_script(cli, tiny):
                "--ppo.rollout_batch_size", 16, "--max-restarts", 2).worked()  # fmt: skip
     assert "sbatch job.sh" in done.out
     text = (tiny / "job.sh").read_text(encoding="utf-8")
+    assert "\n#SBATCH --signal=USR1@160 " in text and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=105\n" in text
     assert "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=2\n" in text
     # As many hosts as no pipe holds: what stops reading after the first would end scontrol, and with it the job.
     for name, does in (("scontrol", "seq -f node%.0f 7 30000"), ("srun", 'printf "%s\\n" "$@"')):
@@ -182,7 +184,8 @@ def test_a_batch_script(cli, tiny):
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [
         "--kill-on-bad-exit=1", sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-        "--rdzv-backend=c10d", "--rdzv-endpoint=node7:29400", "--rdzv-id=99", "--max-restarts=2", "-m", "stable_rlhf",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=node7:29400", "--rdzv-id=99", "--max-restarts=2",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "stable_rlhf",
         "run", "my.yaml", "--title", "It's $HOME", "--ppo.rollout_batch_size", "16",
     ]  # fmt: skip
 

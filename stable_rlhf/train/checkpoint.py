@@ -15,10 +15,12 @@ import torch
 
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.locks import LOCK, FolderInUse, FolderLock, lock_folder
-from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.progress import begin, is_main_process, say
+from stable_rlhf.signals import Stopped, defer
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.config import CheckpointArguments
-from stable_rlhf.train.engine import barrier, gather_objects, world_size
+from stable_rlhf.train.engine import barrier, gather_objects, stop_asked, world_size
+from stable_rlhf.train.watchdog import watch
 
 _MARKER = "run.json"
 _NO_CONTENT = (LOCK, "run.part")  # what a kill may leave before the marker is there
@@ -70,6 +72,7 @@ class RunDirectory:
         self.stages: list[Stage] = []
         self._lock: FolderLock | None = None
         self._first_rank(self._open)
+        watch(60 * self.checkpoint.hang_minutes, self.root)
 
     def _first_rank(self, work: Callable[[], _T]) -> _T:
         """What ``work`` returns on rank 0, on every rank; where it fails there, every rank fails alike."""
@@ -119,6 +122,7 @@ class RunDirectory:
         self, name: str, settings: dict[str, Any], run: Callable[[Path], dict[str, Any]], inputs: Sequence[Stage] = ()
     ) -> Stage:
         """Run a stage, or find it finished. ``run`` gets the folder to write to and returns a JSON-ready result."""
+        begin(name)
         folder = self.root / name
         key = {"settings": settings, "inputs": {s.name: s.fingerprint for s in inputs}}
         fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -134,21 +138,26 @@ class RunDirectory:
         # Dropout draws the same masks whichever stages this process ran before.
         torch.manual_seed(stream_seed(settings.get("seed", 0), name))
         began = time.monotonic()
-        result = run(working)
-        barrier()  # another rank may still be reading what it loads back from there
-        seconds = time.monotonic() - began
+        try:
+            result = run(working)
+            barrier()  # another rank may still be reading what it loads back from there
+            seconds = time.monotonic() - began
 
-        def finish() -> None:
-            _note(working / _STAGE, {
-                "name": name, "fingerprint": fingerprint, **key, "world_size": world_size(), "seconds": seconds,
-                "result": result,
-            })  # fmt: skip
-            _put_in_place(working, folder)
+            def finish() -> None:
+                _note(working / _STAGE, {
+                    "name": name, "fingerprint": fingerprint, **key, "world_size": world_size(), "seconds": seconds,
+                    "result": result,
+                })  # fmt: skip
+                _put_in_place(working, folder)
 
-        self._first_rank(finish)
+            self._first_rank(finish)
+        finally:
+            defer(False)  # a stage that trains has set it
         say(f"[{name}] {seconds:.0f} s")
         done = Stage(name, folder, result, seconds, False, fingerprint)
         self.stages.append(done)
+        if stop := stop_asked():  # it came after the last step, to this rank or to another
+            raise Stopped(stop, f"stage {name} is finished")
         return done
 
     def _look(self, name: str, folder: Path, key: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from stable_rlhf.settings import (
     Count,
     CountOrNone,
     Mebibytes,
+    Minutes,
     PathName,
     Port,
     Positive,
@@ -174,18 +175,25 @@ class CheckpointArguments:
     """Snapshots inside a training stage. Finished stages are kept anyway; these shorten what a kill costs.
 
     Args:
-        save_steps: Write a snapshot after every so many steps of a stage (0: none).
+        save_steps: Write a snapshot after every so many steps of a stage (0: only when a signal ends it).
         save_total_limit: Keep this many of them while the stage runs; a finished stage keeps none.
         resume_from_checkpoint: ``auto`` goes on from the newest good one of an unfinished stage, ``none`` begins the
             stage again, a folder is that snapshot.
         universal: Go on from a snapshot of another number of ranks, ZeRO stage or cut into micro-batches: to rounding,
             not to the bit. The rows of a step must stay the same.
+        grace_seconds: After SIGTERM, SIGHUP or SIGUSR1 a stage finishes its step, writes a snapshot and ends; what is
+            not done after so many seconds is ended without (0: at once). See that whoever sends the signal waits as
+            long: Kubernetes and Slurm's KillWait give 30 seconds unless they are told otherwise.
+        hang_minutes: With several ranks: end them all when none has got on for so long, with a line on the one that
+            hangs (0: never).
     """
 
     save_steps: CountOrNone = 100
     save_total_limit: Count = 2
     resume_from_checkpoint: PathName = "auto"
     universal: bool = False
+    grace_seconds: Seconds = 100.0
+    hang_minutes: Minutes = 30.0
 
     def __post_init__(self) -> None:
         expand_paths(self)

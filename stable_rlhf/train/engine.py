@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.lora import adapters_off, add_lora
 from stable_rlhf.models import PolicyModel
+from stable_rlhf.progress import mark
+from stable_rlhf.signals import ASKS, received
+from stable_rlhf.train import watchdog
 from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.pieces import load_pieces, save_pieces
 from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
@@ -29,7 +32,9 @@ _SCHEDULE = "schedule.json"
 _LOSS_SCALE = "loss-scale.json"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _AVERAGE = "average.safetensors"
-_TIMEOUT_MINUTES = 6 * 60  # the others wait while rank 0 asks a judge, embeds candidates or reads its files again
+# The others wait while rank 0 asks a judge, embeds candidates or reads its files again. A rank that hangs is found long
+# before, by watchdog.py.
+_TIMEOUT_MINUTES = 6 * 60
 
 
 def rank() -> int:
@@ -43,6 +48,7 @@ def world_size() -> int:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+        mark()
 
 
 def device() -> torch.device:
@@ -58,7 +64,15 @@ def sum_over_ranks(values: Iterable[float]) -> list[float]:
         return [float(v) for v in values]
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
+    mark()
     return total.tolist()
+
+
+def stop_asked() -> int:
+    """The signal that ends this run, the same on every rank whichever of them got it; 0 without one."""
+    own = received()
+    found = sum_over_ranks([float(own == number) for number in ASKS])
+    return next((int(number) for number, ranks in zip(ASKS, found, strict=True) if ranks), 0)
 
 
 def max_over_ranks(values: Iterable[float]) -> list[float]:
@@ -72,6 +86,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
+    mark()
     return found
 
 
@@ -123,6 +138,7 @@ def finish() -> None:
     """Leave the process group, all ranks together: one that ends while others still talk to it can take them down."""
     if dist.is_initialized():
         barrier()
+        watchdog.stop()
         dist.destroy_process_group()
 
 

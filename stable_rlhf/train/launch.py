@@ -7,6 +7,7 @@ trainers read nothing but the environment that every launcher sets, so ``deepspe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import torch
 
 from stable_rlhf.outside import SECRET_NAME, has_credentials
 from stable_rlhf.progress import printable
+from stable_rlhf.signals import set_limits
 from stable_rlhf.train.config import LaunchArguments, Recipe
 from stable_rlhf.train.memory import GIB, Estimate, estimate, remedies
 from stable_rlhf.train.ppo import check_sizes
@@ -45,7 +47,9 @@ _FORWARDED = (
 # Since torch 2.5 all attempts of a run share one store by default, and processes that were started again find the dead
 # ones' addresses in it (pytorch issues 135712, 167288; seen with 2.13).
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-_GRACE = 40.0  # seconds until what was asked to end is ended: torchrun itself gives its processes 30
+_REAP = 10.0  # seconds that a launcher waits longer than the processes it started
+# torchrun passes these on; left to itself it would die of the last one, a scheduler's warning.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class Plan:
     launch: LaunchArguments
     arguments: list[str]
     name: str
+    grace: float = 100.0
+
+    @property
+    def variables(self) -> list[str]:
+        """What torchrun's environment needs; it gives its processes 30 seconds unless it is told otherwise."""
+        return [_OWN_STORE, f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={math.ceil(self.grace + _REAP / 2)}"]
 
     @property
     def world_size(self) -> int:
@@ -87,13 +97,14 @@ class Plan:
             "rdzv-endpoint": f"{self.endpoint}:{self.launch.port}",
             "rdzv-id": self.name,
             "max-restarts": self.launch.max_restarts,
+            "signals-to-handle": _SIGNALS,
         }
         if host:
             # Who holds the rendezvous is said rather than guessed from host names: aliases and loopback addresses fool
             # the guess. The address of the node that gets rank 0 becomes MASTER_ADDR.
             settings |= {"rdzv-conf": f"is_host={int(node == 0)}", "local-addr": host.name}
         flags = [f"--{name}={value}" for name, value in settings.items()]
-        torchrun = ["env", _OWN_STORE, sys.executable, "-m", "torch.distributed.run", *flags]
+        torchrun = ["env", *self.variables, sys.executable, "-m", "torch.distributed.run", *flags]
         return [*torchrun, "-m", "stable_rlhf", "run", *self.arguments]
 
 
@@ -134,7 +145,8 @@ def make_plan(recipe: Recipe, arguments: Sequence[str], hostfile: str | None = N
         endpoint = "$MASTER_ADDR"
     name = re.sub(r"\W+", "-", recipe.output_dir).strip("-") or "run"
     devices = launch.devices_per_node or _devices()
-    plan = Plan(hosts, len(hosts) or launch.nodes, devices, endpoint, launch, list(arguments), name)
+    plan = Plan(hosts, len(hosts) or launch.nodes, devices, endpoint, launch, list(arguments), name,
+                recipe.checkpoint.grace_seconds)  # fmt: skip
     if set(recipe.variants) - {"rejection"}:
         check_sizes(recipe.ppo, plan.world_size)
     return plan
@@ -220,7 +232,7 @@ def slurm_script(recipe: Recipe, plan: Plan) -> str:
     """A batch script for sbatch: one torchrun a node, all meeting at the first node of the allocation."""
     flags = ["--nnodes=$SLURM_NNODES", f"--nproc-per-node={plan.devices_per_node}", "--rdzv-backend=c10d",
              f"--rdzv-endpoint=$MASTER_ADDR:{plan.launch.port}", "--rdzv-id=$SLURM_JOB_ID",
-             f"--max-restarts={plan.launch.max_restarts}"]  # fmt: skip
+             f"--max-restarts={plan.launch.max_restarts}", f"--signals-to-handle={_SIGNALS}"]  # fmt: skip
     torchrun = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
     lines = " \\\n    ".join([*(f'"{f}"' for f in flags), f"-m stable_rlhf run {shlex.join(plan.arguments)}"])
     return f"""#!/bin/bash
@@ -235,11 +247,12 @@ def slurm_script(recipe: Recipe, plan: Plan) -> str:
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=USR1@{min(65535, math.ceil(plan.grace) + 60):<18d}# seconds before the end: time for a snapshot
 set -euo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # not head: it would break the pipe
 export MASTER_ADDR OMP_NUM_THREADS="${{OMP_NUM_THREADS:-4}}"
-export {_OWN_STORE}  # or processes that are started again look for the dead ones
+export {" ".join(plan.variables)}
 
 srun --kill-on-bad-exit=1 {torchrun} \\
     {lines}
@@ -321,8 +334,7 @@ def run(plan: Plan) -> int:
     _check_devices(plan)
     check_port(plan.endpoint, plan.launch.port)
     hosts = plan.hosts or [Host("127.0.0.1", plan.devices_per_node)]
-    numbers = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]  # nohup's stays
-    before = {s: signal.signal(s, _interrupt) for s in numbers}
+    set_limits(plan.grace + 2 * _REAP, unwind=plan.grace + 2 * _REAP)  # a signal here has processes to end
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for node, host in enumerate(hosts):
@@ -341,9 +353,7 @@ def run(plan: Plan) -> int:
                 return 0
             time.sleep(0.2)
     finally:
-        _end(processes)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _end(processes, plan.grace + _REAP)
 
 
 def _check_devices(plan: Plan) -> None:
@@ -356,16 +366,13 @@ def _check_devices(plan: Plan) -> None:
         )
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask what still runs to end, whole process groups, and end it when it does not."""
+def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Ask what still runs to end, whole process groups, and end it when it does not: torchrun passes the signal on, and
+    its processes save what they have."""
     running = [p for p in processes if p.poll() is None]
     for process in running:
         os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + seconds
     for process in running:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

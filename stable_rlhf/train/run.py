@@ -21,6 +21,7 @@ from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.rehearsal import resolve_embedding_model
+from stable_rlhf.signals import whole
 from stable_rlhf.train import evaluation, stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe, decisive
@@ -308,10 +309,12 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     from stable_rlhf.evaluate.report import make_report
 
     page, pictures = make_report(summary)
-    (folder / "summary.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
-    (folder / "overview.png").write_bytes(overview(summary))
-    write_pictures(pictures, folder / "pictures")
+    drawn = overview(summary)
+    with whole():
+        (folder / "summary.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
+        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+        (folder / "overview.png").write_bytes(drawn)
+        write_pictures(pictures, folder / "pictures")
 
 
 def write_pictures(pictures: Sequence[Picture], folder: Path) -> None:

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.signals import Stopped, defer
 from stable_rlhf.train.checkpoint import SNAPSHOTS
 from stable_rlhf.train.config import CheckpointArguments
-from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, world_size
+from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, stop_asked, world_size
 from stable_rlhf.train.tracking import METRICS
 
 _MANIFEST = "manifest.json"
@@ -74,6 +75,7 @@ class Snapshots:
                 snapshot was made by another number of ranks or another ZeRO stage and ``universal`` is off; or one of
                 ``kept`` is another number there.
         """
+        defer(True)  # from here on a signal waits for the end of a step: `save` looks
         found = gather_objects(self._newest() if is_main_process() else None)[0]
         if isinstance(found, str):
             raise ValueError(found)
@@ -111,16 +113,25 @@ class Snapshots:
         return int(record["step"]), record["state"]
 
     def save(self, step: int, state: dict[str, Any], *, last: int) -> None:
-        """Write a snapshot after ``step`` when one is due; ``last`` is the stage's last step, which needs none.
+        """Write a snapshot after ``step`` when one is due, or a signal asks for the end; ``last`` is the stage's last
+        step, which needs none.
 
         ``state``: what the trainer carries besides (counts, moments, a controller's coefficient), as JSON has it.
 
         Raises:
             OSError: it could not be written on some rank; nothing of it is left, and the ones before it are.
+            Stopped: a signal came, to this rank or to another; the snapshot is written.
         """
         every = self.arguments.save_steps
-        if every == 0 or step % every or step >= last:
+        if step >= last:
             return
+        stop = stop_asked()
+        if stop or (every and step % every == 0):
+            self._write(step, state)
+        if stop:
+            raise Stopped(stop, f"stage {self.stage} is saved after step {step}")
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         path = self.folder / f"step-{step:08d}"
         working = path.with_suffix(".tmp")
         what = f"checkpoint {str(path)!r} could not be written"

@@ -19,6 +19,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf import signals
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.progress import say
 from stable_rlhf.train.checkpoint import RunDirectory
@@ -26,6 +27,7 @@ from stable_rlhf.train.config import Recipe
 from stable_rlhf.train.run import check_inputs, circumstances, run_recipe, write_pictures
 
 _NOT_A_SETTING = ("title", "output_dir", "seed", "report_to", "checkpoint", "launch", "study")
+_REAP = 15.0  # seconds that a study waits for its seeds' processes after the last one should have ended
 _LOG_TAIL = 3  # lines of a failed seed's log in the error
 
 
@@ -74,10 +76,11 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     )  # fmt: skip
     page, pictures = make_page(found)
     text = markdown(found)
-    (folder / "results.json").write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
-    write_pictures(pictures, folder / "pictures")
+    with signals.whole():
+        (folder / "results.json").write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(text, encoding="utf-8")
+        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+        write_pictures(pictures, folder / "pictures")
     say(f"report: {folder / 'report.html'}")
     return text
 
@@ -112,6 +115,9 @@ def _run_seeds(recipes: Mapping[int, Recipe], workers: int) -> None:
     running: dict[int, tuple[int, Any, Path, float]] = {}  # by what the operating system signals the end with
     failed: dict[int, str] = {}
     done = 0
+    # A signal that ends the study ends the seeds too, each after its step.
+    grace = max(recipe.checkpoint.grace_seconds for recipe in recipes.values())
+    signals.set_limits(grace + _REAP, unwind=grace + _REAP)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -136,6 +142,7 @@ def _run_seeds(recipes: Mapping[int, Recipe], workers: int) -> None:
     finally:
         for _, process, _, _ in running.values():
             process.terminate()
+        for _, process, _, _ in running.values():
             process.join()
     if failed:
         words = "; ".join(f"seed {seed}, {reason}" for seed, reason in failed.items())
@@ -155,7 +162,8 @@ def _run_seed(recipe: Recipe, log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    run_recipe(recipe)
+    with signals.ended_by_one_line(recipe.checkpoint.grace_seconds):
+        run_recipe(recipe)
 
 
 def _tail(log: Path) -> str:

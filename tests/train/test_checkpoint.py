@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from stable_rlhf import signals
 from stable_rlhf.train import checkpoint
 from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
 from stable_rlhf.train.config import CheckpointArguments
@@ -253,6 +256,22 @@ def test_a_stage_draws_the_same_masks_whatever_ran_before_it(tmp_path):
     RunDirectory(tmp_path / "c").stage("sft", {**SETTINGS, "seed": 1}, draw)
     RunDirectory(tmp_path / "a").stage("ppo-am", SETTINGS, draw)
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2] != drawn[3] != drawn[0]
+
+
+def test_a_signal_after_the_last_step_lets_the_stage_finish_and_no_other_begin(tmp_path):
+    class Trained(Work):
+        def __call__(self, folder: Path) -> dict:
+            signals.defer(True)  # as Snapshots does
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return super().__call__(folder)
+
+    with pytest.raises(signals.Stopped) as caught, signals.handled(1000):
+        RunDirectory(tmp_path).stage("sft", SETTINGS, Trained())
+    assert (caught.value.number, caught.value.kept) == (signal.SIGUSR1, "stage sft is finished")
+    assert RunDirectory(tmp_path).stage("sft", SETTINGS, Work()).skipped
+    with pytest.raises(signals.Stopped, match=r"^SIGUSR1$"), signals.handled(1000):  # elsewhere it ends where it is
+        RunDirectory(tmp_path).stage("selection", SETTINGS, lambda _: os.kill(os.getpid(), signal.SIGUSR1) or {})
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["selection.tmp", "sft"]
 
 
 def test_a_stage_that_fails_is_not_finished_and_the_next_attempt_redoes_it(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from stable_rlhf import signals
 from stable_rlhf.data.packing import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
@@ -22,6 +25,7 @@ from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOAr
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.sft import train_sft
+from stable_rlhf.train.tracking import Tracker
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 EVERY_STEP = CheckpointArguments(save_steps=1)
@@ -91,6 +95,28 @@ def test_resumed_equals_uninterrupted_to_the_bit(name, settings, trainers, kille
     trainers[name](tmp_path / "killed", engine, EVERY_STEP)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert len(outcome(tmp_path / "whole")[0]) == (2 if name == "ppo" else 1)
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo", "rejection"])
+def test_a_signal_is_answered_by_a_snapshot_after_the_step(name, trainers, tmp_path, monkeypatch, capsys):
+    """In the middle of the second step, though no snapshot is due: the third is not begun, and nothing is lost."""
+    none = CheckpointArguments(save_steps=0)
+    trainers[name](tmp_path / "whole", EngineArguments(), none)
+    log = Tracker.log
+
+    def logged(self, at, metrics):
+        log(self, at, metrics)
+        if at == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(signals.Stopped) as caught, signals.handled(1000):
+        patched.setattr(Tracker, "log", logged)
+        trainers[name](tmp_path / "run", EngineArguments(), none)
+    assert caught.value.number == signal.SIGTERM and caught.value.kept == "stage run is saved after step 2"
+    assert snapshots(tmp_path / "run") == ["step-00000002"]
+    trainers[name](tmp_path / "run", EngineArguments(), none)
+    assert "going on after step 2" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 @pytest.fixture
