@@ -62,10 +62,8 @@ def _main(argv: Sequence[str] | None) -> None:
         signals.set_limits(recipe.checkpoint.grace_seconds)
         _COMMANDS[command](recipe, own)
     except Exception as error:
-        if "torch" in sys.modules:
-            from stable_rlhf.train.watchdog import wait_for_the_end
-
-            wait_for_the_end()
+        if watchdog := sys.modules.get("stable_rlhf.train.watchdog"):  # not imported for an error's sake
+            watchdog.wait_for_the_end()
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":
             raise
         from safetensors import SafetensorError
