@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -118,6 +119,10 @@ class _Parser(ArgumentParser):
     def known(self) -> list[str]:
         actions = [*self._actions, *self.own._actions]
         return [name for action in actions for option in action.option_strings if (name := option.lstrip("-")) != "h"]
+
+    def parse_path(self, path: str | os.PathLike[str], *given: Any, **settings: Any) -> Any:
+        """A recipe is UTF-8; jsonargparse reads it in the locale's encoding."""
+        return self.parse_string(Path(path).read_text(encoding="utf-8"), path, *given, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         fail(_plain(message, self.given, self.where) + self._suggestion(message), hint=f"see `{self.prog} --help`")

@@ -84,6 +84,13 @@ def test_samples_and_words_in_an_ascii_locale(tmp_path):
     assert "日本" in (tmp_path / "stage" / "samples.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_recipe_in_an_ascii_locale(tmp_path):
+    """It is read, up to the setting that is wrong in it."""
+    text = 'title: "réponse …"\nmodel_name_or_path: m\ndata: {pairs: [p], prompts: [q]}\n'
+    (tmp_path / "é.yaml").write_text(text, encoding="utf-8")
+    run("run", "é.yaml", cwd=tmp_path, **ASCII).refused("data.judge_fraction")
+
+
 @pytest.mark.slow
 def test_select_in_an_ascii_locale(tmp_path):
     rows = [{"prompt": f"rivière … {i}", "response": "日本", "score": i, "skill": "é"} for i in range(12)]

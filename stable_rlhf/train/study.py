@@ -21,7 +21,7 @@ from typing import Any
 
 from stable_rlhf import signals
 from stable_rlhf.data.jsonl import read_json, to_json
-from stable_rlhf.progress import say
+from stable_rlhf.progress import say, tolerant_output
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.config import Recipe
 from stable_rlhf.train.run import check_inputs, circumstances, run_recipe, write_pictures
@@ -162,6 +162,7 @@ def _run_seed(recipe: Recipe, log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    tolerant_output()
     with signals.ended_by_one_line(recipe.checkpoint.grace_seconds):
         run_recipe(recipe)
 
