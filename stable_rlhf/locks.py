@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shlex
 import socket
 import sys
@@ -15,6 +14,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.outside import without_credentials
 from stable_rlhf.progress import say
 
 LOCK = ".lock"  # no content: what lists a folder leaves it out
@@ -92,7 +92,7 @@ def _myself() -> dict[str, Any]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": re.sub(r"://[^/\s@]*@", "://***@", command)[:300],  # an address may hold a password
+        "command": without_credentials(command)[:300],
     }
 
 

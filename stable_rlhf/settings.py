@@ -73,7 +73,7 @@ Seed = Annotated[int, Range(0, 10**12)]  # seeds made of it stay below 2^63
 Epochs = Annotated[float, Range(0, 10**5, without_low=True)]
 LearningRate = Annotated[float, Range(0, 1000)]
 Coefficient = Annotated[float, Range(0, 10**6)]
-Seconds = Annotated[float, Range(0, 10**6)]
+Grace = Annotated[float, Range(0, 10**6)]  # seconds
 Minutes = Annotated[float, Range(0, 10**6)]
 Positive = Annotated[float, Range(0, 10**6, without_low=True)]
 Seconds = Annotated[float, Range(0, 24 * 3600, without_low=True)]

@@ -102,20 +102,31 @@ def test_validation_seeds_are_told_and_other_settings_are_refused(done):
 
 @pytest.mark.slow
 def test_a_killed_study_leaves_no_process_behind_and_goes_on(done, tmp_path):
-    for seconds in (8, 14, 22):
+    """Killed when its seeds have just begun, in the middle of a stage (there it is asked to end), and between stages:
+    by what lies in its folder, so that no machine is too fast or too slow."""
+    seeds = tmp_path / "run" / "seeds"
+    for number, there in (
+        (signal.SIGKILL, "*.log"), (signal.SIGTERM, "*/sft.tmp/metrics.jsonl"), (signal.SIGKILL, "*/scorer-am*"),
+    ):  # fmt: skip
         study = subprocess.Popen(
             [CONSOLE_SCRIPT, *arguments(tmp_path / "run")], cwd=tmp_path, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        time.sleep(seconds)
+        while not any(seeds.glob(there)):
+            assert study.poll() is None
+            time.sleep(0.01)
         children = _children(study.pid)
-        study.send_signal(signal.SIGKILL)
-        study.wait()
-        until = time.monotonic() + 60  # one that was still importing looks for its parent after that
-        while any(_alive(child) for child in children):
-            assert time.monotonic() < until, "a seed's process outlived the study"
+        study.send_signal(number)
+        assert study.stderr
+        said = study.stderr.read()
+        assert study.wait() == (-number if number == signal.SIGKILL else 128 + number), said
+        if number == signal.SIGTERM:
+            assert said.splitlines()[-1] == "stable-rlhf: SIGTERM: ended; the same command goes on where it stopped"
+            logs = [log.read_text(encoding="utf-8").splitlines()[-1] for log in seeds.glob("*.log")]
+            assert logs and all(line.startswith("stable-rlhf: SIGTERM: ") for line in logs), logs
+        while any(_alive(child) for child in children):  # as soon as they look: one may still be importing
             time.sleep(0.1)
-    run(*arguments(tmp_path / "run"), cwd=tmp_path).worked()
+    run(*arguments(tmp_path / "run"), cwd=tmp_path, timeout=900).worked()
     assert figures(tmp_path / "run") == figures(done)
     assert not list((tmp_path / "run").rglob("*.tmp"))
 

@@ -9,6 +9,7 @@ from stable_rlhf.settings import (
     Coefficient,
     Count,
     CountOrNone,
+    Grace,
     Mebibytes,
     Minutes,
     PathName,
@@ -192,7 +193,7 @@ class CheckpointArguments:
     save_total_limit: Count = 2
     resume_from_checkpoint: PathName = "auto"
     universal: bool = False
-    grace_seconds: Seconds = 100.0
+    grace_seconds: Grace = 100.0
     hang_minutes: Minutes = 30.0
 
     def __post_init__(self) -> None:
