@@ -373,12 +373,22 @@ class FeatureCache:
 
     def __init__(self) -> None:
         self._store: dict[tuple[int, ...], Tensor] = {}
+        self._batches: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}  # as they were computed, of all stages
+
+    def for_stage(self) -> FeatureCache:
+        """An empty cache for a stage of its own, which takes whole batches from this one and adds its own to it.
+
+        How a sequence's hidden states are rounded depends on the batch that they were computed in. So a stage has those
+        that it would have if it ran alone, in a run that goes on after the stages before it."""
+        found = FeatureCache()
+        found._batches = self._batches
+        return found
 
     def fill(self, trunk: Trunk, sequences: Sequence[Sequence[int]], *, description: str = "features") -> None:
         """Compute what is missing, with a progress bar."""
         if trunk.lower is None:
             return
-        missing = [list(s) for s in {tuple(s): None for s in sequences} if s not in self._store]
+        missing = [s for s in {tuple(s): None for s in sequences} if s not in self._store]
         if not missing:
             return
         from stable_rlhf.progress import progress
@@ -386,9 +396,10 @@ class FeatureCache:
         batches = length_batches([len(s) for s in missing], trunk.batch_tokens)
         with progress(description, total=sum(len(s) for s in missing), unit="tokens") as bar:
             for rows in batches:
-                chunk = [missing[i] for i in rows]
-                for sequence, feature in zip(chunk, trunk.features(chunk), strict=True):
-                    self._store[tuple(sequence)] = feature
+                chunk = tuple(missing[i] for i in rows)
+                if chunk not in self._batches:
+                    self._batches[chunk] = trunk.features(chunk)
+                self._store |= zip(chunk, self._batches[chunk], strict=True)
                 bar.advance(sum(len(s) for s in chunk))
 
     def get(self, trunk: Trunk, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:

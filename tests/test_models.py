@@ -140,6 +140,26 @@ def test_cached_features_equal_fresh_ones_and_are_computed_once(tiny_model, monk
     torch.testing.assert_close(cached, fresh, rtol=0, atol=2e-6)
 
 
+def test_a_stage_has_the_features_that_it_would_have_alone(tiny_model, monkeypatch):
+    """From the same batches, which are computed once for all stages."""
+    trunk, computed = Trunk(tiny_model().base_model, num_trainable_layers=1), []
+
+    def features(batch):  # which tell what was in the batch
+        computed.append(batch)
+        return [torch.full((len(s), 1), float(sum(map(sum, batch)))) for s in batch]
+
+    monkeypatch.setattr(trunk, "features", features)
+    shared, (train, held_out, judge) = FeatureCache(), ([[4, 5], [6]], [[7, 8, 9]], [[9, 9], [8]])
+    for _ in range(2):
+        shared.for_stage().fill(trunk, [*train, *held_out])
+        assert len(computed) == 1
+    found = []
+    for cache in (shared.for_stage(), FeatureCache()):
+        cache.fill(trunk, [*judge, *held_out])
+        found.append(cache.get(trunk, held_out)[0].tolist())
+    assert found[0] == found[1] and len(computed) == 3
+
+
 @torch.no_grad()
 def test_saved_features_are_taken_up(tiny_model, monkeypatch, tmp_path):
     trunk, saved, cache = Trunk(tiny_model().base_model, num_trainable_layers=1), FeatureCache(), FeatureCache()

@@ -99,7 +99,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.scorer.meta_responses:
         scorer_settings["meta_responses"] = digests(data, [recipe.scorer.meta_responses])
     if recipe.scorer.denoise:
-        strength = measure_strength(recipe, run, backbone, scorer_settings, inputs, cache)
+        strength = measure_strength(recipe, run, backbone, scorer_settings, inputs)
         data.pairs = [str((strength.folder / "pairs.jsonl.gz").resolve())]
         inputs = [*inputs, strength]
     if recipe.scorer.expected_coef:  # e(x) is regressed on samples of the policy, drawn as PPO draws them

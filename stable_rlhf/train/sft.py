@@ -74,6 +74,8 @@ def train_sft(
     snapshots = Snapshots(folder, engine, checkpoint, [rows_a_step(global_batch)])
     done, carried = snapshots.restore()
     tracker, cache = Tracker(folder, report_to, after=done), FeatureCache()
+    # All of them now: computed batch by batch, a resumed stage would have them from other batches.
+    cache.fill(policy.trunk, [e.ids for e in examples], description="hidden states")
     early = max(1, round(early_share * steps)) if early_share is not None else 0
     tokens, loss = carried.get("tokens", 0.0), 0.0
     with progress("SFT", total=steps, unit="steps") as bar:

@@ -235,7 +235,7 @@ def run_scorer(
         ),
         num_trainable_layers=arguments.num_trainable_layers, seed=stream_seed(recipe.seed, "heads"),
     )  # fmt: skip
-    cache = cache if cache is not None else FeatureCache()
+    cache = cache.for_stage() if cache is not None else FeatureCache()
     cache.fill(
         model.trunk.to(device()), [e.ids for r in (*train, *test) for e in r.examples], description="hidden states"
     )

@@ -66,8 +66,7 @@ class _Pairs:
 
 
 def measure_strength(
-    recipe: Recipe, run: RunDirectory, backbone: str, settings: dict[str, Any], inputs: Sequence[Stage] = (),
-    cache: FeatureCache | None = None,
+    recipe: Recipe, run: RunDirectory, backbone: str, settings: dict[str, Any], inputs: Sequence[Stage] = ()
 ) -> Stage:  # fmt: skip
     """Train the scorers and sum up; returns the stage whose folder holds ``pairs.jsonl.gz`` with each pair's strength.
 
@@ -75,7 +74,7 @@ def measure_strength(
     the strengths of training pairs owe nothing to held-out ones; every pair that fits is measured."""
     s = recipe.strength
     load = functools.cache(lambda: _load(recipe, backbone))
-    cache = cache if cache is not None else FeatureCache()
+    cache = FeatureCache()  # its own: the scorers after it read other rows together
     settings = {**settings, "scorer": {k: v for k, v in settings["scorer"].items() if k != "denoise"}}
     hidden: Stage | None = None
     if s.heads_only:
@@ -94,7 +93,7 @@ def measure_strength(
             def vote(folder: Path, fold: int = fold, seed: int = seed) -> dict[str, Any]:
                 if hidden is not None:
                     return _vote_by_head(load(), recipe, hidden.folder, fold, seed, folder)
-                return _vote(load(), recipe, backbone, fold, seed, folder, cache)
+                return _vote(load(), recipe, backbone, fold, seed, folder, cache.for_stage())
 
             voters.append(run.stage(name, {**settings, "strength": shape}, vote, sources))
     return run.stage(

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison, DataError
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models import FeatureCache, PolicyModel, Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.config import EngineArguments, ScorerArguments
+from stable_rlhf.train.config import EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.scorer import (
     EncodedComparison,
     encode_comparisons,
@@ -23,6 +24,7 @@ from stable_rlhf.train.scorer import (
     scorer_loss,
     train_scorer,
 )
+from stable_rlhf.train.stages import run_scorer
 
 ARGUMENTS = ScorerArguments(margin=1.5)
 ALL_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -322,3 +324,20 @@ def test_pairs_are_scored_as_ppo_would(make, rows):
     reward, expected = heads(model, rows[3].examples)
     wanted = [2 / 3 * (r - expected[0]) for r in reward]
     assert (scores["chosen"][-1], scores["rejected"][-1]) == pytest.approx((wanted[1], wanted[0]), abs=1e-5)
+
+
+def test_a_scorer_stage_is_the_same_alone_and_after_others(tiny_model, tokenizer, one_process, tmp_path, monkeypatch):
+    """The rounding of hidden states depends on their batch: here by much more than rounding."""
+    right = Trunk.features
+    monkeypatch.setattr(Trunk, "features", lambda self, batch: [f * (1 + 0.1 * len(batch)) for f in right(self, batch)])
+    tiny_model(layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Say {a}", "chosen": a, "rejected": a + a} for a in "abcdefghi"])
+    recipe = Recipe(report_to=[], scorer=ScorerArguments(num_trainable_layers=1, num_train_epochs=1))
+    recipe.data.data_dir, recipe.data.pairs = str(tmp_path), ["pairs.jsonl"]
+    recipe.data.test_fraction = recipe.data.judge_fraction = 0.3
+    shared = FeatureCache()
+    for split, name, cache in (("train", "rm", shared), ("judge", "after", shared), ("judge", "alone", FeatureCache())):
+        run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / name, cache=cache, split=split)
+    for name in ("model.safetensors", "heads.safetensors", "scores.json"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

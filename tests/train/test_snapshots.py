@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from stable_rlhf import signals
 from stable_rlhf.data.packing import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models import PolicyModel, Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
 from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments, SFTArguments
@@ -117,6 +117,30 @@ def test_a_signal_is_answered_by_a_snapshot_after_the_step(name, trainers, tmp_p
     trainers[name](tmp_path / "run", EngineArguments(), none)
     assert "going on after step 2" in capsys.readouterr().err
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_resumed_sft_has_its_hidden_states_from_the_same_batches(
+    tiny_model, tokenizer, killed_after, tmp_path, monkeypatch
+):
+    """The rounding of hidden states depends on their batch: here by much more than rounding."""
+    right = Trunk.features
+    monkeypatch.setattr(
+        Trunk, "features", lambda self, batch: [f * (1 + sum(map(len, batch))) for f in right(self, batch)]
+    )
+    rows = [encode(tokenizer, t, r) for t, r in zip(TEXTS, ("dcba", "zyx", "c", "1"), strict=True)]
+    arguments = SFTArguments(learning_rate=1e-3, max_steps=4, num_train_epochs=9, per_device_train_batch_size=2)
+
+    def train(name: str) -> None:
+        policy = PolicyModel(tiny_model(), num_trainable_layers=1)
+        train_sft(
+            policy, tokenizer, rows, arguments, EngineArguments(), tmp_path / name, seed=1, checkpoint=EVERY_STEP
+        )  # fmt: skip
+
+    train("whole")
+    with killed_after(3):
+        train("killed")
+    train("killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 @pytest.fixture

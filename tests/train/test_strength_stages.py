@@ -161,14 +161,15 @@ def test_a_finished_scorer_is_not_trained_again(recipe, backbone, monkeypatch):
     assert calls[3:] == ["strength-scorer-3.tmp"]
 
 
-def test_scorers_read_the_backbone_in_the_engines_type(recipe, backbone):
-    """Whose hidden states a run's other scorers share: those that a run continued after this stage would compute."""
+def test_scorers_read_the_backbone_in_the_engines_type(recipe, backbone, monkeypatch):
     recipe.engine.bf16, recipe.scorer.num_trainable_layers, recipe.strength.num_scorers = True, 1, 1
     cache, settings = FeatureCache(), {"scorer": recipe.as_dict()["scorer"]}
-    measure_strength(recipe, RunDirectory(recipe.output_dir), backbone, settings, cache=cache)
+    monkeypatch.setattr(strength, "FeatureCache", lambda: cache)
+    measure_strength(recipe, RunDirectory(recipe.output_dir), backbone, settings)
     trunk = Trunk(load_causal_lm(backbone, dtype=torch.bfloat16).base_model, 1)
-    assert len(cache._store) > 60
-    for sequence, hidden in cache._store.items():
+    found = {sequence: h for batch, hidden in cache._batches.items() for sequence, h in zip(batch, hidden, strict=True)}
+    assert len(found) > 60
+    for sequence, hidden in found.items():
         assert hidden.dtype == torch.bfloat16
         torch.testing.assert_close(hidden, trunk.features([sequence])[0], rtol=0.02, atol=0.02)
 
