@@ -23,6 +23,7 @@ from stable_rlhf.models import PolicyModel
 from stable_rlhf.progress import mark
 from stable_rlhf.signals import ASKS, received
 from stable_rlhf.train import watchdog
+from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.pieces import load_pieces, save_pieces
 from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
@@ -132,6 +133,15 @@ def start(seed: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     torch.manual_seed(seed)
+
+
+def _part_generators() -> None:
+    """Let every rank draw dropout masks of its own, rank 0 those of one process alone. For when the model is made:
+    until then all ranks draw the same."""
+    seed = torch.initial_seed()
+    first = gather_objects(seed)[0]
+    if rank() and seed == first:  # else an engine before this one has done it
+        torch.manual_seed(stream_seed(seed, "rank", rank()))
 
 
 def finish() -> None:
@@ -268,7 +278,7 @@ class Engine:
         if arguments.lora_r:
             add_lora(
                 self.plain, trunk.upper, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
-                target_modules=arguments.lora_target_modules, seed=torch.initial_seed(),
+                target_modules=arguments.lora_target_modules, seed=gather_objects(torch.initial_seed())[0],
             )  # fmt: skip
         if arguments.packing:
             trunk.pack()
@@ -326,13 +336,14 @@ class Engine:
         averages = arguments.ema_decay and isinstance(module, PolicyModel)  # nothing would read a scorer's
         self.average = Average(dict(named), arguments.ema_decay) if averages else None
         self.skip_nonfinite = False
-        self._dropping = False
+        self._dropping, self._overflowing = False, False
         self.overflowed, self.overflowed_steps = False, 0  # whether the last step was, and how many so far
         self._scaler: Any = None
         if arguments.fp16:
             self._scaler = self.optimizer.loss_scaler
             self._scaler.raise_error_at_min_scale = False  # `step` does, in words
             self._take_scale()
+        _part_generators()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
@@ -362,12 +373,18 @@ class Engine:
                 f"the loss is not finite (rank {rank()}: {float(loss.detach()):g}); the weights are those of the step "
                 "before. Look at the last rows of metrics.jsonl; lower learning_rate, or set max_grad_norm"
             )
-        if broken or drop:
+        if broken or drop or self._overflowing:
             # No finite gradient is left: under every ZeRO stage DeepSpeed then leaves the step out by itself, and
             # forgets what the step's other micro-steps have gathered.
-            self._dropping = True
+            self._dropping |= broken or drop
             loss = loss * float("nan")
         self.deepspeed.backward(loss * (world_size() * self.accumulation))
+
+    def overflow(self) -> bool:
+        """Leave out the coming optimiser step, on every rank, as one whose own gradient has overflowed: it is counted
+        and lowers the loss scale. False where no scale is left to lower."""
+        self._overflowing = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
+        return self._overflowing
 
     def step(self) -> bool:
         """Ends a micro-step; the optimiser moves at each accumulation boundary. False: this step was left out.
@@ -386,7 +403,7 @@ class Engine:
         self.deepspeed.step()
         if not boundary:
             return True
-        dropped, self._dropping = self._dropping, False
+        dropped, self._dropping, self._overflowing = self._dropping, False, False
         moved = self.deepspeed.was_step_applied()
         if self._scaler is not None:
             self.overflowed = not (moved or dropped) and scaler["cur_scale"] > scaler["min_scale"]

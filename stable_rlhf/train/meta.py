@@ -100,11 +100,25 @@ class MetaRM:
     def ascended(self, step: int) -> Iterator[dict[str, float]]:
         """Context in which the model's weights are θ' of ``step`` (from 1); gives J and the norm of its gradient.
 
+        Where that gradient overflows in fp16 at the present loss scale, nothing moves, and the engine leaves the step
+        out as it does when its own gradient overflows.
+
         Raises:
             FloatingPointError: the gradient is not finite; nothing has moved.
         """
         difference, gradient = self._gradient(self.batches[step - 1])
-        norm, before = self._ascend(gradient)
+        norm = self._norm(gradient)
+        if not math.isfinite(norm):
+            with self._shards_alone():
+                pass  # ZeRO-3 is left as after an ascent
+            if not (math.isfinite(difference) and self.engine.overflow()):
+                raise FloatingPointError(
+                    "the gradient of MetaRM's objective on scorer.meta_responses is not finite; the weights are those "
+                    "of the step before. Lower scorer.learning_rate or scorer.meta_learning_rate"
+                )
+            yield {"meta_difference": difference}
+            return
+        before = self._ascend(gradient)
         del gradient
         try:
             yield {"meta_difference": difference, "meta_gradient_norm": norm}
@@ -123,7 +137,7 @@ class MetaRM:
         found = [torch.zeros_like(shard(p), dtype=torch.float32) for p in self.trained]
         hooks = [p.register_hook(partial(self._keep, p, g)) for p, g in zip(self.trained, found, strict=True)]
         value, mine = 0.0, batch[rank() :: world_size()]
-        width = self.arguments.per_device_train_batch_size
+        width, scale = self.arguments.per_device_train_batch_size, self.engine.loss_scale
         try:
             for start in range(0, len(mine), width):
                 sets = [self.rows[i] for i in mine[start : start + width]]
@@ -131,7 +145,7 @@ class MetaRM:
                 reward = self.model(*self.model.prepare([e for s in sets for e in s], self.cache))[0]
                 part = response_difference(reward, [len(s) for s in sets]).sum() / len(batch)
                 # Not `backward`: no `.grad` is touched, and none of DeepSpeed's hooks that gather gradients runs.
-                torch.autograd.grad(part, self.trained, allow_unused=True)
+                torch.autograd.grad(part * scale, self.trained, allow_unused=True)
                 value += float(part.detach())
         finally:
             for hook in hooks:
@@ -139,6 +153,8 @@ class MetaRM:
         if world_size() > 1 and not self._sharded:
             for gradient in found:
                 dist.all_reduce(gradient)
+        for gradient in found:
+            gradient.div_(scale)
         return sum_over_ranks([value])[0], found
 
     def _keep(self, parameter: Tensor, into: Tensor, gradient: Tensor) -> Tensor:
@@ -153,23 +169,20 @@ class MetaRM:
             into += gradient
         return gradient.new_zeros(()).expand_as(gradient)
 
+    def _norm(self, gradient: Sequence[Tensor]) -> float:
+        norm = float(nn.utils.get_total_norm(gradient))
+        return math.sqrt(sum_over_ranks([norm**2])[0]) if self._sharded else norm
+
     @torch.no_grad()
-    def _ascend(self, gradient: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """Move to θ'; returns the gradient's norm, and θ."""
-        norm, before = float(nn.utils.get_total_norm(gradient)), []
-        if self._sharded:
-            norm = math.sqrt(sum_over_ranks([norm**2])[0])
+    def _ascend(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        """Move to θ'; returns θ."""
+        before = []
         with self._shards_alone():
-            if not math.isfinite(norm):
-                raise FloatingPointError(
-                    "the gradient of MetaRM's objective on scorer.meta_responses is not finite; the weights are those "
-                    "of the step before. Lower scorer.learning_rate or scorer.meta_learning_rate"
-                )
             for parameter, direction in zip(self.trained, gradient, strict=True):
                 held = shard(parameter)
                 before.append(held.clone())
                 held.copy_(held.float() + self.arguments.meta_learning_rate * direction)
-        return norm, before
+        return before
 
     @torch.no_grad()
     def _restore(self, before: Sequence[Tensor]) -> None:

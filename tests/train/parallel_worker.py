@@ -19,12 +19,14 @@ from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import micro_steps, shuffled_steps
-from stable_rlhf.train.config import EngineArguments, PPOArguments, ScorerArguments
+from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments, ScorerArguments
 from stable_rlhf.train.contrastive import contrastive_term
-from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size
+from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import _imitate
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
+from stable_rlhf.train.snapshots import Snapshots
+from stable_rlhf.train.tracking import Tracker
 from stable_rlhf.world import build_model, build_tokenizer
 
 UPDATES = 10
@@ -221,6 +223,33 @@ def nonfinite(stage: int, tokenizer) -> list[float]:
     return found
 
 
+def dropout(stage: int, tokenizer, folder: Path) -> list[list[float]]:
+    """Each rank's forward of the same rows with dropout: before a snapshot, after it, and gone on from it."""
+    built = model(tokenizer)
+    for layer in built.base_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    torch.manual_seed(4)
+    policy = PolicyModel(built)
+    engine = Engine(policy, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=9)
+    engine.train()
+    tracker, snapshots = Tracker(folder, ()), Snapshots(folder, engine, CheckpointArguments(save_steps=1))
+
+    def draw() -> float:
+        with torch.no_grad():
+            logprob = engine(policy.trunk.inputs([[5, 6, 7, 8], [8, 9, 10, 11]]), torch.full((2, 4), 7))["logprob"]
+        return float(logprob.sum())
+
+    found = [draw()]
+    tracker.log(1, {"loss": 0.0})
+    snapshots.save(1, {}, last=9)
+    found.append(draw())
+    snapshots.restore()
+    found.append(draw())
+    tracker.close()
+    engine.close()
+    return gather_objects(found)
+
+
 def main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     output, micro, stages = Path(arguments[0]), int(arguments[1]), [int(s) for s in arguments[2].split(",")]
@@ -243,6 +272,7 @@ def main() -> None:
             "split imitation": imitation_losses(stage, micro, tokenizer, layers=1),
             "head": head_gradient(stage, micro, tied=False), "tied head": head_gradient(stage, micro, tied=True),
             "drawn": [drawn, drawn_too], "nonfinite": nonfinite(stage, tokenizer),
+            "dropout": dropout(stage, tokenizer, output.with_suffix("") / str(stage)),
         }  # fmt: skip
     if rank() == 0:
         output.write_text(json.dumps(found), encoding="utf-8")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.train import engine as engine_module
 from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.engine import Engine, read_only, start
 
@@ -168,3 +169,39 @@ def test_the_weights_are_whole_after_the_error(plain, tiny_model, monkeypatch):
     with pytest.raises(FloatingPointError):
         steps(model, {"zero_stage": 1}, "i", skip=False)
     assert all(torch.equal(a, b) for a, b in zip(kept[0], before, strict=True))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_checkpointed_blocks_drop_out_the_same_again(tiny_model):
+    """Their masks are drawn twice, in the forward and when backward comes back to them."""
+    found = []
+    for checkpointing, seed in ((False, 3), (True, 3), (True, 4)):
+        policy = PolicyModel(tiny_model())
+        for layer in policy.trunk.upper.layers:
+            layer.self_attn.attention_dropout = 0.5
+        arguments = EngineArguments(gradient_checkpointing=checkpointing)
+        engine = Engine(policy, arguments, learning_rate=1e-3, total_steps=2)
+        engine.train()
+        torch.manual_seed(seed)
+        inputs = policy.trunk.inputs([[5, 6, 7, 8], [8, 9, 10, 11]])
+        engine.backward(-engine(inputs, torch.full((2, 4), 7))["logprob"].mean())
+        found.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        engine.close()
+    plain, checkpointed, other = found
+    torch.testing.assert_close(checkpointed, plain)
+    assert float((other - plain).norm() / plain.norm()) > 0.1
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_generators_part_once_when_the_model_is_made(tiny_model, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(engine_module, "gather_objects", lambda value: [5])
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(engine_module, "rank", lambda rank=rank: rank)
+        torch.manual_seed(5)
+        for _ in range(2):
+            seeds.append(torch.initial_seed())
+            Engine(PolicyModel(tiny_model()), EngineArguments(), learning_rate=1e-3, total_steps=2).close()
+        seeds.append(torch.initial_seed())
+    assert seeds[:3] == [5, 5, 5] and seeds[3] == seeds[6] == 5  # one process alone is as it was
+    assert seeds[4] == seeds[5] and seeds[7] == seeds[8] and len({*seeds}) == 3

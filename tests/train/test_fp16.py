@@ -14,14 +14,17 @@ from deepspeed.accelerator import get_accelerator
 from fp16_worker import Run
 from test_parallel import launch
 
-from stable_rlhf.data.packing import Encoded
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.scorer.meta import response_difference
+from stable_rlhf.train import meta
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import EngineArguments, GuardArguments, PPOArguments, Recipe
+from stable_rlhf.train.config import EngineArguments, GuardArguments, PPOArguments, Recipe, ScorerArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.guard import StabilityGuard
+from stable_rlhf.train.meta import MetaRM
 from stable_rlhf.train.ppo import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -151,6 +154,74 @@ def test_ppo_counts_overflows_and_its_guard_is_silent(fp16, tiny_model, tokenize
         StabilityGuard(GuardArguments()).look(1, {"kl": 0.0} | kept)
     assert "WARNING" not in capsys.readouterr().err
     trainer.engine.close()
+
+
+class Ascent:
+    """A scorer's engine and MetaRM on a few responses; ``factor`` scales its objective, value and gradient."""
+
+    def __init__(self, model, tokenizer, monkeypatch, stage: int = 1, half: bool = True, factor: float = 1.0) -> None:
+        right = response_difference
+        monkeypatch.setattr(meta, "response_difference", lambda reward, counts: factor * right(reward, counts))
+        self.model = AdvantageModel(model.base_model, tokenizer)
+        self.engine = Engine(
+            self.model, EngineArguments(fp16=half, zero_stage=stage), learning_rate=1e-3, total_steps=9
+        )  # fmt: skip
+        self.engine.train()
+        shifted = [[encode(tokenizer, "Say a", r) for r in ("a", "aa", "b")] for _ in range(2)]
+        arguments = ScorerArguments(meta_batch_size=2, meta_learning_rate=1.0 / factor)
+        self.meta = MetaRM(self.engine, self.model, shifted, arguments, FeatureCache(), steps=9, seed=0)
+
+    def weights(self) -> torch.Tensor:
+        with self.engine.whole_weights():
+            return torch.cat([p.detach().float().flatten() for p in self.model.parameters()]).clone()
+
+    def step(self, number: int) -> tuple[bool, float, dict]:
+        """Whether the weights moved in the end, and how far the ascent had moved them."""
+        before = self.weights()
+        with self.meta.ascended(number) as found:
+            ascent = float((self.weights() - before).norm())
+            self.engine.backward(self.engine(*self.model.prepare(self.meta.rows[0]))[0].mean() * 1e-3)
+        return self.engine.step(), ascent, found
+
+    def set_scale(self, scale: float) -> None:
+        self.engine._scaler.cur_scale = scale
+        self.engine._take_scale()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_metarm_ascends_on_small_gradients_as_in_float32(fp16, tiny_model, tokenizer, monkeypatch, stage):
+    """A hundred-thousandth of the usual ones: float16 alone would round them to 0."""
+    found = []
+    for half in (False, True):
+        with monkeypatch.context() as patched:
+            run = Ascent(tiny_model(), tokenizer, patched, stage, half, factor=1e-5)
+            patched.setattr(run.meta, "_norm", lambda g, right=run.meta._norm: (found.append([*g]), right(g))[1])
+            moved, ascent, figures = run.step(1)
+            assert moved and ascent > 0.1 and figures["meta_gradient_norm"] > 1e-7
+            run.engine.close()
+    plain, half = (torch.cat([g.flatten() for g in gradient]) for gradient in found)
+    assert float((half - plain).norm() / plain.norm()) < 0.02
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_metarm_leaves_a_step_out_where_its_gradient_overflows(fp16, tiny_model, tokenizer, monkeypatch, stage):
+    """As the engine does where its own does; what is infinite at the lowest scale is a fault."""
+    run = Ascent(tiny_model(), tokenizer, monkeypatch, stage)
+    run.set_scale(2.0**30)
+    before = run.weights()
+    for number, scale in ((1, 2.0**30), (2, 2.0**29)):  # DeepSpeed forgives the first
+        moved, ascent, figures = run.step(number)
+        assert not moved and ascent == 0 and set(figures) == {"meta_difference"} and run.engine.overflowed
+        assert run.engine.scaling_metrics() == {"loss_scale": scale, "overflowed_steps": number}
+    assert torch.equal(run.weights(), before)
+    run.set_scale(2.0**8)
+    moved, ascent, _ = run.step(3)
+    assert moved and ascent > 0 and not torch.equal(run.weights(), before)
+    run.set_scale(1.0)
+    monkeypatch.setattr(meta, "response_difference", lambda reward, counts: 1e9 * reward.sum()[None])
+    with pytest.raises(FloatingPointError, match=r"gradient of MetaRM's objective .* is not finite"):
+        run.step(4)
+    run.engine.close()
 
 
 @pytest.mark.slow

@@ -87,3 +87,13 @@ def test_an_infinite_gradient_on_one_rank_moves_the_weights_of_none(losses, stag
     for ranks in losses:
         moved, by_how_much, then_moved, then_by_how_much = ranks[stage]["nonfinite"]
         assert (moved, by_how_much) == (0.0, 0.0) and then_moved == 1.0 and 1e-4 < then_by_how_much < 1.0
+
+
+@STAGES
+def test_every_rank_draws_dropout_masks_of_its_own(losses, stage):
+    """The first rank those of one process alone; from a snapshot each goes on with its own, to the bit."""
+    (one,), two = (ranks[stage]["dropout"] for ranks in losses)
+    for before, after, again in (one, *two):
+        assert before != after == again
+    assert two[0] == pytest.approx(one, rel=1e-6)
+    assert len({value for rank in two for value in rank}) == 4
