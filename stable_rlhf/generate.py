@@ -213,8 +213,12 @@ def generate(
         raise ValueError("seeds: one integer a prompt is needed when temperature > 0")
     if any(len(p) == 0 for p in prompts):
         raise ValueError("prompts: every prompt needs at least one token")
-    limit = context_length(causal_lm.config)
+    limit, embedding = context_length(causal_lm.config), causal_lm.get_input_embeddings()
     for i, prompt in enumerate(prompts):
+        if max(prompt) >= embedding.num_embeddings:
+            raise ValueError(
+                f"prompt {i} has the token id {max(prompt)}, and the model's embedding {embedding.num_embeddings} rows"
+            )
         if len(prompt) + settings.max_new_tokens > limit:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {settings.max_new_tokens} that is more than "
@@ -223,11 +227,13 @@ def generate(
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     turn_ends, pad = ends_of_turn(tokenizer, causal_lm), tokenizer.pad_token_id
+    if pad is None or pad >= embedding.num_embeddings:  # added after training: it is masked, so any id will do
+        pad = 0
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=list(turn_ends), pad_token_id=pad,
         use_cache=True,
     )  # fmt: skip
-    device = next(causal_lm.parameters()).device
+    device = embedding.weight.device  # a multimodal model's other parts may lie elsewhere
     was_training, own_config = causal_lm.training, causal_lm.generation_config
     # transformers fills what a configuration leaves open from the model's own: a repetition penalty there, say, would
     # sample from another distribution than the one that is trained.

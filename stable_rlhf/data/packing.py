@@ -6,15 +6,18 @@ result does not depend on the padding side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from stable_rlhf.data.records import Prompt
+from stable_rlhf.data.records import DataError, Prompt, RowError, as_messages
+from stable_rlhf.data.templates import render
 from stable_rlhf.data.turns import end_of_turn
+from stable_rlhf.progress import say
 
 IGNORE = -100
 _CHARACTERS = 16  # a token: four times what English has, and soon encoded
@@ -36,31 +39,61 @@ class Encoded:
         return len(self.ids)
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, source: str = "") -> list[int]:
     """Token ids of a prompt, through the tokenizer's chat template when it has one.
 
-    A string is one user turn. Without a template, the text is taken as it is (messages: contents, joined by newlines).
+    A string is one user turn. Without a template, the text is taken as it is (messages: contents, joined by newlines;
+    that their roles are lost is said once). ``source``: the file and line of the row, for what has to be said of it.
+
+    Raises:
+        RowError: the template refuses the prompt, it has no tokens, or one that the model has no embedding of.
     """
+    where = f"{source}: " if source else ""
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return list(ids["input_ids"])
+        return _embedded(tokenizer, render(tokenizer, as_messages(prompt), source), where)
+    if not isinstance(prompt, str) and (len(prompt) > 1 or prompt[0]["role"] != "user"):
+        _say_that_roles_are_lost(tokenizer, where)
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
     ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # some tokenizers close every text; the prompt goes on
     if not ids:
-        raise ValueError(f"the prompt {text!r} has no tokens")
+        raise RowError(f"{where}the prompt {text!r} has no tokens")
+    return _embedded(tokenizer, ids, where)
+
+
+_told_of_roles: WeakSet[Any] = WeakSet()
+
+
+def _say_that_roles_are_lost(tokenizer: Any, where: str) -> None:
+    if tokenizer in _told_of_roles:
+        return
+    _told_of_roles.add(tokenizer)
+    name = getattr(tokenizer, "name_or_path", "")
+    say(
+        f"  warning: {where}the tokenizer{f' of {name!r}' if name else ''} has no chat template, so the messages of a "
+        "chat are joined by newlines and who says what is lost; give it a chat template if that matters"
+    )
+
+
+def _embedded(tokenizer: Any, ids: list[int], where: str) -> list[int]:
+    """The ids, where the model that the tokenizer was loaded for has an embedding of each."""
+    rows = getattr(tokenizer, "embedding_rows", None)
+    if rows is not None and ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise RowError(f"{where}the token {token!r} (id {max(ids)}) is beyond the {rows} rows of the model's embedding")
     return ids
 
 
-def encode(tokenizer: Any, prompt: Prompt, response: str, *, finished: bool = True) -> Encoded:
+def encode(tokenizer: Any, prompt: Prompt, response: str, *, finished: bool = True, source: str = "") -> Encoded:
     """Prompt and response with :func:`end_of_turn` at the end, so that even an empty one has a token to be judged at.
 
     A response that is not ``finished``, cut off at a greatest length, has no end. An empty one then has no token: there
-    is nothing to learn or to judge, and whoever asks for unfinished responses has to leave it out."""
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    is nothing to learn or to judge, and whoever asks for unfinished responses has to leave it out. ``source`` and
+    errors are as in :func:`encode_prompt`."""
+    prompt_ids = encode_prompt(tokenizer, prompt, source=source)
     response_ids = list(tokenizer(response, add_special_tokens=False)["input_ids"]) if response else []
+    _embedded(tokenizer, response_ids, f"{source}: " if source else "")
     if finished:
         response_ids.append(end_of_turn(tokenizer))
     return Encoded((*prompt_ids, *response_ids), len(prompt_ids))
@@ -82,6 +115,35 @@ def surely_longer(tokenizer: Any, prompt: Prompt, limit: int) -> bool:
             return True
         size *= 8
     return False
+
+
+Row = TypeVar("Row")
+Made = TypeVar("Made")
+
+
+def encode_rows(
+    what: str, rows: Sequence[Row], encode_row: Callable[[Row], Made], on_bad_row: str = "error"
+) -> list[tuple[Row, Made]]:
+    """Rows with what ``encode_row`` makes of each. One that raises a :class:`RowError` ends it or, with
+    ``on_bad_row="skip"``, is left out, and told.
+
+    Raises:
+        DataError: no row is left.
+    """
+    made: list[tuple[Row, Made]] = []
+    bad: list[RowError] = []
+    for row in rows:
+        try:
+            made.append((row, encode_row(row)))
+        except RowError as error:
+            if on_bad_row != "skip":
+                raise
+            bad.append(error)
+    if bad and not made:
+        raise DataError(f"{what}: no row is left, all {len(bad)} are bad; the first: {bad[0]}")
+    if bad:
+        say(f"  {what}: {len(bad)} bad rows left out, the first: {bad[0]}")
+    return made
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ class DataError(ValueError):
     """A data file or one of its rows cannot be used; the message names the file, the line and the reason."""
 
 
+class RowError(DataError):
+    """One row cannot be written as tokens; ``on_bad_row: skip`` leaves it out."""
+
+
 @dataclass(frozen=True)
 class PairStrength:
     """What several scorers together think of one pair's label.

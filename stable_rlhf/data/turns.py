@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-_MARK = "Zq7answer"  # stands for an answer: text that no template changes or holds
+from stable_rlhf.data.templates import closing_text
+
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, int | None]] = WeakKeyDictionary()
 
 
@@ -48,15 +49,9 @@ def _template_end(tokenizer: Any) -> int | None:
 
 
 def _closing_token(tokenizer: Any) -> int | None:
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
-    try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # any: it is the template's own code, and a row that it refuses is told where it is read
-        return None
-    _, mark, tail = text.rpartition(_MARK)
-    tail = tail.lstrip()
+    tail = closing_text(tokenizer).lstrip()
     added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
-    first = max((t for t in added if mark and tail.startswith(t)), key=len, default=None)
+    first = max((t for t in added if tail.startswith(t)), key=len, default=None)
     return None if first is None else added[first]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from stable_rlhf import ops
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.packing import Encoded, encode, last_positions
 from stable_rlhf.data.records import Prompt
+from stable_rlhf.loading import load_whole, read_tensors
 from stable_rlhf.models import (
     FeatureCache,
     Trunk,
@@ -50,6 +52,8 @@ class ScorerSettings:
                 f"num_policies (N={self.num_policies}) and num_alternates (K={self.num_alternates}) must hold "
                 "N >= K >= 0, N >= 1"
             )
+        if not (math.isfinite(self.margin) and self.margin > 0):
+            raise ValueError(f"margin must be a finite number larger than 0, got {self.margin}")
 
 
 class AdvantageModel(nn.Module):
@@ -83,6 +87,9 @@ class AdvantageModel(nn.Module):
         self.expected_head = new_head(size, generator) if settings.objective == "am" else None
         self.contrastive: Contrastive | None = None  # of a trainer that wants it; nothing else needs it
         self.max_length = context_length(backbone.config)
+        self._rows = int(backbone.get_input_embeddings().num_embeddings)
+        known = (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "pad_token_id", None), 0)
+        self._unknown = next(i for i in known if i is not None and i < self._rows)
 
     def forward(
         self,
@@ -112,7 +119,11 @@ class AdvantageModel(nn.Module):
         self, examples: Sequence[Encoded], cache: FeatureCache | None = None, side: str = "right"
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Arguments of :meth:`forward` for encoded examples."""
-        sequences = [e.ids for e in examples]
+        # A policy of the same family may have a longer embedding, padded with rows of no token, and sample one.
+        sequences = [
+            e.ids if max(e.ids) < self._rows else tuple(i if i < self._rows else self._unknown for i in e.ids)
+            for e in examples
+        ]
         features = cache.get(self.trunk, sequences) if cache is not None else None
         inputs = self.trunk.inputs(sequences, features=features, side=side)
         mask = inputs["attention_mask"]
@@ -191,25 +202,43 @@ class AdvantageModel(nn.Module):
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, num_trainable_layers: int | None = None
     ) -> AdvantageModel:
         """Load what :meth:`save_pretrained` wrote. A missing path is an error, never a fresh model."""
-        from safetensors.torch import load_file
         from transformers import AutoModel
 
         folder = Path(folder)
+        what = f"scorer {str(folder)!r}"
         for name in (_SETTINGS_FILE, _HEADS_FILE, "config.json"):
             if not (folder / name).is_file():
-                raise ValueError(f"scorer {str(folder)!r}: no {name} there; is it a folder that train-scorer wrote?")
-        settings = ScorerSettings(**json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8")))
-        backbone = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+                raise ValueError(f"{what}: no {name} there; is it a folder that train-scorer wrote?")
+        settings = _read_settings(folder / _SETTINGS_FILE)
+        backbone = load_whole(AutoModel, str(folder), what, dtype=dtype, use_safetensors=True)
         prefer_flash_attention(backbone, dtype)
         model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)
-        heads = load_file(folder / _HEADS_FILE)
-        missing, unexpected = model.load_state_dict(heads, strict=False)
-        wanted = {k for k in missing if "_head" in k}
-        if wanted or unexpected:
-            raise ValueError(
-                f"scorer {str(folder)!r}: {_HEADS_FILE} misses {sorted(wanted)}, has extra {sorted(unexpected)}"
-            )
+        heads = read_tensors(folder / _HEADS_FILE)
+        wanted = {k: list(v.shape) for k, v in model.state_dict().items() if k.split(".")[0].endswith("_head")}
+        if (given := {k: list(v.shape) for k, v in heads.items()}) != wanted:
+            raise ValueError(f"{folder / _HEADS_FILE}: has {given}, where these settings and this model want {wanted}")
+        model.load_state_dict(heads, strict=False)
         return model.eval()
+
+
+def _read_settings(path: Path) -> ScorerSettings:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be an object, not {type(found).__name__}")
+    kinds = {field.name: type(field.default) for field in fields(ScorerSettings)}
+    if unknown := sorted({*found} - {*kinds}):
+        raise ValueError(f"{path}: unknown {unknown}; it has {', '.join(kinds)}")
+    for name, value in found.items():
+        kind = kinds[name]
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {value!r}")
+    try:
+        return ScorerSettings(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def new_head(size: int, generator: torch.Generator) -> nn.Linear:

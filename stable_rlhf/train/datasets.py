@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt, surely_longer
+from stable_rlhf.data.packing import Encoded, encode, encode_prompt, encode_rows, surely_longer
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
 from stable_rlhf.data.splits import prompt_key, split_rows
@@ -110,9 +110,13 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
         result = read_prompts(locate(arguments, names), on_bad_row=arguments.on_bad_row)
         tell_skipped("prompts", result)
         most = arguments.max_prompt_length
-        return encode_prompts(
-            result.rows, lambda p: None if surely_longer(tokenizer, p, most) else encode_prompt(tokenizer, p), most
-        )
+
+        def one(row: PromptRow) -> list[int] | None:
+            if surely_longer(tokenizer, row.prompt, most):
+                return None
+            return encode_prompt(tokenizer, row.prompt, source=row.source)
+
+        return encode_prompts(result.rows, one, most, arguments.on_bad_row)
 
     if not arguments.prompts:
         raise DataError("data.prompts: name at least one prompt file")
@@ -188,11 +192,18 @@ def _cap_tasks(prompts: list[EncodedPrompt], most: int, seed: int) -> list[Encod
     return kept
 
 
-def encode_demonstrations(rows: Sequence[Demonstration], tokenizer: Any) -> list[tuple[Encoded, Demonstration]]:
+def encode_demonstrations(
+    rows: Sequence[Demonstration], tokenizer: Any, *, on_bad_row: str = "error"
+) -> list[tuple[Encoded, Demonstration]]:
     """Rows with their token ids. A response whose row says ``"finished": false`` was cut off and gets no end; one that
     is empty as well has no token to imitate, and its row is left out, and told."""
-    pairs = [(encode(tokenizer, r.prompt, r.response, finished=r.meta.get("finished") is not False), r) for r in rows]
-    kept = [(e, r) for e, r in pairs if e.response]
+
+    def one(row: Demonstration) -> Encoded:
+        finished = row.meta.get("finished") is not False
+        return encode(tokenizer, row.prompt, row.response, finished=finished, source=row.source)
+
+    pairs = encode_rows("demonstrations", rows, one, on_bad_row)
+    kept = [(e, r) for r, e in pairs if e.response]
     if len(kept) < len(pairs):
         say(f"  {len(pairs) - len(kept)} of {len(pairs)} responses were cut off before their first token: left out")
     return kept
@@ -206,7 +217,7 @@ def load_demonstrations(
     tell_skipped("demonstrations", result)
     count, limits = len(result.rows), (arguments.max_prompt_length, arguments.max_length)
     rows = [r for r in result.rows if not any(map(partial(surely_longer, tokenizer), (r.prompt, r.response), limits))]
-    pairs = encode_demonstrations(rows, tokenizer)
+    pairs = encode_demonstrations(rows, tokenizer, on_bad_row=arguments.on_bad_row)
     kept = [
         (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
     ]

@@ -76,7 +76,9 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
 def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
     model = AdvantageModel.from_pretrained(folder, dtype=recipe.engine.dtype).to(device())
     longest = min(recipe.data.max_length, model.max_length)
-    test, long = encode_comparisons(rows, model.tokenizer, longest, recipe.data.max_prompt_length)
+    test, long = encode_comparisons(
+        rows, model.tokenizer, longest, recipe.data.max_prompt_length, on_bad_row=recipe.data.on_bad_row
+    )
     if long:
         say(f"  {long} of {len(rows)} comparisons are too long for scorer {name}: left out")
     return {**score_pairs(model, test), "rows": pairs_digest(test)}

@@ -63,7 +63,15 @@ import torch
 from torch import nn
 
 from stable_rlhf.lora import adapted_layers, add_lora
-from stable_rlhf.models import PolicyModel, Trunk, context_length, resolve_model
+from stable_rlhf.models import (
+    PolicyModel,
+    Trunk,
+    context_length,
+    hidden_width,
+    resolve_model,
+    text_config,
+    text_decoder,
+)
 from stable_rlhf.train.config import EngineArguments, Recipe
 
 GIB = 2**30
@@ -171,16 +179,17 @@ def model_sizes(
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config)
         if scorer:
-            model = nn.ModuleDict({"trunk": Trunk(causal_lm.base_model, num_trainable_layers)})
-            model["heads"] = nn.Linear(config.hidden_size, 2)
+            model = nn.ModuleDict({"trunk": Trunk(text_decoder(causal_lm), num_trainable_layers)})
+            model["heads"] = nn.Linear(hidden_width(config), 2)
         else:
             model = PolicyModel(causal_lm, num_trainable_layers=num_trainable_layers, value_head=True)
-        whole = causal_lm.base_model if scorer else causal_lm
+        whole = text_decoder(causal_lm) if scorer else causal_lm
         trunk = model["trunk"] if scorer else model.trunk
         if lora is not None:
             add_lora(
                 whole, trunk.upper, r=lora.r, alpha=1, dropout=lora.dropout, target_modules=lora.target_modules
             )  # fmt: skip
+    config = text_config(config)
     adapted = adapted_layers(trunk.upper)
     everything = {id(p): p for p in (*whole.parameters(), *model.parameters())}
     blocks = int(config.num_hidden_layers)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stable_rlhf.data.packing import Encoded, encode, surely_longer
+from stable_rlhf.data.packing import Encoded, encode, encode_rows, surely_longer
 from stable_rlhf.data.records import DataError, ResponseSet
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import say
@@ -32,7 +32,7 @@ from stable_rlhf.train.weights import shard
 
 
 def encode_responses(
-    rows: Sequence[ResponseSet], tokenizer: Any, max_length: int, max_prompt_length: int
+    rows: Sequence[ResponseSet], tokenizer: Any, max_length: int, max_prompt_length: int, *, on_bad_row: str = "error"
 ) -> list[list[Encoded]]:
     """The responses of each row as token ids; rows with a prompt or a response that is too long are left out, and told.
     Where a row's ``finished`` says of a response that it was cut off, it has no end. One that is empty as well has no
@@ -41,12 +41,20 @@ def encode_responses(
     Raises:
         DataError: no row fits.
     """
-    everything = [
-        [encode(tokenizer, row.prompt, r, finished=f) for r, f in zip(row.responses, _finished(row), strict=True)]
+
+    def one(row: ResponseSet) -> list[Encoded]:
+        return [
+            encode(tokenizer, row.prompt, r, finished=f, source=row.source)
+            for r, f in zip(row.responses, _finished(row), strict=True)
+        ]
+
+    short = [
+        row
         for row in rows
         if not surely_longer(tokenizer, row.prompt, max_prompt_length)
         and not any(surely_longer(tokenizer, r, max_length) for r in row.responses)
     ]
+    everything = [encoded for _, encoded in encode_rows("unlabelled responses", short, one, on_bad_row)]
     scored = [[e for e in row if e.response] for row in everything]
     fitting = [e for e in scored if len(e) > 1]
     if lost := sum(map(len, everything)) - sum(map(len, scored)):
@@ -60,7 +68,7 @@ def encode_responses(
             f"scorer.meta_responses: none of {len(rows)} rows fits max_length {max_length} and max_prompt_length "
             f"{max_prompt_length}"
         )
-    if long := len(rows) - len(everything) + len(fitting) - len(kept):
+    if long := len(rows) - len(short) + len(fitting) - len(kept):
         say(f"  {long} of {len(rows)} rows of unlabelled responses are too long: left out")
     return kept
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.data.packing import Encoded, encode_rows, response_targets
 from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.generate import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.models import FeatureCache, PolicyModel, share_lower
@@ -437,10 +437,11 @@ class PPOTrainer:
 
 
 def encode_prompts(
-    rows: Sequence[PromptRow], encode_one: Callable[[Any], list[int] | None], max_prompt_length: int
-) -> list[EncodedPrompt]:
+    rows: Sequence[PromptRow], encode_one: Callable[[PromptRow], list[int] | None], max_prompt_length: int,
+    on_bad_row: str = "error",
+) -> list[EncodedPrompt]:  # fmt: skip
     """Encode prompts; those that are too long are left out and counted. ``encode_one`` may give None for them."""
-    encoded = [(row, encode_one(row.prompt)) for row in rows]
+    encoded = encode_rows("prompts", rows, encode_one, on_bad_row)
     kept = [EncodedPrompt(row, ids) for row, ids in encoded if ids is not None and len(ids) <= max_prompt_length]
     if not kept:
         raise DataError(f"none of {len(rows)} prompts fits max_prompt_length {max_prompt_length}")

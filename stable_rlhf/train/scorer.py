@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf import ops
-from stable_rlhf.data.packing import Encoded, encode, response_targets, surely_longer
+from stable_rlhf.data.packing import Encoded, encode, encode_rows, response_targets, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.metrics import calibration, pair_accuracy
 from stable_rlhf.models import FeatureCache, PolicyModel
@@ -47,18 +47,24 @@ class EncodedComparison:
 
 
 def encode_comparisons(
-    rows: Sequence[Comparison], tokenizer: Any, max_length: int, max_prompt_length: int
+    rows: Sequence[Comparison], tokenizer: Any, max_length: int, max_prompt_length: int, *, on_bad_row: str = "error"
 ) -> tuple[list[EncodedComparison], int]:
     """Encode comparisons; those with a prompt or a response that is too long are left out: (kept, left out). So are
     those of which two responses with different ranks have the same tokens, which is no preference; they are told."""
     kept: list[EncodedComparison] = []
     same: list[Comparison] = []
-    for row in rows:
+
+    def one(row: Comparison) -> list[Encoded] | None:
         if surely_longer(tokenizer, row.prompt, max_prompt_length):
-            continue
+            return None
         if any(surely_longer(tokenizer, response, max_length) for response in row.responses):
+            return None
+        return [encode(tokenizer, row.prompt, r, source=row.source) for r in row.responses]
+
+    encoded = encode_rows("comparisons", rows, one, on_bad_row)
+    for row, examples in encoded:
+        if examples is None:
             continue
-        examples = [encode(tokenizer, row.prompt, r) for r in row.responses]
         if max(map(len, examples)) > max_length or examples[0].prompt_length > max_prompt_length:
             continue
         if any(examples[better] == examples[worse] for better, worse in row.pairs):
@@ -82,7 +88,7 @@ def encode_comparisons(
         raise DataError(
             f"none of {len(rows)} comparisons fits max_length {max_length} and max_prompt_length {max_prompt_length}"
         )
-    return kept, len(rows) - len(kept) - len(same)
+    return kept, len(encoded) - len(kept) - len(same)
 
 
 @torch.no_grad()

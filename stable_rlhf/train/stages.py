@@ -11,12 +11,20 @@ from typing import Any
 import torch
 
 from stable_rlhf.data.jsonl import to_json, write_jsonl
-from stable_rlhf.data.packing import Encoded, encode_prompt
+from stable_rlhf.data.packing import Encoded
 from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
-from stable_rlhf.models import FeatureCache, PolicyModel, context_length, load_causal_lm, load_tokenizer, resolve_model
+from stable_rlhf.models import (
+    FeatureCache,
+    PolicyModel,
+    context_length,
+    load_backbone,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_model,
+)
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
@@ -208,20 +216,20 @@ def run_scorer(
         raise DataError("data.judge_fraction is 0, so there are no pairs to train a judge on")
     shards = in_shards(recipe.engine, backbone, arguments.num_trainable_layers)
     with loading_in_shards(recipe.engine) if shards else nullcontext():
-        trunk = load_causal_lm(backbone, dtype=_dtype(recipe.engine)).base_model
+        trunk = load_backbone(backbone, dtype=_dtype(recipe.engine))
     limits = min(recipe.data.max_length, context_length(trunk.config)), recipe.data.max_prompt_length
-    train, long = encode_comparisons(chosen, tokenizer, *limits)
+    train, long = encode_comparisons(chosen, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     counts: dict[str, int] = {}
     if arguments.denoise and split == "train":
         train, counts = _denoised(train, arguments, folder)
-    test, long_test = encode_comparisons(rows.test, tokenizer, *limits)
+    test, long_test = encode_comparisons(rows.test, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     if long or long_test:
         say(f"  {long + long_test} of {len(chosen) + len(rows.test)} comparisons are too long: left out")
     shifted: list[list[Encoded]] = []
     if arguments.meta_responses and split == "train":
         found = read_responses(locate(recipe.data, [arguments.meta_responses]), on_bad_row=recipe.data.on_bad_row)
         tell_skipped("unlabelled responses", found)
-        shifted = encode_responses(found.rows, tokenizer, *limits)
+        shifted = encode_responses(found.rows, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
     if alternates and any(r.row.logprobs is None for r in train) and policy is None:
         raise DataError("alt_logprobs without logprobs: give the policy to be tuned (--policy)")
@@ -464,11 +472,12 @@ def run_ppo(
         read = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
         tell_skipped("rehearsal data", read)
         rows = read.rows
-        old = [e for e, _ in encode_demonstrations(rows, tokenizer) if len(e) <= recipe.data.max_length]
+        pairs = encode_demonstrations(rows, tokenizer, on_bad_row=recipe.data.on_bad_row)
+        old = [e for e, _ in pairs if len(e) <= recipe.data.max_length]
         if not old:
             raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")
         if not arguments.rehearsal_prompts_in_ppo:
-            reserved = {tuple(encode_prompt(tokenizer, r.prompt)) for r in rows}
+            reserved = {e.ids[: e.prompt_length] for e, _ in pairs}
             prompts = [p for p in prompts if tuple(p.ids) not in reserved]
             if not prompts:
                 raise DataError(

@@ -25,12 +25,13 @@ from stable_rlhf.data.packing import last_positions
 from stable_rlhf.data.readers import comparison_row
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.data.splits import prompt_key, split_rows
+from stable_rlhf.loading import read_tensors
 from stable_rlhf.models import (
     FeatureCache,
     Trunk,
     context_length,
     length_batches,
-    load_causal_lm,
+    load_backbone,
     load_tokenizer,
     resolve_model,
 )
@@ -117,7 +118,9 @@ def _load(recipe: Recipe, backbone: str) -> _Pairs:
         raise DataError(f"strength.folds: {error}") from None
     fold_of = {id(row): fold for fold, part in enumerate(parts) for row in part}
     limit = min(recipe.data.max_length, context_length(config))
-    encoded, left_out = encode_comparisons(rows, tokenizer, limit, recipe.data.max_prompt_length)
+    encoded, left_out = encode_comparisons(
+        rows, tokenizer, limit, recipe.data.max_prompt_length, on_bad_row=recipe.data.on_bad_row
+    )
     if left_out:
         say(f"  {left_out} of {len(rows)} comparisons are too long: they get no strength")
     fold = [fold_of.get(id(item.row), _HELD_OUT) for item in encoded]
@@ -154,7 +157,7 @@ def _vote(
     arguments = recipe.scorer
     trained, judged = _trained_and_judged(pairs, fold, recipe.strength.folds)
     model = AdvantageModel(
-        load_causal_lm(backbone, dtype=_reading_dtype(recipe)).base_model, load_tokenizer(backbone),
+        load_backbone(backbone, dtype=_reading_dtype(recipe)), load_tokenizer(backbone),
         ScorerSettings(objective="rm"), num_trainable_layers=arguments.num_trainable_layers,
         seed=stream_seed(seed, "heads"),
     )  # fmt: skip
@@ -188,7 +191,7 @@ def _read_hidden(pairs: _Pairs, backbone: str, recipe: Recipe, folder: Path) -> 
     """The backbone's last hidden state at the last token of every response; each rank reads and writes its share."""
     from safetensors.torch import save_file
 
-    trunk = Trunk(load_causal_lm(backbone, dtype=_reading_dtype(recipe)).base_model).to(device()).eval()
+    trunk = Trunk(load_backbone(backbone, dtype=_reading_dtype(recipe))).to(device()).eval()
     everything = [e for item in pairs.encoded for e in item.examples]
     mine = everything[rank() :: world_size()]
     found = torch.empty(len(mine), trunk.hidden_size)
@@ -208,9 +211,7 @@ def _vote_by_head(
     pairs: _Pairs, recipe: Recipe, hidden_folder: Path, fold: int, seed: int, folder: Path
 ) -> dict[str, Any]:
     """Train one linear head on the hidden states, and let it judge. The same on every rank."""
-    from safetensors.torch import load_file
-
-    shares = [load_file(path)["hidden"] for path in sorted(hidden_folder.glob("hidden-*.safetensors"))]
+    shares = [read_tensors(path)["hidden"] for path in sorted(hidden_folder.glob("hidden-*.safetensors"))]
     hidden = torch.empty(sum(map(len, shares)), shares[0].shape[1])
     for i, share in enumerate(shares):
         hidden[i :: len(shares)] = share

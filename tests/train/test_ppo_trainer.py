@@ -299,11 +299,11 @@ def test_the_rehearsal_loss_is_a_mean_over_tokens_or_a_sum_over_each_sequence(ma
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(capsys):
     rows = [PromptRow("a" * n) for n in (3, 9, 4, 12)]
-    kept = encode_prompts(rows, lambda text: [5] * len(text), 4)
+    kept = encode_prompts(rows, lambda row: [5] * len(row.prompt), 4)
     assert [p.row for p in kept] == [rows[0], rows[2]] and kept[1].ids == [5] * 4
     assert "2 of 4 prompts have over 4 tokens: left out" in capsys.readouterr().err
     with pytest.raises(DataError, match="none of 4 prompts fits max_prompt_length 2"):
-        encode_prompts(rows, lambda text: [5] * len(text), 2)
+        encode_prompts(rows, lambda row: [5] * len(row.prompt), 2)
 
 
 # -- which prompts PPO sees ----------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""Loading other people's checkpoints: whole, or one line that says which file does not fit.
+
+transformers fills weights that a checkpoint lacks with random numbers and drops those that it has too many, with no
+more than a warning; here both end the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def loading(what: str, location: str | Path) -> Iterator[None]:
+    """Say what it was, and which file, when files are missing or broken. ``what``: as in ``model 'runs/sft'``."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # of the machine, not of the files
+    except Exception as error:  # any: libraries read what others wrote, and fail in their own ways
+        reason = broken_file(location) or f"{_kind(error)}{' '.join(str(error).split())}"
+        raise ValueError(f"{what}: {_missing(location)}it cannot be loaded: {reason}") from error
+
+
+def _kind(error: Exception) -> str:
+    return "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+
+
+def _missing(location: str | Path) -> str:
+    return "" if Path(location).exists() else "no folder here, and "
+
+
+def broken_file(location: str | Path) -> str | None:
+    """The first safetensors file in a folder that is not whole, and what is wrong with it."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(location).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name}: {error}"
+    return None
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or not whole; it is named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **options: Any) -> Any:
+    """``auto.from_pretrained(location)``, every weight of it from the checkpoint and none left over.
+
+    Weights that the model ties are no loss, nor are buffers, which its code fills in. Without ``heads`` those on top of
+    the decoder do not count either: a scorer needs a policy's decoder alone, and the other way round.
+
+    Raises:
+        ValueError: the checkpoint does not fit its own configuration, or cannot be read.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    checked = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with loading(what, location):
+        if is_deepspeed_zero3_enabled():
+            # There transformers reports neither what is left over nor, but on one rank, what has another size.
+            with _whole_ranks():
+                model, info = _quietly(auto, location, {**checked, "device_map": "meta"})
+        else:
+            model, info = _quietly(auto, location, checked)
+    if problem := _misfits(model, info, heads):
+        raise ValueError(f"{what}: its weights do not fit its config.json: {problem}")
+    if is_deepspeed_zero3_enabled():
+        with loading(what, location):
+            model = auto.from_pretrained(location, **options)
+    return model
+
+
+@contextmanager
+def _whole_ranks() -> Iterator[None]:
+    """transformers without the DeepSpeed configuration that it loads in shards by."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def _quietly(auto: Any, location: str, options: dict[str, Any]) -> Any:
+    """Without transformers' own table of what does not fit: we say it in one line."""
+    from transformers.utils import logging
+
+    logger = logging.get_logger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return auto.from_pretrained(location, **options)
+    finally:
+        logger.setLevel(level)
+
+
+def _misfits(model: Any, info: dict[str, Any], heads: bool) -> str:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    decoder = {model.base_model_prefix, *(name for name, _ in model.base_model.named_children())}
+
+    def counts(name: str) -> bool:
+        return heads or name.split(".")[0] in decoder
+
+    missing = {name for name in info["missing_keys"] if name in parameters and counts(name)}
+    left_over = {name for name in info["unexpected_keys"] if counts(name)}
+    sizes = {name: f"{list(has)}, not {list(wanted)}" for name, has, wanted in info["mismatched_keys"] if counts(name)}
+    parts = [_some("missing", missing), _some("left over", left_over), _some("of another size", sizes)]
+    return "; ".join(part for part in parts if part)
+
+
+def _some(what: str, names: Collection[str]) -> str:
+    if not names:
+        return ""
+    first = min(names)
+    size = f" {names[first]}" if isinstance(names, dict) else ""
+    return f"{len(names)} {what} ({first}{size}{', …' if len(names) > 1 else ''})"
