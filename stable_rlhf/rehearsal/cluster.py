@@ -90,6 +90,20 @@ def _first_distinct(rows: kmeans.Rows, wanted: int) -> np.ndarray:
     return np.array(places)
 
 
+def check_clustering(method: str, backend: str, devices: Sequence[int] | None, spherical: bool) -> str:
+    """The backend that serves these options.
+
+    Raises:
+        ValueError: options that do not go together, a package or a GPU that is not here.
+    """
+    if method == "gmm" and (spherical or devices is not None):
+        raise ValueError(f"{'spherical' if spherical else 'devices'}: only KMeans has this option, method is 'gmm'")
+    chosen = _choose_backend(backend, devices, spherical)
+    if chosen == "faiss" and devices is not None:
+        _check_devices(devices)
+    return chosen
+
+
 def _choose_backend(backend: str, devices: Sequence[int] | None, spherical: bool) -> str:
     """The backend that "auto" stands for, or the one asked for; a ValueError where it cannot serve."""
     flash = importlib.util.find_spec("flash_kmeans") is not None
@@ -111,15 +125,21 @@ def _choose_backend(backend: str, devices: Sequence[int] | None, spherical: bool
     return backend
 
 
+def _check_devices(devices: Sequence[int]) -> None:
+    import faiss
+
+    present = faiss.get_num_gpus()
+    if len(devices) == 0 or any(not 0 <= device < present for device in devices):
+        raise ValueError(f"devices {list(devices)}: faiss {faiss.__version__} sees {present} GPUs; None is the CPU")
+
+
 def _faiss_index(d: int, spherical: bool, devices: Sequence[int] | None) -> Any:
     import faiss
 
     index = faiss.IndexFlatIP(d) if spherical else faiss.IndexFlatL2(d)
     if devices is None:
         return index
-    present = faiss.get_num_gpus()
-    if len(devices) == 0 or any(not 0 <= device < present for device in devices):
-        raise ValueError(f"devices {list(devices)}: faiss {faiss.__version__} sees {present} GPUs; None is the CPU")
+    _check_devices(devices)
     return faiss.index_cpu_to_gpus_list(index, gpus=list(devices))
 
 
@@ -256,9 +276,7 @@ def cluster_embeddings(
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if method == "gmm" and (spherical or devices is not None):
-        raise ValueError(f"{'spherical' if spherical else 'devices'}: only KMeans has this option, method is 'gmm'")
-    backend = _choose_backend(backend, devices, spherical)
+    backend = check_clustering(method, backend, devices, spherical)
     _check_shape(embeddings)
 
     notes: list[str] = []

@@ -26,6 +26,14 @@ def check(recipe: Recipe) -> None:
         parse_bands("scorer.denoise", recipe.scorer.denoise)
     for name in ("criteria", "minimum", "maximum"):
         check_criteria(f"select.{name}", getattr(recipe.select, name))
+    _check_lengths(recipe)
+    if recipe.engine.offload_optimizer and not recipe.engine.zero_stage and not recipe.engine.half:
+        raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+    if recipe.world.hidden_size % (2 * recipe.world.num_attention_heads):
+        raise ValueError(
+            f"world.hidden_size {recipe.world.hidden_size} must be a multiple of twice world.num_attention_heads "
+            f"{recipe.world.num_attention_heads}"
+        )
     if recipe.engine.bf16 and recipe.engine.fp16:
         raise ValueError("engine.bf16 and engine.fp16: choose one of them")
     if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
@@ -78,6 +86,20 @@ def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _texts(value, name)
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.max_length < data.max_prompt_length:
+        raise ValueError(
+            f"data.max_length {data.max_length} (prompt and response) must be at least data.max_prompt_length "
+            f"{data.max_prompt_length}"
+        )
+    if data.test_fraction + data.judge_fraction >= 1:
+        raise ValueError(
+            f"data.test_fraction {data.test_fraction} and data.judge_fraction {data.judge_fraction} must be below 1 "
+            "together: nothing is left to train on"
+        )
 
 
 def _check_seeds(study: StudyArguments) -> None:

@@ -25,8 +25,55 @@ from stable_rlhf.train.datasets import PromptSplits, load_prompts, locate
 from stable_rlhf.train.engine import barrier, device, gather_objects, release
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.scorer import encode_comparisons, pairs_digest, score_pairs
-from stable_rlhf.train.stages import Result, answer, load_reader, sampling_settings
+from stable_rlhf.train.stages import Result, answer, check_gold, load_reader, sampling_settings
 from stable_rlhf.train.tracking import read_metrics
+
+_HELD_OUT, _SEPARATE = "held-out reward model", "reward model of another training"
+_TRAINER = "the very scorer that the policy was trained with"
+
+
+def judge_of(scorer: str, policy: str) -> str:
+    """What a scorer is to a policy that it judges, by what their stages recorded."""
+    itself = _identity(Path(scorer))
+    if itself is not None and itself in _made_from(Path(policy)):
+        return _TRAINER
+    return _HELD_OUT if itself is not None and itself[0] == "scorer-judge" else _SEPARATE
+
+
+def _stage_record(folder: Path) -> dict[str, Any]:
+    """What the stage that wrote a folder (or a file in it) recorded; nothing where there is no such record."""
+    try:
+        return read_json((folder if folder.is_dir() else folder.parent) / "stage.json")
+    except DataError:
+        return {}
+
+
+def _identity(folder: Path) -> tuple[Any, Any] | None:
+    """Scorers of one run have one fingerprint and several names."""
+    record = _stage_record(folder)
+    return (record["name"], record["fingerprint"]) if record.keys() >= {"name", "fingerprint"} else None
+
+
+def _made_from(folder: Path) -> set[tuple[Any, Any]]:
+    """The stages that went into a folder, and into those."""
+    found: set[tuple[Any, Any]] = set()
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        record = _stage_record(here)
+        try:
+            beside = [
+                (here.parent / name, (name, fingerprint)) for name, fingerprint in record.get("inputs", {}).items()
+            ]
+            settings = record.get("settings", {})
+            given = [(Path(settings[name]), made) for name, made in settings.get("made_from", {}).items() if made]
+        except (AttributeError, KeyError, TypeError):
+            continue
+        for path, identity in beside + [(path, (_stage_record(path).get("name"), made)) for path, made in given]:
+            if identity not in found:
+                found.add(identity)
+                waiting.append(path)
+    return found
 
 
 def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
@@ -47,9 +94,7 @@ def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
     if scorer is None:
         raise ValueError("evaluate.judge 'scorer' needs a scorer that judges (--judge-scorer)")
     model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype).to(device())
-    return ScorerJudge(
-        lambda prompts, responses: model.score(prompts, responses).tolist(), name="held-out reward model"
-    )
+    return ScorerJudge(lambda prompts, responses: model.score(prompts, responses).tolist(), name=_SEPARATE)
 
 
 def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: list[str]) -> Result:
@@ -132,6 +177,7 @@ def run_evaluate(
     tokenizer = load_tokenizer(baseline)
     splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
+    check_gold(recipe.evaluate, [p.row for part in sets.values() for p in part])
     settings = sampling_settings(recipe, recipe.evaluate.temperature)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
     reference = load_reader(baseline, recipe.engine, num_trainable_layers=layers)
@@ -154,6 +200,8 @@ def run_evaluate(
             judged = _on_main_process(
                 partial(against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl)
             )
+            if judge_scorer is not None and recipe.evaluate.judge == "scorer":
+                judged["judge"] = judge_of(judge_scorer, path)
             verdicts = judged.pop("verdicts")
             result["policies"][name][on] = judged
             records += [

@@ -16,22 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stable_rlhf.data.jsonl import read_json, to_json
-from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
-from stable_rlhf.data.records import DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import is_main_process, say
-from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.signals import whole
 from stable_rlhf.train import evaluation, stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.config import DataArguments, Recipe, decisive
-from stable_rlhf.train.datasets import check_evaluation_sets, contents, digests, locate
+from stable_rlhf.train.datasets import contents, digests
 from stable_rlhf.train.engine import barrier, start, world_size
-from stable_rlhf.train.meta import check_meta_batch
-from stable_rlhf.train.ppo import check_sizes
-from stable_rlhf.train.rejection import check_rounds
+from stable_rlhf.train.inputs import check_inputs, check_model
 from stable_rlhf.train.strength import measure_strength
-from stable_rlhf.train.tracking import check_reporters
 
 if TYPE_CHECKING:
     from stable_rlhf.evaluate.report import Picture
@@ -49,7 +43,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     root = Path(recipe.output_dir)
     # A folder that is there comes first: another run may be at work in it. A new one waits until it will be used.
     run = RunDirectory(root, recipe.checkpoint) if root.exists() else None
-    if not (root / "evaluation").exists():
+    finished = (root / "evaluation").exists()
+    if not finished:
         check_inputs(recipe)
     run = run or RunDirectory(root, recipe.checkpoint)
     part = recipe.as_dict()
@@ -69,6 +64,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             lambda f: stages.run_materialise(recipe, f),
         )
         initial, inputs = model.folder, [model]
+    if not finished:
+        check_model(recipe, str(initial))
     settings_data = {**part["data"]}
     if recipe.model_name_or_path is not None:  # the world's own files follow from its stage
         settings_data["contents"] = contents(recipe.data)
@@ -171,41 +168,6 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     say(f"report: {run.root / 'report.html'}")
     barrier()
     return summary
-
-
-def check_inputs(recipe: Recipe) -> None:
-    """Find out what a late stage would stop at, before the first stage starts.
-
-    Raises:
-        ValueError: sizes that do not divide, a file that is missing or has bad rows, a package that is not installed.
-    """
-    data = recipe.data
-    if recipe.model_name_or_path is not None:
-        for name in ("pairs", "prompts"):
-            if not getattr(data, name):
-                raise DataError(f"data.{name}: name at least one file")
-        if recipe.evaluate.judge == "scorer" and not data.judge_fraction:
-            raise DataError("evaluate.judge 'scorer' needs pairs of its own: set data.judge_fraction above 0")
-        if not (data.eval_main or data.forget_tasks):
-            raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
-        check_evaluation_sets(data, read_prompts(locate(data, data.prompts), on_bad_row=data.on_bad_row).rows)
-        for names, read in (
-            ([data.eval_main, data.eval_forget], read_prompts),
-            ([data.demonstrations, data.rehearsal], read_demonstrations), ([data.pairs], read_comparisons),
-        ):  # fmt: skip
-            for files in filter(None, names):
-                read(locate(data, files), on_bad_row=data.on_bad_row)
-    if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
-        check_meta_batch(recipe.scorer)
-    if recipe.scorer.meta_responses:
-        read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
-    check_reporters(recipe.report_to)
-    if "rejection" in recipe.variants:
-        check_rounds(recipe.ppo)
-    if set(recipe.variants) - {"rejection"}:
-        check_sizes(recipe.ppo)
-    if "am-sr" in recipe.variants:
-        resolve_embedding_model(recipe.select.embedding_model)
 
 
 def world_data(data: DataArguments, folder: Path) -> DataArguments:

@@ -30,7 +30,14 @@ from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
-from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe, ScorerArguments, SelectArguments
+from stable_rlhf.train.config import (
+    EngineArguments,
+    EvaluateArguments,
+    PPOArguments,
+    Recipe,
+    ScorerArguments,
+    SelectArguments,
+)
 from stable_rlhf.train.datasets import (
     encode_demonstrations,
     load_demonstrations,
@@ -437,6 +444,7 @@ def run_ppo(
     tokenizer = load_tokenizer(policy)
     splits = load_prompts(recipe.data, tokenizer, recipe.seed)
     prompts = splits.train
+    check_gold(recipe.evaluate, [p.row for p in prompts])
     arguments: PPOArguments = recipe.ppo
     layers = recipe.scorer.num_trainable_layers
     with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
@@ -502,6 +510,26 @@ def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts 
         recipe.rollout.server, tokenizer, ends=ends_of_turn(tokenizer, model.causal_lm),
         timeout=recipe.rollout.timeout, vocabulary=model.causal_lm.get_input_embeddings().num_embeddings,
     )  # fmt: skip
+
+
+def check_gold(evaluate: EvaluateArguments, prompts: Sequence[PromptRow]) -> None:
+    """The skill world's judge knows the answers to its own prompts alone.
+
+    Raises:
+        DataError: it is to judge, and one of the prompts is not the world's.
+    """
+    if evaluate.judge != "gold":
+        return
+    from stable_rlhf.world import gold_score
+
+    for row in prompts:
+        try:
+            gold_score(row.prompt, "")
+        except ValueError:
+            raise DataError(
+                f"{row.source}: evaluate.judge 'gold' knows prompts of the skill world alone, and this is none: choose "
+                "'scorer' or 'chat'"
+            ) from None
 
 
 def _gold(recipe: Recipe) -> Callable[[PromptRow, str], float] | None:

@@ -127,10 +127,19 @@ def _load(recipe: Recipe, backbone: str) -> _Pairs:
     name = recipe.strength.check
     check = None
     if name is not None:
+        check_column(name, [item.row for item in encoded])
         check = [_number(item.row.meta.get(name)) for item in encoded for _ in item.row.pairs]
-        if all(value is None for value in check):
-            raise DataError(f"strength.check {name!r}: no pair has a number, true or false there")
     return _Pairs(rows, encoded, fold, check)
+
+
+def check_column(name: str, rows: Sequence[Comparison]) -> None:
+    """The column that strengths are held against must have numbers.
+
+    Raises:
+        DataError: none of the rows has one.
+    """
+    if all(_number(row.meta.get(name)) is None for row in rows):
+        raise DataError(f"strength.check {name!r}: no pair has a number, true or false there")
 
 
 def _number(value: Any) -> float | None:

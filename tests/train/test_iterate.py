@@ -105,6 +105,7 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
         note(stages, name)
     note(evaluation, "run_evaluate")
     monkeypatch.setattr(run, "check_inputs", lambda _: None)
+    monkeypatch.setattr(run, "check_model", lambda *_: None)
     summaries = []
     monkeypatch.setattr(run, "summarise", lambda *a: summaries.append(a) or {})
     monkeypatch.setattr(run, "write_report", lambda *_: None)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from stable_rlhf.data import DataError, write_jsonl
@@ -9,7 +14,9 @@ from stable_rlhf.data.packing import encode
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.train import evaluation, meta, run, stages
 from stable_rlhf.train.checkpoint import RunError
+from stable_rlhf.train.checks import check
 from stable_rlhf.train.config import EngineArguments, Recipe, SFTArguments
+from stable_rlhf.train.inputs import check_model
 from stable_rlhf.train.sft import train_sft
 
 
@@ -42,6 +49,129 @@ def test_evaluation_sets_that_cannot_be_made_are_refused_before_the_first_stage(
         run.check_inputs(recipe)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"evaluate.judge": "gold"},
+            r"prompts\.jsonl:1: evaluate\.judge 'gold' knows prompts of the skill world alone",
+        ),
+        (
+            {"evaluate.judge": "chat", "evaluate.judge_api_key_env": "NO_SUCH_KEY"},
+            r"judge_api_key_env: .* 'NO_SUCH_KEY'",
+        ),
+        ({"data.test_fraction": 0.0}, r"data\.test_fraction must be above 0"),
+        ({"scorer.num_policies": 1}, r"scorer\.num_policies must be at least the 2 alternate policies"),
+        (
+            {"scorer.num_policies": 2, "variants": ["am"]},
+            r"scorer\.num_policies must be above the 2 alternate policies",
+        ),
+        ({"scorer.denoise": [{"below": 0.0, "flip": True}], "strength.check": "agreed"}, r"strength\.check 'agreed'"),
+        ({"variants": ["am-sr"], "select.method": "gmm", "select.spherical": True}, "select: spherical: only KMeans"),
+        ({"variants": ["am-sr"], "select.backend": "cpu", "select.devices": [0]}, r"select: devices \[0\]: the cpu"),
+        (
+            {"variants": ["am-sr"], "select.backend": "faiss", "select.devices": [999]},
+            r"select: devices \[999\]: faiss",
+        ),
+    ],
+)
+def test_what_a_late_stage_would_stop_at_is_told_before_the_first(recipe, settings, message):
+    recipe.select.embedding_model = "minilm"
+    old = {"chosen": [-1.0], "rejected": [-1.0]}
+    alternates = {side: [values] * 2 for side, values in old.items()}
+    rows = [{"prompt": "Say a", "chosen": "a", "rejected": "b", "logprobs": old, "alt_logprobs": alternates}]
+    write_jsonl(Path(recipe.data.data_dir or "") / "pairs.jsonl", rows)
+    run.check_inputs(recipe)
+    assign(recipe, settings)
+    with pytest.raises(ValueError, match=message):
+        run.check_inputs(recipe)
+
+
+def assign(recipe: Recipe, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        section, _, last = name.rpartition(".")
+        setattr(getattr(recipe, section) if section else recipe, last, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.max_length": 16, "data.max_prompt_length": 17}, r"data\.max_length 16 .* data\.max_prompt_length 17"),
+        (
+            {"data.test_fraction": 0.5, "data.judge_fraction": 0.5},
+            r"data\.judge_fraction 0\.5 must be below 1 together",
+        ),
+        ({"engine.offload_optimizer": True}, r"engine\.offload_optimizer needs engine\.zero_stage"),
+        ({"world.hidden_size": 20}, r"world\.hidden_size 20 must be a multiple of twice world\.num_attention_heads 4"),
+        ({"evaluate.judge_base_url": "localhost:8000/v1"}, r"evaluate\.judge_base_url must be an address"),
+        ({"ppo.top_p": 0.0}, r"ppo\.top_p must be"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    recipe = Recipe()
+    check(recipe)
+    assign(recipe, settings)
+    with pytest.raises(ValueError, match=message):
+        check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"ppo.num_trainable_layers": 2},
+            r"ppo\.num_trainable_layers must be between 1 and 1 for this model of 2 blocks, got 2",
+        ),
+        ({"scorer.num_trainable_layers": 3}, r"scorer\.num_trainable_layers must be between 1 and 1 for this model"),
+        ({"ppo.max_new_tokens": 10**6}, r"a prompt of \d+ tokens and ppo\.max_new_tokens 1000000 do not fit"),
+        ({"scorer_model_name_or_path": "other"}, "another tokenizer than the policy"),
+    ],
+)
+def test_what_does_not_fit_the_policy_is_told_once_it_is_here(
+    recipe, tiny_model, tokenizer, tmp_path, settings, message
+):
+    for name in ("m", "other"):
+        tiny_model(layers=2).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["word"])
+    other.save_pretrained(tmp_path / "other")
+    recipe.scorer_model_name_or_path, recipe.ppo.max_new_tokens = str(tmp_path / "m"), 8
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {a} {b}", "task": a} for a in "abcd" for b in "efgh"])
+    check_model(recipe, str(tmp_path / "m"))
+    if "scorer_model_name_or_path" in settings:
+        settings = {"scorer_model_name_or_path": str(tmp_path / "other")}
+    assign(recipe, settings)
+    with pytest.raises(ValueError, match=message):
+        check_model(recipe, str(tmp_path / "m"))
+
+
+def test_a_scorer_that_trained_the_policy_is_no_held_out_judge(tmp_path):
+    def stage(name: str, fingerprint: str, inputs: dict[str, str] | None = None, **settings: Any) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        record = {"name": name, "fingerprint": fingerprint, "inputs": inputs or {}, "settings": settings}
+        (folder / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+        return str(folder)
+
+    # The scorers of a run have the same settings and inputs, so one fingerprint.
+    rm, am, judge = (stage(f"scorer-{name}", "s") for name in ("rm", "am", "judge"))
+    policy = stage("ppo-am", "p", {"sft": "f", "scorer-am": "s"})
+    later = stage("ppo-am-round-2", "q", {"ppo-am": "p"})
+    single = stage("ppo-rm", "r", made_from={"scorer_folder": "s", "rehearsal": None}, scorer_folder=rm)
+    (tmp_path / "foreign").mkdir()
+    trained, held_out, other = "the very scorer that the policy was trained with", "held-out reward model", "another"
+    for scorer, of, words in (
+        (am, policy, trained), (am, later, trained), (rm, single, trained), (judge, policy, held_out),
+        (judge, single, held_out), (rm, policy, other), (am, single, other), (rm, str(tmp_path / "foreign"), other),
+        (str(tmp_path / "foreign"), policy, other), (str(tmp_path / "none"), policy, other),
+    ):  # fmt: skip
+        assert words in evaluation.judge_of(scorer, of), (scorer, of)
+    for broken in ("[]", "{}", '{"inputs": [1], "name": 1}', "no"):
+        (tmp_path / "ppo-am" / "stage.json").write_text(broken, encoding="utf-8")
+        assert other in evaluation.judge_of(am, policy)
+
+
 @pytest.mark.parametrize(("rounds", "responses"), [(2, None), (1, "responses.jsonl")])
 def test_metarm_prompts_that_do_not_divide_are_refused_before_the_first_stage(recipe, monkeypatch, rounds, responses):
     monkeypatch.setattr(meta, "world_size", lambda: 3)
@@ -67,6 +197,7 @@ def test_a_policy_stopped_early_has_made_a_step_at_least(tiny_model, tokenizer, 
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
 def test_scorers_that_learnt_from_samples_depend_on_how_they_are_drawn(recipe, monkeypatch, coefficient):
     """What the stages do is left out."""
+    monkeypatch.setattr(run, "check_model", lambda *_: None)
     for name in ("run_materialise", "run_scorer", "run_ppo"):
         monkeypatch.setattr(stages, name, lambda *_, **__: {})
     monkeypatch.setattr(evaluation, "run_evaluate", lambda *_: {})

@@ -1,0 +1,154 @@
+"""What a late stage of a run would stop at, found out before the first one starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
+from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.models import context_length, load_tokenizer, resolve_model
+from stable_rlhf.rehearsal import resolve_embedding_model
+from stable_rlhf.rehearsal.cluster import check_clustering
+from stable_rlhf.train.config import EvaluateArguments, Recipe
+from stable_rlhf.train.datasets import check_evaluation_sets, load_prompts, locate
+from stable_rlhf.train.meta import check_meta_batch
+from stable_rlhf.train.ppo import check_sizes
+from stable_rlhf.train.rejection import check_rounds
+from stable_rlhf.train.stages import check_gold, check_same_tokenizer
+from stable_rlhf.train.strength import check_column
+from stable_rlhf.train.tracking import check_reporters
+
+_WORLD_ALTERNATES = 2  # policies besides SFT that the skill world's pairs come from
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Find out what a late stage would stop at, before the first stage starts.
+
+    Raises:
+        ValueError: settings that do not fit each other or the data, sizes that do not divide, a file that is missing or
+            has bad rows, a package or a key that is not there.
+    """
+    data = recipe.data
+    alternates = _WORLD_ALTERNATES
+    if data.test_fraction == 0:
+        raise DataError(
+            "data.test_fraction must be above 0: scorers are compared on pairs that they were not trained on"
+        )
+    if recipe.model_name_or_path is not None:
+        alternates = _check_files(recipe)
+    check_policies(recipe, alternates)
+    if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
+        check_meta_batch(recipe.scorer)
+    if recipe.scorer.meta_responses:
+        read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
+    check_reporters(recipe.report_to)
+    check_key(recipe.evaluate)
+    if "rejection" in recipe.variants:
+        check_rounds(recipe.ppo)
+    if set(recipe.variants) - {"rejection"}:
+        check_sizes(recipe.ppo)
+    if "am-sr" in recipe.variants:
+        s = recipe.select
+        resolve_embedding_model(s.embedding_model)
+        try:
+            check_clustering(s.method, s.backend, s.devices, s.spherical)
+        except ValueError as error:
+            raise ValueError(f"select: {error}") from None
+
+
+def _check_files(recipe: Recipe) -> int:
+    """Read every data file once; returns the number of alternate policies in the pairs."""
+    data = recipe.data
+    for name in ("pairs", "prompts"):
+        if not getattr(data, name):
+            raise DataError(f"data.{name}: name at least one file")
+    if recipe.evaluate.judge == "scorer" and not data.judge_fraction:
+        raise DataError("evaluate.judge 'scorer' needs pairs of its own: set data.judge_fraction above 0")
+    if not (data.eval_main or data.forget_tasks):
+        raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
+    prompts = read_prompts(locate(data, data.prompts), on_bad_row=data.on_bad_row).rows
+    check_evaluation_sets(data, prompts)
+    for files in filter(None, (data.eval_main, data.eval_forget)):
+        prompts += read_prompts(locate(data, files), on_bad_row=data.on_bad_row).rows
+    check_gold(recipe.evaluate, prompts)
+    for files in filter(None, (data.demonstrations, data.rehearsal)):
+        read_demonstrations(locate(data, files), on_bad_row=data.on_bad_row)
+    pairs = read_comparisons(locate(data, data.pairs), on_bad_row=data.on_bad_row).rows
+    if recipe.scorer.denoise and recipe.strength.check is not None:
+        check_column(recipe.strength.check, pairs)
+    return _alternates(pairs)
+
+
+def _alternates(pairs: Sequence[Comparison]) -> int:
+    first = pairs[0].alt_logprobs
+    return len(first[0]) if first else 0
+
+
+def check_policies(recipe: Recipe, alternates: int) -> None:
+    """N of Eq. 8 against the alternate policies K that the pairs tell of.
+
+    Raises:
+        ValueError: N < K, or N = K where PPO is to score by it.
+    """
+    given = recipe.scorer.num_policies
+    if given is None or not alternates:
+        return
+    needs = "at least" if given < alternates else "above" if any(v.startswith("am") for v in recipe.variants) else ""
+    if given < alternates or (needs and given == alternates):
+        raise ValueError(
+            f"scorer.num_policies must be {needs} the {alternates} alternate policies of the pairs, got {given}"
+            + ("; with as many every response scores 0 in PPO" if given == alternates else "")
+        )
+
+
+def check_key(evaluate: EvaluateArguments) -> None:
+    """A key's variable that was named must be there, or the judge refuses every question at the run's end.
+
+    Raises:
+        ValueError: names the setting and the variable.
+    """
+    name, default = evaluate.judge_api_key_env, EvaluateArguments().judge_api_key_env
+    if evaluate.judge == "chat" and name != default and not os.environ.get(name):
+        raise ValueError(f"evaluate.judge_api_key_env: the environment has no variable {name!r}")
+
+
+def check_model(recipe: Recipe, folder: str) -> None:
+    """Settings that must fit the initial policy, now that it is here, and a scorer's backbone of its own.
+
+    Raises:
+        ValueError: a number of trainable layers that it has not, prompts and responses longer than its context, a
+            scorer's backbone that reads other tokens.
+    """
+    policy = _config(folder)
+    backbone = recipe.scorer_model_name_or_path
+    scorer = policy if backbone is None else _config(backbone)
+    for name, config, layers in (
+        ("ppo", policy, recipe.ppo.num_trainable_layers), ("scorer", scorer, recipe.scorer.num_trainable_layers),
+    ):  # fmt: skip
+        blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        if layers is not None and blocks is not None and layers >= blocks:
+            words = f"between 1 and {blocks - 1}" if blocks > 1 else "unset"
+            raise ValueError(
+                f"{name}.num_trainable_layers must be {words} for this model of {blocks} blocks, got {layers}"
+            )
+    tokenizer = load_tokenizer(folder)
+    if backbone is not None:
+        check_same_tokenizer(tokenizer, load_tokenizer(backbone), backbone)
+    new, context = recipe.ppo.max_new_tokens, context_length(policy)
+    if recipe.model_name_or_path is not None and recipe.data.max_prompt_length + new > context:
+        splits = load_prompts(recipe.data, tokenizer, recipe.seed)
+        longest = max(len(p.ids) for part in (splits.train, splits.main, splits.forget) for p in part)
+        if longest + new > context:
+            raise DataError(
+                f"a prompt of {longest} tokens and ppo.max_new_tokens {new} do not fit the model's context of {context}"
+                ": lower data.max_prompt_length or ppo.max_new_tokens"
+            )
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    location, gguf_file = resolve_model(model)
+    return AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))
