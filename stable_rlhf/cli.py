@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from stable_rlhf import __version__, signals
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
+from stable_rlhf.data.records import DataError
 from stable_rlhf.progress import tolerant_output
 from stable_rlhf.recipe_file import suggestion
 from stable_rlhf.settings import expand_user
@@ -164,8 +165,8 @@ def _fingerprint(path: str) -> str | None:
     """Which settings an input folder (or the folder of an input file) was made with, when a stage of ours made it."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
-        return str(json.loads((folder / "stage.json").read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / "stage.json", "fingerprint")["fingerprint"])
+    except DataError:
         return None
 
 

@@ -40,6 +40,7 @@ def console(**settings: Any) -> Any:
 
     return Printable(**settings)
 
+
 _marks = 0
 _stage = ""
 _bar: Bar | None = None

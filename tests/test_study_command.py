@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow  # whole runs, a minute and more
 def done(tmp_path_factory) -> Path:
     """A finished study (only to be read)."""
     folder = tmp_path_factory.mktemp("study") / "run"
-    said = run(*arguments(folder), cwd=folder.parent).worked()
+    said = run(*arguments(folder), cwd=folder.parent, timeout=1800).worked()
     assert "| AM, critic-free |" in said.out and "Policy against SFT" in said.out
     return folder
 
@@ -92,7 +92,7 @@ def test_what_cannot_run_is_refused_before_the_first_seed(tmp_path):
 @pytest.mark.slow
 def test_validation_seeds_are_told_and_other_settings_are_refused(done):
     where = done.parent
-    run(*arguments(done, "--validation"), cwd=where).worked()
+    run(*arguments(done, "--validation"), cwd=where, timeout=1800).worked()
     assert json.loads((done / "validation" / "results.json").read_text(encoding="utf-8"))["seeds"] == [7]
     said = run(*arguments(done), cwd=where).worked()
     assert "Validation seeds 7 (" in said.out and "ran before, with the very settings reported here" in said.out
@@ -126,7 +126,7 @@ def test_a_killed_study_leaves_no_process_behind_and_goes_on(done, tmp_path):
             assert logs and all(line.startswith("stable-rlhf: SIGTERM: ") for line in logs), logs
         while any(_alive(child) for child in children):  # as soon as they look: one may still be importing
             time.sleep(0.1)
-    run(*arguments(tmp_path / "run"), cwd=tmp_path, timeout=900).worked()
+    run(*arguments(tmp_path / "run"), cwd=tmp_path, timeout=1800).worked()
     assert figures(tmp_path / "run") == figures(done)
     assert not list((tmp_path / "run").rglob("*.tmp"))
 

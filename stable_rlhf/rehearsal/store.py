@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.data.jsonl import read_json, to_json
+from stable_rlhf.data.records import DataError
 from stable_rlhf.locks import LOCK, FolderLock
 from stable_rlhf.progress import Bar, progress, say
 from stable_rlhf.rehearsal.embed import cannot_load, checked_texts, load_encoder, resolve_embedding_model
@@ -57,13 +58,13 @@ def open_embeddings(folder: str | os.PathLike[str], *, verify: bool = False) -> 
     folder = Path(folder)
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        state = "holds an unfinished job" if (folder / "job.json").exists() else "holds no embeddings"
-        raise ValueError(f"{folder}: {state}; embed_to_folder makes or finishes them") from None
-    except ValueError as error:
+        manifest = read_json(path)
+    except DataError as error:
+        if not path.exists():
+            state = "holds an unfinished job" if (folder / "job.json").exists() else "holds no embeddings"
+            raise ValueError(f"{folder}: {state}; embed_to_folder makes or finishes them") from None
         raise ValueError(f"{path}: damaged ({error}); delete the folder and embed again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT or not {"rows", "dimensions", "dtype", "checksum"} <= manifest.keys():
         raise ValueError(f"{path}: not a manifest of format {FORMAT}")
     data = folder / "embeddings.npy"
     try:
@@ -269,9 +270,9 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
         if not path.exists():
             continue
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path, "key", *(["shard_rows"] if path.name == "job.json" else []))
             key = known["key"]
-        except (ValueError, KeyError, TypeError):
+        except DataError:
             raise ValueError(f"{path}: damaged; delete the folder {folder} and embed again") from None
         if key != job["key"]:
             names = [k for k in job if k not in ("key", "shard_rows", "format") and known.get(k) != job[k]]

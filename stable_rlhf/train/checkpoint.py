@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.data.jsonl import kind_of, read_json, to_json
+from stable_rlhf.data.records import DataError
 from stable_rlhf.locks import LOCK, FolderInUse, FolderLock, lock_folder
 from stable_rlhf.progress import begin, is_main_process, say
 from stable_rlhf.signals import Stopped, defer
@@ -26,6 +27,7 @@ _MARKER = "run.json"
 _NO_CONTENT = (LOCK, "run.part")  # what a kill may leave before the marker is there
 _STAGE = "stage.json"
 _ATTEMPT = "attempt.json"  # which settings an unfinished stage has
+_KEPT: dict[str, Any] = {"fingerprint": str, "settings": dict, "inputs": dict, "seconds": (int, float), "result": dict}
 SNAPSHOTS = "checkpoints"  # of a stage that trains; see snapshots.py
 _FORMAT = 1
 _T = TypeVar("_T")
@@ -106,10 +108,11 @@ class RunDirectory:
             raise RunError(f"output_dir {error}; let that one end, or choose another output_dir") from None
         if marker.is_file():
             try:
-                found = json.loads(marker.read_text(encoding="utf-8"))["format"]
-            except (ValueError, KeyError, TypeError):
+                found = read_json(marker, "format")["format"]
+            except DataError as error:
                 raise RunError(
-                    f"output_dir {str(self.root)!r}: {_MARKER} is damaged; choose another output_dir or delete this one"
+                    f"output_dir {str(self.root)!r}: {_MARKER} is damaged ({error}); choose another "
+                    "output_dir or delete this one"
                 ) from None
             if found != _FORMAT:
                 raise RunError(
@@ -168,12 +171,15 @@ class RunDirectory:
             return None
         remedy = f"delete {str(folder)!r} to redo it, or choose another output_dir"
         try:
-            known = json.loads((folder / _STAGE).read_text(encoding="utf-8"))
-            seen, _, _ = known["fingerprint"], known["seconds"], known["result"]
-        except (OSError, ValueError, KeyError, TypeError):
+            known = read_json(folder / _STAGE, *_KEPT)
+            if wrong := [k for k, kind in _KEPT.items() if not isinstance(known[k], kind) or known[k] is True]:
+                raise DataError(f"{folder / _STAGE}: {wrong[0]!r} is {kind_of(known[wrong[0]])}")
+        except DataError as error:
             raise RunError(
-                f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign; {remedy}"
+                f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign ({error}); "
+                f"{remedy}"
             ) from None
+        seen = known["fingerprint"]
         if seen != fingerprint and not (self.checkpoint.universal and _layout_alone(known, key)):
             changed = ", ".join(_changes(known, key))
             raise RunError(f"stage {name} was made with other settings ({changed}); {remedy}")
@@ -188,7 +194,7 @@ class RunDirectory:
         attempt = working / _ATTEMPT
         if any(p.suffix != ".tmp" for p in (working / SNAPSHOTS).glob("step-*")):
             same = _fingerprint(attempt) == fingerprint
-            before = {} if _fingerprint(attempt) is None else json.loads(attempt.read_text(encoding="utf-8"))
+            before = {} if _fingerprint(attempt) is None else read_json(attempt)
             if not same and self.checkpoint.resume_from_checkpoint != "none":
                 alone = _layout_alone(before, key)
                 if not (alone and self.checkpoint.universal):
@@ -221,8 +227,8 @@ def _note(path: Path, record: dict[str, Any]) -> None:
 def _fingerprint(path: Path) -> str | None:
     """That of a record that `_note` wrote, None where there is none."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(path, "fingerprint")["fingerprint"])
+    except DataError:
         return None
 
 

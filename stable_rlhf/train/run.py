@@ -200,7 +200,7 @@ def summarise(
         "paper": paper.constants(),
     }
     for name, stage in scorers.items():
-        scores = read_json(stage.folder / "scores.json")
+        scores = read_json(stage.folder / "scores.json", "chosen", "rejected", "tasks")
         summary["scorers"][name] = {
             **scorer_evaluation(
                 scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed

@@ -10,7 +10,6 @@ disk) is an error on all of them, and the snapshots before it stay.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.data.jsonl import read_json, to_json
+from stable_rlhf.data.records import DataError
 from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.signals import Stopped, defer
 from stable_rlhf.train.checkpoint import SNAPSHOTS
@@ -218,9 +218,9 @@ def _read(path: Path) -> dict[str, Any] | str:
     if not path.is_dir():
         return f"there is no checkpoint {str(path)!r}"
     try:
-        record: dict[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        record = read_json(path / _MANIFEST, "stage", "step", "rows", "shape", "state", "files")
         files = record["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, AttributeError):
         return f"checkpoint {str(path)!r} has no readable {_MANIFEST}"
     if record.get("format") != _FORMAT:
         return f"checkpoint {str(path)!r} was written by another version"

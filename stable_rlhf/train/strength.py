@@ -286,9 +286,21 @@ def _write_votes(
     return {"trained_on": trained, "judged": len(judged), "positive": sum(d > 0 for d in difference) / len(difference)}
 
 
+def _read_votes(path: Path) -> list[float | None]:
+    """What `_write_votes` wrote."""
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, list) and all(v is None or isinstance(v, float) for v in found):
+            return found
+        problem = "not a list of numbers"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    raise DataError(f"{path}: {problem}; delete {str(path.parent)!r} to redo that scorer")
+
+
 def _sum_up(pairs: _Pairs, recipe: Recipe, voters: Sequence[Path], folder: Path) -> dict[str, Any]:
     """Mean and deviation of every pair, into the rows and into pictures, tables and figures to read."""
-    votes = [json.loads((voter / _DIFFERENCES).read_text(encoding="utf-8")) for voter in voters]
+    votes = [_read_votes(voter / _DIFFERENCES) for voter in voters]
     mean, std = preference_strength(np.array(votes, dtype=np.float64))  # None becomes NaN
     every = iter(PairStrength(float(m), float(s)) for m, s in zip(mean, std, strict=True))
     of_row = {id(item.row): tuple(next(every) for _ in item.row.pairs) for item in pairs.encoded}

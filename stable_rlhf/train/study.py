@@ -90,9 +90,9 @@ def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
     path = root / "validation" / "results.json"
     if not path.is_file():
         return None
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path, "seeds", "settings", "fingerprint")
     return {
-        "seeds": known["seeds"], "variants": known["settings"]["variants"],
+        "seeds": known["seeds"], "variants": known["settings"].get("variants", []),
         "same_settings": known["fingerprint"] == fingerprint,
     }  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import math
 import os
 import secrets
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.data.jsonl import read_jsonl, to_json
+from stable_rlhf.data.jsonl import read_json, read_jsonl, to_json
 from stable_rlhf.progress import is_main_process
 
 METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
@@ -116,7 +115,7 @@ def read_metrics(path: Path, after: int | None = None) -> list[dict[str, float]]
 def _service(name: str, folder: Path, after: int, settings: dict[str, Any] | None) -> Any:
     """A run of wandb or trackio; a resumed stage goes on with the run that it had."""
     path = folder / _IDENTITY
-    identity = json.loads(path.read_text(encoding="utf-8"))["id"] if after and path.is_file() else secrets.token_hex(4)
+    identity = read_json(path, "id")["id"] if after and path.is_file() else secrets.token_hex(4)
     path.write_text(to_json({"id": identity}) + "\n", encoding="utf-8")
     about: dict[str, Any] = {
         "project": os.environ.get(f"{name.upper()}_PROJECT", "stable_rlhf"),

@@ -154,7 +154,7 @@ def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
     assert file.read_text(encoding="utf-8") == "keep me"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"format"', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"format"', "\x00", "[" * 10**5])
 def test_a_damaged_run_json_is_an_error(tmp_path, text):
     finish(tmp_path)
     (tmp_path / "run.json").write_text(text, encoding="utf-8")
@@ -170,7 +170,14 @@ def test_the_folder_of_another_version_is_an_error_that_names_it(tmp_path):
         RunDirectory(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "", "{", "[]", '{"fingerprint": "x"}', "null"])
+RECORD = {"fingerprint": "x", "settings": {}, "inputs": {}, "seconds": 1.5, "result": {}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "", "{", "[]", '{"fingerprint": "x"}', "null", "[" * 10**5]
+    + [json.dumps(RECORD | {name: wrong}) for name in RECORD for wrong in (None, [1])],
+)
 def test_a_stage_folder_without_a_readable_record_is_an_error(tmp_path, damage):
     finish(tmp_path)
     record = tmp_path / "ppo-am" / "stage.json"
@@ -179,7 +186,7 @@ def test_a_stage_folder_without_a_readable_record_is_an_error(tmp_path, damage):
     else:
         record.write_text(damage, encoding="utf-8")
     before, work = contents(tmp_path), Work()
-    with pytest.raises(RunError, match=r"stage ppo-am: .*no readable stage\.json"):
+    with pytest.raises(RunError, match=r"stage ppo-am: .*no readable stage\.json, .*ppo-am/stage\.json.*; delete"):
         RunDirectory(tmp_path).stage("ppo-am", SETTINGS, work)
     assert work.runs == 0 and contents(tmp_path) == before
 
