@@ -90,6 +90,20 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
     return model
 
 
+def check_whole(model: Any, what: str, *, besides: str = "") -> None:
+    """Refuse a model that others have loaded, from ``model.name_or_path``, where its checkpoint did not fit. Heads do
+    not count, nor does a part of the name ``besides``. On the meta device: nothing is read twice.
+
+    Raises:
+        ValueError: as in :func:`load_whole`.
+    """
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
+    with loading(what, model.name_or_path):
+        meta, info = _quietly(type(model), model.name_or_path, options)
+    if problem := _misfits(meta, info, False, besides):
+        raise ValueError(f"{what}: its weights do not fit its config.json: {problem}")
+
+
 @contextmanager
 def _whole_ranks() -> Iterator[None]:
     """transformers without the DeepSpeed configuration that it loads in shards by."""
@@ -116,9 +130,9 @@ def _quietly(auto: Any, location: str, options: dict[str, Any]) -> Any:
         logger.setLevel(level)
 
 
-def _misfits(model: Any, info: dict[str, Any], heads: bool) -> str:
+def _misfits(model: Any, info: dict[str, Any], heads: bool, besides: str = "") -> str:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    decoder = {model.base_model_prefix, *(name for name, _ in model.base_model.named_children())}
+    decoder = {model.base_model_prefix, *(name for name, _ in model.base_model.named_children())} - {besides}
 
     def counts(name: str) -> bool:
         return heads or name.split(".")[0] in decoder

@@ -72,14 +72,17 @@ def _plain_pooling(model: str, pooling: str) -> str:
     return "mean"
 
 
-def cannot_load(model: str, error: OSError) -> ValueError:
+def cannot_load(model: str, error: Exception) -> ValueError:
+    from stable_rlhf.loading import broken_file
+
+    reason = broken_file(model) or str(error).splitlines()[0]
     return ValueError(
-        f"embedding model {model!r} cannot be loaded ({str(error).splitlines()[0]}); without a hub give a local "
-        'folder, or "minilm"'
+        f'embedding model {model!r} cannot be loaded ({reason}); without a hub give a local folder, or "minilm"'
     )
 
 
 def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype: Any) -> Any:
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model
@@ -114,15 +117,35 @@ def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype
                 transformer = Transformer(model, **shared)
                 modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=how)]
             encoder = SentenceTransformer(modules=modules, device=device)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_load(model, error) from error
     finally:
         if quiet:
             hf_logging.enable_progress_bar()
+    _check(encoder, model, pooling)
     # Some models end in a Normalize module; `normalize` alone decides, so take it off.
     while len(encoder) > 1 and isinstance(encoder[-1], Normalize):
         del encoder[-1]
     return encoder
+
+
+def _check(encoder: Any, name: str, pooling: str) -> None:
+    """Every weight has to be the checkpoint's (of a pooler only where it is used), and padding, which is masked, a row
+    of the embedding."""
+    from transformers import PreTrainedModel
+
+    from stable_rlhf.loading import check_whole
+
+    model = next((module for module in encoder.modules() if isinstance(module, PreTrainedModel)), None)
+    if model is None:
+        return
+    pooled = pooling == "pooler" or _plain_pooling(name, pooling) == "pooler"
+    check_whole(model, f"embedding model {name!r}", besides="" if pooled else "pooler")
+    tokenizer, embedding = encoder.tokenizer, model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is not None and (getattr(tokenizer, "pad_token_id", None) or 0) >= rows:
+        spare = next((i for i in tokenizer.all_special_ids if i < rows), 0)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare)
 
 
 def checked_texts(texts: Sequence[str]) -> None:

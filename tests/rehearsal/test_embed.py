@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import socket
 import sys
@@ -251,3 +252,49 @@ def test_prompt_text():
     assert prompt_text([system, user, answer, {"role": "user", "content": "Bye"}]) == (
         "user: Hi\nassistant: Hello\nuser: Bye"
     )
+
+
+# -- encoders whose files do not fit -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers", "problem"), [(1, "left over"), (3, "missing")])
+@pytest.mark.parametrize("name", ["plain", "sup-simcse-tiny"])
+def test_an_encoder_whose_weights_do_not_fit_its_configuration_is_refused(tiny, tmp_path, name, layers, problem):
+    folder = shutil.copytree(tiny / name, tmp_path / name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^embedding model .*{name}'.*do not fit its config\.json: 16 {problem}"):
+        embed_texts(["a"], str(folder), progress=False)
+
+
+def test_a_pooler_is_missed_only_where_it_is_used(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("plain", "sup-simcse-tiny"):
+        folder = shutil.copytree(tiny / name, tmp_path / name)
+        kept = {k: v for k, v in load_file(folder / "model.safetensors").items() if "pooler" not in k}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    found = embed_texts(["a b", "c"], str(tmp_path / "plain"), progress=False)
+    assert np.array_equal(found, embed_texts(["a b", "c"], str(tiny / "plain"), progress=False))
+    with pytest.raises(ValueError, match=r"2 missing \(pooler\.dense\.bias, …\)"):
+        embed_texts(["a"], str(tmp_path / "sup-simcse-tiny"), progress=False)
+
+
+def test_an_encoders_broken_file_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "plain", tmp_path / "plain")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 99)
+    with pytest.raises(ValueError, match=r"^embedding model .*cannot be loaded \(model\.safetensors: .*header"):
+        embed_texts(["a"], str(folder), progress=False)
+
+
+def test_an_encoders_padding_beyond_its_embedding_is_padding_all_the_same(tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny / "plain", tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 4 + len(WORDS)
+    tokenizer.save_pretrained(folder)
+    texts = ["a b c d", "e"]
+    found = embed_texts(texts, str(folder), progress=False)
+    np.testing.assert_allclose(found, embed_texts(texts, str(tiny / "plain"), progress=False), atol=1e-6)
