@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ class Timing:
 
     samples: list[float] = field(default_factory=list)
     failure: str | None = None
+    faults: list[float] = field(default_factory=list)  # pages that a call had to be given by the system, a round
 
     @property
     def median(self) -> float | None:
@@ -88,8 +90,15 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def page_faults() -> int:
+    """Pages that this process has been given so far: an allocator that gives memory back pays for it at every call."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 class Stopwatch:
     """One timed call: CUDA events after a flush of the L2 cache, `perf_counter` on the CPU."""
+
+    faults: float | None = None  # a call, the last time; on the CPU
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -102,10 +111,11 @@ class Stopwatch:
     def __call__(self, step: Step, calls: int = 1) -> float:
         """Milliseconds a call. The last result of `step` is dropped outside the timed part."""
         if self.flush is None:
-            begin = time.perf_counter()
+            before, begin = page_faults(), time.perf_counter()
             for _ in range(calls):
                 kept = step()
             elapsed = 1e3 * (time.perf_counter() - begin) / calls
+            self.faults = (page_faults() - before) / calls
             del kept
             return elapsed
         self.flush.zero_()
@@ -179,6 +189,8 @@ def measure(
                     continue
                 try:
                     timing.samples.append(watch(alive[name], calls[name]))
+                    if watch.faults is not None:
+                        timing.faults.append(watch.faults)
                 except Exception as error:
                     timing.samples.clear()
                     timing.failure = describe(error)
@@ -230,7 +242,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -260,7 +272,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device.type,
-        "cpu": _processor(),
+        "cpu": processor(),
         "cpu_features": cpu_features(),
         "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),

@@ -80,18 +80,19 @@ def table(lines: Sequence[Line]) -> Table:
     """Every contender of every case."""
     made = Table(title="time beside the floor of the same rounds")
     made.add_column("case, contender", overflow="fold")
-    for name in ("median", "p20", "p80", "× floor", "share", "peak MiB", "rate", "error"):
+    for name in ("median", "p20", "p80", "× floor", "share", "peak MiB", "page faults", "rate", "error"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("remarks", overflow="fold")
     for group in cases(lines).values():
         made.add_section()
-        made.add_row(f"[bold]{title(group[0])}[/]", *[""] * 9)
+        made.add_row(f"[bold]{title(group[0])}[/]", *[""] * 10)
         for line in group:
             style = {"ours": "green", "floor": "cyan"}.get(line["role"])
             times = [in_units(line[k]) if line.get(k) else "–" for k in ("median_s", "p20_s", "p80_s")]
             share = f"{line['floor_share']:.0%}" if line["floor_share"] and not line["noisy"] else "–"
             peak = f"{line['peak_mib']:,.0f}" if line.get("peak_mib") is not None else ""
-            cells = (*times, ratio(line), share, peak, rate(line), worst_error(line), remark(line))
+            faults = f"{line['page_faults']:,}" if line.get("page_faults") is not None else ""
+            cells = (*times, ratio(line), share, peak, faults, rate(line), worst_error(line), remark(line))
             made.add_row("  " + line["peer"], *cells, style=style)
     return made
 

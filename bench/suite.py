@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -253,7 +254,7 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
     )  # fmt: skip
     scales = {c.name: c.scale for c in wanted}
     for name, timing in timings.items():
-        scaled = Timing([x * scales[name] for x in timing.samples], timing.failure)
+        scaled = Timing([x * scales[name] for x in timing.samples], timing.failure, timing.faults)
         timings[name] = scaled
         lines[name] |= _times(scaled, prepared)
     for name, line in lines.items():
@@ -288,6 +289,8 @@ def _times(timing: Timing, prepared: Prepared) -> Line:
         "p80_s": quantile(timing.samples, 0.8) / 1e3, "rounds": len(timing.samples),
         "samples_s": [float(f"{x / 1e3:.4g}") for x in timing.samples],
     }  # fmt: skip
+    if timing.faults:
+        found["page_faults"] = round(statistics.median(timing.faults))
     if prepared.flops:
         found |= {"flops": prepared.flops, "flops_per_s": prepared.flops / seconds}
     if prepared.moved:

@@ -117,7 +117,10 @@ bool weigh(const Advantage<T>& call, const Kernels& kernels, std::vector<double>
     const auto weigh_responses = [&](int64_t first, int64_t last) {
         kernels.exponentials(log_weight->data() + first * K, (last - first) * K, weight->data() + first * K);
     };
-    parallel_for(static_cast<int64_t>(items.size()), 1, call.num_threads, [&](int64_t from, int64_t to) {
+    // The sums of log-probs, whose cost is that of reading them.
+    const double each = 0.5 * static_cast<double>(K + 1) * static_cast<double>(bounds[R] - bounds[0]) /
+                        static_cast<double>(std::max<size_t>(items.size(), 1));
+    parallel_for(static_cast<int64_t>(items.size()), 1, each, call.num_threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const Item& item = items[i];
             if (item.partial >= 0) {

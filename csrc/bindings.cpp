@@ -6,6 +6,7 @@
 
 #include "advantage.h"
 #include "isa.h"
+#include "parallel.h"
 #include "policy_rows.h"
 #include "sequence_ops.h"
 #include "swav.h"
@@ -18,6 +19,10 @@ namespace {
 template <typename T>
 T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+void need(bool ran, const std::string& isa) {
+    if (!ran) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
 }
 
 // Addresses of 0 are absent arrays; see policy_rows.h for what each argument is.
@@ -64,7 +69,7 @@ void bind_rows(py::module_& m) {
             call.kept = at<int64_t>(kept);
             call.num_threads = num_threads;
             const int64_t found = stable_rlhf::rows(call, isa.c_str());
-            if (found < 0) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
+            need(found >= 0, isa);
             return found;
         },
         py::kw_only(), py::arg("mode"), py::arg("type"), py::arg("logits"), py::arg("gradient") = 0,
@@ -82,7 +87,7 @@ void bind_rows(py::module_& m) {
     m.def("select_columns",  // thresholds of 0: only the peaks
           [](int type, Address gradient, Address rows, int64_t stride, int64_t count, int64_t vocabulary,
              Address inverse_scale, Address thresholds, int num_thresholds, Address peaks, Address masses,
-             int num_threads) {
+             int num_threads, const std::string& isa) {
               Columns call{};
               call.type = static_cast<LogitsType>(type);
               call.gradient = at<const void>(gradient);
@@ -96,11 +101,7 @@ void bind_rows(py::module_& m) {
               call.peaks = at<float>(peaks);
               call.masses = at<float>(masses);
               call.num_threads = num_threads;
-              if (num_thresholds == 0) {
-                  column_peaks(call);
-              } else {
-                  dropped_masses(call);
-              }
+              need(num_thresholds == 0 ? column_peaks(call, isa.c_str()) : dropped_masses(call, isa.c_str()), isa);
           },
           without_gil);
     m.def("gather_columns",
@@ -154,7 +155,7 @@ void bind_advantage(py::module_& m, const char* name) {
             call.statistics = at<T>(statistics);
             call.num_threads = num_threads;
             const int status = advantage(call, isa.c_str());
-            if (status < 0) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
+            need(status >= 0, isa);
             return status == 0;
         },
         py::call_guard<py::gil_scoped_release>());
@@ -176,11 +177,13 @@ void bind_sequences(py::module_& m, const std::string& suffix) {
           without_gil);
     m.def(("token_rewards_" + suffix).c_str(),
           [](Address logprob, Address ref_logprob, Address score, Address cu_seqlens, int64_t num_sequences,
-             int64_t tokens, T kl_coef, int kl_estimator, T clamp, int num_threads, Address reward) {
-              return static_cast<int>(token_rewards<T>(at<const T>(logprob), at<const T>(ref_logprob),
-                                                       at<const T>(score), at<const int64_t>(cu_seqlens),
-                                                       num_sequences, tokens, kl_coef, kl_estimator, clamp,
-                                                       num_threads, at<T>(reward)));
+             int64_t tokens, T kl_coef, int kl_estimator, T clamp, int num_threads, Address reward,
+             const std::string& isa) {
+              const SequenceStatus status = token_rewards<T>(
+                  at<const T>(logprob), at<const T>(ref_logprob), at<const T>(score), at<const int64_t>(cu_seqlens),
+                  num_sequences, tokens, kl_coef, kl_estimator, clamp, num_threads, at<T>(reward), isa.c_str());
+              need(status != SequenceStatus::no_kernels, isa);
+              return static_cast<int>(status);
           },
           without_gil);
     m.def(("masked_moments_" + suffix).c_str(), [](Address x, Address mask, int64_t n, int num_threads) {
@@ -214,11 +217,8 @@ void bind_swav(py::module_& m) {
     using namespace stable_rlhf;
     using Address = std::uintptr_t;
     const auto without_gil = py::call_guard<py::gil_scoped_release>();
-    const auto checked = [](bool ran, const std::string& isa) {
-        if (!ran) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
-    };
     m.def("swav_log_sums",
-          [checked](Address scores, int64_t rows, int64_t prototypes, Address potential, double inverse_epsilon,
+          [](Address scores, int64_t rows, int64_t prototypes, Address potential, double inverse_epsilon,
                     Address log_sums, int num_threads, const std::string& isa) {
               Swav call{};
               call.scores = at<float>(scores);
@@ -228,11 +228,11 @@ void bind_swav(py::module_& m) {
               call.inverse_epsilon = inverse_epsilon;
               call.log_sums = at<float>(log_sums);
               call.num_threads = num_threads;
-              checked(swav_log_sums(call, isa.c_str()), isa);
+              need(swav_log_sums(call, isa.c_str()), isa);
           },
           without_gil);
     m.def("swav_loss",
-          [checked](Address scores, int64_t rows, int64_t prototypes, Address potential, double inverse_epsilon,
+          [](Address scores, int64_t rows, int64_t prototypes, Address potential, double inverse_epsilon,
                     double inverse_temperature, double scale, bool gradient, int num_threads, const std::string& isa) {
               Swav call{};
               double loss = 0.0;
@@ -246,7 +246,7 @@ void bind_swav(py::module_& m) {
               call.gradient = gradient;
               call.loss = &loss;
               call.num_threads = num_threads;
-              checked(swav_loss(call, isa.c_str()), isa);
+              need(swav_loss(call, isa.c_str()), isa);
               return loss;
           },
           without_gil);
@@ -261,6 +261,7 @@ PYBIND11_MODULE(_C, m) {
         for (const char* const* name = stable_rlhf::isa_names(); *name; ++name) names.append(*name);
         return names;
     });
+    m.def("shared_loops", &stable_rlhf::shared_loops);
     bind_advantage<float>(m, "advantage_f32");
     bind_advantage<double>(m, "advantage_f64");
     bind_rows(m);

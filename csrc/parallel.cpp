@@ -17,6 +17,8 @@
 namespace stable_rlhf {
 namespace {
 
+std::atomic<int64_t> shared{0};
+
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);  // GOMP_parallel, fixed since GCC 4.9
 
 #if defined(__linux__)
@@ -57,7 +59,12 @@ void run_on_own_threads(int threads, void (*work)(void*), void* data) {
 
 }  // namespace
 
+int threads_for(double nanoseconds, int num_threads) { return nanoseconds < 1e6 ? 1 : num_threads; }
+
+int64_t shared_loops() { return shared; }
+
 void run_on_threads(int threads, void (*work)(void*), void* data) {
+    ++shared;
     if (const Parallel parallel = torch_threads()) {
         parallel(work, data, static_cast<unsigned>(threads), 0);
     } else {

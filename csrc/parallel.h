@@ -7,14 +7,24 @@
 
 namespace stable_rlhf {
 
+// The threads for a loop that takes one thread about so many nanoseconds: one below a millisecond. Where another process
+// wants the cores, OpenMP's barrier waits for a worker that has none, up to a time slice of the system: a hundred times
+// what a small loop takes.
+int threads_for(double nanoseconds, int num_threads);
+
+// How many loops have been shared out to threads since the module was loaded.
+int64_t shared_loops();
+
 // Calls work(data) once on each of up to `threads` threads, the caller's among them, and returns when all have ended.
 void run_on_threads(int threads, void (*work)(void*), void* data);
 
-// Calls body(begin, end) over [0, n) in blocks of `grain`, on at most num_threads threads.
+// Calls body(begin, end) over [0, n) in blocks of `grain`, on at most num_threads threads; on one where all of it takes
+// less than a millisecond, by the caller's estimate of what one of the n costs on one thread.
 // Results must not depend on which thread takes which block. `body` must not throw.
 template <typename Body>
-void parallel_for(int64_t n, int64_t grain, int num_threads, const Body& body) {
+void parallel_for(int64_t n, int64_t grain, double nanoseconds_each, int num_threads, const Body& body) {
     const int64_t blocks = (n + grain - 1) / grain;
+    num_threads = threads_for(nanoseconds_each * static_cast<double>(n), num_threads);
     if (num_threads <= 1 || blocks <= 1) {
         if (n > 0) body(int64_t{0}, n);
         return;

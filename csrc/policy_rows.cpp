@@ -8,11 +8,18 @@
 #include "parallel.h"
 
 namespace stable_rlhf {
+namespace {
+
+constexpr double kLogit = 1.0;  // nanoseconds of one thread for a logit
+
+}  // namespace
 
 int64_t rows(const Rows& call, const char* isa) {
     const Kernels* const found = kernels(isa);
     if (found == nullptr) return -1;
-    parallel_for(call.count, 4, call.num_threads, [&](int64_t begin, int64_t end) { found->rows(call, begin, end); });
+    const double width = static_cast<double>(call.vocabulary);
+    parallel_for(call.count, 4, kLogit * width, call.num_threads,
+                 [&](int64_t begin, int64_t end) { found->rows(call, begin, end); });
     if (call.mode == RowsMode::statistics) return 0;
     if (call.mode == RowsMode::given || call.kept == nullptr) return call.count;
 
@@ -31,7 +38,7 @@ int64_t rows(const Rows& call, const char* isa) {
     }
     const int64_t bytes = call.type == LogitsType::f32 ? 4 : 2;
     char* gradient = static_cast<char*>(call.gradient);
-    parallel_for(static_cast<int64_t>(gaps.size()), 4, call.num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(static_cast<int64_t>(gaps.size()), 4, 0.2 * kLogit * width, call.num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
             std::memcpy(gradient + gaps[g] * call.gradient_stride * bytes,
                         gradient + call.kept[gaps[g]] * call.gradient_stride * bytes, call.vocabulary * bytes);
@@ -40,16 +47,22 @@ int64_t rows(const Rows& call, const char* isa) {
     return kept;
 }
 
-void column_peaks(const Columns& call) {
-    const auto run = kernels("")->peaks;
-    parallel_for(call.vocabulary, 1024, call.num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; at += 1024) run(call, at, std::min(at + 1024, end));
+bool column_peaks(const Columns& call, const char* isa) {
+    const Kernels* const found = kernels(isa);
+    if (found == nullptr) return false;
+    const double each = 0.5 * kLogit * static_cast<double>(call.count);
+    parallel_for(call.vocabulary, 1024, each, call.num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; at += 1024) found->peaks(call, at, std::min(at + 1024, end));
     });
+    return true;
 }
 
-void dropped_masses(const Columns& call) {
-    const auto run = kernels("")->masses;
-    parallel_for(call.count, 2, call.num_threads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+bool dropped_masses(const Columns& call, const char* isa) {
+    const Kernels* const found = kernels(isa);
+    if (found == nullptr) return false;
+    parallel_for(call.count, 2, kLogit * static_cast<double>(call.vocabulary), call.num_threads,
+                 [&](int64_t begin, int64_t end) { found->masses(call, begin, end); });
+    return true;
 }
 
 namespace {
@@ -57,7 +70,7 @@ namespace {
 template <typename T>
 void gather(const T* gradient, int64_t stride, const int64_t* rows, int64_t num_rows, const int64_t* columns,
             int64_t num_columns, T* out, int num_threads) {
-    parallel_for(num_rows, 2, num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(num_rows, 2, kLogit * static_cast<double>(num_columns), num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const T* row = gradient + rows[i] * stride;
             for (int64_t j = 0; j < num_columns; ++j) out[i * num_columns + j] = row[columns[j]];

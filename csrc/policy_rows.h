@@ -77,8 +77,9 @@ struct Columns {
 };
 constexpr int kMaxThresholds = 8;
 
-void column_peaks(const Columns& call);
-void dropped_masses(const Columns& call);
+// False: this processor lacks the instruction set `isa` (isa.h).
+bool column_peaks(const Columns& call, const char* isa);
+bool dropped_masses(const Columns& call, const char* isa);
 
 // out[i, j] = gradient[rows[i], columns[j]], for elements of `bytes` (2 or 4).
 void gather_columns(const void* gradient, int64_t stride, int bytes, const int64_t* rows, int64_t num_rows,

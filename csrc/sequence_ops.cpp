@@ -11,6 +11,7 @@ namespace stable_rlhf {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // tokens of one piece of work: some 50 us, a few times what a thread costs
+constexpr double kToken = 1.5;       // nanoseconds of one thread for a token
 
 bool limits_fit(const int64_t* cu_seqlens, int64_t num_sequences, int64_t tokens, int64_t shortest) {
     if (cu_seqlens[0] != 0 || cu_seqlens[num_sequences] != tokens) return false;
@@ -102,7 +103,7 @@ SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, c
     }
     // Work is shared by tokens: a block's sequences are those that begin in it, however long they are. Sums are in the
     // order of the PyTorch reference: the same bits.
-    parallel_for(tokens, kGrain, num_threads, [&](int64_t from, int64_t to) {
+    parallel_for(tokens, kGrain, kToken, num_threads, [&](int64_t from, int64_t to) {
         const int64_t* last = cu_seqlens + num_sequences;
         int64_t s = std::lower_bound(cu_seqlens, last, from) - cu_seqlens;
         const int64_t past = std::lower_bound(cu_seqlens, last, to) - cu_seqlens;
@@ -130,7 +131,7 @@ namespace {
 
 // kl[t] = exp(-d) - 1 + d, the k3 estimator. Near 0, where both subtractions cancel, from the series of exp with every
 // term that counts for |x| < 1 (relative error below 1e-15); in float the same in sequence_kernel.h.
-void k3(const double* d, int64_t n, double* kl) {
+void k3(const Kernels&, const double* d, int64_t n, double* kl) {
     constexpr int terms = 19;
     for (int64_t t = 0; t < n; ++t) {
         const double x = -d[t];
@@ -139,10 +140,11 @@ void k3(const double* d, int64_t n, double* kl) {
         kl[t] = std::abs(x) < 1 ? 0.5 * x * x * near : std::exp(x) - 1 - x;
     }
 }
-void k3(const float* d, int64_t n, float* kl) { kernels("")->k3(d, n, kl); }
+void k3(const Kernels& kernels, const float* d, int64_t n, float* kl) { kernels.k3(d, n, kl); }
 
 template <typename T>
-bool kl_rewards(const T* logprob, const T* ref_logprob, int64_t n, T scale, int estimator, T clamp, T* reward) {
+bool kl_rewards(const Kernels& kernels, const T* logprob, const T* ref_logprob, int64_t n, T scale, int estimator,
+                T clamp, T* reward) {
     constexpr int64_t stretch = 256;  // in the first cache between the loops, each of which makes vectors
     int unsound = 0;
     for (int64_t from = 0; from < n; from += stretch) {
@@ -158,7 +160,7 @@ bool kl_rewards(const T* logprob, const T* ref_logprob, int64_t n, T scale, int 
         if (estimator == 2) {
             for (int64_t t = 0; t < length; ++t) d[t] = T(0.5) * d[t] * d[t];
         } else if (estimator == 3) {
-            k3(d, length, d);
+            k3(kernels, d, length, d);
         }
         for (int64_t t = 0; t < length; ++t) reward[from + t] = d[t] * scale;
     }
@@ -170,12 +172,14 @@ bool kl_rewards(const T* logprob, const T* ref_logprob, int64_t n, T scale, int 
 template <typename T>
 SequenceStatus token_rewards(const T* logprob, const T* ref_logprob, const T* score, const int64_t* cu_seqlens,
                              int64_t num_sequences, int64_t tokens, T kl_coef, int kl_estimator, T clamp,
-                             int num_threads, T* reward) {
+                             int num_threads, T* reward, const char* isa) {
+    const Kernels* const found = kernels(isa);
+    if (found == nullptr) return SequenceStatus::no_kernels;
     if (!limits_fit(cu_seqlens, num_sequences, tokens, 1)) return SequenceStatus::bad_limits;
     std::atomic<bool> finite{true};
-    parallel_for(tokens, kGrain, num_threads, [&](int64_t from, int64_t to) {
-        bool sound =
-            kl_rewards(logprob + from, ref_logprob + from, to - from, -kl_coef, kl_estimator, clamp, reward + from);
+    parallel_for(tokens, kGrain, kToken, num_threads, [&](int64_t from, int64_t to) {
+        bool sound = kl_rewards(*found, logprob + from, ref_logprob + from, to - from, -kl_coef, kl_estimator, clamp,
+                                reward + from);
         // The sequences whose last token, cu_seqlens[s + 1] - 1, lies in this block.
         const int64_t* ends = cu_seqlens + 1;
         for (int64_t s = std::upper_bound(ends, ends + num_sequences, from) - ends; s < num_sequences && ends[s] <= to;
@@ -191,7 +195,7 @@ SequenceStatus token_rewards(const T* logprob, const T* ref_logprob, const T* sc
 #define STABLE_RLHF_INSTANTIATE(T)                                                                                   \
     template SequenceStatus gae<T>(const T*, const T*, const int64_t*, const T*, int64_t, int64_t, T, T, int, T*, T*); \
     template SequenceStatus token_rewards<T>(const T*, const T*, const T*, const int64_t*, int64_t, int64_t, T, int, T, \
-                                             int, T*);
+                                             int, T*, const char*);
 STABLE_RLHF_INSTANTIATE(float)
 STABLE_RLHF_INSTANTIATE(double)
 #undef STABLE_RLHF_INSTANTIATE

@@ -8,7 +8,7 @@
 
 namespace stable_rlhf {
 
-enum class SequenceStatus : int { fine = 0, bad_limits = 1, bad_values = 2 };
+enum class SequenceStatus : int { fine = 0, bad_limits = 1, bad_values = 2, no_kernels = 3 };
 
 // Generalised advantage estimation. bootstrap_value may be null (0 after the end). `decay` is gamma * lambda, rounded
 // once by the caller as PyTorch does. bad_values: a result is not finite, which a finite input can only cause by
@@ -19,10 +19,11 @@ SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, c
 
 // -kl_coef kl(logprob - ref_logprob, clamped) for every token, and the score on each sequence's last one.
 // bad_limits: also where a sequence is empty. bad_values: a score or a difference of log-probs is not finite.
+// no_kernels: this processor lacks the instruction set `isa` (isa.h).
 template <typename T>
 SequenceStatus token_rewards(const T* logprob, const T* ref_logprob, const T* score, const int64_t* cu_seqlens,
                              int64_t num_sequences, int64_t tokens, T kl_coef, int kl_estimator, T clamp,
-                             int num_threads, T* reward);
+                             int num_threads, T* reward, const char* isa);
 
 // Number, mean and sum of squared distances from the mean of the elements where mask is not 0 (null: of all), in
 // float64, the same for any number of threads. The mean is not finite where an element is not.

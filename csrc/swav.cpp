@@ -19,7 +19,8 @@ bool swav_log_sums(const Swav& call, const char* isa) {
     if (found == nullptr) return false;
     const int64_t blocks = (call.rows + kBlock - 1) / kBlock, padded = swav_padded(call.prototypes);
     std::vector<float> parts(2 * blocks * 2 * padded);  // [view, block, largest and sum, padded]
-    parallel_for(2 * blocks, 1, call.num_threads, [&](int64_t begin, int64_t end) {
+    const double scores = static_cast<double>(kBlock * call.prototypes);
+    parallel_for(2 * blocks, 1, 2.0 * scores, call.num_threads, [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(2 * padded);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, call.rows);
@@ -46,7 +47,8 @@ bool swav_loss(const Swav& call, const char* isa) {
     if (found == nullptr) return false;
     const int64_t blocks = (call.rows + kBlock - 1) / kBlock;
     std::vector<double> parts(blocks);
-    parallel_for(blocks, 1, call.num_threads, [&](int64_t begin, int64_t end) {
+    const double scores = 2.0 * static_cast<double>(kBlock * call.prototypes);  // of both views
+    parallel_for(blocks, 1, 6.0 * scores, call.num_threads, [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(4 * swav_padded(call.prototypes));
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * kBlock, last = std::min(first + kBlock, call.rows);

@@ -17,6 +17,8 @@
 namespace stable_rlhf {
 namespace {
 
+constexpr double kDecided = 1e6;  // nanoseconds: num_threads is already the number for the whole
+
 // A row as one number: the better row is the larger number. Score above, complement of the index below.
 template <typename T>
 struct Packing;
@@ -75,6 +77,7 @@ template <typename T, typename Cluster>
 int64_t topk_by_cluster(const T* score, const Cluster* cluster, int64_t n, int64_t num_clusters, int64_t k,
                         int num_threads, int64_t* out) {
     using Row = typename Packing<T>::Row;
+    num_threads = threads_for(5.0 * static_cast<double>(n), num_threads);
     // A range is worth its thread, and its table of clusters, where it has many more rows than clusters.
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, n / (65536 + 2 * num_clusters)));
     const int64_t words = (n + 63) / 64;
@@ -83,7 +86,7 @@ int64_t topk_by_cluster(const T* score, const Cluster* cluster, int64_t n, int64
     // How many rows of each cluster each part has; then where its buffer begins, all parts of a cluster side by side.
     std::vector<uint32_t> size(parts * num_clusters, 0);
     std::atomic<bool> sound{true};
-    parallel_for(parts, 1, num_threads, [&](int64_t from, int64_t to) {
+    parallel_for(parts, 1, kDecided, num_threads, [&](int64_t from, int64_t to) {
         for (int64_t part = from; part < to; ++part) {
             uint32_t* own = size.data() + part * num_clusters;
             for (int64_t i = range_begin(part), end = range_begin(part + 1); i < end; ++i) {
@@ -112,7 +115,7 @@ int64_t topk_by_cluster(const T* score, const Cluster* cluster, int64_t n, int64
     std::vector<uint32_t> filled(parts * num_clusters, 0);
     std::vector<T> threshold(parts * num_clusters, std::numeric_limits<T>::quiet_NaN());
 
-    parallel_for(parts, 1, num_threads, [&](int64_t from, int64_t to) {
+    parallel_for(parts, 1, kDecided, num_threads, [&](int64_t from, int64_t to) {
         for (int64_t part = from; part < to; ++part) {
             T* bar = threshold.data() + part * num_clusters;
             uint32_t* fill = filled.data() + part * num_clusters;
@@ -142,7 +145,7 @@ int64_t topk_by_cluster(const T* score, const Cluster* cluster, int64_t n, int64
 
     // One bit a row, set for those kept: read in order they are the ascending indices.
     std::vector<std::atomic<uint64_t>> kept(words);
-    parallel_for(num_clusters, 64, num_threads, [&](int64_t from, int64_t to) {
+    parallel_for(num_clusters, 64, kDecided, num_threads, [&](int64_t from, int64_t to) {
         for (int64_t c = from; c < to; ++c) {
             Row* first = candidate.get() + start[c * parts];
             Row* last = first;

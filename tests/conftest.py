@@ -8,10 +8,30 @@ from pathlib import Path
 # Before torch is imported: tests are small, and several may run at once.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins for its neighbour takes that one's core
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+
+def pytest_report_header() -> list[str]:
+    """The processor and what is made of it: which rounding and which kernels a failure belongs to."""
+    import torch
+
+    from bench.common import cpu_features, processor
+    from stable_rlhf.ops._backend import extension
+
+    module = extension()
+    chosen = os.environ.get("STABLE_RLHF_CPU_ISA") or (module.isa_names()[0] if module is not None else "no module")
+    limits = [
+        f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if name in os.environ
+    ]
+    return [
+        f"processor: {processor()}, {os.cpu_count()} cores, {' '.join(cpu_features()) or 'no vector instructions'}",
+        f"kernels: C++ module {chosen}, torch {torch.backends.cpu.get_cpu_capability()}, "
+        f"{' '.join(limits) or 'oneDNN and MKL unlimited'}; {torch.get_num_threads()} threads a process",
+    ]
 
 
 @pytest.fixture(scope="session")

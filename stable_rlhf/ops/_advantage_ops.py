@@ -8,7 +8,6 @@ with so many arguments costs more than the kernel on a few thousand pairs.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from stable_rlhf.ops import _advantage_reference
 from stable_rlhf.ops._advantage_reference import Arguments
-from stable_rlhf.ops._backend import extension, register
+from stable_rlhf.ops._backend import cpu_isa, extension, register
 from stable_rlhf.ops._checks import check_values
 
 # loss 0-d; score [R]; statistics [7]; gradient [R] of the reward (of the score, where no loss is wanted) and [P] of
@@ -149,7 +148,7 @@ def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
         address(call.cu_seqlens, torch.int64), call.length_normalized,
         math.inf if call.max_weight is None else math.log(call.max_weight), value.data_ptr(), score.data_ptr(),
         gradient.data_ptr(), expected_gradient.data_ptr(), statistics.data_ptr(), torch.get_num_threads(),
-        os.environ.get("STABLE_RLHF_CPU_ISA", ""),
+        cpu_isa(),
     )  # fmt: skip
     return (value, score, statistics, gradient, expected_gradient) if fine else None
 

@@ -50,6 +50,21 @@ def extension() -> Any | None:
         return None
 
 
+def cpu_isa() -> str:
+    """The instruction set whose kernels the C++ module is to run: $STABLE_RLHF_CPU_ISA, or "" for the processor's best.
+
+    Raises:
+        RuntimeError: this processor or this build has no kernels for it.
+    """
+    named = os.environ.get("STABLE_RLHF_CPU_ISA", "")
+    if named:
+        module = extension()
+        known = module.isa_names() if module is not None else []
+        if named not in known:
+            raise RuntimeError(f"STABLE_RLHF_CPU_ISA: no kernels for {named!r} here, only for {', '.join(known)}")
+    return named
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

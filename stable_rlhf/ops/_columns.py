@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops._backend import cpu_isa, extension
 
 CHUNK_ROWS = 256  # fewer rows keep fewer columns, more rows make better products
 _STEPS = (1.0, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # thresholds, in units of the tolerance
@@ -89,7 +89,7 @@ def _call(
         _TYPES[gradient.dtype], gradient.data_ptr(), rows.data_ptr(), gradient.stride(0), rows.numel(),
         gradient.shape[1], inverse.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(), 0 if thresholds is None else thresholds.numel(),
-        peaks.data_ptr(), 0 if masses is None else masses.data_ptr(), torch.get_num_threads(),
+        peaks.data_ptr(), 0 if masses is None else masses.data_ptr(), torch.get_num_threads(), cpu_isa(),
     )  # fmt: skip
 
 

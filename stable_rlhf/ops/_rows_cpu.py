@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops._backend import cpu_isa, extension
 from stable_rlhf.ops._policy_config import PolicyLossConfig
 from stable_rlhf.ops._policy_rows import RowState, Terms
 
@@ -32,7 +31,7 @@ def _call(
             mode=mode, type=_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=_address(gradient),
             logits_stride=logits.stride(0), gradient_stride=0 if gradient is None else gradient.stride(0),
             count=state.target.numel(), vocabulary=logits.shape[1], softcap=softcap or 0.0,
-            num_threads=torch.get_num_threads(), isa=os.environ.get("STABLE_RLHF_CPU_ISA", ""),
+            num_threads=torch.get_num_threads(), isa=cpu_isa(),
             **{field.name: _address(getattr(state, field.name)) for field in fields(state)}, **more,
         )
     )  # fmt: skip

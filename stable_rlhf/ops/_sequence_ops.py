@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._backend import choose, extension, register
+from stable_rlhf.ops._backend import choose, cpu_isa, extension, register
 from stable_rlhf.ops._checks import (
     check_choice,
     check_cu_seqlens,
@@ -387,6 +387,7 @@ def _rewards_cpu(
         clamp,
         torch.get_num_threads(),
         reward.data_ptr(),
+        cpu_isa(),
     )
     if status != _FINE:  # find what to name; finite inputs whose difference overflows were clamped as they should be
         _rewards_inputs(logprob, ref_logprob, score, bounds, check=True)

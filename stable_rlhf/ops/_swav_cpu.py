@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops._backend import cpu_isa, extension
 
 
 def _common(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> tuple[int, int, int, int, float]:
@@ -25,7 +23,7 @@ def log_sums(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -
     sums = torch.empty(2, scores.shape[2])
     module.swav_log_sums(
         *_common(scores, potential, inverse_epsilon), sums.data_ptr(), torch.get_num_threads(),
-        os.environ.get("STABLE_RLHF_CPU_ISA", ""),
+        cpu_isa(),
     )  # fmt: skip
     return sums
 
@@ -44,6 +42,6 @@ def loss(
     assert module is not None
     total = module.swav_loss(
         *_common(scores, potential, inverse_epsilon), inverse_temperature, scale, gradient, torch.get_num_threads(),
-        os.environ.get("STABLE_RLHF_CPU_ISA", ""),
+        cpu_isa(),
     )  # fmt: skip
     return torch.tensor(total, dtype=torch.float64)

@@ -115,15 +115,6 @@ def test_every_instruction_set(isa, monkeypatch):
         compare(run(*inputs), definition(*inputs))
 
 
-@cpp
-def test_an_unknown_instruction_set(monkeypatch):
-    monkeypatch.setenv("STABLE_RLHF_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match="cannot run the kernels for 'mmx'"):
-        ops.swav_loss(*problem(4, 3, 2))
-    with pytest.raises(RuntimeError, match="cannot run the kernels for 'mmx'"):
-        ops.swav_loss(*problem(4, 3, 2), iterations=0)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(dtype, backend):

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import stable_rlhf.ops as ops
+from stable_rlhf.ops import PolicyLossConfig, _swav_cpu
 from stable_rlhf.ops._backend import extension
 
 CPP = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
@@ -72,3 +75,72 @@ def test_a_forked_child_does_not_wait_for_the_threads_of_its_parent():
 def test_several_callers_at_once():
     done = run(SEVERAL)
     assert done.returncode == 0, done.stderr
+
+
+def sequences(count: int, length: int):
+    g = torch.Generator().manual_seed(0)
+    return (*torch.randn(2, count * length, generator=g), torch.arange(0, count * length + 1, length))
+
+
+def gae(size: int):
+    return ops.gae(*sequences(8 * size, 128))[0]
+
+
+def rewards(size: int):
+    *log, limits = sequences(8 * size, 128)
+    return ops.token_rewards(*log, torch.zeros(8 * size), limits, kl_coef=0.1, kl_estimator="k3")
+
+
+def whiten(size: int):
+    return ops.masked_whiten(sequences(8 * size, 128)[0])
+
+
+def topk(size: int):
+    g = torch.Generator().manual_seed(0)
+    rows = 1000 * size
+    return ops.topk_by_cluster(torch.randn(rows, generator=g), torch.randint(9, (rows,), generator=g), 9, 50)
+
+
+def advantage(size: int):
+    own, _, limits = sequences(8 * size, 128)
+    made = ops.advantage_loss(
+        torch.linspace(-1, 1, 8 * size), margin=None, logprob=own, alt_logprob=torch.stack([own + 0.01, own]),
+        cu_seqlens=limits,
+    )  # fmt: skip
+    return made.loss
+
+
+def rows(size: int):
+    g = torch.Generator().manual_seed(0)
+    logits, count = torch.randn(size, 5000, generator=g), torch.arange(size)
+    config = PolicyLossConfig(rehearsal_coef=1.0)
+    return ops.policy_loss(logits, count % 5000, torch.full((size,), 2), config=config).loss
+
+
+def swav(size: int):
+    scores = torch.randn(2, 16 * size, 50, generator=torch.Generator().manual_seed(0))
+    return _swav_cpu.log_sums(scores, None, 20.0)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@CPP
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("op", [gae, rewards, whiten, topk, advantage, rows, swav])
+def test_only_work_of_a_millisecond_is_shared_out(op):
+    """Beside a busy neighbour a small loop on two threads takes a time slice, a hundred times as long as on one."""
+    before = extension().shared_loops()
+    op(100)
+    assert extension().shared_loops() == before
+    many = op(2000)
+    assert extension().shared_loops() > before
+    torch.set_num_threads(1)
+    assert torch.equal(op(2000), many)
+    torch.set_num_threads(5)
+    assert torch.equal(op(2000), many)
