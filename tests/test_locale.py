@@ -20,7 +20,7 @@ def unnamed(call: ast.Call) -> bool:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     owner = getattr(getattr(call.func, "value", None), "id", "")
-    if "encoding" in given or None in given or (owner, name) == ("os", "open"):
+    if "encoding" in given or None in given or (owner, name) in (("os", "open"), ("Image", "open")):
         return False
     if name in ("read_text", "write_text", "FileHandler"):
         return len(call.args) == (name != "read_text")  # a file of a package's metadata is read by name
