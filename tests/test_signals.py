@@ -57,7 +57,7 @@ with signals.ended_by_one_line(grace):
 
 def program(grace: float, *how: str, hangup: signal.Handlers = signal.SIG_DFL) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(grace), *how], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", PROGRAM, str(grace), *how], capture_output=True, encoding="utf-8", timeout=120,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),  # whether or not nohup runs the tests
     )  # fmt: skip
     return done.returncode, done.stderr

@@ -110,7 +110,7 @@ def test_a_killed_study_leaves_no_process_behind_and_goes_on(done, tmp_path):
     ):  # fmt: skip
         study = subprocess.Popen(
             [CONSOLE_SCRIPT, *arguments(tmp_path / "run")], cwd=tmp_path, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         while not any(seeds.glob(there)):
             assert study.poll() is None

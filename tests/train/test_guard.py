@@ -158,7 +158,7 @@ def test_a_run_that_stops_keeps_the_policy_of_that_moment_whatever_comes_after(m
         (kept / "of the one before").touch()
     redone = RunDirectory(root).stage("ppo-rm", {}, lambda folder: {})
     assert not redone.skipped and (kept / "model.safetensors").is_file()
-    assert sorted(p.name for p in root.iterdir()) == ["ppo-rm", "ppo-rm-stopped", "run.json"]
+    assert sorted(p.name for p in root.iterdir()) == [".lock", "ppo-rm", "ppo-rm-stopped", "run.json"]
 
 
 @pytest.mark.parametrize("planted", [math.nan, math.inf])
