@@ -55,7 +55,7 @@ class Done:
         return self
 
 
-def run(*arguments: str | Path, cwd: Path, timeout: float = 300, module: bool = False, **extra: str) -> Done:
+def run(*arguments: str | Path, cwd: Path, timeout: float = 1200, module: bool = False, **extra: str) -> Done:
     """One call of the console script (``module``: of ``python -m stable_rlhf``) in a process of its own."""
     program = [sys.executable, "-m", "stable_rlhf"] if module else [CONSOLE_SCRIPT]
     done = subprocess.run(

@@ -81,7 +81,7 @@ def fresh_process(script: str, *arguments: object) -> dict:
     """Run a script that prints JSON in a new process, away from the repository."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, encoding="utf-8", env=environment(),
-        cwd="/", timeout=200,
+        cwd="/", timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -287,7 +287,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, summary, server, tmp_path):
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    inside, deadline = tmp_path / "run" / "sft.tmp" / "metrics.jsonl", time.monotonic() + 120
+    inside, deadline = tmp_path / "run" / "sft.tmp" / "metrics.jsonl", time.monotonic() + 900
     while not (inside.is_file() and inside.read_text(encoding="utf-8").count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -430,7 +430,7 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
             [*program, "--module", "stable_rlhf", "run", "my.yaml", "--data-dir", "files", *arguments], cwd=tmp_path,
-            env=environment(PATH=path), capture_output=True, encoding="utf-8", timeout=280,
+            env=environment(PATH=path), capture_output=True, encoding="utf-8", timeout=1200,
         )  # fmt: skip
         return Done(done.returncode, done.stdout, done.stderr)
 

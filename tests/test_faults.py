@@ -73,7 +73,7 @@ def test_a_full_disk_on_two_ranks(server, disk, files, tmp_path):
     began = time.monotonic()
     for done in server.ranks(2, *small_sft(files), "--output-dir", folder / "out", cwd=tmp_path):
         done.refused("No space left on device", "could not be written")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 900  # not the hours of a collective
     assert whole_snapshots(folder / "out" / "sft.tmp")
 
 
@@ -100,7 +100,7 @@ def test_a_rank_that_dies(server, files, scorer, tmp_path):
         done = server.ranks(
             2, *call, cwd=tmp_path, kill=f"out/ppo-am-sr.tmp/checkpoints/step-{step:08d}", who=[who]
         )  # fmt: skip
-        assert time.monotonic() - began < 90
+        assert time.monotonic() - began < 900
         assert done[who].code == -9
         done[1 - who].refused("another rank has ended")
         assert not list((tmp_path / "out").glob("error-*.txt"))

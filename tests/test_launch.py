@@ -206,7 +206,7 @@ def start(folder: Path, *program: object, **extra: str) -> Done:
     path = os.pathsep.join([str(Path(sys.executable).parent), extra.pop("PATH", os.environ["PATH"])])
     done = subprocess.run(
         [*map(str, program)], cwd=folder, env=environment(PATH=path, **extra), capture_output=True, encoding="utf-8",
-        timeout=280,
+        timeout=1200,
     )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -273,7 +273,7 @@ def test_two_hosts_of_the_loopback_range(tiny):
     done = start(tiny, CONSOLE_SCRIPT, "launch", "--hostfile", "hosts", "--port", free_port(), "my.yaml", PATH=path,
                  HF_TOKEN="hf_abc", NCCL_DEBUG="INFO")  # fmt: skip
     assert done.code == 255 and "192.0.2.1 ended with status 255" in done.err
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 900  # not for as long as a node that never comes
     call = (tiny / "ssh.log").read_text(encoding="utf-8").splitlines()[0]
     assert call.startswith(f"-tt -o BatchMode=yes 192.0.2.1 cd {tiny} && exec env ")
     assert "NCCL_DEBUG=INFO" in call and "HF_TOKEN" not in call and "--rdzv-conf=is_host=0" in call
@@ -294,7 +294,7 @@ def test_a_killed_rank_is_started_again(tiny):
         assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
         time.sleep(0.01)
     os.kill(max(workers(process.pid)), signal.SIGKILL)
-    assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")[-6000:]
+    assert process.wait(timeout=1200) == 0, log.read_text(encoding="utf-8")[-6000:]
     assert log.read_text(encoding="utf-8").count("[sft]\n") == 2 and "going on after step" in log.read_text(
         encoding="utf-8"
     )

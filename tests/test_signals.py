@@ -57,7 +57,7 @@ with signals.ended_by_one_line(grace):
 
 def program(grace: float, *how: str, hangup: signal.Handlers = signal.SIG_DFL) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(grace), *how], capture_output=True, encoding="utf-8", timeout=120,
+        [sys.executable, "-c", PROGRAM, str(grace), *how], capture_output=True, encoding="utf-8", timeout=900,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),  # whether or not nohup runs the tests
     )  # fmt: skip
     return done.returncode, done.stderr
@@ -172,7 +172,7 @@ def test_launchers_pass_the_signal_on(files, tmp_path, launcher):
         assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
         time.sleep(0.05)
     process.send_signal(number)
-    code = process.wait(timeout=280)
+    code = process.wait(timeout=1200)
     said = log.read_text(encoding="utf-8")
     assert saved(tmp_path / "out" / "sft.tmp", said) > 0
     if launcher == "launch":

@@ -28,7 +28,7 @@ def test_two_ranks_equal_one(what):
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port),
         str(WORKER), what,
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=180)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

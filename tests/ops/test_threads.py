@@ -60,7 +60,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     """Within a minute: OpenMP without its threads waits for them forever."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60, env=environment
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=600, env=environment
     )
 
 

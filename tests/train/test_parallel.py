@@ -29,7 +29,7 @@ def launch(ranks: int, *arguments: str, worker: Path = WORKER) -> None:
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port),
         str(worker), *arguments,
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=500)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -131,7 +131,7 @@ def test_on_two_ranks(tmp_path):
     """A rank that sleeps, a rank that is stopped by a signal (which holds the store, or does not), and rank 0 that
     works alone for three times the limit."""
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path)], capture_output=True, encoding="utf-8", timeout=200,
+        [sys.executable, str(WORKER), str(tmp_path)], capture_output=True, encoding="utf-8", timeout=900,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
