@@ -271,8 +271,8 @@ def small_sft(files: Path) -> list[object]:
     """Arguments of an SFT of ``tiny_files`` that takes a moment a step and writes a snapshot after each."""
     return [
         "sft", "--model-name-or-path", files / "model", "--data.demonstrations", files / "sft.jsonl",
-        "--data.max_length", 40, "--sft.max_steps", 12, "--sft.num_train_epochs", 99, "--sft.learning_rate", "1e-2",
-        "--sft.per_device_train_batch_size", 4, "--checkpoint.save_steps", 1, "--report_to", "[]",
+        "--data.max_length", 40, "--data.max_prompt_length", 40, "--sft.max_steps", 12, "--sft.num_train_epochs", 99,
+        "--sft.learning_rate", "1e-2", "--sft.per_device_train_batch_size", 4, "--checkpoint.save_steps", 1, "--report_to", "[]",
     ]  # fmt: skip
 
 
@@ -294,8 +294,8 @@ def small_scorer(server: Server, files: Path) -> Path:
     """An Advantage Model on ``tiny_files``, in ``files/out/scorer-am``."""
     server(
         "train-scorer", "--objective", "am", "--model-name-or-path", files / "model", "--data.pairs",
-        files / "pairs.jsonl", "--data.max_length", 40, "--scorer.head_learning_rate", "1e-2", "--output-dir",
-        files / "out", "--report_to", "[]", cwd=files,
+        files / "pairs.jsonl", "--data.max_length", 40, "--data.max_prompt_length", 40,
+        "--scorer.head_learning_rate", "1e-2", "--output-dir", files / "out", "--report_to", "[]", cwd=files,
     ).worked()  # fmt: skip
     return files / "out" / "scorer-am"
 
