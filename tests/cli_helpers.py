@@ -272,7 +272,8 @@ def small_sft(files: Path) -> list[object]:
     return [
         "sft", "--model-name-or-path", files / "model", "--data.demonstrations", files / "sft.jsonl",
         "--data.max_length", 40, "--data.max_prompt_length", 40, "--sft.max_steps", 12, "--sft.num_train_epochs", 99,
-        "--sft.learning_rate", "1e-2", "--sft.per_device_train_batch_size", 4, "--checkpoint.save_steps", 1, "--report_to", "[]",
+        "--sft.learning_rate", "1e-2", "--sft.per_device_train_batch_size", 4, "--checkpoint.save_steps", 1,
+        "--report_to", "[]",
     ]  # fmt: skip
 
 
