@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 OUTPUT_DIR ?= runs/quickstart
 SEED ?= 0
 BENCH_ARGS ?= --quick
+HOSTILE_BUDGET ?= 240
 # One process a core; a file stays in one process, so that its fixtures are made once.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: setup quickstart test test-isa test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
+.PHONY: setup quickstart test test-hostile test-isa test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
 
 help:
 	@echo "make setup       build .venv with everything the project needs"
@@ -16,6 +17,7 @@ help:
 	@echo "make test        lint, types and the ordinary tests"
 	@echo "make test-isa    the operations' tests as lower processors would run them (see the Makefile)"
 	@echo "make test-slow   the long tests (marked slow)"
+	@echo "make test-hostile  broken inputs, drawn for HOSTILE_BUDGET=$(HOSTILE_BUDGET) seconds: one clear error each, nothing lost"
 	@echo "make bench       every operation beside its floor and its peers, five minutes (BENCH_ARGS=$(BENCH_ARGS))"
 	@echo "make bench-guard two minutes of ratios to the floor against the last accepted ones"
 	@echo "make bench-readme measure all that the README shows, and write its tables (a quarter of an hour)"
@@ -41,7 +43,11 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not hostile" $(PYTEST_ARGS)
+
+# The nightly of faults: malformed, corrupted, slow, lying, killed. Everything in turn, so that the count stands at the end.
+test-hostile: setup
+	OMP_NUM_THREADS=1 HOSTILE_BUDGET=$(HOSTILE_BUDGET) $(BIN)/python -m pytest -m hostile -q tests/hostile
 
 # The C++ module, oneDNN, torch's own kernels and MKL each held to the same kind; a kind that this processor lacks is left
 # out. The first takes long: the 16-bit products of that kind are emulated one by one.

@@ -76,7 +76,7 @@ Coefficient = Annotated[float, Range(0, 10**6)]
 Grace = Annotated[float, Range(0, 10**6)]  # seconds
 Minutes = Annotated[float, Range(0, 10**6)]
 Positive = Annotated[float, Range(0, 10**6, without_low=True)]
-Seconds = Annotated[float, Range(0, 24 * 3600, without_low=True)]
+Timeout = Annotated[float, Range(0, 24 * 3600, without_low=True)]  # seconds
 Number = Annotated[float, Range(-(10**6), 10**6)]
 Threshold = Annotated[float, Range(-1e12, 1e12)]
 Share = Annotated[float, Range(0, 1)]

@@ -68,8 +68,8 @@ def open_embeddings(folder: str | os.PathLike[str], *, verify: bool = False) -> 
         raise ValueError(f"{path}: not a manifest of format {FORMAT}")
     data = folder / "embeddings.npy"
     try:
-        array = np.load(data, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        array = np.lib.format.open_memmap(data, mode="r")  # np.load would take an archive or a pickle
+    except Exception as error:  # numpy reads the header as Python, and fails with whatever that raises
         raise ValueError(f"{data}: cannot be opened ({error}); delete the folder and embed again") from None
     expected = (manifest["rows"], manifest["dimensions"]), manifest["dtype"]
     if (array.shape, str(array.dtype)) != expected:

@@ -16,10 +16,10 @@ from stable_rlhf.settings import (
     Port,
     Positive,
     Rows,
-    Seconds,
     Seed,
     ShareBelowOne,
     TemperatureOrGreedy,
+    Timeout,
     Tokens,
     Width,
     WidthOrNone,
@@ -233,7 +233,7 @@ class RolloutArguments:
     """
 
     server: str | None = None
-    timeout: Seconds = 600.0
+    timeout: Timeout = 600.0
     sample_steps: CountOrNone = 0
     sample_prompts: Rows = 4
 
@@ -285,7 +285,7 @@ class EvaluateArguments:
     judge_api_key_env: str = "OPENAI_API_KEY"
     judge_request: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
     judge_workers: Workers = 4
-    judge_timeout: Seconds = 120.0
+    judge_timeout: Timeout = 120.0
 
 
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:
