@@ -6,6 +6,7 @@ more than a warning; here both end the run.
 
 from __future__ import annotations
 
+import logging as python_logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,16 +119,23 @@ def _whole_ranks() -> Iterator[None]:
 
 
 def _quietly(auto: Any, location: str, options: dict[str, Any]) -> Any:
-    """Without transformers' own table of what does not fit: we say it in one line."""
+    """Without bars, and without transformers' own table of what does not fit (we say it in one line) or accelerate's
+    word that weights are on the meta device."""
     from transformers.utils import logging
 
-    logger = logging.get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    names = ("transformers.modeling_utils", "accelerate.big_modeling")
+    loggers = [python_logging.getLogger(name) for name in names]
+    levels, bars = [logger.level for logger in loggers], logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(python_logging.ERROR)
     try:
         return auto.from_pretrained(location, **options)
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _misfits(model: Any, info: dict[str, Any], heads: bool, besides: str = "") -> str:
