@@ -168,7 +168,11 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
         found = [case for case in PRESETS[preset]() if wanted is None or case.op in wanted]
         found = [case for case in found if given.study in (None, case.study)]
         if not found:
-            sys.exit(f"--preset {preset}: no case of --ops {given.ops or 'all'}, --study {given.study or 'all'}")
+            missing = f"no case of --ops {given.ops or 'all'}, --study {given.study or 'all'}"
+            others = [name for name in sorted(PRESETS) if given.study in {case.study for case in PRESETS[name]()}]
+            here = sorted({case.study for case in PRESETS[preset]() if case.study})
+            where = f"that study is in --preset {' and '.join(others)}" if others else f"its studies: {', '.join(here)}"
+            sys.exit(f"--preset {preset}: {missing}; {where}")
         return found
     shape = {"rows": given.rows, "width": given.width, "vocabulary": given.vocabulary}
     # Shares that are nothing stay out of the key: the same case has the same key in every preset.

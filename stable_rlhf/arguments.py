@@ -102,6 +102,13 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }  # fmt: skip
 COMMANDS = tuple(_OWN)
+# What a first run of one's own is likely to need, in this order.
+_FIRST = (
+    "model_name_or_path", "output_dir", "variants", "seed", "data.data_dir", "data.pairs", "data.prompts",
+    "data.forget_tasks", "data.judge_fraction", "data.max_prompt_length", "data.max_length", "engine.zero_stage",
+    "engine.bf16", "engine.lora_r", "scorer.learning_rate", "select.embedding_model", "ppo.total_steps",
+    "ppo.rollout_batch_size", "ppo.learning_rate", "ppo.kl_coef", "ppo.max_new_tokens", "evaluate.judge",
+)  # fmt: skip
 _TAKES_RECIPE = ("run", "launch", "study")
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
@@ -137,9 +144,20 @@ class _Parser(ArgumentParser):
         own.start_section("this command")
         own.add_arguments([a for a in self.own._actions if a.option_strings])
         own.end_section()
+        if self.prog.split()[-1] in _TAKES_RECIPE:
+            actions = {action.dest: action for action in self._actions}
+            own.start_section("what a first run is likely to need (every setting stands below)")
+            own.add_arguments([_brief(actions[name]) for name in _FIRST])
+            own.end_section()
         section = own.format_help()
         text = super().format_help(formatter).replace("``", "`")
         return text.replace("\noptions:\n", f"\n{section}\noptions:\n", 1) if section else text
+
+
+def _brief(action: argparse.Action) -> argparse.Action:
+    """A setting as one line of help: its flag and what it is, without types, defaults and details."""
+    words = str(action.help).split(" (type:")[0].split(". ")[0].rstrip(".")
+    return argparse.Action([f"--{action.dest}"], action.dest, nargs=0, help=words.replace("%", "%%"))
 
 
 class _OwnParser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 
-from stable_rlhf.arguments import COMMANDS, build_parser, items, parse
+from stable_rlhf.arguments import _FIRST, COMMANDS, build_parser, items, parse
 from stable_rlhf.settings import Range, check_settings, expand_user, leaves, paths_in
 from stable_rlhf.train.config import Recipe
 
@@ -197,3 +197,10 @@ def test_a_list_that_is_none():
         items("--scorers", ["[x].jsonl"])
     with pytest.raises(ValueError, match=re.escape("--scorers: '[a: b]' is no list")):
         items("--scorers", ["[a: b]"])
+
+
+def test_help_begins_with_the_settings_that_matter():
+    assert set(_FIRST) <= set(SETTINGS)
+    beginning, _, everything = build_parser("run").format_help().partition("--config")
+    assert all(f"--{name}" in beginning and f"--{name}" in everything for name in _FIRST)
+    assert "first run" not in build_parser("sft").format_help()

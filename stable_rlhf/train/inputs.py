@@ -9,8 +9,8 @@ from typing import Any
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models import context_length, load_tokenizer, resolve_model
-from stable_rlhf.rehearsal import resolve_embedding_model
 from stable_rlhf.rehearsal.cluster import check_clustering
+from stable_rlhf.rehearsal.embed import find_embedding_model
 from stable_rlhf.train.config import EvaluateArguments, Recipe
 from stable_rlhf.train.datasets import check_evaluation_sets, load_prompts, locate
 from stable_rlhf.train.meta import check_meta_batch
@@ -51,7 +51,7 @@ def check_inputs(recipe: Recipe) -> None:
         check_sizes(recipe.ppo)
     if "am-sr" in recipe.variants:
         s = recipe.select
-        resolve_embedding_model(s.embedding_model)
+        find_embedding_model(s.embedding_model)
         try:
             check_clustering(s.method, s.backend, s.devices, s.spherical)
         except ValueError as error:

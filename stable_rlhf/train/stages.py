@@ -354,10 +354,11 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster.
 
     ``needed``: something is trained on the result next, so that it must not be empty."""
-    from stable_rlhf.rehearsal import resolve_embedding_model, select_to_folder
+    from stable_rlhf.rehearsal import select_to_folder
+    from stable_rlhf.rehearsal.embed import find_embedding_model
 
     s = recipe.select
-    resolve_embedding_model(s.embedding_model)  # before answering all prompts, not after
+    find_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     if s.max_candidates:

@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from stable_rlhf.rehearsal import (
     prompt_text,
     resolve_embedding_model,
 )
+from stable_rlhf.rehearsal.embed import find_embedding_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentence_transformers")
@@ -195,6 +197,30 @@ def test_resolve(tmp_path, monkeypatch):
             resolve_embedding_model(bad)
     with pytest.raises(ValueError, match="name is empty"):
         resolve_embedding_model("")
+
+
+def test_a_model_of_a_hub_that_is_out_of_reach_is_told_at_the_first_look(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    asked = []
+
+    def refuse(address: tuple[str, int], timeout: float) -> None:
+        asked.append((address, timeout))
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    for look in (find_embedding_model, lambda name: embed_texts(["a"], name, progress=False)):
+        with pytest.raises(ValueError, match=r"'nobody/nothing'.*hub cannot be reached.*embedding_model minilm"):
+            look("nobody/nothing")
+    assert len(asked) == 2 and all(timeout <= 5 for _, timeout in asked)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        find_embedding_model("nobody/nothing")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    assert find_embedding_model("nobody/nothing") == "nobody/nothing" and len(asked) == 2
 
 
 def test_minilm_without_its_package(monkeypatch):
