@@ -149,7 +149,7 @@ class _Parser(ArgumentParser):
             own.start_section("what a first run is likely to need (every setting stands below)")
             own.add_arguments([_brief(actions[name]) for name in _FIRST])
             own.end_section()
-        section = own.format_help()
+        section = own.format_help().replace("``", "`")
         text = super().format_help(formatter).replace("``", "`")
         return text.replace("\noptions:\n", f"\n{section}\noptions:\n", 1) if section else text
 

@@ -302,3 +302,8 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert {line["op"] for line in lines} == set(suite.operations())
     assert all(line["status"] == "ok" for line in lines if line["role"] == "ours")
+
+
+def test_a_study_of_another_preset_is_told_where_it_is():
+    with pytest.raises(SystemExit, match="--study small-operations; that study is in --preset readme"):
+        command.main(["--quick", "--study", "small-operations"])
