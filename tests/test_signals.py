@@ -154,7 +154,7 @@ def test_launchers_pass_the_signal_on(files, tmp_path, launcher):
         f"data: {{data_dir: {files}, pairs: [pairs.jsonl], prompts: [prompts.jsonl], demonstrations: [sft.jsonl], "
         "forget_tasks: [old], test_fraction: 0.3, judge_fraction: 0.2, eval_prompts: 4, max_prompt_length: 24, "
         "max_length: 40}\nsft: {max_steps: 100000, num_train_epochs: 99999, per_device_train_batch_size: 4}\n"
-        "ppo: {rollout_batch_size: 16, per_device_train_batch_size: 4}\n",
+        "ppo: {rollout_batch_size: 16, per_device_train_batch_size: 4, max_new_tokens: 4}\n",
         encoding="utf-8",
     )
     number = signal.SIGUSR1 if launcher == "launch" else signal.SIGTERM

@@ -218,7 +218,7 @@ def _read(path: Path) -> dict[str, Any] | str:
     if not path.is_dir():
         return f"there is no checkpoint {str(path)!r}"
     try:
-        record = read_json(path / _MANIFEST, "stage", "step", "rows", "shape", "state", "files")
+        record = read_json(path / _MANIFEST, "files")
         files = record["files"].items()
     except (DataError, AttributeError):
         return f"checkpoint {str(path)!r} has no readable {_MANIFEST}"
