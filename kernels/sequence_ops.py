@@ -160,7 +160,7 @@ def token_rewards(
     if sequences > 0 and logprob.numel() > 0:
         # Numbers arrive in float32. Constants of a run are compiled in; a coefficient that a controller moves comes in
         # two parts.
-        coefficient = float(torch.tensor(kl_coef, dtype=torch.float32))
+        coefficient = float(torch.tensor(kl_coef, dtype=torch.float32, device="cpu"))
         _rewards_kernel[(sequences,)](
             logprob,
             ref_logprob,

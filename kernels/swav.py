@@ -94,7 +94,7 @@ def log_sums(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -
     views, rows, prototypes = scores.shape
     tall, width, warps = launch_shape(prototypes)
     programs = triton.cdiv(rows, tall)
-    part = torch.empty(views, programs, prototypes, device=scores.device)
+    part = torch.empty(views, programs, prototypes, device=scores.device, dtype=torch.float32)
     if programs == 0:
         return part.new_full((views, prototypes), float("-inf"))
     with torch.cuda.device_of(scores):
@@ -118,7 +118,7 @@ def loss(
     _, rows, prototypes = scores.shape
     tall, width, warps = launch_shape(prototypes)
     programs = triton.cdiv(rows, tall)
-    part = torch.empty(programs, device=scores.device)
+    part = torch.empty(programs, device=scores.device, dtype=torch.float32)
     if programs > 0:
         with torch.cuda.device_of(scores):
             _loss_kernel[(programs,)](

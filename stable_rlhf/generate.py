@@ -154,7 +154,10 @@ class _StopAtStrings:
 
 
 def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    draws = [torch.rand(count, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    draws = [
+        torch.rand(count, generator=torch.Generator(device="cpu").manual_seed(s), dtype=torch.float64, device="cpu")
+        for s in seeds
+    ]
     return torch.stack(draws).to(device)
 
 
@@ -184,7 +187,7 @@ def _partitioned(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _most_over_ranks(count: int, device: torch.device) -> int:
-    most = torch.tensor(count, device=device)
+    most = torch.tensor(count, device=device, dtype=torch.int64)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return int(most)
 

@@ -445,8 +445,8 @@ class FeatureCache:
         """Write all hidden states to a safetensors file."""
         from safetensors.torch import save_file
 
-        ids = torch.tensor([i for sequence in self._store for i in sequence], dtype=torch.int32)
-        lengths = torch.tensor([len(sequence) for sequence in self._store])
+        ids = torch.tensor([i for sequence in self._store for i in sequence], dtype=torch.int32, device="cpu")
+        lengths = torch.tensor([len(sequence) for sequence in self._store], dtype=torch.int64, device="cpu")
         save_file({"ids": ids, "lengths": lengths, "hidden": torch.cat(list(self._store.values()))}, path)
 
     def load(self, path: Path, device: str | torch.device = "cpu") -> None:
@@ -491,7 +491,7 @@ class _Rows(torch.autograd.Function):
 def _look_up(embedding: nn.Embedding, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
     if not output.requires_grad:
         return output
-    anchor = torch.zeros((), requires_grad=True)  # so that autograd comes back here
+    anchor = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")  # so that autograd comes back here
     rows: Tensor = _Rows.apply(anchor, arguments[0], embedding)
     return rows
 
@@ -519,7 +519,7 @@ class PolicyModel(nn.Module):
 
         self.value_head: nn.Linear | None = None
         if value_head:
-            self.value_head = nn.Linear(self.trunk.hidden_size, 1)
+            self.value_head = nn.Linear(self.trunk.hidden_size, 1, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)  # the critic starts at 0 everywhere: no random first advantages
             nn.init.zeros_(self.value_head.bias)
         object.__setattr__(self, "causal_lm", causal_lm)

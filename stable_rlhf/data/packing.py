@@ -171,11 +171,11 @@ def pad_sequences(
     if not sequences or min(len(s) for s in sequences) == 0:
         raise ValueError("sequences: at least one, each with at least one token")
     longest = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64)
+    ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
         where = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
-        ids[i, where] = torch.tensor(sequence, dtype=torch.int64)
+        ids[i, where] = torch.tensor(sequence, dtype=torch.int64, device="cpu")
         mask[i, where] = 1
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return PaddedBatch(ids.to(device), mask.to(device), positions.to(device))
@@ -183,7 +183,7 @@ def pad_sequences(
 
 def last_positions(attention_mask: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
     """Column of each row's token number ``lengths[i] - 1``, whatever side the padding is on: [B] int64."""
-    lengths = torch.as_tensor(lengths, device=attention_mask.device)
+    lengths = torch.as_tensor(lengths, device=attention_mask.device, dtype=torch.int64)
     first = attention_mask.argmax(1)  # the first real column
     return first + lengths - 1
 
@@ -191,8 +191,10 @@ def last_positions(attention_mask: Tensor, lengths: Sequence[int] | Tensor) -> T
 def response_targets(examples: Sequence[Encoded], length: int, device: Any = None) -> Tensor:
     """Next-token targets [B, length] of right-padded rows: position t holds token t+1 where that is a response token,
     and ``IGNORE`` elsewhere."""
-    target = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
+    target = torch.full((len(examples), length), IGNORE, dtype=torch.int64, device="cpu")
     for i, example in enumerate(examples):
         start = example.prompt_length - 1
-        target[i, start : start + len(example.response)] = torch.tensor(example.response)
+        target[i, start : start + len(example.response)] = torch.tensor(
+            example.response, dtype=torch.int64, device="cpu"
+        )
     return target.to(device)

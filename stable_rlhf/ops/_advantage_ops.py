@@ -135,9 +135,9 @@ def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
     def per_item(value: float | Tensor | None) -> tuple[int, float]:
         return (address(value), 0.0) if isinstance(value, Tensor) else (0, value or 0.0)
 
-    value, score = torch.empty((), dtype=dtype), torch.empty(responses, dtype=dtype)
-    statistics, gradient = torch.empty(7, dtype=dtype), torch.empty(responses, dtype=dtype)
-    expected_gradient = torch.empty(prompts, dtype=dtype)
+    value, score = torch.empty((), dtype=dtype, device="cpu"), torch.empty(responses, dtype=dtype, device="cpu")
+    statistics, gradient = torch.empty(7, dtype=dtype, device="cpu"), torch.empty(responses, dtype=dtype, device="cpu")
+    expected_gradient = torch.empty(prompts, dtype=dtype, device="cpu")
     kernel = module.advantage_f32 if dtype == torch.float32 else module.advantage_f64
     fine = kernel(
         responses, prompts, call.pair_count if pairs else -1, call.num_policies, call.num_alternates,

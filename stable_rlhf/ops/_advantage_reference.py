@@ -86,7 +86,7 @@ def pairs_of(call: Arguments) -> Tensor:
     """[M, 2] (chosen, rejected)."""
     if call.pairs is not None:
         return call.pairs
-    return torch.arange(2 * call.pair_count, device=call.reward.device).reshape(2, -1).T
+    return torch.arange(2 * call.pair_count, device=call.reward.device, dtype=torch.int64).reshape(2, -1).T
 
 
 def prompt_of(call: Arguments) -> Tensor:
@@ -95,9 +95,9 @@ def prompt_of(call: Arguments) -> Tensor:
         return call.prompt
     responses, device = call.reward.numel(), call.reward.device
     if call.prompt_rule == SAME_INDEX:
-        return torch.arange(responses, device=device)
+        return torch.arange(responses, device=device, dtype=torch.int64)
     pairs = pairs_of(call)
-    numbers = torch.arange(pairs.shape[0], device=device)
+    numbers = torch.arange(pairs.shape[0], device=device, dtype=torch.int64)
     owner = torch.zeros(responses, dtype=torch.int64, device=device)
     return owner.index_copy(0, pairs[:, 0], numbers).index_copy(0, pairs[:, 1], numbers)
 
@@ -113,7 +113,9 @@ def log_weights(call: Arguments) -> Tensor | None:
     tokens, responses = call.logprob.numel(), call.reward.numel()
     lengths = call.cu_seqlens.diff()
     ratio = call.logprob.double() - call.alt_logprob.double()  # [K, T]; float64: a sum of thousands of terms
-    owner = torch.repeat_interleave(torch.arange(responses, device=ratio.device), lengths, output_size=tokens)
+    owner = torch.repeat_interleave(
+        torch.arange(responses, device=ratio.device, dtype=torch.int64), lengths, output_size=tokens
+    )
     weights = ratio.new_zeros(call.num_alternates, responses).index_add_(1, owner, ratio)
     if call.length_normalized:
         weights = weights / lengths.clamp(min=1)

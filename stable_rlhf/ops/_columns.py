@@ -41,7 +41,7 @@ def select_columns(gradient: Tensor, rows: Tensor, scale: Tensor, target: Tensor
         target: [m] the row's target; outside [0, V): it lies in another slice of the vocabulary.
     """
     count, vocabulary = rows.numel(), gradient.shape[1]
-    thresholds = torch.tensor([tolerance * step for step in _STEPS], device=gradient.device)
+    thresholds = torch.tensor([tolerance * step for step in _STEPS], device=gradient.device, dtype=torch.float32)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0).float().contiguous()
     peaks = _peaks(gradient, rows, inverse)
     here = target[(target >= 0) & (target < vocabulary)]
@@ -65,7 +65,7 @@ def _peaks(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Largest share of each column [V] float32."""
     if not _native(gradient):
         return (gradient[rows].float().abs() * inverse[:, None]).amax(0)
-    peaks = torch.empty(gradient.shape[1])
+    peaks = torch.empty(gradient.shape[1], dtype=torch.float32, device="cpu")
     _call(gradient, rows, inverse, None, peaks, None)
     return peaks
 
@@ -75,7 +75,7 @@ def _masses(gradient: Tensor, rows: Tensor, inverse: Tensor, peaks: Tensor, thre
     if not _native(gradient):
         below = (peaks[:, None] < thresholds).float()  # [V, thresholds]
         return (gradient[rows].float().abs() @ below) * inverse[:, None]
-    masses = torch.empty(rows.numel(), thresholds.numel())
+    masses = torch.empty(rows.numel(), thresholds.numel(), dtype=torch.float32, device="cpu")
     _call(gradient, rows, inverse, thresholds, peaks, masses)
     return masses
 
@@ -99,7 +99,7 @@ def gather_columns(gradient: Tensor, selection: Selection) -> Tensor:
         return gradient.index_select(0, selection.bounded).index_select(1, selection.columns)
     module = extension()
     assert module is not None
-    out = torch.empty(selection.bounded.numel(), selection.columns.numel(), dtype=gradient.dtype)
+    out = torch.empty(selection.bounded.numel(), selection.columns.numel(), dtype=gradient.dtype, device="cpu")
     module.gather_columns(
         gradient.data_ptr(), gradient.stride(0), gradient.element_size(), selection.bounded.data_ptr(),
         selection.bounded.numel(), selection.columns.data_ptr(), selection.columns.numel(), out.data_ptr(),

@@ -80,7 +80,7 @@ def _run(
         if select is None:
             products.backward(part, gradient, order, last)
             continue
-        places = torch.arange(rows, device=gradient.device) if order is None else order
+        places = torch.arange(rows, device=gradient.device, dtype=torch.int64) if order is None else order
         if products.hidden_grad is not None:
             products.hidden_grad[part] = 0.0
         for selection in select(part.start + places, gradient):

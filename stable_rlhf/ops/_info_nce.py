@@ -78,7 +78,7 @@ def _reference(rows: Tensor, everyone: Tensor, ranks: Ranks, temperature: float)
     """This rank's part of the loss in plain PyTorch, from rows of unit length."""
     with torch.autocast(rows.device.type, enabled=False):
         logits = rows @ everyone.T / temperature
-    target = torch.arange(ranks.offset, ranks.offset + rows.shape[0], device=rows.device)
+    target = torch.arange(ranks.offset, ranks.offset + rows.shape[0], device=rows.device, dtype=torch.int64)
     return F.cross_entropy(logits, target, reduction="sum") / ranks.total
 
 
@@ -97,12 +97,12 @@ def _fused(
     count, total = rows.shape[0], everyone.shape[0]
     kernels, _ = _driver.row_kernels(backend, "", total, rows.device)
     half = dtype != torch.float32
-    numbers = torch.zeros(count, device=rows.device)
+    numbers = torch.zeros(count, device=rows.device, dtype=torch.float32)
     kind = torch.full((count,), REHEARSAL, dtype=torch.int8, device=rows.device)
-    target = torch.arange(offset, offset + count, device=rows.device)
+    target = torch.arange(offset, offset + count, device=rows.device, dtype=torch.int64)
     likelihood = Rows(torch.Size((count,)), None, target, kind, 0, count, temperature)
     # The gradient of a mean over many rows is too small for half types: there it is divided afterwards.
-    denominator = torch.full((), 1.0 if half else float(total), device=rows.device)
+    denominator = torch.full((), 1.0 if half else float(total), device=rows.device, dtype=torch.float32)
     terms = Terms(numbers, numbers, None, None, torch.ones_like(denominator), denominator)
     with torch.autocast(rows.device.type, enabled=False):
         products = HeadProducts(

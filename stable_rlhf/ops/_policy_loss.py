@@ -110,7 +110,7 @@ def linear_policy_loss(
     row_temperature, scalar = _split_temperature(temperature)
     tensors, numbers = _split_denominators(denominators)
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
-        unit = torch.ones(target.shape, device=target.device) if row_weight is None else row_weight
+        unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
         per_row["row_weight"] = unit * grad_scale
     loss, logprob, entropy, metrics, counts, *_ = _policy_ops.linear_policy_loss(
         hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,

@@ -99,8 +99,9 @@ def keep(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
 def hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | None]:
     """The kept gradients times the upstream gradient: in place where nobody can ask for them again, so that autograd
     takes them as they are and no copy is made."""
-    found: list[Tensor | None] = [g if need else None for g, need in zip(ctx.saved_tensors, needs, strict=True)]
-    traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in (*ctx.saved_tensors, upstream))
+    kept = ctx.saved_tensors  # once: checkpointing without re-entry hands each of them out a single time
+    found: list[Tensor | None] = [g if need else None for g, need in zip(kept, needs, strict=True)]
+    traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in (*kept, upstream))
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return [None if g is None else g * upstream for g in found]
     if upstream.device.type == "cuda":

@@ -287,8 +287,8 @@ def total_loss(
             "approx_kl": torch.where(policy, log_ratio_kl(-log_ratio, "k3"), 0.0).sum() / count,
             "max_ratio": torch.cat([ratio.new_zeros(1), ratio]).max(),
             "entropy": torch.where(policy, entropy, 0.0).sum() / count,
-            "policy_tokens": torch.full((), rows.policy_count, device=ratio.device),
-            "rehearsal_tokens": torch.full((), rows.rehearsal_count, device=ratio.device),
+            "policy_tokens": torch.full((), rows.policy_count, device=ratio.device, dtype=torch.int64),
+            "rehearsal_tokens": torch.full((), rows.rehearsal_count, device=ratio.device, dtype=torch.int64),
         }
     loss = policy_mean + config.rehearsal_coef * rehearsal_mean
     return PolicyLossOutput(loss, rows.scatter(logprob.detach()), rows.scatter(entropy.detach()), metrics)

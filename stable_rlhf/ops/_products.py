@@ -33,7 +33,7 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device,
     buffer: Tensor | None = vars(_held).get(kept)
     if buffer is None or buffer.numel() < wanted:
         vars(_held)[kept] = None  # the old one goes before the new one comes
-        buffer = vars(_held)[kept] = torch.empty(wanted, dtype=torch.uint8)
+        buffer = vars(_held)[kept] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
     return buffer[:wanted].view(dtype).view(rows, columns)
 
 

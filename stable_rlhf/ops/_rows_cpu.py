@@ -75,7 +75,7 @@ def policy(
         which of the rows each gradient row belongs to, or None: all of them in order.
     """
     count = state.target.numel()
-    kept = torch.empty(count, dtype=torch.int64) if compact else None
+    kept = torch.empty(count, dtype=torch.int64, device="cpu") if compact else None
     float32 = {
         name: None if value is None else value.float().contiguous()
         for name, value in (

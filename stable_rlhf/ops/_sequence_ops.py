@@ -265,11 +265,11 @@ def _whiten_cpu(
     threads = torch.get_num_threads()
     count, mean, square = getattr(module, f"masked_moments_{suffix}")(*arguments, threads)
     if group is not None:
-        parts = _gathered(torch.tensor([count, mean, square], dtype=torch.float64), group)
+        parts = _gathered(torch.tensor([count, mean, square], dtype=torch.float64, device="cpu"), group)
         _check_whiten(x, mask, parts[:, 1])
         count, mean, square = _merged(parts).tolist()
     elif not math.isfinite(mean):
-        _check_whiten(x, mask, torch.tensor([mean]))
+        _check_whiten(x, mask, torch.tensor([mean], dtype=torch.float64, device="cpu"))
     out = torch.empty_like(values)
     variance = square / max(count, 1.0) + eps
     getattr(module, f"masked_scale_{suffix}")(*arguments, mean, variance, shift_mean, threads, out.data_ptr())

@@ -20,7 +20,7 @@ def log_sums(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -
     """[2, prototypes]: log of the sum over the rows of exp(score / epsilon + u), u making every row's code sum to 1."""
     module = extension()
     assert module is not None
-    sums = torch.empty(2, scores.shape[2])
+    sums = torch.empty(2, scores.shape[2], dtype=torch.float32, device="cpu")
     module.swav_log_sums(
         *_common(scores, potential, inverse_epsilon), sums.data_ptr(), torch.get_num_threads(),
         cpu_isa(),
@@ -44,4 +44,4 @@ def loss(
         *_common(scores, potential, inverse_epsilon), inverse_temperature, scale, gradient, torch.get_num_threads(),
         cpu_isa(),
     )  # fmt: skip
-    return torch.tensor(total, dtype=torch.float64)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")

@@ -63,7 +63,7 @@ def _topk_torch(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Te
     by_both = by_score[torch.sort(cluster[by_score], stable=True).indices]
     size = torch.bincount(cluster, minlength=num_clusters)
     start = size.cumsum(0) - size
-    rank = torch.arange(score.numel(), device=score.device) - start[cluster[by_both]]
+    rank = torch.arange(score.numel(), device=score.device, dtype=torch.int64) - start[cluster[by_both]]
     return by_both[rank < k].sort().values
 
 
@@ -76,7 +76,7 @@ def _topk_cpu(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tens
     narrow = cluster.dtype == torch.int32
     score, cluster = score.contiguous(), (cluster if narrow else cluster.to(torch.int64)).contiguous()
     # Never more than this: memory that is not written costs nothing.
-    kept = torch.empty(min(score.numel(), k * num_clusters), dtype=torch.int64)
+    kept = torch.empty(min(score.numel(), k * num_clusters), dtype=torch.int64, device="cpu")
     count = kernel(
         score.data_ptr(),
         cluster.data_ptr(),

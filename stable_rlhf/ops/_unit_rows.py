@@ -101,7 +101,7 @@ class Ranks:
         for value in given.values():
             mine += [int(torch.is_grad_enabled() and value.requires_grad), int(bool(value.isfinite().all()))]
         told = torch.zeros(dist.get_world_size(self.group), len(mine), dtype=torch.int64, device=first.device)
-        told[self.rank] = torch.tensor(mine, device=first.device)
+        told[self.rank] = torch.tensor(mine, device=first.device, dtype=torch.int64)
         dist.all_reduce(told, group=self.group)
         columns = told.T.tolist()
         self.counts = columns.pop(0)

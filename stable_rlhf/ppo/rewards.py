@@ -79,12 +79,12 @@ def add_advantages(
         device: Where to whiten; the group's backend has to serve it (NCCL sums on GPUs alone).
     """
     lengths = [len(e.encoded.response) for e in experiences]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
     value = torch.cat([e.value for e in experiences])
     reward = ops.token_rewards(
         torch.cat([e.old_logprob for e in experiences]),
         torch.cat([e.ref_logprob for e in experiences]),
-        torch.tensor([e.score for e in experiences]),
+        torch.tensor([e.score for e in experiences], dtype=torch.float32, device="cpu"),
         cu_seqlens, kl_coef=kl_coef, kl_estimator=kl_estimator,
     )  # fmt: skip
     advantage, returns = ops.gae(reward, value, cu_seqlens, gamma=gamma, lam=lam)
@@ -98,7 +98,7 @@ def logprob_gap(experiences: Sequence[Experience]) -> Tensor:
     """log π_trainer − log π_rollout of every response token that both know: [tokens]. Zero but for rounding when the
     engine that sampled computes what the trainer computes."""
     known = [e.old_logprob - e.rollout_logprob for e in experiences if e.rollout_logprob is not None]
-    return torch.cat(known) if known else torch.zeros(0)
+    return torch.cat(known) if known else torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def correct_for_rollouts(experiences: Sequence[Experience], clip: float) -> None:

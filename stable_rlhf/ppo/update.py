@@ -46,7 +46,7 @@ def mix(
     target = response_targets(examples, length, device)
     kind = torch.where(target >= 0, POLICY, IGNORED)
     kind[len(experiences) :] *= REHEARSAL
-    rows = torch.zeros(4, *target.shape)
+    rows = torch.zeros(4, *target.shape, dtype=torch.float32, device="cpu")
     for i, e in enumerate(experiences):
         assert e.advantage is not None and e.returns is not None
         where = slice(e.encoded.prompt_length - 1, e.encoded.prompt_length - 1 + len(e.encoded.response))
@@ -91,12 +91,12 @@ def mixed_loss(
     )  # fmt: skip
     output = result["output"]
     ours = batch.kind == POLICY
-    value_loss = torch.zeros((), device=ours.device)
+    value_loss = torch.zeros((), device=ours.device, dtype=torch.float32)
     if "value" in result:
         error = clipped_value_loss(result["value"], batch.value, batch.returns, cliprange_value)
         value_loss = torch.where(ours, error, 0.0).sum() / policy_denominator
     loss = output.loss + vf_coef * value_loss
-    share = ours.sum() / policy_denominator  # this micro-batch's weight in means over policy tokens
+    share = ours.sum().float() / policy_denominator  # this micro-batch's weight in means over policy tokens
     metrics = {
         "loss": loss.detach(),
         "policy_loss": output.metrics["policy_loss"],

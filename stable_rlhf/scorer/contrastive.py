@@ -43,7 +43,8 @@ class Contrastive(nn.Module):
         self.differences, self.temperature, self.process_group = differences, temperature, process_group
         self.register_parameter("prototypes", None)
         if num_prototypes:
-            rows = torch.randn(num_prototypes, width, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator(device="cpu").manual_seed(seed)
+            rows = torch.randn(num_prototypes, width, generator=generator, dtype=torch.float32, device="cpu")
             self.prototypes = nn.Parameter(F.normalize(rows))
 
     def forward(self, features: Tensor, views: Tensor, pairs: Tensor) -> Tensor:

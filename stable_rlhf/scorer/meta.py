@@ -23,11 +23,11 @@ def response_difference(reward: Tensor, counts: Sequence[int]) -> Tensor:
     first, second, owner, weight = [], [], [], []
     start = 0
     for prompt, k in enumerate(counts):
-        i, j = torch.triu_indices(k, k, offset=1)
+        i, j = torch.triu_indices(k, k, offset=1, dtype=torch.int64, device="cpu")
         first.append(start + i)
         second.append(start + j)
         owner.append(torch.full_like(i, prompt))
-        weight.append(torch.full(i.shape, 2 / k**2, dtype=reward.dtype))
+        weight.append(torch.full(i.shape, 2 / k**2, dtype=reward.dtype, device="cpu"))
         start += k
     i, j, prompt_of, share = (torch.cat(parts).to(reward.device) for parts in (first, second, owner, weight))
     difference = torch.sigmoid((reward[i] - reward[j]).abs())

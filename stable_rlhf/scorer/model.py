@@ -81,7 +81,7 @@ class AdvantageModel(nn.Module):
         self.settings = settings
         self.tokenizer = tokenizer
         self.trunk = Trunk(backbone, num_trainable_layers)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         size = self.trunk.hidden_size
         self.reward_head = new_head(size, generator)
         self.expected_head = new_head(size, generator) if settings.objective == "am" else None
@@ -103,7 +103,7 @@ class AdvantageModel(nn.Module):
         model), both float32. With ``views`` and ``pairs`` of the first rows also their contrastive loss: it is computed
         here because ZeRO-3 gathers prototypes only inside the engine's forward."""
         hidden = self.trunk(**inputs)  # [B, L, H]
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device, dtype=torch.int64)
         dtype = self.reward_head.weight.dtype
         features = hidden[rows, last]
         reward = self.reward_head(features.to(dtype)).squeeze(-1).float()
@@ -152,7 +152,7 @@ class AdvantageModel(nn.Module):
         """Scores [n] float32 of encoded examples; batches of at most ``max_tokens`` padded tokens, sorted by length."""
         was_training = self.training
         self.eval()
-        scores = torch.empty(len(examples))
+        scores = torch.empty(len(examples), dtype=torch.float32, device="cpu")
         batches = length_batches([len(e) for e in examples], max_tokens)
         with progress(description or "scoring", total=len(examples), unit="responses") as bar:
             for rows in batches:
@@ -244,7 +244,7 @@ def _read_settings(path: Path) -> ScorerSettings:
 def new_head(size: int, generator: torch.Generator) -> nn.Linear:
     """A scorer's head before training."""
     # 1/√(H+1): the scale of Stiennon et al. (2020), scores start near unit variance or below.
-    head = nn.Linear(size, 1)
+    head = nn.Linear(size, 1, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         head.weight.normal_(0.0, (size + 1) ** -0.5, generator=generator)
         head.bias.zero_()

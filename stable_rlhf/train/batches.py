@@ -28,8 +28,8 @@ def shuffled_steps(rows: int, global_batch: int, steps: int, seed: int) -> Itera
     epoch = 0
     for _ in range(steps):
         while len(queue) < global_batch:
-            generator = torch.Generator().manual_seed(stream_seed(seed, "epoch", epoch))
-            queue += torch.randperm(rows, generator=generator).tolist()
+            generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, "epoch", epoch))
+            queue += torch.randperm(rows, generator=generator, dtype=torch.int64, device="cpu").tolist()
             epoch += 1
         yield queue[:global_batch]
         queue = queue[global_batch:]

@@ -31,8 +31,9 @@ class ContrastiveTerm:
         ranks, draws the same."""
         masks = []
         for place, length in zip(places, lengths, strict=True):
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "views", step, place))
-            masks.append(torch.rand(2, length, self.width, generator=generator) >= self.dropout)
+            generator = torch.Generator(device="cpu").manual_seed(stream_seed(self.seed, "views", step, place))
+            drawn = torch.rand(2, length, self.width, generator=generator, dtype=torch.float32, device="cpu")
+            masks.append(drawn >= self.dropout)
         return self.coefficient, torch.cat(masks, dim=1) / (1 - self.dropout)
 
 

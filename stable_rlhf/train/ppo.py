@@ -183,8 +183,16 @@ class PPOTrainer:
                         score,
                         old_logprob=now["logprob"][i, where].cpu(),
                         ref_logprob=initial["logprob"][i, where].cpu(),
-                        value=now["value"][i, where].cpu() if "value" in now else torch.zeros(len(example.response)),
-                        rollout_logprob=torch.tensor(rollout.logprobs) if rollout.logprobs is not None else None,
+                        value=(
+                            now["value"][i, where].cpu()
+                            if "value" in now
+                            else torch.zeros(len(example.response), dtype=torch.float32, device="cpu")
+                        ),
+                        rollout_logprob=(
+                            torch.tensor(rollout.logprobs, dtype=torch.float32, device="cpu")
+                            if rollout.logprobs is not None
+                            else None
+                        ),
                         features=features[i] if features is not None else None,
                     )
                 )
@@ -201,8 +209,9 @@ class PPOTrainer:
         prepared, last, prompt_last = self.scorer.prepare(chunk) if inputs is None else (inputs, None, None)
         if last is None or prompt_last is None:
             device = self.policy.trunk.device
-            last = torch.tensor([len(e) - 1 for e in chunk], device=device)  # the policy's inputs are right-padded
-            prompt_last = torch.tensor([e.prompt_length - 1 for e in chunk], device=device)
+            # The policy's inputs are right-padded.
+            last = torch.tensor([len(e) - 1 for e in chunk], device=device, dtype=torch.int64)
+            prompt_last = torch.tensor([e.prompt_length - 1 for e in chunk], device=device, dtype=torch.int64)
         reward, expected = self.scorer(prepared, last, prompt_last)
         finite = torch.isfinite(reward) if expected is None else torch.isfinite(reward) & torch.isfinite(expected)
         if not finite.all():  # the operation would stop this rank alone: `judge` stops all

@@ -99,7 +99,7 @@ def fill_logprobs(rows: Sequence[EncodedComparison], policy: PolicyModel | None,
         if row.row.alt_logprobs is None:
             continue
         if row.row.logprobs is not None:
-            row.logprobs = [torch.tensor(lp, dtype=torch.float32) for lp in row.row.logprobs]
+            row.logprobs = [torch.tensor(lp, dtype=torch.float32, device="cpu") for lp in row.row.logprobs]
             for lp, example in zip(row.logprobs, row.examples, strict=True):
                 if len(lp) != len(example.response):
                     raise DataError(
@@ -156,16 +156,18 @@ def scorer_loss(
     sampled = [(i, e) for i, item in enumerate(batch) for e in item.samples] if arguments.expected_coef else []
     prepared = model.prepare(examples + [e for _, e in sampled], cache)
     device = prepared[1].device
-    couples = torch.tensor(pairs, device=device)
+    couples = torch.tensor(pairs, device=device, dtype=torch.int64)
     views = (contrast[1].to(device), couples) if contrast else ()
     reward, expected, *contrastive = engine(*prepared, *views)
     kwargs: dict[str, Any] = {}
     if model.settings.objective == "am":
         assert expected is not None
-        expected = expected[torch.tensor(first, device=device)]  # [P]: every response of a prompt sees the same e(x)
+        # [P]: every response of a prompt sees the same e(x)
+        expected = expected[torch.tensor(first, device=device, dtype=torch.int64)]
         kwargs = {
-            "expected": expected, "prompt": torch.tensor(prompt_of, device=device),
-            "margin": torch.tensor(margins, device=device), "num_policies": model.settings.num_policies,
+            "expected": expected, "prompt": torch.tensor(prompt_of, device=device, dtype=torch.int64),
+            "margin": torch.tensor(margins, device=device, dtype=torch.float32),
+            "num_policies": model.settings.num_policies,
         }  # fmt: skip
         if model.settings.num_alternates:
             kwargs |= _packed_logprobs(batch, device)
@@ -173,7 +175,7 @@ def scorer_loss(
     else:
         kwargs = {"margin": None}
     output = ops.advantage_loss(
-        reward[:responses], pairs=couples, pair_weight=torch.tensor(weights, device=device),
+        reward[:responses], pairs=couples, pair_weight=torch.tensor(weights, device=device, dtype=torch.float32),
         label_smoothing=torch.tensor(smoothing, dtype=torch.float32, device=device),
         rank_margin=torch.tensor(rank_margins, dtype=torch.float32, device=device), **kwargs,
     )  # fmt: skip
@@ -182,7 +184,7 @@ def scorer_loss(
     terms: dict[str, Tensor] = {}
     if sampled and expected is not None:
         # Eq. 7: e(x) is the mean reward of the policy's own samples; the reward is not trained by this term.
-        owner = torch.tensor([i for i, _ in sampled], device=device)
+        owner = torch.tensor([i for i, _ in sampled], device=device, dtype=torch.int64)
         count = torch.zeros_like(expected).index_add(0, owner, torch.ones_like(owner, dtype=expected.dtype))
         mean = torch.zeros_like(expected).index_add(0, owner, reward[responses:].detach()) / count.clamp_min(1)
         terms["expected_error"] = ((expected - mean) ** 2 * (count > 0)).sum() / comparisons
@@ -201,12 +203,13 @@ def _packed_logprobs(batch: Sequence[EncodedComparison], device: torch.device) -
     for item in batch:
         assert item.logprobs is not None and item.row.alt_logprobs is not None
         ours += item.logprobs
-        theirs += [torch.tensor(alternates) for alternates in item.row.alt_logprobs]  # each [K, tokens]
+        # each [K, tokens]
+        theirs += [torch.tensor(them, dtype=torch.float32, device="cpu") for them in item.row.alt_logprobs]
         lengths += [len(e.response) for e in item.examples]
     return {
         "logprob": torch.cat(ours).to(device),
         "alt_logprob": torch.cat(theirs, dim=1).to(device),
-        "cu_seqlens": torch.tensor(lengths, device=device).cumsum(0),
+        "cu_seqlens": torch.tensor(lengths, device=device, dtype=torch.int64).cumsum(0),
     }
 
 

@@ -321,7 +321,8 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
 
 def _some(prompts: list[EncodedPrompt], count: int, seed: int) -> list[EncodedPrompt]:
     """``count`` of the prompts, or all there are, in their order."""
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    order = torch.randperm(len(prompts), generator=generator, dtype=torch.int64, device="cpu").tolist()
     return [prompts[i] for i in sorted(order[:count])]
 
 

@@ -203,14 +203,15 @@ def _read_hidden(pairs: _Pairs, backbone: str, recipe: Recipe, folder: Path) -> 
     trunk = Trunk(load_backbone(backbone, dtype=_reading_dtype(recipe))).to(device()).eval()
     everything = [e for item in pairs.encoded for e in item.examples]
     mine = everything[rank() :: world_size()]
-    found = torch.empty(len(mine), trunk.hidden_size)
+    found = torch.empty(len(mine), trunk.hidden_size, dtype=torch.float32, device="cpu")
     with progress("hidden states", total=sum(map(len, mine)), unit="tokens") as bar:
         for places in length_batches([len(e) for e in mine], trunk.batch_tokens):
             batch = [mine[i] for i in places]
             inputs = trunk.inputs([e.ids for e in batch])
             last = last_positions(inputs["attention_mask"], [len(e) for e in batch])
             states = trunk(**inputs)  # [B, L, H]
-            found[places] = states[torch.arange(len(batch), device=states.device), last].float().cpu()
+            rows = torch.arange(len(batch), device=states.device, dtype=torch.int64)
+            found[places] = states[rows, last].float().cpu()
             bar.advance(sum(map(len, batch)))
     save_file({"hidden": found}, folder / f"hidden-{rank():05d}-of-{world_size():05d}.safetensors")
     return {"responses": len(everything), "width": trunk.hidden_size}
@@ -244,7 +245,7 @@ def train_head(
     used = sorted({row for comparison in pairs for pair in comparison for row in pair})
     deviation, mean = torch.std_mean(hidden[used], dim=0, correction=0)
     scaled = (hidden - mean) / deviation.clamp_min(1e-6)
-    head = new_head(hidden.shape[1], torch.Generator().manual_seed(stream_seed(seed, "heads")))
+    head = new_head(hidden.shape[1], torch.Generator(device="cpu").manual_seed(stream_seed(seed, "heads")))
     rate = arguments.learning_rate if arguments.head_learning_rate is None else arguments.head_learning_rate
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=rate, betas=(engine_arguments.adam_beta1, engine_arguments.adam_beta2), eps=1e-8,
@@ -257,8 +258,10 @@ def train_head(
     )
     with progress("head", total=steps, unit="steps") as bar:
         for indices in shuffled_steps(len(pairs), batch, steps, seed):
-            couples = torch.tensor([pair for i in indices for pair in pairs[i]])  # [M, 2]
-            weight = torch.tensor([1.0 / len(pairs[i]) for i in indices for _ in pairs[i]])
+            chosen = [pair for i in indices for pair in pairs[i]]
+            couples = torch.tensor(chosen, dtype=torch.int64, device="cpu")  # [M, 2]
+            shares = [1.0 / len(pairs[i]) for i in indices for _ in pairs[i]]
+            weight = torch.tensor(shares, dtype=torch.float32, device="cpu")
             reward = head(scaled[couples.T.flatten()]).squeeze(-1)  # better ones, then worse ones
             loss = ops.advantage_loss(
                 reward, margin=None, pair_weight=weight, label_smoothing=arguments.label_smoothing
