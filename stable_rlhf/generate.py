@@ -150,7 +150,7 @@ class _StopAtStrings:
         for i, tail in enumerate(tails):
             if self.ends[i] is None and self.stop.hold(tail):
                 self.ends[i] = length
-        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device, dtype=torch.bool)
 
 
 def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from stable_rlhf.ops import _advantage_ops, _advantage_reference
 from stable_rlhf.ops._advantage_reference import GIVEN, HALVES, OF_PAIRS, SAME_INDEX, Arguments
-from stable_rlhf.ops._backend import traced_choice
-from stable_rlhf.ops._checks import INTEGERS, check_choice, check_tensor, statistics_dtype
+from stable_rlhf.ops._backend import choice, needs_operator
+from stable_rlhf.ops._checks import (
+    INTEGERS,
+    check_choice,
+    check_constant,
+    check_integer,
+    check_number,
+    check_tensor,
+    statistics_dtype,
+)
 
 WEIGHT_MODES = ("length_normalized", "sequence")
 
@@ -105,6 +113,9 @@ def advantage_loss(
         max_weight: each w_k is clamped there, in log space; None: never.
         pair_weight: one for all or [M]; None: 1. For all pairs of a ranking of n: 1 / (n choose 2).
 
+    Margins, smoothing and weights are constants: tensors that require a gradient are refused. Log-probabilities are
+    data, and are detached.
+
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
     """
@@ -135,8 +146,8 @@ def advantage_loss(
     )  # fmt: skip
     if isinstance(call.label_smoothing, float) and not 0.0 <= call.label_smoothing <= 1.0:
         raise ValueError("label_smoothing: has values outside [0, 1]")
-    backend = traced_choice("advantage_loss", reward.device.type)
-    if backend == "torch":
+    backend = choice("advantage_loss", reward.device)
+    if backend == "torch" and not needs_operator(reward, backend):
         return AdvantageLossOutput(*_advantage_reference.loss(call))
     return AdvantageLossOutput(*_advantage_ops.loss(call, backend))
 
@@ -216,8 +227,8 @@ def advantage_score(
         reward, expected, prompt, SAME_INDEX if prompt is None else GIVEN, num_policies, num_alternates, logprob,
         alt_logprob, cu_seqlens, weight_mode, max_weight,
     )  # fmt: skip
-    backend = traced_choice("advantage_score", reward.device.type)
-    if backend == "torch":
+    backend = choice("advantage_score", reward.device)
+    if backend == "torch" and not needs_operator(reward, backend):
         return _advantage_reference.score(call)
     return _advantage_ops.score(call, backend)
 
@@ -259,8 +270,10 @@ def _arguments(
     elif prompt is not None:
         raise ValueError("prompt: given without expected")
     check_choice("weight_mode", weight_mode, WEIGHT_MODES)
-    if max_weight is not None and not max_weight > 0.0:
-        raise ValueError(f"max_weight: {max_weight} is not positive")
+    if max_weight is not None:
+        max_weight = check_number("max_weight", max_weight)
+        if not max_weight > 0.0:
+            raise ValueError(f"max_weight: {max_weight} is not positive")
     known = 0
     if alt_logprob is None:
         for name, value in (("logprob", logprob), ("cu_seqlens", cu_seqlens)):
@@ -285,11 +298,13 @@ def _arguments(
         logprob, alt_logprob = logprob.detach(), alt_logprob.detach()
     if num_alternates is None:
         num_alternates = known
-    elif known and num_alternates != known:
-        raise ValueError(f"num_alternates: {num_alternates}, but alt_logprob holds {known}")
-    policies = num_alternates + 1 if num_policies is None else num_policies
-    if num_alternates < 0:
-        raise ValueError(f"num_alternates: K = {num_alternates} is negative")
+    else:
+        num_alternates = check_integer("num_alternates", num_alternates, 0, 2**31)
+        if known and num_alternates != known:
+            raise ValueError(f"num_alternates: {num_alternates}, but alt_logprob holds {known}")
+    policies = num_alternates + 1
+    if num_policies is not None:
+        policies = check_integer("num_policies", num_policies, 0, 2**31)
     if policies < max(num_alternates, 1):
         raise ValueError(f"num_policies: N = {policies} is less than 1 or than the K = {num_alternates} alternates")
     if reward.dtype != dtype:
@@ -306,9 +321,13 @@ def _indices(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 def _per(name: str, value: float | Tensor, count: int, like: Tensor) -> float | Tensor:
     """`value` as a float for all, or as a tensor [count]."""
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return check_tensor(name, value, shape=(count,), device=like.device).detach()
-    value = float(value)
-    if not math.isfinite(value):
+    if isinstance(value, Tensor):
+        check_constant(name, value)
+        if value.ndim > 0:
+            return check_tensor(name, value, shape=(count,), device=like.device).detach()
+        if torch.compiler.is_compiling():  # its value is not known there
+            return value.detach().expand(count)
+    value = float(check_number(name, value))
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: non-finite value {value}")
     return value

@@ -11,11 +11,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stable_rlhf.ops import _advantage_reference
 from stable_rlhf.ops._advantage_reference import Arguments
-from stable_rlhf.ops._backend import cpu_isa, extension, register
+from stable_rlhf.ops._backend import (
+    autograd_inside,
+    cpu_isa,
+    extension,
+    needs_operator,
+    refuse_second_derivative,
+    register,
+)
 from stable_rlhf.ops._checks import check_values
 
 # loss 0-d; score [R]; statistics [7]; gradient [R] of the reward (of the score, where no loss is wanted) and [P] of
@@ -25,7 +32,7 @@ Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def loss(call: Arguments, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, differentiable in reward and expected; score [R]; statistics [7]), the last two detached."""
-    if _needs_operator(call.reward):
+    if needs_operator(call.reward):
         value, score, statistics, *_ = advantage_loss(*_flat(call), *_flat_pairs(call), backend)
         return value, score.detach(), statistics.detach()
     made = _make(call, backend, True)
@@ -36,7 +43,7 @@ def loss(call: Arguments, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def score(call: Arguments, backend: str) -> Tensor:
     """[R] a(x, y), differentiable in reward and expected."""
-    if _needs_operator(call.reward):
+    if needs_operator(call.reward):
         return advantage_score(*_flat(call), backend)[0]
     made = _make(call, backend, False)
     if _wants_gradient(call):
@@ -45,20 +52,10 @@ def score(call: Arguments, backend: str) -> Tensor:
     return made[1]
 
 
-def _needs_operator(reward: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(reward) not in (Tensor, nn.Parameter)
-
-
 def _wants_gradient(call: Arguments) -> bool:
     return torch.is_grad_enabled() and (
         call.reward.requires_grad or (call.expected is not None and call.expected.requires_grad)
     )
-
-
-def _once(name: str) -> None:
-    # once_differentiable costs more than the rest of such a backward pass.
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: no second derivatives; call backward without create_graph")
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -71,7 +68,7 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _once("advantage_loss")
+        refuse_second_derivative("advantage_loss")
         reward, expected = ctx.saved_tensors
         return reward * upstream, None if expected is None else expected * upstream, None
 
@@ -87,8 +84,7 @@ class _AttachScore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _once("advantage_score")
-        slope, prompt = ctx.saved_tensors
+        slope, prompt = ctx.saved_tensors  # the slope is a constant: second derivatives are right
         return (*_score_gradients(upstream, slope, prompt, ctx.share, ctx.prompts), None, None, None)
 
 
@@ -112,7 +108,7 @@ def _make(call: Arguments, backend: str, pairs: bool) -> Made:
         if check_values(call.reward.device):
             _advantage_reference.check(call)
         return advantage(call, pairs)
-    made = _launch_cpp(call, pairs)
+    made = None if backend == "torch" else _launch_cpp(call, pairs)
     return _by_reference(call, pairs) if made is None else made
 
 
@@ -160,15 +156,21 @@ def _by_reference(call: Arguments, pairs: bool) -> Made:
     if call.expected is not None:
         leaves.append(call.expected.detach().requires_grad_())
     call = call._replace(reward=leaves[0], expected=leaves[1] if call.expected is not None else None)
-    with torch.enable_grad():
+    with autograd_inside(call.reward.device):
         if not pairs:
             score = _advantage_reference.score(call)
             (slope,) = torch.autograd.grad(score.sum(), leaves[:1])
-            return score.new_zeros(()), score.detach(), score.new_zeros(7), slope, score.new_empty(0)
+            return score.new_zeros(()), score.detach().clone(), score.new_zeros(7), slope, score.new_empty(0)
         value, score, statistics = _advantage_reference.loss(call)
         gradients = torch.autograd.grad(value, leaves)
     expected_gradient = gradients[1] if call.expected is not None else score.new_empty(0)
-    return value.detach(), score, statistics, gradients[0], expected_gradient
+    return (
+        value.detach(),
+        score.clone(),
+        statistics,
+        gradients[0],
+        expected_gradient,
+    )  # a score may be the reward itself
 
 
 # -- registered operators ----------------------------------------------------------------------------------------------
@@ -235,6 +237,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _hand_over(ctx: Any, upstream: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("advantage_loss")
     if upstream is None:
         return (None,) * ctx.arguments
     reward, expected = ctx.saved_tensors

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cpu", "torch")
 _forced: ContextVar[str | None] = ContextVar("stable_rlhf_ops_backend", default=None)
@@ -72,6 +74,8 @@ def _has_triton() -> bool:
 
 def _obstacle(name: str, device: torch.device) -> str | None:
     """Why backend `name` cannot work on tensors of `device`; None when it can."""
+    if name != "torch" and transformed():
+        return "it has no forward-mode derivatives and takes no torch.func transforms; the default here is 'torch'"
     if name == "cpu":
         if device.type != "cpu":
             return f"it needs CPU tensors, not {device.type}"
@@ -109,18 +113,56 @@ def selected(op: str, device: torch.device) -> str:
 
 
 @torch.compiler.assume_constant_result
-def traced_choice(op: str, device: str) -> str:
-    """`selected` for a device type, a constant where torch.compile traces through it."""
+def _traced_choice(op: str, device: str) -> str:
     return selected(op, torch.device(device))
 
 
-def choose(op: str, device: torch.device) -> Callable[..., Any]:
-    """The implementation of `op` for tensors of `device`.
+def choice(op: str, device: torch.device) -> str:
+    """`selected`; where torch.compile traces through it, a constant of the compiled code."""
+    return _traced_choice(op, device.type) if torch.compiler.is_compiling() else selected(op, device)
 
-    Raises:
-        RuntimeError: the backend forced by `backend(name)` does not exist for `op` or cannot run.
-    """
-    return _implementations[op][selected(op, device)]
+
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """Backend `name` of `op`."""
+    return _implementations[op][name]
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is at work. They see PyTorch's own operations
+    alone, so the references run under them. (Under torch.compile operators stand for the operations.)"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needs_operator(value: Tensor, backend: str = "") -> bool:
+    """Whether a call has to go through a registered operator: torch.compile traces it, or the tensor is of a type that
+    stands for others (the references, backend "torch", take all of these but fake tensors as they are)."""
+    if torch.compiler.is_compiling():
+        return True
+    kind = type(value)
+    return kind is not Tensor and kind is not nn.Parameter and (backend != "torch" or hasattr(value, "fake_mode"))
+
+
+@contextmanager
+def autograd_inside(device: torch.device) -> Iterator[None]:
+    """Autograd in the body of an operator, where PyTorch has switched it off; autocast is off."""
+    keys = torch._C.DispatchKey
+    autograd, views = keys.AutogradFunctionality, keys.ADInplaceOrView
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(autograd, False),
+        torch._C._SetExcludeDispatchKeyGuard(views, False),
+        torch.autocast(device.type, enabled=False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def refuse_second_derivative(op: str) -> None:
+    """At the start of the backward pass of an operation whose gradients were made with its value: under create_graph
+    they would pass for constants."""
+    if torch.is_grad_enabled():  # once_differentiable costs more than the rest of such a backward pass
+        raise RuntimeError(f"{op}: no second derivatives; call backward without create_graph")
 
 
 def backend_report(device: torch.device | str | None = None) -> dict[str, str]:

@@ -1,12 +1,16 @@
 """Checks of arguments shared by the operations. Each failure is one ValueError that starts with the argument's name.
 
-Shapes, types and devices are always checked. Checks of values on a CUDA tensor cost a synchronisation: the operations
-make them where they synchronise anyway, and everywhere when `STABLE_RLHF_CHECK=1`.
+Shapes, types, devices and plain numbers are always checked. Checks of values on a CUDA tensor cost a synchronisation:
+the operations make them where they synchronise anyway, and everywhere when `STABLE_RLHF_CHECK=1`.
+
+What is masked is not read: a value that belongs to an ignored row, to a row of a kind that has no use for it, or that
+lies under a mask may be anything, NaN included.
 """
 
 from __future__ import annotations
 
 import os
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -39,10 +43,94 @@ def check_tensor(
     if value.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: type {str(value.dtype).removeprefix('torch.')} is not one of {wanted}")
+    if value.layout is not torch.strided:
+        kind = str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: layout {kind} instead of a dense tensor; call to_dense() or pad it")
     if shape is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name}: shape {tuple(value.shape)} instead of {shape}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: on device {value.device}, the other tensors are on {device}")
+    if value.is_meta:
+        raise ValueError(f"{name}: on device meta, where tensors have no values")
+    if torch.compiler.is_compiling():
+        return value
+    if value.is_neg():  # its memory holds the values with the other sign
+        raise ValueError(f"{name}: a lazily negated view; call resolve_neg()")
+    if torch._C._are_functorch_transforms_active() and _is_mapped(value):
+        raise ValueError(f"{name}: inside torch.vmap, which the operations do not take; give all rows in one call")
+    return value
+
+
+def _is_mapped(value: Tensor) -> bool:
+    functions = torch._C._functorch
+    while functions.is_functorch_wrapped_tensor(value):
+        if functions.is_batchedtensor(value):
+            return True
+        value = functions.get_unwrapped(value)
+    return False
+
+
+def check_constant(name: str, value: object) -> None:
+    """An argument that no gradient flows to must not ask for one."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, and none flows to it; give {name}.detach()")
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a Python number, NaN and infinities included; a tensor of one element counts as one."""
+    if type(value) is float or type(value) is int:
+        return value
+    if isinstance(value, Tensor):
+        check_constant(name, value)
+        if value.numel() != 1 or value.dtype not in FLOATS + INTEGERS or value.is_meta:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: a tensor of shape {tuple(value.shape)} and type {kind} instead of a number")
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_positive(name: str, value: object) -> float:
+    """1 / value has to be a float32 too."""
+    number = check_number(name, value)
+    if not 1e-30 <= number <= 1e30:
+        raise ValueError(f"{name}: {number} is not a positive number from 1e-30 to 1e30")
+    return number
+
+
+def check_not_negative(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if number < 0:
+        raise ValueError(f"{name}: {number} is negative")
+    if not number <= 1e30:
+        raise ValueError(f"{name}: {number} is not a number from 0 to 1e30")
+    return number
+
+
+def check_share(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}: {number} is outside [0, 1]")
+    return number
+
+
+def check_integer(name: str, value: object, low: int = 0, high: int = 2**63 - 1) -> int:
+    """`value` as an integer of `low`, 0 or 1, or more that C++ can take."""
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name}: expected an integer, got {type(value).__name__} {value!r:.60}")
+        value = int(value)
+    if value < low:
+        raise ValueError(f"{name}: {value} is {'not positive' if low == 1 else 'negative'}")
+    if value > high:
+        raise ValueError(f"{name}: {value} is more than {high}")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    if value is not True and value is not False:
+        raise ValueError(f"{name}: expected True or False, got {type(value).__name__}")
     return value
 
 
@@ -65,7 +153,9 @@ def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device, *, re
     Args:
         read: whether to check the values too; by default where that costs no synchronisation.
     """
-    bounds = check_tensor("cu_seqlens", cu_seqlens, device=device, dtypes=INTEGERS).to(torch.int64)
+    bounds = check_tensor("cu_seqlens", cu_seqlens, device=device, dtypes=INTEGERS)
+    if bounds.dtype != torch.int64:
+        bounds = bounds.to(torch.int64)
     if bounds.ndim != 1 or bounds.numel() < 1:
         raise ValueError(f"cu_seqlens: shape {tuple(bounds.shape)} instead of [number of sequences + 1]")
     if check_values(device) if read is None else read:
@@ -79,5 +169,5 @@ def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device, *, re
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")

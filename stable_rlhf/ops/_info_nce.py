@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stable_rlhf.ops import _driver
-from stable_rlhf.ops._backend import register, traced_choice
+from stable_rlhf.ops._backend import choice, refuse_second_derivative, register
+from stable_rlhf.ops._checks import check_integer, check_positive
 from stable_rlhf.ops._policy_config import REHEARSAL, PolicyLossConfig
 from stable_rlhf.ops._policy_ops import hand_over, keep
 from stable_rlhf.ops._policy_rows import Rows, Terms
 from stable_rlhf.ops._products import HeadProducts
-from stable_rlhf.ops._unit_rows import Ranks, check_pair, check_positive, unit_rows
+from stable_rlhf.ops._unit_rows import Ranks, check_pair, unit_rows
 
 _LIKELIHOOD = PolicyLossConfig(rehearsal_coef=1.0)
 
@@ -57,13 +58,11 @@ def info_nce(
         RuntimeError: the backend forced by `backend(name)` does not exist or cannot run.
     """
     check_pair(a, b)
-    check_positive("temperature", temperature)
-    if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes: {workspace_bytes} is not positive")
-    backend = "torch" if a.dtype == torch.float64 else traced_choice("info_nce", a.device.type)
+    temperature = check_positive("temperature", temperature)
+    workspace_bytes = check_integer("workspace_bytes", workspace_bytes, 1)
+    backend = "torch" if a.dtype == torch.float64 else choice("info_nce", a.device)
     ranks = Ranks(process_group, {"a": a, "b": b}, {})
-    rows, _ = unit_rows(a, "a")
-    partners, _ = unit_rows(b, "b")
+    rows, partners = unit_rows(a, "a"), unit_rows(b, "b")
     everyone = ranks.gather(partners)
     if backend == "torch":
         return ranks.sum(_reference(rows, everyone, ranks, temperature))
@@ -136,6 +135,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("info_nce")
     return (*hand_over(ctx, ctx.needs, upstream), *[None] * 6)
 
 

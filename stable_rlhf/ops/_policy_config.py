@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from stable_rlhf.ops._checks import check_choice
+from stable_rlhf.ops._checks import check_choice, check_not_negative, check_number, check_positive
 
 IGNORE = -100
 POLICY, REHEARSAL = 1, 2
 
 
 def check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap: {softcap} is not positive")
+    if softcap is not None:
+        check_positive("softcap", softcap)
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,16 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        for name in ("clip_low", "clip_high", "entropy_coef", "rehearsal_coef", "log_ratio_clamp"):
+            check_number(name, getattr(self, name))
         if not 0.0 <= self.clip_low <= 1.0:
             raise ValueError(f"clip_low: {self.clip_low} is outside [0, 1]")
         if not self.clip_high >= 0.0:
             raise ValueError(f"clip_high: {self.clip_high} is negative")
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
+        if self.dual_clip is not None and not check_number("dual_clip", self.dual_clip) > 1.0:
             raise ValueError(f"dual_clip: {self.dual_clip} is not greater than 1")
-        for name in ("kl_coef", "entropy_coef", "rehearsal_coef"):
+        check_not_negative("kl_coef", self.kl_coef)
+        for name in ("entropy_coef", "rehearsal_coef"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: {getattr(self, name)} is not finite")
         check_softcap(self.softcap)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stable_rlhf.ops import _policy_ops
-from stable_rlhf.ops._backend import register, traced_choice
-from stable_rlhf.ops._checks import FLOATS, check_tensor, statistics_dtype
+from stable_rlhf.ops._backend import choice, needs_operator, register
+from stable_rlhf.ops._checks import (
+    FLOATS,
+    INTEGERS,
+    check_constant,
+    check_flag,
+    check_integer,
+    check_not_negative,
+    check_number,
+    check_positive,
+    check_tensor,
+    statistics_dtype,
+)
 from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
 from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
 from stable_rlhf.ops._policy_rows import check_statistics, gather_terms, select_rows, total_loss
-from stable_rlhf.ops._split_vocabulary import group_name
+from stable_rlhf.ops._unit_rows import group_name
 
 
 def linear_policy_loss(
@@ -59,7 +69,8 @@ def linear_policy_loss(
         ref_logprob: [...], required when kl_coef is not 0 and there are policy rows, and read there only.
         bias: [V] or None.
         row_weight: [...] factor on each row's whole term; None: 1.
-        temperature: positive, a float or one for each row [...].
+        temperature: from 1e-30 to 1e30, a float or one for each row [...]; a constant, like row_weight and the
+            denominators: tensors that require a gradient are refused. Log-probs and advantages are data, and detached.
         policy_denominator, rehearsal_denominator: what the sum over each kind is divided by, a positive float or 0-d
             tensor; None: the number of such rows in this call.
         grad_tolerance: tau; 0 is exact. Otherwise, chunk by chunk, vocabulary columns that hold next to nothing are
@@ -80,10 +91,10 @@ def linear_policy_loss(
         NotImplementedError: an option this version does not have yet.
         RuntimeError: the backend forced by `backend(name)` does not exist or cannot run.
     """
+    grad_scale = check_positive("grad_scale", grad_scale)
+    grad_tolerance = check_number("grad_tolerance", grad_tolerance)
     if not 0.0 <= grad_tolerance < 1.0:
         raise ValueError(f"grad_tolerance: {grad_tolerance} is outside [0, 1)")
-    if not 0.0 < grad_scale < math.inf:
-        raise ValueError(f"grad_scale: {grad_scale} is not a positive number")
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
     per_row: dict[str, Any] = {
         "old_logprob": old_logprob,
@@ -95,9 +106,10 @@ def linear_policy_loss(
         "policy_denominator": policy_denominator,
         "rehearsal_denominator": rehearsal_denominator,
     }
+    temperature = _check_loss(target, temperature, config, {"kind": kind, **per_row}, denominators)
     name = _backend_for("linear_policy_loss", hidden)
     _check_process_group(process_group, name)
-    if name == "torch":
+    if name == "torch" and not needs_operator(hidden, name):
         rows = select_rows(target, kind, temperature, weight.shape[0], hidden.device)
         terms = gather_terms(rows, config, statistics_dtype(hidden.dtype), **per_row, **denominators)
         logprob, entropy = linear_statistics(
@@ -107,7 +119,7 @@ def linear_policy_loss(
         check_statistics(logprob, entropy, rows, "hidden, weight or bias")
         return total_loss(rows, logprob, entropy, terms, config)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    row_temperature, scalar = _split_temperature(temperature)
+    row_temperature, scalar = _split_temperature(temperature, target)
     tensors, numbers = _split_denominators(denominators)
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
         unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
@@ -156,9 +168,10 @@ def policy_loss(
         "policy_denominator": policy_denominator,
         "rehearsal_denominator": rehearsal_denominator,
     }
+    temperature = _check_loss(target, temperature, config, {"kind": kind, **per_row}, denominators)
     name = _backend_for("policy_loss", logits)
     _check_process_group(process_group, name)
-    if name == "torch":
+    if name == "torch" and not needs_operator(logits, name):
         rows = select_rows(target, kind, temperature, logits.shape[-1], logits.device)
         terms = gather_terms(rows, config, statistics_dtype(logits.dtype), **per_row, **denominators)
         logprob, entropy = row_statistics(
@@ -166,7 +179,7 @@ def policy_loss(
         )
         check_statistics(logprob, entropy, rows, "logits")
         return total_loss(rows, logprob, entropy, terms, config)
-    row_temperature, scalar = _split_temperature(temperature)
+    row_temperature, scalar = _split_temperature(temperature, target)
     tensors, numbers = _split_denominators(denominators)
     loss, logprob, entropy, metrics, counts, _gradient = _policy_ops.policy_loss(
         logits, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
@@ -197,10 +210,12 @@ def linear_logprob(
     The arguments and errors are those of `linear_policy_loss`.
     """
     check_softcap(softcap)
+    check_flag("entropy", entropy)
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
+    temperature = _check_temperature(temperature)
     name = _backend_for("linear_logprob", hidden)
     _check_process_group(process_group, name)
-    if name == "torch":
+    if name == "torch" and not needs_operator(hidden, name):
         rows = select_rows(target, None, temperature, weight.shape[0], hidden.device)
         logprob, row_entropy = linear_statistics(
             rows.gather(hidden), weight, bias, rows, softcap, entropy, logits_dtype, workspace_bytes
@@ -208,7 +223,7 @@ def linear_logprob(
         check_statistics(logprob, row_entropy, rows, "hidden, weight or bias")
         return rows.scatter(logprob), rows.scatter(row_entropy) if entropy else None
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    row_temperature, scalar = _split_temperature(temperature)
+    row_temperature, scalar = _split_temperature(temperature, target)
     logprob, row_entropy, *_ = _policy_ops.linear_logprob(
         hidden, weight, bias, target, row_temperature, scalar, softcap, logits_dtype, workspace_bytes, name,
         group_name(process_group),
@@ -219,7 +234,7 @@ def linear_logprob(
 
 def _backend_for(op: str, value: Tensor) -> str:
     """The backend of `op`; the fused ones keep statistics in float32, so float64 is PyTorch's."""
-    return "torch" if value.dtype == torch.float64 else traced_choice(op, value.device.type)
+    return "torch" if value.dtype == torch.float64 else choice(op, value.device)
 
 
 def _needs(*inputs: Tensor | None) -> list[bool]:
@@ -235,19 +250,49 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+def _check_temperature(temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
-        return (temperature, 1.0) if temperature.ndim else (None, float(temperature))
-    return None, float(temperature)
+        check_constant("temperature", temperature)
+        return check_tensor("temperature", temperature)
+    return check_positive("temperature", temperature)
+
+
+def _check_loss(
+    target: Tensor,
+    temperature: float | Tensor,
+    config: PolicyLossConfig,
+    per_row: dict[str, Any],
+    denominators: dict[str, Any],
+) -> float | Tensor:
+    """Checks all but the values in `per_row`, which are read where rows are chosen; gives the temperature."""
+    if not isinstance(config, PolicyLossConfig):
+        raise ValueError(f"config: expected a PolicyLossConfig, got {type(config).__name__}")
+    for name, value in per_row.items():
+        if value is not None:
+            dtypes = INTEGERS if name == "kind" else FLOATS
+            check_tensor(name, value, shape=tuple(target.shape), device=target.device, dtypes=dtypes)
+    check_constant("row_weight", per_row["row_weight"])
+    for name, value in denominators.items():
+        check_constant(name, value)
+        if value is not None and not isinstance(value, Tensor):
+            denominators[name] = check_not_negative(name, value)
+    return _check_temperature(temperature)
+
+
+def _split_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor | None, float]:
+    if not isinstance(temperature, Tensor):
+        return None, float(temperature)
+    if temperature.ndim == 0:
+        if torch.compiler.is_compiling():  # its value is not known there
+            return temperature.expand(target.shape), 1.0
+        return None, float(temperature)
+    return temperature, 1.0
 
 
 def _split_denominators(given: dict[str, float | Tensor | None]) -> tuple[list[Tensor | None], list[float]]:
-    """Denominators as tensors and as numbers, which operators take apart; the number 0 stands for none."""
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor) and not value > 0:
-            raise ValueError(f"{name}: {float(value)} is not positive")
+    """Denominators as tensors and as numbers, which operators take apart; a number below 0 stands for none."""
     tensors = [value if isinstance(value, Tensor) else None for value in given.values()]
-    return tensors, [float(v) if v is not None and not isinstance(v, Tensor) else 0.0 for v in given.values()]
+    return tensors, [float(v) if v is not None and not isinstance(v, Tensor) else -1.0 for v in given.values()]
 
 
 def _output(loss: Tensor, logprob: Tensor, entropy: Tensor, metrics: Tensor, counts: Tensor) -> PolicyLossOutput:
@@ -265,8 +310,8 @@ def _check_linear(
     workspace_bytes: int,
 ) -> None:
     check_tensor("hidden", hidden)
-    if hidden.ndim < 1:
-        raise ValueError("hidden: a 0-d tensor instead of [..., H]")
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden: shape {tuple(hidden.shape)} instead of [..., H] with H of 1 or more")
     device = hidden.device
     # Under autocast the product casts its operands itself.
     alike = FLOATS if torch.is_autocast_enabled(device.type) else (hidden.dtype,)
@@ -276,12 +321,13 @@ def _check_linear(
     if bias is not None:
         check_tensor("bias", bias, shape=(weight.shape[0],), device=device, dtypes=alike)
     check_tensor("target", target, shape=tuple(hidden.shape[:-1]), device=device, dtypes=(torch.int64,))
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
+        raise ValueError(f"logits_dtype: expected a torch.dtype, got {type(logits_dtype).__name__}")
     if logits_dtype not in (None, hidden.dtype) and (
         logits_dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16)
     ):
         raise NotImplementedError(f"logits_dtype={logits_dtype}: not yet for hidden of {hidden.dtype}")
-    if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes: {workspace_bytes} is not positive")
+    check_integer("workspace_bytes", workspace_bytes, 1)
 
 
 def _check_process_group(process_group: object | None, backend: str) -> None:

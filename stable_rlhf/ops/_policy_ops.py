@@ -1,7 +1,8 @@
 """The fused policy losses as PyTorch operators: `torch.compile` traces through them, autograd finds their gradients.
 
 Each forward makes the gradients along with the loss, because a token's gradient depends on its log-prob alone; the
-backward only scales them. Without any gradient asked for, only the statistics are made.
+backward only scales them. Without any gradient asked for, only the statistics are made. The backend "torch" is the
+reference, whose sizes are data: as an operator it is there for `torch.compile`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.ops import _driver
-from stable_rlhf.ops._policy_config import PolicyLossConfig
+from stable_rlhf.ops._backend import autograd_inside, refuse_second_derivative
+from stable_rlhf.ops._checks import statistics_dtype
+from stable_rlhf.ops._policy_config import PolicyLossConfig, PolicyLossOutput
+from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
 from stable_rlhf.ops._policy_rows import (
     Rows,
     RowState,
@@ -49,11 +53,12 @@ def _terms(
     per_row: list[Tensor | None],
     denominators: list[Tensor | None],
     numbers: list[float],
+    dtype: torch.dtype = torch.float32,
 ) -> Terms:
     old_logprob, advantage, ref_logprob, row_weight = per_row
-    given = [t if t is not None else (n or None) for t, n in zip(denominators, numbers, strict=True)]
+    given = [t if t is not None else None if n < 0.0 else n for t, n in zip(denominators, numbers, strict=True)]
     return gather_terms(
-        rows, config, torch.float32, old_logprob=old_logprob, advantage=advantage, ref_logprob=ref_logprob,
+        rows, config, dtype, old_logprob=old_logprob, advantage=advantage, ref_logprob=ref_logprob,
         row_weight=row_weight, policy_denominator=given[0], rehearsal_denominator=given[1],
     )  # fmt: skip
 
@@ -62,7 +67,10 @@ def _outputs(
     rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig, source: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_statistics(state.logprob, state.entropy, rows, source)
-    out = total_loss(rows, state.logprob, state.entropy, terms, config)
+    return _flat(total_loss(rows, state.logprob, state.entropy, terms, config))
+
+
+def _flat(out: PolicyLossOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         out.loss,
         out.logprob,
@@ -70,6 +78,22 @@ def _outputs(
         torch.stack([out.metrics[name] for name in METRICS]),
         torch.stack([out.metrics[name] for name in COUNTS]),
     )
+
+
+def _leaves(needs: list[bool], *inputs: Tensor | None) -> list[Tensor | None]:
+    """The inputs as leaves of a graph of their own."""
+    return [None if x is None else x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
+
+
+def _gradients(
+    outputs: list[Tensor], upstream: list[Tensor] | None, leaves: list[Tensor | None], needs: list[bool]
+) -> list[Tensor]:
+    """The gradient of each leaf, an empty tensor where none is asked for."""
+    asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
+    made = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
+    like = outputs[0]
+    return [next(made) if need else like.new_empty(0, dtype=(like if x is None else x).dtype)
+            for x, need in zip(leaves, needs, strict=True)]  # fmt: skip
 
 
 def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -141,6 +165,12 @@ def linear_policy_loss(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = _unpack_config(config)
+    if backend == "torch":
+        return _linear_reference(
+            hidden, weight, bias, target, kind, [old_logprob, advantage, ref_logprob, row_weight],
+            _temperature(temperature, row_temperature), [policy_denominator, rehearsal_denominator], denominators,
+            settings, logits_dtype, workspace_bytes, needs,
+        )  # fmt: skip
     kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
     rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     terms = _terms(
@@ -161,10 +191,40 @@ def linear_policy_loss(
     )
 
 
+def _linear_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    kind: Tensor | None,
+    per_row: list[Tensor | None],
+    temperature: float | Tensor,
+    denominators: list[Tensor | None],
+    numbers: list[float],
+    config: PolicyLossConfig,
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = select_rows(target, kind, temperature, weight.shape[0], hidden.device)
+    terms = _terms(rows, config, per_row, denominators, numbers, statistics_dtype(hidden.dtype))
+    with autograd_inside(hidden.device):
+        h, w, b = _leaves(needs, hidden, weight, bias)
+        assert h is not None and w is not None
+        logprob, entropy = linear_statistics(
+            rows.gather(h), w, b, rows, config.softcap, config.entropy_coef != 0.0, logits_dtype, workspace_bytes
+        )
+        check_statistics(logprob, entropy, rows, "hidden, weight or bias")
+        out = total_loss(rows, logprob, entropy, terms, config)
+        gradients = _gradients([out.loss], None, [h, w, b], needs)
+    flat = _flat(out)
+    return flat[0].detach(), *flat[1:], gradients[0], gradients[1], gradients[2]
+
+
 @linear_policy_loss.register_fake
 def _(hidden, weight, bias, target, *rest):
     needs = rest[-1]
-    per_row = target.new_empty(target.shape, dtype=torch.float32)
+    per_row = target.new_empty(target.shape, dtype=statistics_dtype(hidden.dtype))
     return (
         per_row.new_empty(()),
         per_row,
@@ -183,6 +243,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 
 def _linear_policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
+    refuse_second_derivative("linear_policy_loss")
     return (*hand_over(ctx, ctx.needs, upstream), *[None] * 18)
 
 
@@ -212,12 +273,26 @@ def policy_loss(
     needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = _unpack_config(config)
-    kernels, vocabulary = _driver.row_kernels(backend, group, logits.shape[-1], logits.device)
+    kernels, vocabulary = None, logits.shape[-1]
+    if backend != "torch":
+        kernels, vocabulary = _driver.row_kernels(backend, group, vocabulary, logits.device)
     rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, logits.device)
     terms = _terms(
         rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
-        [policy_denominator, rehearsal_denominator], denominators,
+        [policy_denominator, rehearsal_denominator], denominators, statistics_dtype(logits.dtype),
     )  # fmt: skip
+    if kernels is None:
+        with autograd_inside(logits.device):
+            leaf = logits.detach().requires_grad_(needs)
+            entropic = settings.entropy_coef != 0.0
+            logprob, entropy = row_statistics(
+                rows.gather(leaf), rows.target, rows.temperature, settings.softcap, entropic
+            )
+            check_statistics(logprob, entropy, rows, "logits")
+            out = total_loss(rows, logprob, entropy, terms, settings)
+            (gradient,) = _gradients([out.loss], None, [leaf], [needs])
+        flat_out = _flat(out)
+        return flat_out[0].detach(), *flat_out[1:], gradient
     flat = logits.contiguous().view(-1, logits.shape[-1])
     state = RowState.of(rows)
     gradient = logits.new_empty(0)
@@ -234,7 +309,7 @@ def policy_loss(
 
 @policy_loss.register_fake
 def _(logits, target, *rest):
-    per_row = target.new_empty(target.shape, dtype=torch.float32)
+    per_row = target.new_empty(target.shape, dtype=statistics_dtype(logits.dtype))
     return (
         per_row.new_empty(()),
         per_row,
@@ -250,6 +325,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
+    refuse_second_derivative("policy_loss")
     return (*hand_over(ctx, [True], upstream), *[None] * 15)
 
 
@@ -274,6 +350,16 @@ def linear_logprob(
     group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "torch":
+        rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            logprob, row_entropy = linear_statistics(
+                rows.gather(hidden), weight, bias, rows, softcap, True, logits_dtype, workspace_bytes
+            )
+        check_statistics(logprob, row_entropy, rows, "hidden, weight or bias")
+        given = (rows.scatter(x) for x in (logprob, row_entropy))
+        nothing = (logprob.new_zeros(target.shape) for _ in range(2))
+        return (*given, *nothing)  # type: ignore[return-value]
     kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
     rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype)
@@ -286,7 +372,7 @@ def linear_logprob(
 
 @linear_logprob.register_fake
 def _(hidden, weight, bias, target, *rest):
-    return tuple(target.new_empty(target.shape, dtype=torch.float32) for _ in range(4))
+    return tuple(target.new_empty(target.shape, dtype=statistics_dtype(hidden.dtype)) for _ in range(4))
 
 
 @torch.library.custom_op("stable_rlhf::linear_logprob_backward", mutates_args=())
@@ -309,6 +395,15 @@ def linear_logprob_backward(
     group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "torch":
+        rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
+        upstream = [rows.take("upstream", g, logprob_grad.dtype) for g in (logprob_grad, entropy_grad)]
+        with autograd_inside(hidden.device):
+            h, w, b = _leaves(needs, hidden, weight, bias)
+            assert h is not None and w is not None
+            made = linear_statistics(rows.gather(h), w, b, rows, softcap, True, logits_dtype, workspace_bytes)
+            gradients = _gradients(list(made), [g for g in upstream if g is not None], [h, w, b], needs)
+        return gradients[0], gradients[1], gradients[2]
     kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
     rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
@@ -321,8 +416,8 @@ def linear_logprob_backward(
         taken = rows.take(name, value, torch.float32)
         assert taken is not None
         getattr(state, name).copy_(taken)
-    made = _driver.given(kernels, products, state, softcap, workspace_bytes)
-    return _spread(rows, made[0], hidden), _or_empty(made[1], weight), _or_empty(made[2], weight)
+    found = _driver.given(kernels, products, state, softcap, workspace_bytes)
+    return _spread(rows, found[0], hidden), _or_empty(found[1], weight), _or_empty(found[2], weight)
 
 
 @linear_logprob_backward.register_fake
@@ -344,6 +439,7 @@ def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...])
 def _linear_logprob_backward(
     ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_unused: Any
 ) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("linear_logprob")
     needs = ctx.constants[-1]
     made = linear_logprob_backward(logprob_grad, entropy_grad, *ctx.saved_tensors, *ctx.constants)
     return (*(g if need else None for g, need in zip(made, needs, strict=True)), *[None] * 9)

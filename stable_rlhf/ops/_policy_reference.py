@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stable_rlhf.ops._backend import transformed
 from stable_rlhf.ops._checks import statistics_dtype
 from stable_rlhf.ops._policy_rows import Rows
 
@@ -72,7 +73,7 @@ def linear_statistics(
         return row_statistics(logits, target, temperature, softcap, entropy_grad)
 
     step: Callable[..., tuple[Tensor, Tensor]] = statistics
-    if needs_grad and count > chunk:
+    if needs_grad and count > chunk and not transformed():  # which take no checkpoints: every chunk is kept
         step = functools.partial(checkpoint, statistics, use_reentrant=False, preserve_rng_state=False)
     joined_weight, joined_bias = join(weight), join(bias)
     parts = []

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._checks import INTEGERS, check_finite, check_tensor, check_values, first_true
+from stable_rlhf.ops._checks import (
+    FLOATS,
+    INTEGERS,
+    check_finite,
+    check_positive,
+    check_tensor,
+    check_values,
+    first_true,
+)
 from stable_rlhf.ops._policy_config import (
     IGNORE,
     POLICY,
@@ -98,13 +105,11 @@ def _row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
     if isinstance(temperature, Tensor) and temperature.ndim == 0:
         temperature = float(temperature)
     if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: {temperature} is not a positive number")
-        return float(temperature)
+        return check_positive("temperature", temperature)
     taken = rows.take("temperature", temperature, temperature.dtype)
     assert taken is not None
-    if check_values(taken.device) and not bool(((taken > 0) & torch.isfinite(taken)).all()):
-        raise ValueError("temperature: has values that are not positive numbers")
+    if check_values(taken.device) and not bool(((taken >= 1e-30) & (taken <= 1e30)).all()):
+        raise ValueError("temperature: has values that are not positive numbers from 1e-30 to 1e30")
     return taken
 
 
@@ -203,15 +208,15 @@ def _denominator(
 ) -> Tensor:
     """The denominator as a 0-d tensor; 1 where there is no row of this kind, whose sum is 0 whatever it is over."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
+        if value.numel() != 1 or value.dtype not in FLOATS + INTEGERS or value.is_meta:
             raise ValueError(f"{name}: shape {tuple(value.shape)} instead of a single number")
         if count == 0:
             return torch.ones((), dtype=dtype, device=device)
         value = value.detach().to(device=device, dtype=dtype).reshape(())
-        if check_values(device) and not bool(value > 0):
+        if check_values(device) and not bool(value >= 1e-30):
             raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
         return value
-    if value is not None and count and not value > 0:
+    if value is not None and count and not value >= 1e-30:
         raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
     return torch.full((), float(count if value is None else value) if count else 1.0, dtype=dtype, device=device)
 

@@ -209,7 +209,7 @@ class HeadProducts:
         """gradient W, in float32 where `dtype` is or the products are sliced."""
         if not self.sliced:
             return self._product(gradient, self.weight, dtype)
-        made = torch.zeros(gradient.shape[0], self.weight.shape[1])
+        made = torch.zeros(gradient.shape[0], self.weight.shape[1], dtype=torch.float32, device="cpu")
         for columns in self._slices():
             made.addmm_(gradient[:, columns], self._wide(columns))
         return made

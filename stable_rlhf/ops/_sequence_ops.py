@@ -12,16 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._backend import choose, cpu_isa, extension, register
+from stable_rlhf.ops._backend import choice, cpu_isa, extension, implementation, needs_operator, register
 from stable_rlhf.ops._checks import (
+    FLOATS,
+    INTEGERS,
     check_choice,
     check_cu_seqlens,
     check_finite,
+    check_flag,
+    check_not_negative,
+    check_number,
+    check_share,
     check_tensor,
     check_values,
     first_true,
     statistics_dtype,
 )
+from stable_rlhf.ops._unit_rows import group_name, resolve_group
 
 _FINE = 0  # SequenceStatus of csrc/sequence_ops.h
 
@@ -38,7 +45,6 @@ def log_ratio_kl(log_ratio: Tensor, estimator: str) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
-@torch.no_grad()
 def gae(
     reward: Tensor,
     value: Tensor,
@@ -70,12 +76,36 @@ def gae(
         raise ValueError(f"reward: shape {tuple(reward.shape)} instead of [T]")
     check_tensor("value", value, shape=tuple(reward.shape), device=reward.device)
     bounds = check_cu_seqlens(cu_seqlens, reward.numel(), reward.device, read=False)
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{name}: {number} is outside [0, 1]")
+    gamma, lam = check_share("gamma", gamma), check_share("lam", lam)
     if bootstrap_value is not None:
         check_tensor("bootstrap_value", bootstrap_value, shape=(bounds.numel() - 1,), device=reward.device)
-    return choose("gae", reward.device)(reward, value, bounds, gamma, lam, bootstrap_value)
+    backend = choice("gae", reward.device)
+    if needs_operator(reward):  # not inside no_grad: compiled code would not switch gradients on again after an error
+        last = None if bootstrap_value is None else bootstrap_value.detach()
+        return _gae_operator(reward.detach(), value.detach(), bounds, gamma, lam, last, backend)
+    with torch.no_grad():
+        made: tuple[Tensor, Tensor] = implementation("gae", backend)(reward, value, bounds, gamma, lam, bootstrap_value)
+    return made
+
+
+@torch.library.custom_op("stable_rlhf::gae", mutates_args=())
+def _gae_operator(
+    reward: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_value: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    made: tuple[Tensor, Tensor] = implementation("gae", backend)(reward, value, bounds, gamma, lam, bootstrap_value)
+    return made
+
+
+@_gae_operator.register_fake
+def _(reward, value, *rest):
+    made = reward.new_empty(reward.shape, dtype=statistics_dtype(reward.dtype, value.dtype))
+    return made, torch.empty_like(made)
 
 
 def _gae_inputs(
@@ -96,13 +126,13 @@ def _gae_torch(
     reward: Tensor, value: Tensor, bounds: Tensor, gamma: float, lam: float, bootstrap_value: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     reward, value, bounds, bootstrap_value = _gae_inputs(
-        reward, value, bounds, bootstrap_value, check=check_values(reward.device)
+        reward.detach(), value.detach(), bounds, bootstrap_value, check=check_values(reward.device)
     )
     lengths = bounds.diff()
     advantage = torch.zeros_like(reward)
     longest = int(lengths.max()) if lengths.numel() else 0
     running = reward.new_zeros(lengths.numel())
-    next_value = running.clone() if bootstrap_value is None else bootstrap_value.clone()
+    next_value = running.clone() if bootstrap_value is None else bootstrap_value.detach().clone()
     for back in range(1, longest + 1):
         rows = torch.nonzero(lengths >= back).squeeze(1)  # the sequences that have a back-th token from the end
         at = bounds[rows + 1] - back
@@ -153,7 +183,6 @@ def _gae_triton(
 register("gae", {"torch": _gae_torch, "cpu": _gae_cpu, "triton": _gae_triton})
 
 
-@torch.no_grad()
 def masked_whiten(
     x: Tensor,
     mask: Tensor | None = None,
@@ -191,9 +220,31 @@ def masked_whiten(
             mask,
             shape=tuple(x.shape),
             device=x.device,
-            dtypes=(torch.bool, torch.int64, torch.int32, torch.int8, torch.uint8, torch.float32),
+            dtypes=(torch.bool, *INTEGERS, *FLOATS),
         )
-    return choose("masked_whiten", x.device)(x, mask, group, shift_mean, eps)
+        if mask.is_floating_point() and not needs_operator(mask) and check_values(mask.device):
+            check_finite("mask", mask)
+    if group is not None and not hasattr(group, "group_name"):
+        raise ValueError(f"group: expected a torch.distributed process group, got {type(group).__name__}")
+    check_flag("shift_mean", shift_mean)
+    eps = check_not_negative("eps", eps)
+    backend = choice("masked_whiten", x.device)
+    if needs_operator(x):
+        return _whiten_operator(x.detach(), mask, group_name(group), shift_mean, eps, backend)
+    with torch.no_grad():
+        whitened: Tensor = implementation("masked_whiten", backend)(x, mask, group, shift_mean, eps)
+    return whitened
+
+
+@torch.library.custom_op("stable_rlhf::masked_whiten", mutates_args=())
+def _whiten_operator(x: Tensor, mask: Tensor | None, group: str, shift_mean: bool, eps: float, backend: str) -> Tensor:
+    whitened: Tensor = implementation("masked_whiten", backend)(x, mask, resolve_group(group), shift_mean, eps)
+    return whitened
+
+
+@_whiten_operator.register_fake
+def _(x, *rest):
+    return x.new_empty(x.shape, dtype=statistics_dtype(x.dtype))
 
 
 def _gathered(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -226,6 +277,7 @@ def _check_whiten(x: Tensor, mask: Tensor | None, means: Tensor) -> None:
 def _whiten_torch(
     x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None, shift_mean: bool, eps: float
 ) -> Tensor:
+    x = x.detach()
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
     # `where`, not a product: what lies under the mask may be NaN.
@@ -293,7 +345,6 @@ def _whiten_triton(
 register("masked_whiten", {"torch": _whiten_torch, "cpu": _whiten_cpu, "triton": _whiten_triton})
 
 
-@torch.no_grad()
 def token_rewards(
     logprob: Tensor,
     ref_logprob: Tensor,
@@ -331,11 +382,38 @@ def token_rewards(
     bounds = check_cu_seqlens(cu_seqlens, logprob.numel(), device, read=False)
     check_tensor("score", score, shape=(bounds.numel() - 1,), device=device)
     check_choice("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
-    if kl_coef < 0:
-        raise ValueError(f"kl_coef: {kl_coef} is negative")
-    if clamp <= 0:
+    kl_coef, clamp = check_not_negative("kl_coef", kl_coef), check_number("clamp", clamp)
+    if not clamp > 0:
         raise ValueError(f"clamp: {clamp} is not positive")
-    return choose("token_rewards", device)(logprob, ref_logprob, score, bounds, kl_coef, kl_estimator, clamp)
+    settings = bounds, kl_coef, kl_estimator, clamp
+    backend = choice("token_rewards", device)
+    if needs_operator(logprob):
+        return _rewards_operator(logprob.detach(), ref_logprob.detach(), score.detach(), *settings, backend)
+    with torch.no_grad():
+        reward: Tensor = implementation("token_rewards", backend)(logprob, ref_logprob, score, *settings)
+    return reward
+
+
+@torch.library.custom_op("stable_rlhf::token_rewards", mutates_args=())
+def _rewards_operator(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    score: Tensor,
+    bounds: Tensor,
+    kl_coef: float,
+    kl_estimator: str,
+    clamp: float,
+    backend: str,
+) -> Tensor:
+    reward: Tensor = implementation("token_rewards", backend)(
+        logprob, ref_logprob, score, bounds, kl_coef, kl_estimator, clamp
+    )
+    return reward
+
+
+@_rewards_operator.register_fake
+def _(logprob, ref_logprob, score, *rest):
+    return logprob.new_empty(logprob.shape, dtype=statistics_dtype(logprob.dtype, ref_logprob.dtype, score.dtype))
 
 
 def _rewards_inputs(
@@ -358,7 +436,7 @@ def _rewards_torch(
     logprob: Tensor, ref_logprob: Tensor, score: Tensor, bounds: Tensor, kl_coef: float, estimator: str, clamp: float
 ) -> Tensor:
     logprob, ref_logprob, score, bounds = _rewards_inputs(
-        logprob, ref_logprob, score, bounds, check=check_values(logprob.device)
+        logprob.detach(), ref_logprob.detach(), score.detach(), bounds, check=check_values(logprob.device)
     )
     reward = log_ratio_kl((logprob - ref_logprob).clamp(-clamp, clamp), estimator) * -kl_coef
     if logprob.numel():

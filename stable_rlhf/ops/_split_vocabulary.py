@@ -16,11 +16,6 @@ from stable_rlhf.ops._policy_config import PolicyLossConfig
 from stable_rlhf.ops._policy_rows import RowState, Terms, coefficients
 
 
-def group_name(group: object | None) -> str:
-    """The name by which an operator finds the process group; "" for None."""
-    return "" if group is None else str(group.group_name)  # type: ignore[attr-defined]
-
-
 class SplitVocabulary:
     """The row kernels of one rank, with statistics over the whole vocabulary.
 

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._backend import register, traced_choice
-from stable_rlhf.ops._checks import check_tensor
+from stable_rlhf.ops._backend import choice, refuse_second_derivative, register
+from stable_rlhf.ops._checks import check_integer, check_positive, check_tensor
 from stable_rlhf.ops._policy_ops import hand_over, keep
-from stable_rlhf.ops._split_vocabulary import group_name
-from stable_rlhf.ops._unit_rows import Ranks, check_pair, check_positive, resolve_group, stack_ranks, unit_rows
+from stable_rlhf.ops._unit_rows import Ranks, check_pair, group_name, resolve_group, stack_ranks, unit_rows
 
 
 def swav_loss(
@@ -63,13 +62,11 @@ def swav_loss(
     check_tensor("prototypes", prototypes, device=a.device, dtypes=(a.dtype,))
     if prototypes.ndim != 2 or prototypes.shape[0] < 1 or prototypes.shape[1] != a.shape[1]:
         raise ValueError(f"prototypes: shape {tuple(prototypes.shape)} instead of [K, {a.shape[1]}]")
-    check_positive("temperature", temperature)
-    check_positive("epsilon", epsilon)
-    if iterations < 0:
-        raise ValueError(f"iterations: {iterations} is negative")
-    backend = "torch" if a.dtype == torch.float64 else traced_choice("swav_loss", a.device.type)
+    temperature, epsilon = check_positive("temperature", temperature), check_positive("epsilon", epsilon)
+    iterations = check_integer("iterations", iterations)
+    backend = "torch" if a.dtype == torch.float64 else choice("swav_loss", a.device)
     ranks = Ranks(process_group, {"a": a, "b": b}, {"prototypes": prototypes})
-    a, b, prototypes = unit_rows(a, "a")[0], unit_rows(b, "b")[0], unit_rows(prototypes, "prototypes")[0]
+    a, b, prototypes = unit_rows(a, "a"), unit_rows(b, "b"), unit_rows(prototypes, "prototypes")
     if backend == "torch":
         return ranks.sum(_reference(a, b, prototypes, ranks, temperature, epsilon, iterations))
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (a, b, prototypes)]
@@ -114,8 +111,9 @@ def _reference(
     with torch.autocast(a.device.type, enabled=False):
         scores = torch.stack([a, b]) @ prototypes.T
     with torch.no_grad():
-        v = potentials(scores, epsilon, iterations, ranks.group, None)
-        codes = torch.softmax(scores / epsilon if v is None else scores / epsilon + v[:, None], -1)
+        held = scores.detach()  # from forward-mode derivatives too
+        v = potentials(held, epsilon, iterations, ranks.group, None)
+        codes = torch.softmax(held / epsilon if v is None else held / epsilon + v[:, None], -1)
     return -(codes.flip(0) * torch.log_softmax(scores / temperature, -1)).sum() / (2 * ranks.total)
 
 
@@ -171,6 +169,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("swav_loss")
     return (*hand_over(ctx, ctx.needs, upstream), *[None] * 7)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._library.fake_impl import allocate_size
 
-from stable_rlhf.ops._backend import choose, extension, register
-from stable_rlhf.ops._checks import FLOATS, INTEGERS, check_tensor, first_true
+from stable_rlhf.ops._backend import choice, extension, implementation, needs_operator, register
+from stable_rlhf.ops._checks import FLOATS, INTEGERS, check_integer, check_tensor, first_true
 
 _MOST_ROWS = 1 << 31  # the kernels' row numbers have 32 bits; more rows go to PyTorch
 
 
-@torch.no_grad()
 def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor:
     """Indices of the k highest scores of each cluster (arXiv 2309.10202, section 3.2).
 
@@ -34,14 +34,33 @@ def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -
     if score.ndim != 1:
         raise ValueError(f"score: shape {tuple(score.shape)} instead of [n]")
     check_tensor("cluster", cluster, shape=tuple(score.shape), device=score.device, dtypes=INTEGERS)
-    if k < 0:
-        raise ValueError(f"k: {k} is negative")
-    if num_clusters < 0:
-        raise ValueError(f"num_clusters: {num_clusters} is negative")
+    k = check_integer("k", k)
+    num_clusters = check_integer("num_clusters", num_clusters, 0, 2**31)
     if score.dtype in (torch.bfloat16, torch.float16):
         score = score.float()  # exact
     k = min(k, score.numel())
-    return choose("topk_by_cluster", score.device)(score, cluster, num_clusters, k)
+    backend = choice("topk_by_cluster", score.device)
+    if needs_operator(score):
+        return _operator(score.detach(), cluster, num_clusters, k, backend)
+    with torch.no_grad():
+        kept: Tensor = implementation("topk_by_cluster", backend)(score, cluster, num_clusters, k)
+    return kept
+
+
+@torch.library.custom_op("stable_rlhf::topk_by_cluster", mutates_args=())
+def _operator(score: Tensor, cluster: Tensor, num_clusters: int, k: int, backend: str) -> Tensor:
+    kept: Tensor = implementation("topk_by_cluster", backend)(score, cluster, num_clusters, k)
+    return kept
+
+
+@_operator.register_fake
+def _(score, cluster, num_clusters, k, backend):
+    context = torch.library.get_ctx()
+    shapes = context._shape_env
+    # The number of kept rows is data. `new_dynamic_size` alone would ask every caller of torch.compile for
+    # torch._dynamo.config.capture_dynamic_output_shape_ops, which is there for operators that torch could leave out.
+    kept = context.new_dynamic_size() if shapes is None else allocate_size(shapes)
+    return score.new_empty(kept, dtype=torch.int64)
 
 
 def _check_rows(score: Tensor, cluster: Tensor, num_clusters: int) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stable_rlhf.ops._backend import transformed
 from stable_rlhf.ops._checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
 
 
@@ -19,31 +20,40 @@ def check_pair(a: Tensor, b: Tensor) -> None:
     check_tensor("b", b, shape=tuple(a.shape), device=a.device, dtypes=(a.dtype,))
 
 
-def check_positive(name: str, value: float) -> None:
-    """1 / value has to be a float32 too."""
-    if not 1e-30 <= value <= 1e30:
-        raise ValueError(f"{name}: {value} is not a positive number from 1e-30 to 1e30")
+def unit_rows(x: Tensor, name: str) -> Tensor:
+    """x / |x| of every row [n, D], in float32 (float64 for float64); differentiable any number of times.
+
+    Where no entry of a row reaches the type's smallest normal number, the row counts as zero: it has no direction, and
+    the result is 0. No other finite row is too long or too short: its largest entry is taken out first.
+    """
+    if not transformed():
+        return unit_rows_operator(x, name)[0]
+    scaled, length, _scale = _scaled(x, name)
+    return scaled / length
+
+
+def _scaled(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x times a constant of each row [n, D], how long that is [n, 1], and the constants [n, 1]; a row of zeros has
+    length 1 and the constant 0."""
+    wide = statistics_dtype(x.dtype)
+    with torch.no_grad():
+        largest = torch.linalg.vector_norm(x.detach(), float("inf"), dim=1, keepdim=True).to(wide)
+        if check_values(x.device) and not bool(largest.isfinite().all()):
+            check_finite(name, x)
+        scale = torch.where(largest < torch.finfo(wide).tiny, 0.0, 1.0 / largest)
+    scaled = x * scale
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)  # from 1 to sqrt(D), or 0
+    return scaled, torch.where(length == 0.0, 1.0, length), scale
 
 
 @torch.library.custom_op("stable_rlhf::unit_rows", mutates_args=())
-def unit_rows(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """x / |x| of every row [n, D], and 1 / |x| [n, 1], both in float32 (float64 for float64).
-
-    Where no entry of a row reaches the type's smallest normal number, the row counts as zero: it has no direction, and
-    both results are 0. No other finite row is too long or too short: its largest entry is taken out first.
-    """
-    wide = statistics_dtype(x.dtype)
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).to(wide)
-    if check_values(x.device) and not bool(largest.isfinite().all()):
-        check_finite(name, x)
-    scale = torch.where(largest < torch.finfo(wide).tiny, 0.0, 1.0 / largest)
-    unit = x * scale
-    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)  # from 1 to sqrt(D), or 0
-    length = torch.where(length == 0.0, 1.0, length)
-    return unit.div_(length), scale / length
+def unit_rows_operator(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """`unit_rows`, and 1 / |x| [n, 1]."""
+    scaled, length, scale = _scaled(x, name)
+    return scaled.div_(length), scale / length
 
 
-@unit_rows.register_fake
+@unit_rows_operator.register_fake
 def _(x, name):
     unit = torch.empty_like(x, dtype=statistics_dtype(x.dtype), memory_format=torch.contiguous_format)
     return unit, unit.new_empty(x.shape[0], 1)
@@ -55,16 +65,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*output)
 
 
-def _through(ctx: Any, upstream: Tensor | None, _unused: Tensor | None) -> tuple[Tensor | None, None]:
-    if upstream is None:
-        return None, None
+def _through(ctx: Any, upstream: Tensor | None, by_inverse: Tensor | None) -> tuple[Tensor | None, None]:
     unit, inverse_length = ctx.saved_tensors
-    # Only what is at right angles to the row turns it.
-    along = (upstream * unit).sum(1, keepdim=True)
-    return torch.addcmul(upstream, unit, along, value=-1.0).mul_(inverse_length).to(ctx.dtype), None
+    gradient = None
+    if upstream is not None:
+        # Only what is at right angles to the row turns it.
+        along = (upstream * unit).sum(1, keepdim=True)
+        gradient = torch.addcmul(upstream, unit, along, value=-1.0).mul_(inverse_length)
+    if by_inverse is not None:  # of a second derivative: d (1 / |x|) = -u du / |x|^2
+        shorter = -by_inverse * inverse_length.square() * unit
+        gradient = shorter if gradient is None else gradient + shorter
+    return None if gradient is None else gradient.to(ctx.dtype), None
 
 
-unit_rows.register_autograd(_through, setup_context=_keep)
+unit_rows_operator.register_autograd(_through, setup_context=_keep)
 
 
 class Ranks:
@@ -124,6 +138,11 @@ class Ranks:
     def sum(self, mine: Tensor) -> Tensor:
         """The sum over the ranks, the same on each; the gradient goes back to each as it is."""
         return mine if self.group is None else _Sum.apply(mine, self.group)
+
+
+def group_name(group: object | None) -> str:
+    """The name by which an operator finds the process group; "" for None."""
+    return "" if group is None else str(group.group_name)  # type: ignore[attr-defined]
 
 
 def resolve_group(name: str) -> dist.ProcessGroup | None:

@@ -285,7 +285,9 @@ class PPOTrainer:
         for epoch in range(self.arguments.num_ppo_epochs):
             seed = stream_seed(self.seed, "mini-batches", step, epoch)
             blocks, within = (  # the order within one is of no account but for rounding
-                torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+                torch.randperm(
+                    count, generator=torch.Generator(device="cpu").manual_seed(seed), dtype=torch.int64, device="cpu"
+                ).tolist()
                 for count in (self.arguments.num_mini_batches, self.accumulation)
             )
             for number, block in enumerate(blocks):
@@ -335,8 +337,9 @@ class PPOTrainer:
         """The rehearsal sequences of one optimiser step, over all ranks (every rank draws the same list)."""
         draws, found = self.rehearsal_rows // self.drawn_together, list[Encoded]()
         for draw in range(number * draws, (number + 1) * draws):
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "rehearsal", step, epoch, draw))
-            rows = torch.randint(len(self.rehearsal), (self.drawn_together,), generator=generator)
+            seed, size = stream_seed(self.seed, "rehearsal", step, epoch, draw), (self.drawn_together,)
+            generator = torch.Generator(device="cpu").manual_seed(seed)
+            rows = torch.randint(len(self.rehearsal), size, generator=generator, dtype=torch.int64, device="cpu")
             found += [self.rehearsal[i] for i in rows.tolist()]
         return found
 

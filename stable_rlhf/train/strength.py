@@ -222,7 +222,7 @@ def _vote_by_head(
 ) -> dict[str, Any]:
     """Train one linear head on the hidden states, and let it judge. The same on every rank."""
     shares = [read_tensors(path)["hidden"] for path in sorted(hidden_folder.glob("hidden-*.safetensors"))]
-    hidden = torch.empty(sum(map(len, shares)), shares[0].shape[1])
+    hidden = torch.empty(sum(map(len, shares)), shares[0].shape[1], dtype=torch.float32, device="cpu")
     for i, share in enumerate(shares):
         hidden[i :: len(shares)] = share
     trained, judged = _trained_and_judged(pairs, fold, recipe.strength.folds)

@@ -32,7 +32,7 @@ def run(case: Case, function: Callable[..., tuple[Tensor, ...]] | None = None) -
     return [x.detach() for x in made] + [leaf.grad for leaf in leaves if case.losses]
 
 
-def _cases() -> dict[str, Case]:
+def cases() -> dict[str, Case]:
     g = torch.Generator(device="cpu").manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,7 +89,7 @@ def _cases() -> dict[str, Case]:
     a, b, prototypes = normal(7, 4), normal(7, 4), normal(5, 4)
     value, bounds = normal(15), whole(0, 4, 4, 15)
     cluster = whole(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2)
-    cases = {
+    return {
         "linear_policy_loss": Case("linear_policy_loss", (hidden, weight, bias), linear),
         "linear_policy_loss by columns": Case("linear_policy_loss", (hidden, weight), plain),
         "linear_policy_loss in 16 bits": Case("linear_policy_loss", (hidden.bfloat16(), weight.bfloat16()), plain),
@@ -106,13 +106,12 @@ def _cases() -> dict[str, Case]:
         "token_rewards": Case(
             "token_rewards",
             (ours, theirs[0]),
-            lambda x, y: (ops.token_rewards(x, y, reward, responses[:1].new_tensor([0, 1, 4, 5, 9, 11, 15]),
+            lambda x, y: (ops.token_rewards(x, y, reward, whole(0, 1, 4, 5, 9, 11, 15),
                                             kl_coef=0.1, kl_estimator="k3"),),
             0,
         ),
         "topk_by_cluster": Case("topk_by_cluster", (value,), lambda s: (ops.topk_by_cluster(s, cluster, 3, 2),), 0),
     }  # fmt: skip
-    return cases
 
 
-CASES = _cases()
+CASES = cases()

@@ -297,51 +297,6 @@ def test_upstream_gradients_and_second_backward():
 
 
 @cpp
-def test_the_operators_pass_torchs_own_checks():
-    g = torch.Generator().manual_seed(7)
-    reward = torch.randn(4, generator=g, requires_grad=True)
-    expected = torch.randn(2, generator=g, requires_grad=True)
-    seen = []
-
-    def note(name, original):
-        return lambda *arguments: (seen.append((name, arguments)), original(*arguments))[1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_advantage_ops, "_needs_operator", lambda reward: True)
-        for name in ("advantage_loss", "advantage_score"):
-            patch.setattr(_advantage_ops, name, note(name, getattr(_advantage_ops, name)))
-        ops.advantage_loss(reward, expected, margin=torch.full((4,), 2.0), **packed([2, 3, 1, 0]))
-        ops.advantage_loss(reward, margin=None)
-        ops.advantage_score(reward, expected, prompt=torch.tensor([0, 1, 1, 0]))
-    assert len(seen) == 3
-    for name, arguments in seen:
-        torch.library.opcheck(getattr(torch.ops.stable_rlhf, name).default, arguments)
-
-
-@cpp
-def test_compile_traces_through():
-    torch._dynamo.reset()
-
-    def step(reward, expected, logprob, alternates, cu_seqlens):
-        out = ops.advantage_loss(
-            2 * reward, expected, logprob=logprob, alt_logprob=alternates, cu_seqlens=cu_seqlens
-        )  # fmt: skip
-        score = ops.advantage_score(reward, num_policies=3, num_alternates=1)
-        return out.loss + score.square().sum(), out.accuracy, out.score
-
-    reward, expected = torch.tensor([0.5, 1.0, -0.5, 2.0]), torch.tensor([0.1, -0.3])
-    call = tuple(packed([2, 3, 1, 4]).values())
-    results = []
-    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
-        leaves = reward.clone().requires_grad_(), expected.clone().requires_grad_()
-        loss, accuracy, score = function(*leaves, *call)
-        loss.backward()
-        results.append((loss.detach(), accuracy, score, leaves[0].grad, leaves[1].grad))
-    for plain, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(plain, compiled)
-
-
-@cpp
 def test_module():
     module = ops.AdvantageLoss(1.5, label_smoothing=0.1)
     reward, expected = torch.tensor([0.5, 1.0, -0.5, 2.0]), torch.tensor([0.1, -0.3])

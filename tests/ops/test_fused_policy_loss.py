@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig, _policy_ops, _products
+from stable_rlhf.ops import PolicyLossConfig, _products
 from stable_rlhf.ops._backend import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
@@ -289,57 +289,6 @@ def test_linear_logprob_gradients(dtype):
         for got, theirs, want in zip(gradients("cpu", dtype, workspace), plain, truth, strict=True):
             allowed = 1e-5 * float(want.norm()) if dtype == torch.float32 else 1.25 * distance(theirs, want)
             assert distance(got, want) <= allowed
-
-
-def test_the_operators_pass_torchs_own_checks():
-    call = example(rows=12, vocabulary=19, width=5)
-    leaves = [call[n].requires_grad_() for n in ("hidden", "weight")]
-    bias = torch.randn(19, requires_grad=True)
-    config = _policy_ops.pack_config(call["config"])
-    per_row = (call["old_logprob"], call["advantage"], None, None, None, None, None)
-    linear = (
-        *leaves,
-        bias,
-        call["target"],
-        call["kind"],
-        *per_row,
-        1.0,
-        [0.0, 0.0],
-        config,
-        None,
-        1 << 20,
-        0.0,
-        "cpu",
-        "",
-    )
-    torch.library.opcheck(_policy_ops.linear_policy_loss, (*linear, [True, True, True]))
-    logits = torch.randn(12, 19, requires_grad=True)
-    args = (logits, call["target"], call["kind"], *per_row, 1.0, [0.0, 0.0], config, "cpu", "", True)
-    torch.library.opcheck(_policy_ops.policy_loss, args)
-    args = (*leaves, bias, call["target"], None, 1.0, None, None, 1 << 20, "cpu", "", [True, True, True])
-    torch.library.opcheck(_policy_ops.linear_logprob, args)
-
-
-def test_compile_traces_through():
-    call = example()
-
-    def step(hidden, weight, target, kind, old_logprob, advantage):
-        hidden = torch.tanh(hidden)
-        out = ops.linear_policy_loss(
-            hidden, weight, target, kind, old_logprob=old_logprob, advantage=advantage, config=call["config"]
-        )
-        return 2.0 * out.loss, out.logprob
-
-    def gradients(function):
-        leaves = [call[n].clone().requires_grad_() for n in ("hidden", "weight")]
-        rest = [call[n] for n in ("target", "kind", "old_logprob", "advantage")]
-        loss, logprob = function(*leaves, *rest)
-        loss.backward()
-        return [loss.detach(), logprob, *(leaf.grad for leaf in leaves)]
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, want in zip(gradients(compiled), gradients(step), strict=True):
-        torch.testing.assert_close(got, want)
 
 
 def test_threads_do_not_share_the_buffer():

@@ -257,27 +257,6 @@ def test_autocast_leaves_the_products_alone():
     assert all(torch.equal(mine, truth) for mine, truth in zip(got, want, strict=True))
 
 
-@cpp
-def test_torchs_own_checks_and_compile():
-    a, b = (x.requires_grad_() for x in views(6, 5))
-    torch.library.opcheck(torch.ops.stable_rlhf.unit_rows.default, (a, "a"))
-    units = [_unit_rows.unit_rows(x.detach(), "a")[0].requires_grad_() for x in (a, b)]
-    arguments = (*units, 0, 0.05, torch.float32, 1 << 20, "cpu", [True, True])
-    torch.library.opcheck(torch.ops.stable_rlhf.info_nce.default, arguments)
-
-    def step(a, b):
-        return 2 * ops.info_nce(a, b) + ops.info_nce(b, a)
-
-    results = []
-    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
-        leaves = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
-        loss = function(*leaves)
-        loss.backward()
-        results.append((loss.detach(), leaves[0].grad, leaves[1].grad))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
 @plain
 @pytest.mark.parametrize(
     "change, message",

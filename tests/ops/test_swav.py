@@ -253,22 +253,6 @@ def test_autocast_leaves_the_products_alone():
     assert all(torch.equal(mine, truth) for mine, truth in zip(got, want, strict=True))
 
 
-@cpp
-def test_torchs_own_checks_and_compile():
-    inputs = problem(6, 4, 5)
-    units = [_unit_rows.unit_rows(x, "a")[0].requires_grad_() for x in inputs]
-    arguments = (*units, 0.1, 0.05, 3, 6, "cpu", "", [True, True, True])
-    torch.library.opcheck(torch.ops.stable_rlhf.swav_loss.default, arguments)
-    results = []
-    for function in (ops.swav_loss, torch.compile(ops.swav_loss, backend="aot_eager", fullgraph=True)):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        loss = function(*leaves)
-        loss.backward()
-        results.append((loss.detach(), *(x.grad for x in leaves)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
 @plain
 @pytest.mark.parametrize(
     "change, message",
