@@ -101,3 +101,9 @@ def tiny_model(tokenizer):
         return model.eval()
 
     return make
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes are called by their argument and a number: what is in them (a clock, in a gzip header) may differ between
+    two processes of one run, which then refuse to share the tests."""
+    return argname if isinstance(val, bytes) else None
