@@ -123,19 +123,23 @@ def _quietly(auto: Any, location: str, options: dict[str, Any]) -> Any:
     word that weights are on the meta device."""
     from transformers.utils import logging
 
+    # Not by a level: above WARNING transformers begins to speak of tensor parallelism.
     names = ("transformers.modeling_utils", "accelerate.big_modeling")
-    loggers = [python_logging.getLogger(name) for name in names]
-    levels, bars = [logger.level for logger in loggers], logging.is_progress_bar_enabled()
+    loggers, bars = [python_logging.getLogger(name) for name in names], logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     for logger in loggers:
-        logger.setLevel(python_logging.ERROR)
+        logger.addFilter(_is_error)
     try:
         return auto.from_pretrained(location, **options)
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(_is_error)
         if bars:
             logging.enable_progress_bar()
+
+
+def _is_error(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.ERROR
 
 
 def _misfits(model: Any, info: dict[str, Any], heads: bool, besides: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import time
@@ -99,9 +100,9 @@ def test_a_broken_file_is_one_line(policy, name, content, said):
         ("advantage_model.json", b"[]", "must be an object, not list"),
         ("advantage_model.json", b"{", "cannot be read"),
         ("advantage_model.json", b"\xff", "cannot be read"),
-        ("advantage_model.json", b'{"objective": 5}', "objective must be of type str, got 5"),
-        ("advantage_model.json", b'{"num_policies": "2"}', "num_policies must be of type int, got '2'"),
-        ("advantage_model.json", b'{"num_policies": true}', "num_policies must be of type int, got True"),
+        ("advantage_model.json", b'{"objective": 5}', "objective: expected text, got 5"),
+        ("advantage_model.json", b'{"num_policies": "2"}', "num_policies: expected a whole number, got '2'"),
+        ("advantage_model.json", b'{"num_policies": true}', "num_policies: expected a whole number, got True"),
         ("advantage_model.json", b'{"margin": NaN}', "margin must be a finite number"),
         ("advantage_model.json", b'{"objective": "dpo"}', "objective must be 'am' or 'rm'"),
         ("advantage_model.json", b'{"clusters": 1}', r"unknown \['clusters'\]"),
@@ -118,6 +119,18 @@ def test_a_scorers_own_files_are_checked(scorer, name, content, said):
         (scorer / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(scorer / name))}: .*{said}"):
         AdvantageModel.from_pretrained(scorer)
+
+
+def test_what_fits_is_loaded_without_a_word(policy, scorer, caplog):
+    for name in ("transformers", "accelerate"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    try:
+        load_causal_lm(str(policy))
+        AdvantageModel.from_pretrained(scorer)
+    finally:
+        for name in ("transformers", "accelerate"):
+            logging.getLogger(name).removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 # -- chat templates ----------------------------------------------------------------------------------------------------
