@@ -20,6 +20,7 @@ from stable_rlhf.data.packing import Encoded, pad_sequences
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.models import context_length, length_batches
 from stable_rlhf.progress import progress
+from stable_rlhf.settings import PositiveShare, TemperatureOrGreedy, Tokens, check_settings
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,14 @@ class GenerationSettings:
     that probability, and a response ends with a token that ends a turn (:func:`ends_of_turn`) or with the one that
     completes one of the ``stop`` strings."""
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
+    max_new_tokens: Tokens = 128
+    temperature: TemperatureOrGreedy = 1.0
+    top_p: PositiveShare = 1.0
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if isinstance(self.stop, str) or not all(self.stop):
+        check_settings(self)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a list of strings, none of them empty, got {self.stop!r}")
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 
 from stable_rlhf.arguments import _FIRST, COMMANDS, build_parser, items, parse
+from stable_rlhf.generate import GenerationSettings
+from stable_rlhf.scorer import ScorerSettings
 from stable_rlhf.settings import Range, check_settings, expand_user, leaves, paths_in
 from stable_rlhf.train.config import Recipe
 
@@ -139,6 +141,17 @@ def test_what_could_not_be_written_or_is_of_another_type(name, value):
     setattr(getattr(recipe, section) if section else recipe, last, value)
     with pytest.raises(ValueError, match=f"^{name}"):
         check_settings(recipe)
+
+
+@pytest.mark.parametrize(
+    ("made", "setting", "value"),
+    [(kind, setting, value) for kind, settings in ((GenerationSettings, ("max_new_tokens", "temperature", "top_p")),
+                                                   (ScorerSettings, ("num_policies", "num_alternates", "margin")))
+     for setting in settings for value in (math.nan, math.inf, -1, 2**63, True, "1", None)],
+)  # fmt: skip
+def test_settings_of_the_library_are_checked_alike(made, setting, value):
+    with pytest.raises(ValueError, match=rf"^{setting}"):
+        made(**{setting: value})
 
 
 def test_every_path_is_one_to_expand(monkeypatch, tmp_path):

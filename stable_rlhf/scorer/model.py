@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from stable_rlhf.models import (
 )
 from stable_rlhf.progress import progress
 from stable_rlhf.scorer.contrastive import Contrastive
+from stable_rlhf.settings import CountOrNone, Positive, Rows, check_settings
 
 _SETTINGS_FILE = "advantage_model.json"
 _HEADS_FILE = "heads.safetensors"
@@ -40,20 +40,18 @@ class ScorerSettings:
     ``num_alternates`` is K of Eq. 8; N ≥ K ≥ 0 and N ≥ 1. ``margin`` is m of Eq. 6."""
 
     objective: str = "am"
-    num_policies: int = 1
-    num_alternates: int = 0
-    margin: float = 2.5
+    num_policies: Rows = 1
+    num_alternates: CountOrNone = 0
+    margin: Positive = 2.5
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.objective not in ("am", "rm"):
             raise ValueError(f"objective must be 'am' or 'rm', got {self.objective!r}")
-        if not (self.num_policies >= 1 and self.num_policies >= self.num_alternates >= 0):
+        if self.num_policies < self.num_alternates:
             raise ValueError(
-                f"num_policies (N={self.num_policies}) and num_alternates (K={self.num_alternates}) must hold "
-                "N >= K >= 0, N >= 1"
+                f"num_policies (N={self.num_policies}) and num_alternates (K={self.num_alternates}) must hold N >= K"
             )
-        if not (math.isfinite(self.margin) and self.margin > 0):
-            raise ValueError(f"margin must be a finite number larger than 0, got {self.margin}")
 
 
 class AdvantageModel(nn.Module):
@@ -228,13 +226,9 @@ def _read_settings(path: Path) -> ScorerSettings:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must be an object, not {type(found).__name__}")
-    kinds = {field.name: type(field.default) for field in fields(ScorerSettings)}
-    if unknown := sorted({*found} - {*kinds}):
-        raise ValueError(f"{path}: unknown {unknown}; it has {', '.join(kinds)}")
-    for name, value in found.items():
-        kind = kinds[name]
-        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {value!r}")
+    known = [field.name for field in fields(ScorerSettings)]
+    if unknown := sorted({*found} - {*known}):
+        raise ValueError(f"{path}: unknown {unknown}; it has {', '.join(known)}")
     try:
         return ScorerSettings(**found)
     except ValueError as error:
