@@ -7,12 +7,14 @@ import importlib.util
 import math
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.jsonl import read_json, read_jsonl, to_json
-from stable_rlhf.progress import is_main_process
+from stable_rlhf.outside import without_credentials
+from stable_rlhf.progress import is_main_process, say
 
 METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
 _SERVICES = ("wandb", "trackio")
@@ -36,7 +38,8 @@ class Tracker:
     Args:
         folder: The stage's working folder.
         report_to: ``tensorboard``, ``wandb``, ``trackio``. The project is WANDB_PROJECT or TRACKIO_PROJECT, else
-            ``stable_rlhf``; account and mode (WANDB_MODE=offline) come from the packages' own variables.
+            ``stable_rlhf``; account and mode (WANDB_MODE=offline) come from the packages' own variables. One that
+            fails is a warning.
         after: The step that a resumed stage goes on from; what was logged beyond it will be logged again.
         settings: What wandb and trackio show as the run's configuration.
     """
@@ -53,7 +56,7 @@ class Tracker:
         self._folder, self._main = folder, is_main_process()
         self._file: Any = None
         self._board: Any = None
-        self._services: list[Any] = []
+        self._services: dict[str, Any] = {}
         if not self._main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,8 @@ class Tracker:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
         for name in _SERVICES:
             if name in report_to:
-                self._services.append(_service(name, folder, after, settings))
+                with self._served(name):
+                    self._services[name] = _service(name, folder, after, settings)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
@@ -78,8 +82,9 @@ class Tracker:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
-        for service in self._services:
-            service.log({name: float(value) for name, value in metrics.items()}, step=step)
+        for name, service in list(self._services.items()):
+            with self._served(name):
+                service.log({metric: float(value) for metric, value in metrics.items()}, step=step)
 
     def sample(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Keep what the policy answers after ``step`` steps."""
@@ -98,8 +103,20 @@ class Tracker:
             self._file.close()
         if self._board is not None:
             self._board.close()
-        for service in self._services:
-            service.finish()
+        for name, service in list(self._services.items()):
+            with self._served(name):
+                service.finish()
+
+    @contextmanager
+    def _served(self, name: str) -> Iterator[None]:
+        """A service outside that fails is told once and left out: it shows the training, and must not end it."""
+        try:
+            yield
+        except Exception as error:  # any: theirs are not ours to list
+            self._services.pop(name, None)
+            why = without_credentials(" ".join(str(error).split()) or type(error).__name__)[:300]
+            say(f"  WARNING: report_to: {name} fails ({why}); from here on this stage's metrics are in "
+                f"{self._folder / METRICS} alone")  # fmt: skip
 
 
 def read_metrics(path: Path, after: int | None = None) -> list[dict[str, float]]:

@@ -144,6 +144,21 @@ def test_services_get_settings_metrics_and_the_same_run_after_a_resume(services,
         assert resumed["id"] == about["id"] != anew["id"] and about["dir"] == str(folder)
 
 
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_service_that_fails_does_not_end_the_training(services, where, tmp_path, capsys):
+    folder = tmp_path / "sft.tmp"
+    fail = "def fail(*_, **__):\n    raise ConnectionError('http://me:geheim@h/\\n gone')\n"
+    name = where if where == "init" else f"Run.{where}"
+    module = f"{STAND_IN.replace('NAME', 'wandb')}\n{fail}\n{name} = fail\n"
+    (tmp_path / "modules" / "wandb.py").write_text(module, encoding="utf-8")
+    tracker = fill(folder, report_to=("wandb", "trackio"))
+    tracker.close()
+    assert lines(folder) == tracker.history == ROWS
+    assert [call[0] for call in services("trackio")] == ["init", "log", "log", "finish"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("  WARNING: report_to: wandb fails (http://***@h/ gone); ") and "metrics.jsonl" in said
+
+
 def test_a_missing_package_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("tensorboard", "wandb", "trackio"):
