@@ -9,6 +9,7 @@ that goes wrong is a :class:`ServerError` of one line.
 from __future__ import annotations
 
 import base64
+import html
 import http.client
 import json
 import os
@@ -28,7 +29,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from stable_rlhf.progress import printable
+from stable_rlhf.progress import mark, printable
 
 T = TypeVar("T")
 
@@ -246,6 +247,7 @@ class Server:
                     raise TimeoutError("another request has failed")
                 if time.monotonic() >= ends:
                     raise TimeoutError(f"no whole answer within {self.timeout:g} s")
+                mark()  # nobody hangs here: this wait has an end of its own
         finally:
             held.end()
         if isinstance(found, Exception):
@@ -377,13 +379,16 @@ def _secret(key: str) -> re.Pattern[str]:
     forms: set[str] = set()
     for word in filter(None, words):
         raw = word.encode()
-        packed = {encode(raw).decode() for encode in (base64.b64encode, base64.urlsafe_b64encode)}
-        forms |= {
-            word,
-            json.dumps(word)[1:-1],
-            urllib.parse.quote(word, safe=""),
-            urllib.parse.quote_plus(word),
-            raw.hex(),
-        }
-        forms |= packed | {p.rstrip("=") for p in packed}
-    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), re.IGNORECASE)
+        packed = {raw.hex(), *(encode(raw).decode() for encode in (base64.b64encode, base64.urlsafe_b64encode))}
+        forms |= {"".join(map(_letter, word)), *map(re.escape, packed), *(re.escape(p.rstrip("=")) for p in packed)}
+    return re.compile("|".join(sorted(forms, key=len, reverse=True)), re.IGNORECASE)
+
+
+def _letter(letter: str) -> str:
+    """A pattern of one letter of a key as text, address, JSON or HTML writes it, who escapes what differs."""
+    code, plain = ord(letter), re.escape(letter)
+    forms = [plain, re.escape(html.escape(letter)), re.escape(urllib.parse.quote(letter, safe="")), f"%{code:02x}",
+             rf"\\{plain}", rf"\\u{code:04x}", f"&#x0*{code:x};", f"&#0*{code};"]  # fmt: skip
+    if letter == " ":
+        forms.append(r"\+")
+    return f"(?:{'|'.join(dict.fromkeys(forms))})"

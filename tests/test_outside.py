@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import gzip
+import html
 import json
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from raw_server import answering, forever, http
 
+from stable_rlhf import progress
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.generate import GenerationSettings
 from stable_rlhf.outside import Server, ServerError
@@ -238,7 +240,9 @@ KEY = "sk-proj/a+b=c&d-0123456789"
 def test_a_server_that_echoes_the_key(key):
     login = base64.b64decode(key[6:]).decode() if key.startswith("Basic") else key
     quoted, packed = urllib.parse.quote(login, safe=""), base64.b64encode(login.encode()).decode()
-    forms = [key, login, quoted, quoted.lower(), json.dumps(key), packed, login.partition(":")[2] or login]
+    forms = [key, login, quoted, quoted.lower(), json.dumps(key), packed, login.partition(":")[2] or login,
+             urllib.parse.quote(login), login.replace("/", "\\/"), html.escape(login), login.replace("/", "&#x2F;"),
+             "".join(f"\\u{ord(letter):04X}" for letter in login)]  # fmt: skip
     said = " ".join(["Incorrect API key", *forms, "end"]).encode()
     reply = {"choices": [{"message": {"content": said.decode()}}]}
     for answer in (http(said, "401 Unauthorized"), http(said, f"401 {key}"), http(said), http(b"", "302", Location=key),
@@ -250,6 +254,14 @@ def test_a_server_that_echoes_the_key(key):
         for form in (*forms, login[:12], "geh"):
             assert form.strip('"') not in text
         assert key.encode() in made.seen[0]
+
+
+def test_a_wait_that_has_an_end_is_progress():
+    """Else a watchdog with less patience than the setting of the server would end the run first."""
+    before = progress.marks()
+    with answering(forever(b"", b"")) as made, pytest.raises(ServerError, match="no whole answer within"):
+        server(made.url, timeout=0.5).ask("/x")
+    assert progress.marks() > before
 
 
 def test_a_key_never_follows_a_redirect():

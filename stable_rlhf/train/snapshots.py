@@ -84,8 +84,9 @@ class Snapshots:
         if found is None:
             return 0, {}
         path, record = found
+        known = record.get("kept", {"rows a step": record.get("rows")})  # snapshots of old have these alone
         for what, number, remedy in self.kept:
-            if (before := record.get("kept", {}).get(what, number)) != number:
+            if (before := known.get(what, number)) != number:
                 raise ValueError(
                     f"checkpoint {str(path)!r} was made with {before} {what}, this run has {number}: {remedy}"
                 )

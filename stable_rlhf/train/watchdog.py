@@ -1,11 +1,11 @@
 """A rank that hangs while no process dies: all ranks end, with one line that says which one stands still, and where.
 
 The others would wait for it in a collective for hours, because they also wait while rank 0 works alone (a judge,
-embeddings, a download) and that may take as long. So what counts is progress and not time: every rank watches its own
-main thread (:mod:`stable_rlhf.progress`'s marks, and whether it is still at the same place in the code when it is
-looked at again), and tells through the process group's store when it moved. Where one rank works, one moves. When none
-has moved for ``checkpoint.hang_minutes``, the work stands still: each rank says where it is, those that do not wait for
-others are the ones that hang, and a process that cannot even say so (stopped, say) is ended by its neighbours.
+embeddings, a download) and that may take as long. So what counts is progress and not time: every rank watches the
+thread that trains (:mod:`stable_rlhf.progress`'s marks, and whether it is still at the same place in the code when it
+is looked at again), and tells through the process group's store when it moved. Where one rank works, one moves. When
+none has moved for ``checkpoint.hang_minutes``, the work stands still: each rank says where it is, those that do not
+wait for others are the ones that hang, and a process that cannot even say so (stopped, say) is ended by its neighbours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Watchdog:
         self.limit, self.folder, self.store = limit, folder, store
         self.rank, self.size, self.processes = rank, len(processes), processes
         self.tick, self.poll = min(1.0, limit / 20), min(10.0, limit / 10)
-        self.main = threading.main_thread().ident or 0
+        self.main = threading.get_ident()  # who makes it is who trains: in a notebook that may be any thread
         self.place: Any = None
         self.moves = self.told = self.heard = 0
         self.moved = time.time()
@@ -102,7 +102,7 @@ class Watchdog:
         self.collected.set()
 
     def _frames(self) -> list[FrameType]:
-        """The main thread's, the innermost first."""
+        """Those of the thread that trains, the innermost first."""
         found, frame = [], sys._current_frames().get(self.main)
         while frame is not None:
             found.append(frame)
@@ -132,7 +132,8 @@ class Watchdog:
         with suppress(OSError):
             os.write(2, f"stable-rlhf: error: {text}\n".encode())
             if self.rank == 0:
-                os.write(2, b"  the same command goes on from the last checkpoint\n")
+                hint = "the same command goes on from the last checkpoint; where it was long work and no hang, with a "
+                os.write(2, f"  {hint}higher checkpoint.hang_minutes (0: never)\n".encode())
         for rank in silent:
             known = self.processes[rank]
             if known == _process(known["pid"]):  # on this machine, and still the one that joined

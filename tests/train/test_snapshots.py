@@ -195,6 +195,20 @@ def test_a_write_that_was_cut_off_is_no_snapshot_and_leaves_no_litter(stopped, t
     assert not torn.exists()
 
 
+def test_a_snapshot_of_an_earlier_version(stopped, trainers, capsys):
+    """Its manifest has the rows of a step at its top, and they still count."""
+    for change, said in ((1, "was made with .* rows a step, this run has .*: choose per_device"), (0, "")):
+        for path in (stopped / SNAPSHOTS).glob("step-*/manifest.json"):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            rows = record.pop("kept", {}).get("rows a step") or record["rows"] - 1
+            path.write_text(json.dumps(record | {"rows": rows + change}), encoding="utf-8")
+        if said:
+            with pytest.raises(ValueError, match=said):
+                trainers["sft"](stopped, EngineArguments(), EVERY_STEP)
+    trainers["sft"](stopped, EngineArguments(), EVERY_STEP)
+    assert "going on after step 3" in capsys.readouterr().err
+
+
 def test_a_folder_by_name(stopped, trainers, tmp_path, capsys):
     two = stopped / SNAPSHOTS / "step-00000002"
     trainers["sft"](stopped, EngineArguments(), replace(EVERY_STEP, resume_from_checkpoint=str(two)))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,13 @@ def test_the_line_names_who_hangs(ranks, stands, silent, words, not_words):
     assert "sft.py:80 (train_sft) (stage sft, SFT 7/90 steps)" in said and not_words not in said and "\n" not in said
 
 
+def test_who_makes_it_is_watched(tmp_path):
+    """In a notebook the main thread need not be the one that trains."""
+    with ThreadPoolExecutor(1) as pool:
+        dog = pool.submit(Watchdog, 100.0, tmp_path, Store(), 0, [{}, {}]).result()
+        assert "thread" in dog._frames()[0].f_code.co_filename
+
+
 def test_reports_are_gathered(ranks):
     dogs, _ = ranks
     dogs[1].reports[1] = STANDS
@@ -142,6 +150,7 @@ def test_on_two_ranks(tmp_path):
         for other in (0, 1):
             lines = [x for x in said[f"sleeps-{rank}/{other}"].splitlines() if x.startswith("stable-rlhf: error: ")]
             assert codes[f"sleeps-{rank}/{other}"] == 2 and len(lines) == 1, said
+            assert ("checkpoint.hang_minutes (0: never)" in said[f"sleeps-{rank}/{other}"]) == (other == 0)
             assert f": rank {rank} stands still since " in lines[0] and "(stage sft, SFT 7/90 steps)" in lines[0]
             stacks = (tmp_path / f"sleeps-{rank}" / f"hang-{other}.txt").read_text(encoding="utf-8")
             assert "rank_of" in stacks
