@@ -1,5 +1,5 @@
-"""Chat templates are programs of other people: tried once within bounds before they meet any data, and told by their
-own words when they refuse a row."""
+"""Chat templates are programs of other people: tried once within bounds before they meet any data, stopped at a row
+that they make no end of, and told by their own words when they refuse one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import os
 import select
 import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from stable_rlhf.data.records import Message, RowError
 
 # What trying a template may take: it renders in milliseconds and kilobytes.
 _CPU_SECONDS, _BYTES, _SECONDS = 5, 1 << 30, 120
+_ROW_SECONDS = 20.0  # of one row, on the processor
 
 _SYSTEM, _USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}
 ANSWER = "Zq7answer"  # text that no template changes or holds
@@ -37,11 +40,34 @@ def render(tokenizer: Any, messages: Sequence[Message], source: str = "") -> lis
         RowError: the template's own words, after ``source``, the row's file and line.
     """
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        with _ending():
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     except Exception as error:  # any: it is the template's own code
         where = f"{source}: " if source else ""
         raise RowError(f"{where}the chat template refuses this row: {_words(error)}") from error
     return list(ids["input_ids"])
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Raise where the inside makes no end, in a loop that only some rows meet. It cannot be a copy of the process for
+    each of them, so this is for the main thread, where Python handles signals, and not for one endless instruction."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began = time.thread_time()
+
+    def look(*_: Any) -> None:
+        if time.thread_time() - began >= _ROW_SECONDS:  # the timer counts what other threads do as well
+            raise TimeoutError(f"it did not end within {_ROW_SECONDS:g} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _ROW_SECONDS, _ROW_SECONDS / 10)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def closing_text(tokenizer: Any) -> str:

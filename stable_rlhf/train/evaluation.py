@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.jsonl import read_json, write_jsonl
+from stable_rlhf.data.packing import encode_prompt, encode_rows
 from stable_rlhf.data.readers import read_comparisons, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.chat import ChatJudge
@@ -169,6 +170,20 @@ def _on_main_process(run: Callable[[], Result]) -> Result:
     return result
 
 
+def that_judge_reads(scorer: str, prompts: list[EncodedPrompt], on_bad_row: str = "error") -> list[EncodedPrompt]:
+    """Prompts that a scorer that judges takes as well: its chat template may be another than the policies'.
+
+    Raises:
+        RowError: it refuses one; found out before hours of sampling, and with its file and line.
+    """
+    tokenizer = load_tokenizer(scorer)
+
+    def one(prompt: EncodedPrompt) -> list[int]:
+        return encode_prompt(tokenizer, prompt.row.prompt, source=f"{prompt.row.source}: scorer {scorer!r}")
+
+    return [prompt for prompt, _ in encode_rows("prompts", prompts, one, on_bad_row)]
+
+
 def run_evaluate(
     recipe: Recipe, baseline: str, policies: Mapping[str, str], judge_scorer: str | None, folder: Path
 ) -> Result:
@@ -177,6 +192,8 @@ def run_evaluate(
     tokenizer = load_tokenizer(baseline)
     splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
     sets: dict[str, list[EncodedPrompt]] = {"main": splits.main, "forget": splits.forget}
+    if judge_scorer is not None and recipe.evaluate.judge == "scorer":
+        sets = {on: that_judge_reads(judge_scorer, part, recipe.data.on_bad_row) for on, part in sets.items()}
     check_gold(recipe.evaluate, [p.row for part in sets.values() for p in part])
     settings = sampling_settings(recipe, recipe.evaluate.temperature)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 
 import pytest
 
-from stable_rlhf.data import packing
+from stable_rlhf.data import packing, templates
 from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.readers import read_comparisons, read_responses
-from stable_rlhf.data.records import DataError, RowError
+from stable_rlhf.data.records import DataError, PromptRow, RowError
 from stable_rlhf.train.config import DataArguments
 from stable_rlhf.train.datasets import load_demonstrations, load_prompts
+from stable_rlhf.train.evaluation import that_judge_reads
 from stable_rlhf.train.meta import encode_responses
+from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.scorer import encode_comparisons
 
 GEMMA = (
@@ -78,6 +81,28 @@ def test_a_row_that_the_template_refuses_is_told_or_skipped(gemma, tmp_path, cap
     path.write_text(json.dumps(rows[2]) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=rf"no row is left, all 1 are bad; the first: {path}:1: .*{words}"):
         load(path, gemma, "skip")
+
+
+def test_a_prompt_that_only_the_judges_template_refuses_is_told_before_sampling(gemma, tiny_model, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
+    gemma.save_pretrained(tmp_path)
+    refused = REFUSED["System role not supported"]
+    prompts = [EncodedPrompt(PromptRow(p, source=f"a.jsonl:{i}"), [1]) for i, p in enumerate([GOOD, refused, GOOD])]
+    with pytest.raises(RowError, match=r"^a\.jsonl:1: scorer '.*': the chat template refuses this row: System role"):
+        that_judge_reads(str(tmp_path), prompts)
+    assert that_judge_reads(str(tmp_path), prompts, "skip") == [prompts[0], prompts[2]]
+    assert "1 bad rows left out, the first: a.jsonl:1" in capsys.readouterr().err
+
+
+def test_a_template_that_makes_no_end_of_some_rows_refuses_those(tokenizer, monkeypatch):
+    monkeypatch.setattr(templates, "_ROW_SECONDS", 0.2)
+    mine, loop = copy.deepcopy(tokenizer), "{% for i in range(99999) %}"
+    mine.chat_template = f"{{% if messages[0].content == 'b' %}}{3 * loop}{3 * '{% endfor %}'}{{% endif %}}c"
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(RowError, match=r"^a\.jsonl:2: the chat template refuses this row: .*did not end within 0\.2"):
+        encode_prompt(mine, "b", source="a.jsonl:2")
+    assert encode_prompt(mine, "a") == [mine.convert_tokens_to_ids("c")]
+    assert signal.getsignal(signal.SIGVTALRM) is before and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
 
 
 def test_without_a_template_lost_roles_are_told_once(tokenizer, capsys, monkeypatch):
