@@ -318,7 +318,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace
     try:
         for flag, value in pairwise([*settings, ""]):
             name, equals, inline = flag.partition("=")
-            _check_flag(parser, name, inline if equals else value)
+            if name.startswith("--"):  # a value may have a section's name: `--evaluate.judge scorer`
+                _check_flag(parser, name, inline if equals else value)
     except ValueError as error:
         fail(str(error))
     if command == "quickstart":

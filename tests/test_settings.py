@@ -185,6 +185,8 @@ def test_from_the_command_line(monkeypatch, tmp_path):
     recipe, _ = parse("sft", ["--output-dir", "~/out", "--data.pairs", "~/a,b", "--data-dir=~/d", "--ppo.lam", "1"])
     assert recipe.output_dir == f"{tmp_path}/out" and recipe.data.pairs == [f"{tmp_path}/a", "b"]
     assert recipe.data.data_dir == f"{tmp_path}/d" and json.dumps(recipe.as_dict(), allow_nan=False)
+    recipe, _ = parse("evaluate", ["--evaluate.judge", "scorer", "--title", "select"])  # values, and names of sections
+    assert (recipe.evaluate.judge, recipe.title) == ("scorer", "select")
 
 
 @pytest.mark.parametrize(
