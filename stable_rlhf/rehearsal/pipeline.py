@@ -83,8 +83,9 @@ def select_to_folder(
         say(f"  {note}")
     rows = top_up(selection.rows, outside, seed=seed)
     if not selection.rows:
-        limits = [f"select.{name} {selection.settings[name]}" for name in ("minimum", "maximum")]
-        nothing = f"{' and '.join(limits)} leave none of {len(candidates)} candidates"
+        given = [name for name in ("minimum", "maximum") if selection.settings[name]]
+        limits = [f"select.{name} {selection.settings[name]}" for name in given]
+        nothing = f"none of {len(candidates)} candidates is left by {' and '.join(limits)}"
         if needed and not rows:
             raise DataError(f"{nothing}, and there are no outside rows: nothing is left to rehearse")
         say(f"  WARNING: {nothing}: the rehearsal data are {len(rows)} outside rows")

@@ -100,7 +100,7 @@ def test_small_and_unlabelled_sets_have_a_page_too(tmp_path, count):
 
 def test_a_selection_that_keeps_nothing_has_a_page_and_a_warning(tmp_path, capsys):
     assert make(tmp_path, rows(), minimum={"score": 99.0}).rows == []
-    nothing = "select.minimum {'score': 99.0} and select.maximum {} leave none of 90 candidates"
+    nothing = "none of 90 candidates is left by select.minimum {'score': 99.0}"
     assert f"WARNING: {nothing}: the rehearsal data are 0 outside rows" in capsys.readouterr().err
     assert "0 of 90 candidates are kept" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "90 did not meet score ≥ 99" in (tmp_path / "report.html").read_text(encoding="utf-8")

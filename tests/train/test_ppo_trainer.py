@@ -103,6 +103,32 @@ def test_ppo_with_rehearsal_changes_the_policy_and_neither_reference_nor_scorer(
     assert [line["step"] for line in lines] == [1, 2] and lines == result["curve"]
 
 
+@pytest.mark.parametrize("layers", [None, 1])
+def test_ppo_with_a_scorer_of_fewer_embedding_rows(tiny_model, tokenizer, prompts, tmp_path, layers):
+    """A policy's embedding that is padded with rows of no token may well sample one."""
+    model = tiny_model()
+    model.resize_token_embeddings(128, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[91:] = 2 * model.lm_head.weight[:37]
+    scorer = AdvantageModel(
+        tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"), num_trainable_layers=layers
+    )
+    policy = PolicyModel(model, value_head=True, num_trainable_layers=layers)
+    trainer = PPOTrainer(policy, tokenizer, scorer, ARGUMENTS, EngineArguments(), seed=7)
+    seen: list[int] = []
+    sample = trainer.rollouts.sample
+
+    def watched(*given, **named):
+        found = sample(*given, **named)
+        seen.extend(token for rollout in found for token in rollout.encoded.response)
+        return found
+
+    trainer.rollouts.sample = watched
+    result = trainer.train(prompts, tmp_path)
+    trainer.engine.close()
+    assert max(seen) >= 91 and len(result["curve"]) == 2
+
+
 def test_without_rehearsal_data_nothing_is_rehearsed(make, prompts, rehearsal, tmp_path):
     one_step = replace(ARGUMENTS, total_steps=1)
     found = {}
