@@ -39,6 +39,7 @@ class _State:
         self.deferring = False
         self.grace = 0.0
         self.unwind = _UNWIND
+        self.before: dict[int, Any] = {}  # the handlers that were there
 
 
 _state = _State()
@@ -96,7 +97,7 @@ def handled(grace: float = _UNWIND) -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before: dict[int, Any] = {number: signal.signal(number, _handle) for number in numbers}
+    before = _state.before = {number: signal.signal(number, _handle) for number in numbers}
     waker = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reading, frozenset(numbers), _state), daemon=True)
     thread.start()
@@ -134,6 +135,19 @@ def ended_by_one_line(grace: float = _UNWIND) -> Iterator[None]:
     except KeyboardInterrupt:
         _write(line(signal.SIGINT))
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _forked() -> None:
+    """A child without a program of its own meets signals as ever: what it gets is not its parent's."""
+    global _state
+    if _state.before:
+        signal.set_wakeup_fd(-1)  # the pipe is the parent's
+        for number, handler in _state.before.items():
+            signal.signal(number, handler)
+        _state = _State()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _handle(number: int, frame: object) -> None:

@@ -38,6 +38,12 @@ with signals.ended_by_one_line(grace):
         raise SystemExit(-subprocess.run(kills_itself).returncode)
     signals.defer(defer)
     signals._ONE = 0.0
+    if how == "fork":
+        if not (child := os.fork()):
+            select.select([], [], [], 20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        raise SystemExit(7 if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM else 8)
     number = getattr(signal, how.split("-")[0])
     if how.endswith("blocked"):
         import hashlib, threading
@@ -101,6 +107,11 @@ def test_what_nohup_ignores_stays_ignored():
 
 def test_processes_that_a_command_starts_meet_signals_as_ever():
     assert program(1000, "now", "child")[0] == 15
+
+
+def test_a_fork_that_is_ended_ends_itself_alone():
+    """As workers are that a library starts and terminates."""
+    assert program(1000, "defer", "fork") == (7, "")
 
 
 def test_handlers_are_put_back():
