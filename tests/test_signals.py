@@ -39,9 +39,12 @@ with signals.ended_by_one_line(grace):
     signals.defer(defer)
     signals._ONE = 0.0
     if how == "fork":
+        reading, writing = os.pipe()
         if not (child := os.fork()):
+            os.write(writing, b"!")
             select.select([], [], [], 20)
             os._exit(0)
+        os.read(reading, 1)  # before that it is not yet on its own
         os.kill(child, signal.SIGTERM)
         raise SystemExit(7 if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM else 8)
     number = getattr(signal, how.split("-")[0])
