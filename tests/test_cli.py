@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import environment, run, tiny_files, write_lines
+from cli_helpers import Done, environment, run, tiny_files, write_lines
 
 import stable_rlhf
+from stable_rlhf import cli as command_line
 from stable_rlhf.arguments import normalise
 
 COMMANDS = (
@@ -450,7 +451,16 @@ def test_prompts_that_do_not_fit(cli, ppo, files, tmp_path):
     done = cli(*call).worked()
     assert "2 of 42 prompts have over 24 tokens: left out" in done.err
     assert json.loads(done.out)["steps"] == 1
-    call += ["--data.max_prompt_length", "60", "--ppo.max_new_tokens", "40", "--output-dir", "o"]
+    call += [
+        "--data.max_length",
+        "100",
+        "--data.max_prompt_length",
+        "60",
+        "--ppo.max_new_tokens",
+        "40",
+        "--output-dir",
+        "o",
+    ]
     cli(*call).refused("tokens", "max_new_tokens 40", "context of 64", "lower data.max_prompt_length or")
 
 
@@ -523,15 +533,16 @@ def test_hyphens_and_underscores_are_equal(cli, files, tmp_path, style):
     assert (tmp_path / "o" / "sft" / "config.json").is_file()
 
 
-def test_what_nobody_foresaw_is_kept_beside_the_run(cli, settings, files, tmp_path, scorer):
-    """A damaged folder of ours: one message, and the traceback in a file."""
-    broken = tmp_path / "scorer"
-    broken.mkdir()
-    for path in scorer.iterdir():
-        if path.is_file():
-            (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "advantage_model.json").write_text('{"objectives": "am"}', encoding="utf-8")
-    done = cli("select", *settings, "--scorer", broken, "--data.prompts", files / "prompts.jsonl",
-               "--data.forget_tasks", "old", "--output-dir", "o")  # fmt: skip
-    done.refused("TypeError")
-    assert "Traceback" in (tmp_path / "o" / "error-0.txt").read_text(encoding="utf-8") and "o/error-0.txt" in done.err
+def test_what_nobody_foresaw_is_kept_beside_the_run(settings, tmp_path, monkeypatch, capsys):
+    """One message, and the traceback in a file."""
+
+    def fault(recipe, own):
+        Path(recipe.output_dir).mkdir()
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setitem(command_line._COMMANDS, "sft", fault)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["sft", *map(str, settings), "--output-dir", "o"])
+    Done(ended.value.code, *capsys.readouterr()).refused("TypeError: a fault of ours")
+    assert "in fault" in (tmp_path / "o" / "error-0.txt").read_text(encoding="utf-8")

@@ -378,8 +378,8 @@ ppo: {total_steps: 1, rollout_batch_size: 8, per_device_train_batch_size: 4, rej
     every = stage("evaluate", *scorers, "--test-pairs", "pairs.jsonl", "--output-dir", "given")["scorers"]
     assert every["rm"]["pairs"] == 60 and every["rm"]["rows"] == every["mine"]["rows"] != kept["rm"]["rows"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "embeddings", "evaluation", "ppo-am-sr", "ppo-rejection", "run.json", "scorer-am", "scorer-rm", "selection",
-        "sft",
+        ".lock", "embeddings", "evaluation", "ppo-am-sr", "ppo-rejection", "run.json", "scorer-am", "scorer-rm",
+        "selection", "sft",
     ]  # fmt: skip
 
 

@@ -80,7 +80,9 @@ def gae(
     if bootstrap_value is not None:
         check_tensor("bootstrap_value", bootstrap_value, shape=(bounds.numel() - 1,), device=reward.device)
     backend = choice("gae", reward.device)
-    if needs_operator(reward):  # not inside no_grad: compiled code would not switch gradients on again after an error
+    if needs_operator(
+        reward, backend
+    ):  # not inside no_grad: compiled code would not switch gradients on again after an error
         last = None if bootstrap_value is None else bootstrap_value.detach()
         return _gae_operator(reward.detach(), value.detach(), bounds, gamma, lam, last, backend)
     with torch.no_grad():
@@ -229,7 +231,7 @@ def masked_whiten(
     check_flag("shift_mean", shift_mean)
     eps = check_not_negative("eps", eps)
     backend = choice("masked_whiten", x.device)
-    if needs_operator(x):
+    if needs_operator(x, backend):
         return _whiten_operator(x.detach(), mask, group_name(group), shift_mean, eps, backend)
     with torch.no_grad():
         whitened: Tensor = implementation("masked_whiten", backend)(x, mask, group, shift_mean, eps)
@@ -387,7 +389,7 @@ def token_rewards(
         raise ValueError(f"clamp: {clamp} is not positive")
     settings = bounds, kl_coef, kl_estimator, clamp
     backend = choice("token_rewards", device)
-    if needs_operator(logprob):
+    if needs_operator(logprob, backend):
         return _rewards_operator(logprob.detach(), ref_logprob.detach(), score.detach(), *settings, backend)
     with torch.no_grad():
         reward: Tensor = implementation("token_rewards", backend)(logprob, ref_logprob, score, *settings)

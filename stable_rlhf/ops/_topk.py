@@ -40,7 +40,7 @@ def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -
         score = score.float()  # exact
     k = min(k, score.numel())
     backend = choice("topk_by_cluster", score.device)
-    if needs_operator(score):
+    if needs_operator(score, backend):
         return _operator(score.detach(), cluster, num_clusters, k, backend)
     with torch.no_grad():
         kept: Tensor = implementation("topk_by_cluster", backend)(score, cluster, num_clusters, k)

@@ -162,7 +162,7 @@ def test_a_snapshot_with_other_negatives_is_refused(make, rows, tmp_path, killed
         ({"contrastive_dropout": 1.0}, r"scorer\.contrastive_dropout must be between 0 and 1, and below 1"),
         ({"contrastive_dropout": -0.1}, r"scorer\.contrastive_dropout must be between 0 and 1"),
         ({"contrastive_coef": -1.0}, r"scorer\.contrastive_coef must be at least 0"),
-        ({"contrastive_temperature": 0.0}, r"scorer\.contrastive_temperature must be above 0"),
+        ({"contrastive_temperature": 0.0}, r"scorer\.contrastive_temperature must be at least"),
         ({"swav_prototypes": 0}, r"scorer\.swav_prototypes must be at least 1"),
     ],
 )

