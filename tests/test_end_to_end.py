@@ -281,6 +281,7 @@ def test_changed_settings_are_refused(second, server):
     server(*call, "--seed", "4", cwd=second.parent).refused("stage world", "seed: 3 -> 4")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(folder, summary, server, tmp_path):
     """The same seed in another folder, killed in the middle of a stage: it ends with the same figures."""
     command = [CONSOLE_SCRIPT, "quickstart", "--output-dir", "run", *SMALL.split()]

@@ -17,7 +17,7 @@ from stable_rlhf.ops import PolicyHead
 WORKER = Path(__file__).with_name("split_worker.py")
 
 
-@pytest.mark.parametrize("what", ["split", "fsdp", "1", "3"])
+@pytest.mark.parametrize("what", ["split", "fsdp", pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_two_ranks_equal_one(what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

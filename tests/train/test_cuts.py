@@ -88,6 +88,7 @@ def test_mini_batches_follow_from_the_rows_of_the_step(make):
     assert len({tuple(found[0][step, 0]) for step in range(8)}) == 2
 
 
+@pytest.mark.slow
 def test_another_cut_makes_the_same_updates(train):
     """Losses, gradients and what is sampled after them; without rehearsal, which is drawn by micro-steps."""
     one, other = (train(str(size), size, rehearse=False) for size in (4, 1))
