@@ -91,8 +91,8 @@ def _gradients(
     """The gradient of each leaf, an empty tensor where none is asked for."""
     asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
     made = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
-    like = outputs[0]
-    return [next(made) if need else like.new_empty(0, dtype=(like if x is None else x).dtype)
+    first = next(x for x in leaves if x is not None)
+    return [next(made) if need else (first if x is None else x).new_empty(0)
             for x, need in zip(leaves, needs, strict=True)]  # fmt: skip
 
 
