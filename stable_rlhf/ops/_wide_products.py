@@ -70,7 +70,15 @@ def _blas(dtype: torch.dtype) -> Callable[..., None] | None:
     found.argtypes = [  # type: ignore[attr-defined]
         *[integer] * 6, number, pointer, integer, pointer, integer, number, pointer, integer,
     ]  # fmt: skip
-    return found
+    return found if _works(found, dtype) else None
+
+
+def _works(gemm: Callable[..., None], dtype: torch.dtype) -> bool:
+    """Whether a small product of it is right here: a library under the same name may not take the same arguments."""
+    a = torch.arange(6, dtype=dtype, device="cpu").view(2, 3)
+    total = torch.ones(2, 2, dtype=torch.float32, device="cpu")
+    _call(gemm, a, a.view(3, 2), total, fresh=False)
+    return total.tolist() == [[11.0, 14.0], [29.0, 41.0]]
 
 
 def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, total: Tensor, fresh: bool) -> None:

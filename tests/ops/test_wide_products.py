@@ -175,3 +175,13 @@ def test_the_path_follows_what_onednn_may_use(limit, bfloat16, float16, monkeypa
     cpu = torch.device("cpu")
     assert [has_native_products(d, cpu) for d in HALVES] == [bfloat16, float16]
     assert has_native_products(torch.float32, cpu)
+
+
+def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
+    assert not _wide_products._works(lambda *_: None, torch.bfloat16)
+    monkeypatch.setattr(_wide_products, "_works", lambda *_: False)
+    _wide_products._blas.cache_clear()
+    try:
+        assert _wide_products._blas(torch.bfloat16) is None
+    finally:
+        _wide_products._blas.cache_clear()
