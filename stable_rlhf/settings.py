@@ -191,7 +191,13 @@ def _wrong(hint: Any, value: Any, name: str) -> str:
 def _unwritable(value: Any, name: str) -> str:
     """What in a value of any type could not be written as JSON in UTF-8, or nothing."""
     if isinstance(value, str):
-        return "" if not any("\ud800" <= letter <= "\udfff" for letter in value) else f"{name}: not UTF-8: {value!r}"
+        if not any("\ud800" <= letter <= "\udfff" for letter in value):
+            return ""
+        try:  # of a command line whose locale cannot read it
+            text = value.encode("ascii", "surrogateescape").decode("utf-8")
+        except UnicodeError:
+            return f"{name}: not UTF-8: {value!r}"
+        return f"{name}: {text!r} cannot be read in this locale; set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
     if isinstance(value, int | NoneType):
         return ""
     if isinstance(value, float):

@@ -96,6 +96,11 @@ def test_select_in_an_ascii_locale(tmp_path):
     rows = [{"prompt": f"rivière … {i}", "response": "日本", "score": i, "skill": "é"} for i in range(12)]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "c.jsonl").write_text(text, encoding="utf-8")
-    run("select", "--candidates", "c.jsonl", "--output-dir", "ö", "--select.embedding_model", "minilm",
+    run("select", "--candidates", "c.jsonl", "--output-dir", "o", "--select.embedding_model", "minilm",
         "--select.num_clusters", "2", "--select.top_k", "2", cwd=tmp_path, **ASCII).worked()  # fmt: skip
-    assert "rivière …" in (tmp_path / "ö" / "selection" / "report.html").read_text(encoding="utf-8")
+    assert "rivière …" in (tmp_path / "o" / "selection" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_name_that_the_locale_cannot_read(tmp_path):
+    (tmp_path / "r.yaml").write_text("model_name_or_path: m\ndata: {pairs: [p], prompts: [q]}\n", encoding="utf-8")
+    run("run", "r.yaml", "--output-dir", "ö", cwd=tmp_path, **ASCII).refused("output_dir", "LC_ALL=C.UTF-8")
