@@ -126,7 +126,8 @@ def hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | No
     kept = ctx.saved_tensors  # once: checkpointing without re-entry hands each of them out a single time
     found: list[Tensor | None] = [g if need else None for g, need in zip(kept, needs, strict=True)]
     traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in (*kept, upstream))
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    mapped = torch._C._are_functorch_transforms_active()  # by vmap: many upstream gradients at once
+    if traced or mapped or torch._C._autograd._get_current_graph_task_keep_graph():
         return [None if g is None else g * upstream for g in found]
     if upstream.device.type == "cuda":
         from stable_rlhf.kernels.policy_rows import scale_

@@ -98,9 +98,9 @@ def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, total: Tensor, fresh:
 
 def _layout(x: Tensor) -> tuple[Tensor, int, int]:
     """x as BLAS takes it: memory, whether it is transposed there, the distance between its rows or columns."""
-    rows, columns = x.shape
-    if x.stride(1) == 1 and (rows == 1 or x.stride(0) >= columns):
-        return x, _AS_IT_IS, max(x.stride(0), columns)
-    if x.stride(0) == 1 and (columns == 1 or x.stride(1) >= rows):
-        return x, _TRANSPOSED, max(x.stride(1), rows)
-    return x.contiguous(), _AS_IT_IS, columns
+    for memory, transposed in ((x, _AS_IT_IS), (x.t(), _TRANSPOSED)):
+        rows, columns = memory.shape
+        lead = columns if rows == 1 else memory.stride(0)  # one row's stride may be anything
+        if memory.stride(1) == 1 and columns <= lead < 2**31:
+            return x, transposed, lead
+    return x.contiguous(), _AS_IT_IS, x.shape[1]

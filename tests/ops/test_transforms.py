@@ -55,6 +55,20 @@ def test_second_derivatives_of_rows_over_their_lengths():
     assert torch.autograd.gradgradcheck(lambda x: unit_rows(x, "x"), (x,))
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=cpp)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_upstream_gradients_at_once(name, backend):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them: by vmap over the backward pass."""
+    with ops.backend(backend):
+        leaves = [leaf.clone().requires_grad_() for leaf in CASES[name].leaves]
+        loss = total(name)(*leaves)
+        upstream = torch.tensor([1.0, -3.0], dtype=loss.dtype, device="cpu")
+        both = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+        one = torch.autograd.grad(loss, leaves)
+    for got, want in zip(both, one, strict=True):
+        torch.testing.assert_close(got, torch.stack([want, -3.0 * want]))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_and_reverse_mode_agree(name):
     leaves, g = CASES[name].leaves, torch.Generator(device="cpu").manual_seed(1)
