@@ -137,7 +137,8 @@ def test_a_step_on_what_was_kept_is_the_same_however_it_is_cut(tiny_model, token
     for per_device, accumulation in ((1, 8), (3, 3), (4, 2)):
         again, moved_too, widths = steps(tiny_model, tokenizer, per_device, accumulation)
         assert again == pytest.approx(losses, rel=1e-5) and widths == [per_device] * 3 * accumulation
-        assert float((moved_too - moved).abs().max()) < 1e-5
+        # As a whole: where a gradient is next to nothing, Adam's first steps follow its rounding.
+        assert float((moved_too - moved).norm()) < 1e-4 * float(moved.norm())
 
 
 @pytest.mark.parametrize("settings", [{}, {"rejection_threshold": -1e9}])
