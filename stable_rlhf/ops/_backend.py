@@ -140,6 +140,8 @@ def needs_operator(value: Tensor, backend: str = "") -> bool:
     stands for others (the references, backend "torch", take all of these but fake tensors as they are)."""
     if torch.compiler.is_compiling():
         return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():  # make_fx, jit.trace: they see operators alone
+        return True
     kind = type(value)
     return kind is not Tensor and kind is not nn.Parameter and (backend != "torch" or hasattr(value, "fake_mode"))
 

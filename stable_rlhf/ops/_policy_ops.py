@@ -88,11 +88,11 @@ def _leaves(needs: list[bool], *inputs: Tensor | None) -> list[Tensor | None]:
 def _gradients(
     outputs: list[Tensor], upstream: list[Tensor] | None, leaves: list[Tensor | None], needs: list[bool]
 ) -> list[Tensor]:
-    """The gradient of each leaf, an empty tensor where none is asked for."""
+    """The gradient of each leaf, contiguous however the leaf lies; an empty tensor where none is asked for."""
     asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
     made = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
     first = next(x for x in leaves if x is not None)
-    return [next(made) if need else (first if x is None else x).new_empty(0)
+    return [next(made).contiguous() if need else (first if x is None else x).new_empty(0)
             for x, need in zip(leaves, needs, strict=True)]  # fmt: skip
 
 

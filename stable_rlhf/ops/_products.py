@@ -84,7 +84,7 @@ class HeadProducts:
         self.logits_dtype = torch.float32 if wide else self.dtype
         self.gradient_dtype = self.logits_dtype if self.sliced else self.dtype
         self.needs = needs
-        self.hidden_grad = torch.empty_like(hidden) if needs[0] else None
+        self.hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight_grad: Tensor | None = None
         self.bias_grad: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -105,7 +105,7 @@ class HeadProducts:
     def keep_hidden_wide(self) -> None:
         """Leaves the hidden gradient in float32, for a sum with those of other slices of the vocabulary."""
         if self.hidden_grad is not None:
-            self.hidden_grad = torch.empty_like(self.hidden, dtype=torch.float32)
+            self.hidden_grad = torch.empty_like(self.hidden_grad, dtype=torch.float32)
 
     def _slices(self) -> list[slice]:
         vocabulary, width = self.weight.shape
@@ -266,7 +266,7 @@ class HeadProducts:
         if self.bias_grad is not None and self.bias is not None:
             self.bias_grad = self.bias_grad.to(self.bias.dtype)
         if self.needs[1] and self.weight_grad is None:
-            self.weight_grad = torch.zeros_like(self.weight)
+            self.weight_grad = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
         if self.needs[2] and self.bias_grad is None:
             assert self.bias is not None
             self.bias_grad = torch.zeros_like(self.bias)

@@ -50,7 +50,7 @@ def _scaled(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
 def unit_rows_operator(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """`unit_rows`, and 1 / |x| [n, 1]."""
     scaled, length, scale = _scaled(x, name)
-    return scaled.div_(length), scale / length
+    return scaled.div_(length).contiguous(), scale / length
 
 
 @unit_rows_operator.register_fake

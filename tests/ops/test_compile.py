@@ -9,6 +9,7 @@ from every_op import CASES, cases, run
 from interpreter import INTERPRETED, not_interpreted, run_interpreted
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
@@ -58,6 +59,32 @@ def test_inductor(backend):
         made.append([loss.detach(), kept, *(leaf.grad for leaf in leaves)])
     for x, y in zip(*made, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", FIRST)
+def test_operators_promise_the_strides_they_give(name, backend, calls):
+    """Columns first or with gaps, as torch.compile's own code asserts of what an operator gives."""
+    case = CASES[name]
+    leaves = [x.t().contiguous().t() if x.ndim == 2 else torch.stack([x, x], -1)[..., 0] for x in case.leaves]
+    made = case.call(*(leaf.detach().requires_grad_() for leaf in leaves))
+    if case.losses:
+        torch.autograd.backward([x.sum() for x in made[: case.losses]], retain_graph=True)
+    assert calls
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments, test_utils=("test_faketensor",))
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", FIRST)
+def test_tracers_that_see_operators_alone(name, backend):
+    """make_fx over plain tensors: a kernel that it does not see must not leave its empty output in the graph."""
+    case = CASES[name]
+    with torch.no_grad():
+        traced = make_fx(case.call)(*case.leaves)
+        others = [leaf.flip(0) for leaf in case.leaves]
+        for got, want in zip(traced(*others), case.call(*others), strict=True):
+            assert torch.equal(got, want)
 
 
 @not_interpreted

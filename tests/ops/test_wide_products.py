@@ -185,3 +185,17 @@ def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
         assert _wide_products._blas(torch.bfloat16) is None
     finally:
         _wide_products._blas.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_hidden_rows_that_lie_as_columns(dtype, products):
+    """A hidden gradient that is summed over ranks is written by BLAS, which takes rows."""
+    g = torch.Generator(device="cpu").manual_seed(5)
+    hidden, weight = torch.randn(8, 6, generator=g).to(dtype).t(), torch.randn(9, 8, generator=g).to(dtype)
+    assert hidden.stride() == (1, 6)
+    made = HeadProducts(hidden, weight, None, None, (True, False, False))
+    made.keep_hidden_wide()
+    gradient = torch.randn(6, 9, generator=g).to(made.gradient_dtype)
+    made.backward(slice(0, 6), gradient, None, last=True)
+    assert made.hidden_grad is not None
+    torch.testing.assert_close(made.hidden_grad, (gradient.double() @ weight.double()).float())
