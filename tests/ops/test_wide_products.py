@@ -199,3 +199,11 @@ def test_hidden_rows_that_lie_as_columns(dtype, products):
     made.backward(slice(0, 6), gradient, None, last=True)
     assert made.hidden_grad is not None
     torch.testing.assert_close(made.hidden_grad, (gradient.double() @ weight.double()).float())
+
+
+def test_no_distance_beyond_32_bits_goes_to_blas():
+    """One row's stride may be anything, and BLAS takes it as an int."""
+    row = torch.zeros(3, dtype=torch.bfloat16).as_strided((1, 3), (2**31, 1))
+    for x in (row, row.t()):
+        made, _, lead = _wide_products._layout(x)
+        assert lead == 3 and made.data_ptr() == row.data_ptr()

@@ -138,7 +138,8 @@ def test_a_step_on_what_was_kept_is_the_same_however_it_is_cut(tiny_model, token
         again, moved_too, widths = steps(tiny_model, tokenizer, per_device, accumulation)
         assert again == pytest.approx(losses, rel=1e-5) and widths == [per_device] * 3 * accumulation
         # As a whole: where a gradient is next to nothing, Adam's first steps follow its rounding.
-        assert float((moved_too - moved).norm()) < 1e-4 * float(moved.norm())
+        # Measured: 3e-8 of the weights, 1.4e-6 with AVX2's products; they moved by 9e-2.
+        assert float((moved_too - moved).norm()) < 1e-5 * float(moved.norm())
 
 
 @pytest.mark.parametrize("settings", [{}, {"rejection_threshold": -1e9}])
