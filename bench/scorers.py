@@ -5,7 +5,7 @@ The material is a quickstart's: its SFT model, and the pairs that two alternates
     stable-rlhf quickstart --output-dir runs/quickstart
     python -m bench.scorers noise     # a fifth of the labels turned round
     python -m bench.scorers shift     # right labels; trained on some skills, tested on the others
-    python -m bench.scorers report    # tables and pictures of docs/scorers.md, from the results
+    python -m bench.scorers report    # tables and pictures of docs/method/scorers.md, from the results
 
 A finished (method, objective, seed) is a line of the results and is not redone. Within a seed every method meets the
 same pairs, the same heads before training and the same order, so that methods are compared seed by seed.
@@ -382,7 +382,7 @@ def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder:
 # The report.
 
 MARKED = re.compile(r"<!-- scorers:(?P<name>[a-z]+) -->\n.*?<!-- /scorers -->", re.DOTALL)
-PAGE = ROOT / "docs" / "scorers.md"
+PAGE = ROOT / "docs" / "method" / "scorers.md"
 
 
 def path_of(study: str) -> Path:

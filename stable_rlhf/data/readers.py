@@ -2,7 +2,7 @@
 
 Rows are checked when they are read, one line at a time: a row that cannot be trained on stops the reader with
 ``file:line: reason`` (or is counted, with ``on_bad_row="skip"``), so that nothing downstream has to ask again.
-The formats are described in docs/data.md.
+The formats are described in docs/guide/data.md.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _NOT_IN_KEY = ("batch_size", "device", "shard_rows", "encoder")  # they do not s
 
 
 def read_candidates(paths: Paths, *, on_bad_row: OnBadRow = "error") -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Scored candidates and their scores, float64 [n], from JSON lines (docs/data.md).
+    """Scored candidates and their scores, float64 [n], from JSON lines (docs/guide/data.md).
 
     Rows are demonstrations with a number `score`; `entropy`, `satisfaction` and `length` may stand beside it.
 

@@ -101,18 +101,18 @@ class ScorerArguments:
         bins: Bins of the calibration error.
         eval_steps: Score the held-out pairs after every so many steps and at the end: eval_accuracy, eval_loss and
             eval_ece join metrics.jsonl (0: never).
-        denoise: What is done to training pairs by their strength, a list of bands (docs/strength.md). The pairs must
+        denoise: What is done to training pairs by their strength, a list of bands (docs/method/strength.md). Pairs must
             carry it: ``strength`` writes it, ``run`` measures it first.
-        contrastive: A contrastive term beside the ranking loss (docs/scorers.md): ``simcse`` or ``swav``.
+        contrastive: A contrastive term beside the ranking loss (docs/method/scorers.md): ``simcse`` or ``swav``.
         contrastive_on: What it tells apart: ``responses``, or the ``differences`` of each pair.
         contrastive_coef: Its weight (unset: simcse 1; swav 0.1 on responses, 0.5 on differences).
         contrastive_temperature: Its temperature (unset: simcse 0.05, swav 0.1).
         contrastive_dropout: Dropout of the features that makes the two views.
         swav_prototypes: Prototypes of swav (unset: 50 on responses, 20 on differences).
-        meta_responses: MetaRM (docs/scorers.md): JSON lines of a prompt and k unlabelled ``responses`` of a policy that
-            has moved on. The scorer learns from the pairs a step away, towards telling these apart.
+        meta_responses: MetaRM (docs/method/scorers.md): JSON lines of a prompt and k unlabelled ``responses`` of a
+            policy that has moved on. The scorer learns from the pairs a step away, towards telling these apart.
         meta_learning_rate: eta of that step, eta times the gradient. The default is a cautious one; how to choose it:
-            docs/scorers.md.
+            docs/method/scorers.md.
         meta_batch_size: Prompts of it in each optimiser step, over all devices.
     """
 

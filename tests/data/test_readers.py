@@ -539,7 +539,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, value: Any) -> None:
 
 
 def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```jsonl\n(.*?)```", text, flags=re.DOTALL)
     kinds = []
     for number, block in enumerate(blocks):

@@ -273,8 +273,9 @@ def test_results_that_do_not_belong_together_are_refused(summaries: Any) -> None
 
 
 def test_docs_show_what_the_results_hold() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    found = [json.loads((docs / name).read_text(encoding="utf-8")) for name in ("results.json", "results-further.json")]
+    page = Path(__file__).parents[2] / "docs" / "results" / "skill_world.md"
+    files = (page.with_suffix(".json"), page.with_name("skill_world-further.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     assert "/tmp" not in json.dumps(found)
     pool = study.pooled(found) | {"title": "Skill world: seven variants, ten seeds"}
-    assert study_report.markdown(pool) in (docs / "results.md").read_text(encoding="utf-8")
+    assert study_report.markdown(pool) in page.read_text(encoding="utf-8")
