@@ -21,21 +21,12 @@ import torch
 from rich.console import Console
 
 from bench import plots, render
+from bench.case import DTYPES, RESULTS, Case, Line, Settings, read_lines, write_lines
+from bench.common import ROOT, environment
 from bench.compare import SLOWER, compare, slug
+from bench.ops import OPERATIONS
 from bench.presets import PRESETS
-from bench.suite import (
-    DTYPES,
-    RESULTS,
-    ROOT,
-    Case,
-    Line,
-    Settings,
-    machine,
-    operations,
-    read_lines,
-    run_case,
-    write_lines,
-)
+from bench.run import machine, run_case
 
 README_LINES = RESULTS / "readme.jsonl"
 
@@ -94,7 +85,7 @@ def _add_what(run: argparse.ArgumentParser) -> None:
     what = run.add_argument_group("what to measure")
     what.add_argument("--quick", action="store_true", help="short for --preset quick")
     what.add_argument("--preset", choices=sorted(PRESETS), help="a set of cases; without it the shape options below")
-    what.add_argument("--ops", help=f"comma-separated, of {', '.join(operations())}")
+    what.add_argument("--ops", help=f"comma-separated, of {', '.join(OPERATIONS)}")
     what.add_argument(
         "--study", help="only the cases of this table or plot of the preset (policy-loss, sweep:rows, ...)"
     )
@@ -161,8 +152,8 @@ def settings_of(given: argparse.Namespace, quick: bool) -> Settings:
 def cases_of(given: argparse.Namespace) -> list[Case]:
     wanted = [name.strip() for name in given.ops.split(",")] if given.ops else None
     for name in wanted or ():
-        if name not in operations():
-            sys.exit(f"--ops: unknown operation {name!r}; expected some of {', '.join(operations())}")
+        if name not in OPERATIONS:
+            sys.exit(f"--ops: unknown operation {name!r}; expected some of {', '.join(OPERATIONS)}")
     preset = "quick" if given.quick else given.preset
     if preset:
         found = [case for case in PRESETS[preset]() if wanted is None or case.op in wanted]
@@ -227,8 +218,6 @@ def run(given: argparse.Namespace, log: Console, console: Console) -> int:
 def default_file(preset: str | None, device: torch.device) -> Path:
     if preset in ("quick", "readme", "dry"):
         return RESULTS / f"{preset}.jsonl"
-    from bench.common import environment
-
     found = environment(device)
     changed = "-changed" if found["tree_is_dirty"] else ""
     return RESULTS / f"{slug(found)}-{(found['commit'] or 'unknown')[:8]}{changed}.jsonl"
@@ -241,7 +230,7 @@ def list_peers(given: argparse.Namespace, console: Console) -> int:
             case = Case(
                 op, {"rows": 64, "width": 64, "vocabulary": 512, **({"active": 0.5} if op == "policy" else {})}, dtype
             )
-            prepared = operations()[op](case, settings)
+            prepared = OPERATIONS[op](case, settings)
             for name, found in prepared.check(prepared.contenders).items():
                 told = found.get("failure") or f"{found['verdict']}; largest error {max(found['errors'].values()):.1e}"
                 console.print(f"{op}, {dtype}: {name}: {told}", markup=False, highlight=False)
@@ -267,8 +256,6 @@ def guard(given: argparse.Namespace, log: Console, console: Console) -> int:
         torch.set_num_threads(given.threads)
     cases = [case for case in PRESETS["guard"]() if not given.ops or case.op in given.ops.split(",")]
     settings = Settings(given.device, rounds=15, limit=20.0, budget=6.0, memory=False, peers=())
-    from bench.common import environment
-
     accepted = given.folder / f"guard-{slug(environment(torch.device(given.device)))}.jsonl"
     if not given.update and not accepted.exists():
         console.print(

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: interleaved timing, the record of the machine, JSON. Imports nothing of the suite.
+"""What every benchmark here shares: interleaved timing, the record of the machine, JSON. Imports no other file here.
 
 Contenders take turns within each round, so that noise of the machine (another process, a clock that changes) hits all
 of them alike; the median over rounds is what counts, the smallest and the spread say how far to trust it.

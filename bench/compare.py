@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.suite import Line
+from bench.case import Line
 
 SAME, SLOWER, FASTER, NOISE, GONE = "same", "slower", "faster", "too noisy to tell", "no longer measured"
 

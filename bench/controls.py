@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
+from bench.case import RESULTS, read_lines
 from bench.common import ROOT, environment
-from bench.suite import RESULTS, read_lines
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.evaluate.study import NAMES, means, paired_difference, pooled, seed_mean
 from stable_rlhf.evaluate.study_report import make_page, markdown

@@ -1,4 +1,4 @@
-"""Peak resident set of one contender, in a process that does nothing else (started by suite.resident_peak).
+"""Peak resident set of one contender, in a process that does nothing else (started by run.resident_peak).
 
 The same case at a tiny size first loads code and starts threads; what counts begins after that: inputs are made, the
 contender is called twice, and the peak of the second call over the resident set before the first is printed. Scratch
@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 import stable_rlhf.ops as ops
+from bench.case import Case, Settings
 from bench.common import MIB, Step
-from bench.suite import Case, Settings, operations
+from bench.ops import OPERATIONS
 
 PROCESS = Path("/proc/self")
 
@@ -37,7 +38,7 @@ def _status(name: str) -> float:
 
 
 def _step(case: Case, settings: Settings, name: str) -> Step:
-    found = operations()[case.op](case, settings).contenders
+    found = OPERATIONS[case.op](case, settings).contenders
     return next(c for c in found if c.name == name).make()
 
 

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.suite import OURS, Line
+from bench.case import OURS, Line
 
 COLORS = {OURS: "#0b6e4f", "plain PyTorch": "#c8553d", "torch.compile": "#e09f3e", "cut-cross-entropy": "#335c9e",
           "Liger GRPO": "#7b4b94", "TRL chunked log-prob": "#5f6b6d", "TRL selective_log_softmax": "#a3b18a",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bench.suite import Case
+from bench.case import Case
 
 SMALL = {"rows": 1024, "width": 576, "vocabulary": 49_152}  # SmolLM2-135M's head, and as many rows as fill two cores
 

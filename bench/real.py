@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.case import RESULTS, read_lines
 from bench.common import ROOT, environment
 from bench.scorers import OBJECTIVES, results
-from bench.suite import RESULTS, read_lines
 from bench.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from bench.case import OURS, Line
 from bench.compare import FASTER, NOISE, SLOWER, Change
-from bench.suite import OURS, Line
 
 MARKED = re.compile(r"<!-- bench:(?P<name>[a-z-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
 COMMAND = "make bench-readme"

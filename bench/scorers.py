@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bench.case import RESULTS, read_lines
 from bench.common import ROOT, environment
 from bench.strength import plant, plant_and_measure, student
-from bench.suite import RESULTS, read_lines
 from bench.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison, read_comparisons, write_jsonl

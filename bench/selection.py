@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from bench.common import ROOT, environment, new_result, write_json
-from bench.kmeans import faiss_kmeans, mixture, sklearn_kmeans
+from bench.ops.kmeans import faiss_kmeans, mixture, sklearn_kmeans
 
 RESULTS = ROOT / "bench" / "results"
 ROWS, WIDTH = 64_364, 768  # the prompts of arXiv 2309.10202, and the width of its encoder

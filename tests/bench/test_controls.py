@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench import controls
-from bench.suite import read_lines
+from bench.case import read_lines
 
 
 def policy(win: float, gold: float) -> dict:

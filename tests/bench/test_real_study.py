@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bench import real
+from bench.case import read_lines
 from bench.common import ROOT
 from bench.real import BASE, DATASETS, EPOCHS, Job, Plan
-from bench.suite import read_lines
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.evaluate.metrics import per_task, scorer_evaluation, task_mean_spread
 

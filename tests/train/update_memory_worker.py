@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.problem import mixed_loss, plain_logprob
+from bench.ops.problem import mixed_loss, plain_logprob
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.engine import Engine, start

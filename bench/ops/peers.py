@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.problem import POLICY, REHEARSAL, Contender, Problem, Result, Step, factors, mixed_loss, plain_logprob
+from bench.ops.problem import POLICY, REHEARSAL, Contender, Problem, Result, Step, factors, mixed_loss, plain_logprob
 
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.case import OURS, Case, Contender, Prepared, Settings
 from bench.common import Step, describe
-from bench.suite import OURS, Case, Contender, Prepared, Settings
 
 BLOCK = 2048  # rows of a product of the floor
 # Further than this share above the best, a result is another one. Random starts differ by about 1 %, on a few dozen

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import plots, render, suite
+from bench import plots, render, run
+from bench.case import COPY, OURS, RESULTS, Case, Contender, Line, Prepared, Settings, read_lines, write_lines
 from bench.common import ROOT, measure, quantile
 from bench.compare import FASTER, GONE, NOISE, SAME, SLOWER, compare, slug
+from bench.ops import OPERATIONS
 from bench.presets import PRESETS
-from bench.suite import OURS, Case, Contender, Prepared, Settings, read_lines, run_case, write_lines
+from bench.run import run_case
 
 SETTINGS = Settings(rounds=7, limit=5.0, budget=5.0, memory=False)
 FAKE = Case("fake", {"rows": 3, "vocabulary": 7}, study="test")
@@ -76,7 +78,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def lines(clock, monkeypatch):
-    monkeypatch.setattr(suite, "operations", lambda: {"fake": fake})
+    monkeypatch.setitem(OPERATIONS, "fake", fake)
     found = run_case(FAKE, SETTINGS, lambda text: None)
     environment = {"time": "2030-01-01T00:00:00+00:00", "cpu": "X", "threads": 2, "cpu_features": ["avx2"],
                    "versions": {"torch": "2"}, "commit": "0123456789", "tree_is_dirty": False}  # fmt: skip
@@ -117,7 +119,7 @@ def test_lines_survive_the_file_and_a_second_run_replaces_them(lines, tmp_path):
 
 
 def test_a_slowed_kernel_is_flagged_and_an_equal_one_is_not(lines, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(suite.SLOW, f"{OURS}=1.0")
+    monkeypatch.setenv(run.SLOW, f"{OURS}=1.0")
     slowed = run_case(FAKE, SETTINGS, lambda text: None)
     verdicts = {change.peer: change.verdict for change in compare(lines, slowed)}
     assert verdicts[OURS] == SLOWER and verdicts["other"] == SAME
@@ -132,7 +134,7 @@ def test_a_slowed_kernel_is_flagged_and_an_equal_one_is_not(lines, monkeypatch, 
 PRODUCTS = "floor, all rows"
 
 
-def synthetic(middle: float, spread: float, status: str = "ok", floor: str = PRODUCTS, peer: str = OURS) -> suite.Line:
+def synthetic(middle: float, spread: float, status: str = "ok", floor: str = PRODUCTS, peer: str = OURS) -> Line:
     return {
         "case": "c", "peer": peer, "role": "ours", "status": status, "median_s": middle, "times_floor": middle,
         "times_floor_p20": middle * (1 - spread), "times_floor_p80": middle * (1 + spread), "floor": floor,
@@ -156,9 +158,9 @@ def test_verdicts(after, verdict):
 
 def test_a_floor_of_copies_leaves_more_to_chance():
     """From process to process such ratios move by a tenth and more, however well the rounds of one agree."""
-    before = synthetic(1.0, 0.02, floor=suite.COPY)
+    before = synthetic(1.0, 0.02, floor=COPY)
     for middle, verdict in ((1.15, NOISE), (0.85, NOISE), (1.4, SLOWER), (0.7, FASTER)):
-        assert [c.verdict for c in compare([before], [synthetic(middle, 0.02, floor=suite.COPY)])] == [verdict]
+        assert [c.verdict for c in compare([before], [synthetic(middle, 0.02, floor=COPY)])] == [verdict]
 
 
 def test_ratios_are_taken_round_by_round():
@@ -168,10 +170,10 @@ def test_ratios_are_taken_round_by_round():
         return {"peer": role, "role": role, "status": "ok", "median_s": sorted(samples)[2], "samples_s": samples}
 
     floor, own = line("floor", [1.0, 1.0, 3.0, 1.0, 5.0]), line("ours", [1.1, 1.1, 3.3, 1.1, 5.5])
-    suite.against_floor([floor, own])
+    run.against_floor([floor, own])
     assert own["times_floor"] == pytest.approx(1.1) and not own["noisy"]
     other = line("peer", [1.1, 1.9, 3.3, 1.1, 9.0])
-    suite.against_floor([floor, other])
+    run.against_floor([floor, other])
     assert other["noisy"] and render.ratio(other) == f"{other['times_floor_p20']:.2f}–{other['times_floor_p80']:.2f}"
 
 
@@ -201,7 +203,7 @@ def test_a_real_case_and_its_peers(tmp_path):
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_presets_name_operations_that_exist(preset):
     cases = PRESETS[preset]()
-    assert cases and all(case.op in suite.operations() for case in cases)
+    assert cases and all(case.op in OPERATIONS for case in cases)
     assert len({(case.key, case.study) for case in cases}) == len(cases)
 
 
@@ -223,7 +225,7 @@ def test_readme_shows_what_the_results_hold():
 
 
 def test_results_name_no_place_on_anybodys_disk():
-    for path in suite.RESULTS.glob("*.json*"):
+    for path in RESULTS.glob("*.json*"):
         text = path.read_text(encoding="utf-8")
         assert not any(part in text for part in ("/home/", "/tmp/", "/root/", "/work/", "/Users/")), path.name
 
@@ -255,27 +257,27 @@ def test_the_command_line_teaches(capsys):
 
 
 def test_guard_wants_accepted_ratios_first_and_then_flags_a_slower_kernel(clock, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(suite, "operations", lambda: {"fake": fake})
+    monkeypatch.setitem(OPERATIONS, "fake", fake)
     monkeypatch.setitem(command.PRESETS, "guard", lambda: [FAKE])
     monkeypatch.setattr(command, "machine", lambda device: {"commit": None})
     words = ["guard", "--folder", str(tmp_path), "--device", "cpu"]
     assert command.main(words) == 2
     assert command.main([*words, "--update"]) == 0
     assert list(tmp_path.glob("guard-*.jsonl"))
-    monkeypatch.setenv(suite.SLOW, f"{OURS}=1.0")
+    monkeypatch.setenv(run.SLOW, f"{OURS}=1.0")
     assert command.main(words) == 1
-    monkeypatch.setenv(suite.SLOW, f"{OURS}=0.25")
+    monkeypatch.setenv(run.SLOW, f"{OURS}=0.25")
     assert command.main(words) == 1
-    monkeypatch.delenv(suite.SLOW)
+    monkeypatch.delenv(run.SLOW)
     assert command.main(words) == 0
     assert SLOWER in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("slope, largest", [(10.0, 48), (11.0, 44), (400.0, 0), (0.0, 256)])
 def test_the_largest_batch_is_one_that_was_measured_to_fit(slope, largest, monkeypatch):
-    monkeypatch.setattr(suite, "peak_of", lambda case, settings, name: 500.0 + slope * case.shape["batch"])
+    monkeypatch.setattr(run, "peak_of", lambda case, settings, name: 500.0 + slope * case.shape["batch"])
     case = Case("ppo-update", {"batch": 4})
-    found = suite.largest_batch(case, replace(SETTINGS, budget_mib=990.0), OURS)
+    found = run.largest_batch(case, replace(SETTINGS, budget_mib=990.0), OURS)
     assert found == largest and 500.0 + slope * found <= 990.0
 
 
@@ -287,7 +289,7 @@ def test_a_device_has_one_name():
 def test_memory_is_the_resident_set_of_a_process():
     """Plain PyTorch holds logits of 64 MiB more than once; a call of ours its workspace and the gradients."""
     case = Case("policy", {"rows": 512, "width": 32, "vocabulary": 32_768}, memory=True)
-    plain = suite.resident_peak(case, SETTINGS, "plain PyTorch")
+    plain = run.resident_peak(case, SETTINGS, "plain PyTorch")
     assert 2 * 64 < plain < 8 * 64
 
 
@@ -300,7 +302,7 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (path,) = tmp_path.glob("dry-*.jsonl")
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    assert {line["op"] for line in lines} == set(suite.operations())
+    assert {line["op"] for line in lines} == set(OPERATIONS)
     assert all(line["status"] == "ok" for line in lines if line["role"] == "ours")
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.accuracy import relative_error
+from bench.case import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
 from bench.common import Step, describe
-from bench.suite import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
+from bench.ops.accuracy import relative_error
 
 
 @dataclass

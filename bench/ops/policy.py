@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench import peers
-from bench.accuracy import check, check_logits, check_logprob
-from bench.problem import Contender as Built
-from bench.problem import Problem, floors, make_problem, random_inputs
-from bench.suite import DTYPES, OURS, Case, Contender, Prepared, Settings, copy_floor, on_backend, with_backends
+from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings, copy_floor, on_backend, with_backends
+from bench.ops import peers
+from bench.ops.accuracy import check, check_logits, check_logprob
+from bench.ops.problem import Contender as Built
+from bench.ops.problem import Problem, floors, make_problem, random_inputs
 from stable_rlhf.ops._products import has_native_products
 
 WORKSPACE = 256 << 20

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.accuracy import check_outputs
+from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings, on_reference, with_backends
 from bench.common import Step
-from bench.problem import bare_products
-from bench.suite import DTYPES, OURS, Case, Contender, Prepared, Settings, on_reference, with_backends
+from bench.ops.accuracy import check_outputs
+from bench.ops.problem import bare_products
 from stable_rlhf.ops._products import has_native_products
 
 CHECKED = {"rows": 160, "width": 64, "prototypes": 20}  # sizes of the inputs on which errors are looked at

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import stable_rlhf.ops as ops
-from bench.advantage import plain_loss as plain_advantage_loss
-from bench.problem import Problem, factors, make_problem, mixed_loss, plain_logprob
-from bench.problem import floor as products_floor
-from bench.suite import DTYPES, OURS, Case, Contender, Prepared, Settings
+from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings
+from bench.ops.advantage import plain_loss as plain_advantage_loss
+from bench.ops.problem import Problem, factors, make_problem, mixed_loss, plain_logprob
+from bench.ops.problem import floor as products_floor
 
 PARTS = ("backbone forward", "loss and its gradient", "backbone backward", "optimizer")
 WORKSPACE = 256 << 20

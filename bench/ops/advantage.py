@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.accuracy import check_outputs
+from bench.case import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
 from bench.common import Step
-from bench.suite import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
+from bench.ops.accuracy import check_outputs
 
 MARGIN = 2.5
 ROTATION = 128 << 20  # bytes of inputs that calls take turns with: several times the last cache
