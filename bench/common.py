@@ -214,6 +214,17 @@ def allocator_peak(step: Step, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+PROCESS = Path("/proc/self")
+
+
+def resident_mib(name: str) -> float:
+    """MiB of a line of /proc/self/status: VmRSS, VmHWM (its peak), RssAnon (without pages of mapped files)."""
+    for line in (PROCESS / "status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024 / MIB
+    raise RuntimeError(f"{name} is not in {PROCESS / 'status'}")
+
+
 # -- the record of the machine -----------------------------------------------------------------------------------------
 
 PACKAGES = (

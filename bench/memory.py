@@ -12,29 +12,18 @@ import gc
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import stable_rlhf.ops as ops
 from bench.case import Case, Settings
-from bench.common import MIB, Step
+from bench.common import PROCESS, Step, resident_mib
 from bench.ops import OPERATIONS
-
-PROCESS = Path("/proc/self")
 
 
 def _trim() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(name: str) -> float:
-    """MiB of a line of /proc/self/status."""
-    for line in (PROCESS / "status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024 / MIB
-    raise RuntimeError(f"{name} is not in {PROCESS / 'status'}")
 
 
 def _step(case: Case, settings: Settings, name: str) -> Step:
@@ -52,13 +41,13 @@ def main() -> None:
     step = _step(case, settings, name)
     ops.release_workspace()  # of making the inputs
     _trim()
-    before = _status("VmRSS")
+    before = resident_mib("VmRSS")
     step()
     _trim()
     time.sleep(0.05)  # the kernel's counters of the threads settle
     (PROCESS / "clear_refs").write_text("5", encoding="utf-8")  # the peak restarts at what is resident now
     kept = step()
-    peak = _status("VmHWM") - before
+    peak = resident_mib("VmHWM") - before
     del kept
     print(json.dumps({"peak_mib": peak}))
 

@@ -6,7 +6,6 @@ assign, blocks of rows reusing one buffer. Ours ends early once nothing changes 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from bench.case import OURS, Case, Contender, Prepared, Settings
+from bench.clustering import faiss_kmeans, mixture, sklearn_kmeans
 from bench.common import Step, describe
 
 BLOCK = 2048  # rows of a product of the floor
@@ -22,42 +22,11 @@ BLOCK = 2048  # rows of a product of the floor
 INERTIA, INERTIA_OF_FEW = 0.03, 0.5
 
 
-def mixture(rows: int, width: int, *, groups: int = 2000, seed: int = 0, start: int = 0) -> np.ndarray:
-    """Unit rows of overlapping groups of uneven size with a falling spectrum, so that no run converges early."""
-    shared = np.random.default_rng(seed)
-    centres = shared.normal(size=(groups, width)).astype(np.float32)
-    shares = shared.dirichlet(np.full(groups, 0.5))
-    generator = np.random.default_rng([seed, start])
-    noise = generator.standard_normal((rows, width), dtype=np.float32)
-    x = (centres[generator.choice(groups, size=rows, p=shares)] + 1.5 * noise) / np.sqrt(1 + np.arange(width) / 20)
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
 def ours(x: np.ndarray, c: int, niter: int, seed: int, init: str, device: torch.device | None = None) -> float:
     from stable_rlhf.rehearsal import cluster_embeddings
 
     devices = [device.index or 0] if device is not None and device.type == "cuda" else None
     return cluster_embeddings(x, c, niter=niter, seed=seed, init=init, devices=devices).inertia
-
-
-def faiss_kmeans(x: np.ndarray, c: int, niter: int, seed: int, gpu: bool = False) -> float:
-    import faiss
-
-    # As many rows as there are; by itself faiss trains on 256 a centroid.
-    model = faiss.Kmeans(
-        x.shape[1], c, niter=niter, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x), gpu=gpu
-    )
-    model.train(x)
-    distance, _ = model.assign(x)
-    return float(distance.sum(dtype=np.float64))
-
-
-def sklearn_kmeans(x: np.ndarray, c: int, niter: int, seed: int) -> float:
-    from sklearn.cluster import KMeans
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged
-        return float(KMeans(c, init="random", n_init=1, max_iter=niter, tol=0, random_state=seed).fit(x).inertia_)
 
 
 def _flash_kmeans(x: np.ndarray, c: int, niter: int, seed: int, device: torch.device) -> Step:

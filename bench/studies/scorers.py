@@ -3,9 +3,9 @@
 The material is a quickstart's: its SFT model, and the pairs that two alternates of it answered.
 
     stable-rlhf quickstart --output-dir runs/quickstart
-    python -m bench.scorers noise     # a fifth of the labels turned round
-    python -m bench.scorers shift     # right labels; trained on some skills, tested on the others
-    python -m bench.scorers report    # tables and pictures of docs/method/scorers.md, from the results
+    python -m bench.studies.scorers noise     # a fifth of the labels turned round
+    python -m bench.studies.scorers shift     # right labels; trained on some skills, tested on the others
+    python -m bench.studies.scorers report    # tables and pictures of docs/method/scorers.md, from the results
 
 A finished (method, objective, seed) is a line of the results and is not redone. Within a seed every method meets the
 same pairs, the same heads before training and the same order, so that methods are compared seed by seed.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -30,16 +29,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.case import RESULTS, read_lines
+from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
-from bench.strength import plant, plant_and_measure, student
-from bench.workers import trainers
+from bench.pages import append, finished, markdown, rendered
+from bench.studies.strength import plant, plant_and_measure
+from bench.studies.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison, read_comparisons, write_jsonl
-from stable_rlhf.data.jsonl import read_jsonl, to_json
+from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.data.packing import Encoded, encode, encode_prompt
 from stable_rlhf.data.splits import split_rows
 from stable_rlhf.evaluate.metrics import calibration, pair_accuracy, temperature_scaled
+from stable_rlhf.evaluate.study import seed_mean
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
 from stable_rlhf.pictures import FAINT, INK, KEPT, legend_below, picture, png
@@ -53,7 +54,6 @@ from stable_rlhf.train.datasets import load_preferences
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, train_scorer
 
 Settings = dict[str, Any]
-Line = dict[str, Any]
 
 UNLABELLED = "unlabelled.jsonl.gz"
 WRONG, NUM_SCORERS, FOLDS = 0.2, 3, 2
@@ -173,13 +173,9 @@ def sample(quickstart: Path, folder: Path) -> None:
 def unlabelled(folder: Path, prompts: Iterable[Any]) -> list[dict[str, Any]]:
     """Samples for these prompts; those with one response only are left out, they say nothing about differences."""
     wanted = set(prompts)
-    rows = read_gzip(folder / "samples" / "responses" / "responses.jsonl.gz")
+    rows = read_jsonl(folder / "samples" / "responses" / "responses.jsonl.gz")
     different = ({**row, "responses": list(dict.fromkeys(row["responses"]))} for row in rows)
     return [row for row in different if row["prompt"] in wanted and len(row["responses"]) > 1]
-
-
-def read_gzip(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path)
 
 
 def place(study: str, seed: int, folder: Path) -> Path:
@@ -246,7 +242,7 @@ def material(study: str, seed: int, backbone: str, folder: Path) -> Material:
         tests = {"held out": encoded(split.test), "wrong labels": [e for e in train if e.row.meta["planted"]]}
     else:
         tests = {"trained skills": encoded(split.test), "other skills": encoded(other_skills(here, seed)[1])}
-    rows = read_gzip(here / UNLABELLED)
+    rows = read_jsonl(here / UNLABELLED)
     unlabelled = [[encode(tokenizer, row["prompt"], text) for text in row["responses"]] for row in rows]
     return Material(train, tests, unlabelled, tokenizer, FeatureCache())
 
@@ -330,16 +326,6 @@ def measure(gaps: np.ndarray) -> dict[str, float]:
 # The results.
 
 
-def results(path: Path) -> list[Line]:
-    """Finished lines; of a line that a kill cut short nothing is kept."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    return read_lines(path)
-
-
 def unfinished(study: str, jobs: Iterable[Job], lines: Sequence[Line]) -> list[Job]:
     """Jobs without a line.
 
@@ -356,10 +342,8 @@ def unfinished(study: str, jobs: Iterable[Job], lines: Sequence[Line]) -> list[J
 
 def write_down(lines: Iterable[Line], path: Path, about: dict[str, Any]) -> None:
     """Append lines as they come."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for line in lines:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(to_json(line | {"settings": settings_of(line["study"], line["method"])} | about) + "\n")
+        append(line | {"settings": settings_of(line["study"], line["method"])} | about, path)
 
 
 def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder: Path) -> Iterator[Line]:
@@ -381,7 +365,6 @@ def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder:
 
 # The report.
 
-MARKED = re.compile(r"<!-- scorers:(?P<name>[a-z]+) -->\n.*?<!-- /scorers -->", re.DOTALL)
 PAGE = ROOT / "docs" / "method" / "scorers.md"
 
 
@@ -406,10 +389,10 @@ def signed(differences: Sequence[float]) -> str:
     """Mean and interval in percentage points, bold where the interval is on one side of 0."""
     if len(differences) < 2:
         return "–"
-    mean, half = student(differences)
-    shown, low, high = (round(100 * x, 1) + 0.0 for x in (mean, mean - half, mean + half))  # no -0.0
-    text = f"{shown:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
-    return f"**{text}**" if abs(mean) > half else text
+    found = seed_mean(differences)
+    value, low, high = (round(100 * end, 1) + 0.0 for end in found.values())  # no -0.0
+    text = f"{value:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
+    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
 
 
 def table(study: str, lines: Sequence[Line]) -> str:
@@ -418,7 +401,7 @@ def table(study: str, lines: Sequence[Line]) -> str:
     parts = []
     for objective, title in OBJECTIVES.items():
         head = [title] + [cell for column in columns for cell in (column.title, "over plain")]
-        rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+        rows = []
         for method in STUDIES[study].methods:
             if not by_seed(lines, method, objective, columns[0]):
                 continue
@@ -427,7 +410,7 @@ def table(study: str, lines: Sequence[Line]) -> str:
                 row.append(f"{100 * statistics.fmean(by_seed(lines, method, objective, column).values()):.1f}")
                 row.append("" if method == "plain" else signed(over_plain(lines, method, objective, column)))
             rows.append(row)
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+        parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
 
@@ -440,18 +423,13 @@ def origin(study: str, lines: Sequence[Line]) -> str:
         f"{len(lines)} scorers, seeds {', '.join(map(str, seeds))}; pairs measured on, mean over the seeds: "
         + ", ".join(f"{size:,.0f} {on}" for on, size in sizes.items())
         + f". torch {where['versions']['torch']}, {where['time'][:10]}. Again: "
-        f"`python -m bench.scorers {study}`."
+        f"`python -m bench.studies.scorers {study}`."
     )
 
 
 def block(study: str) -> str:
     lines = read_lines(path_of(study))
     return f"{table(study, lines)}\n\n{origin(study, lines)}\n"
-
-
-def rendered(page: str) -> str:
-    """The page with every marked part made anew."""
-    return MARKED.sub(lambda m: f"<!-- scorers:{m['name']} -->\n{block(m['name'])}<!-- /scorers -->", page)
 
 
 def draw(study: str, lines: Sequence[Line]) -> bytes:
@@ -467,11 +445,11 @@ def draw(study: str, lines: Sequence[Line]) -> bytes:
                     if len(found) < 2:
                         continue
                     height = len(methods) - i + offset
-                    mean, half = student(found)
+                    mean = seed_mean(found)
                     axis.plot(found, [height] * len(found), "o", color=FAINT, markersize=3, zorder=3)
                     axis.errorbar(
-                        mean, height, xerr=half, fmt="o", color=colours[objective], markersize=5, capsize=2,
-                        label=None if i else OBJECTIVES[objective],
+                        mean["value"], height, xerr=mean["high"] - mean["value"], fmt="o",
+                        color=colours[objective], markersize=5, capsize=2, label=None if i else OBJECTIVES[objective],
                     )  # fmt: skip
             axis.set(xlabel="percentage points over plain")
             axis.set_title(column.title[0].upper() + column.title[1:])
@@ -485,7 +463,7 @@ def report() -> None:
         if path_of(study).exists():
             picture_of = PAGE.parent / f"scorers-{study}.png"
             picture_of.write_bytes(draw(study, read_lines(path_of(study))))
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), "scorers", block), encoding="utf-8")
 
 
 def main() -> None:
@@ -505,11 +483,11 @@ def main() -> None:
     if given.study == "report":
         return report()
     jobs = [Job(m, o, s) for s in given.seeds for o in given.objectives for m in given.methods]
-    todo = unfinished(given.study, jobs, results(given.output))
+    todo = unfinished(given.study, jobs, finished(given.output))
     if todo:
         lines = run(given.study, todo, given.workers, given.run.resolve(), given.output_dir.resolve())
         write_down(lines, given.output, {"environment": environment(torch.device("cpu"))})
-    print(table(given.study, results(given.output)))
+    print(table(given.study, finished(given.output)))
     return None
 
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from bench import controls
 from bench.case import read_lines
+from bench.pages import marked, rendered
+from bench.studies import controls
 
 
 def policy(win: float, gold: float) -> dict:
@@ -89,12 +90,12 @@ def test_what_has_a_line_is_not_measured_again(study, tmp_path):
 
 def test_the_page_shows_what_the_results_hold():
     page = controls.PAGE.read_text(encoding="utf-8")
-    assert [match["name"] for match in controls.MARKED.finditer(page)] == [
+    assert [match["name"] for match in marked("controls").finditer(page)] == [
         "study",
         "again",
         "rounding",
         "scale",
         "clusters",
     ]
-    assert controls.rendered(page) == page, "run: python -m bench.controls report"
+    assert rendered(page, "controls", controls.block) == page, "run: python -m bench.studies.controls report"
     assert controls.draw(read_lines(controls.OUTPUT)).startswith(b"\x89PNG")

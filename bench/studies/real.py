@@ -1,7 +1,7 @@
 """Reward model and Advantage Model on human preferences, as epochs go by: accuracy, calibration, spread over tasks.
 
-    python -m bench.real run --data-dir DIR   # DIR: pairs.jsonl.gz and hh-rlhf-harmless-base.jsonl.gz
-    python -m bench.real report               # tables and picture of docs/results/human_pairs.md, from the results
+    python -m bench.studies.real run --data-dir DIR   # DIR: pairs.jsonl.gz and hh-rlhf-harmless-base.jsonl.gz
+    python -m bench.studies.real report               # tables and picture of docs/results/human_pairs.md
 
 A finished (seed, dataset, objective) is a line of the results and is not redone. The pairs used, short ones, are the
 same for every seed; the seed divides them into training and test pairs. Within a seed both scorers meet the same pairs,
@@ -10,8 +10,9 @@ every number of epochs. The lower blocks are frozen, and their hidden states are
 
 With a GPU, all pairs and whole models:
 
-    python -m bench.real run --data-dir DIR --output runs/real/whole.jsonl --setting scorer.num_trainable_layers=null \\
-        --setting data.max_pairs=0 --setting data.max_length=1024 --setting engine.bf16=true
+    python -m bench.studies.real run --data-dir DIR --output runs/real/whole.jsonl \\
+        --setting scorer.num_trainable_layers=null --setting data.max_pairs=0 \\
+        --setting data.max_length=1024 --setting engine.bf16=true
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import argparse
 import copy
 import functools
 import math
-import re
 import statistics
 import sys
 import tempfile
@@ -33,10 +33,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.case import RESULTS, read_lines
+from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
-from bench.scorers import OBJECTIVES, results
-from bench.workers import trainers
+from bench.pages import append, finished, markdown, rendered
+from bench.studies.scorers import OBJECTIVES
+from bench.studies.workers import trainers
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison
 from stable_rlhf.data.jsonl import to_json
@@ -66,7 +67,6 @@ from stable_rlhf.train.engine import device
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, eval_metrics, score_pairs, train_scorer
 
 Settings = dict[str, Any]
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,6 @@ def run(jobs: Sequence[Job], workers: int, plan: Plan) -> Iterator[Line]:
 
 # The report.
 
-MARKED = re.compile(r"<!-- real -->\n.*?<!-- /real -->", re.DOTALL)
 PAGE, OUTPUT = ROOT / "docs" / "results" / "human_pairs.md", RESULTS / "real.jsonl"
 PICTURE = PAGE.with_suffix(".png")
 
@@ -346,16 +345,10 @@ def compared(lines: Sequence[Line], dataset: str, epoch: int, name: str, how: st
     return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    width = len(rows[0])
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---", *["---:"] * (width - 1)], *rows[1:]])
-
-
 def tables(lines: Sequence[Line]) -> str:
     """Every scorer after some epochs, and the Advantage Model against the reward model."""
-    levels = [["Dataset, scorer, epochs", *(figure.title for figure in FIGURES.values())]]
-    against = [["Advantage Model against reward model, epochs"]]
-    against[0] += [f"{FIGURES[name].title}: {how}" for name, how in COMPARED]
+    levels: list[list[str]] = []
+    against: list[list[str]] = []
     for dataset, about in DATASETS.items():
         if not values(lines, dataset, "rm", 1, "accuracy"):
             continue
@@ -370,7 +363,13 @@ def tables(lines: Sequence[Line]) -> str:
             against.append(
                 [f"{about.title}, {epoch}", *(compared(lines, dataset, epoch, name, how) for name, how in COMPARED)]
             )
-    return f"{markdown(levels)}\n\n{markdown(against)}"
+    titles = [f"{FIGURES[name].title}: {how}" for name, how in COMPARED]
+    return "\n\n".join(
+        (
+            markdown(["Dataset, scorer, epochs", *(figure.title for figure in FIGURES.values())], levels),
+            markdown(["Advantage Model against reward model, epochs", *titles], against),
+        )
+    )
 
 
 def origin(lines: Sequence[Line]) -> str:
@@ -393,13 +392,13 @@ def origin(lines: Sequence[Line]) -> str:
         f"learning rate {rates}, {settings['scorer.per_device_train_batch_size']} pairs a step, the last "
         f"{settings['scorer.num_trainable_layers']} blocks train. Intervals: 95 %, Student's t over the seeds. "
         f"{where['device'].upper()}, torch {where['versions']['torch']}, {where['time'][:10]}. Again: "
-        "`python -m bench.real run --data-dir DIR`."
+        "`python -m bench.studies.real run --data-dir DIR`."
     )
 
 
-def rendered(page: str, lines: Sequence[Line]) -> str:
-    """The page with the marked part made anew."""
-    return MARKED.sub(lambda _: f"<!-- real -->\n{tables(lines)}\n\n{origin(lines)}\n<!-- /real -->", page)
+def block(lines: Sequence[Line]) -> str:
+    """The marked part of the page."""
+    return f"{tables(lines)}\n\n{origin(lines)}\n"
 
 
 def draw(lines: Sequence[Line]) -> bytes:
@@ -436,7 +435,7 @@ def draw(lines: Sequence[Line]) -> bytes:
 def report() -> None:
     lines = read_lines(OUTPUT)
     PICTURE.write_bytes(draw(lines))
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), "real", lambda _: block(lines)), encoding="utf-8")
 
 
 def main() -> None:
@@ -457,14 +456,12 @@ def main() -> None:
         return report()
     plan = Plan(given.data_dir.resolve(), given.output_dir.resolve(), tuple(given.setting))
     jobs = [Job(seed, d, o) for seed in given.seeds for d in given.datasets for o in given.objectives]
-    todo = unfinished(jobs, results(given.output), plan.settings)
+    todo = unfinished(jobs, finished(given.output), plan.settings)
     if todo:
         about = {"settings": plan.settings, "environment": environment(device())}
-        given.output.parent.mkdir(parents=True, exist_ok=True)
         for line in run(todo, given.workers, plan):
-            with given.output.open("a", encoding="utf-8") as file:
-                file.write(to_json(line | about) + "\n")
-    print(tables(results(given.output)))
+            append(line | about, given.output)
+    print(tables(finished(given.output)))
     return None
 
 

@@ -1,6 +1,6 @@
 """Steps of PPO a second, beside TRL's PPO trainer: the quickstart's model, batch and lengths, random weights.
 
-    python -m bench.trainer_speed --peer-python PEER/bin/python [--steps 12] [--rounds 3]
+    python -m bench.studies.trainer_speed --peer-python PEER/bin/python [--steps 12] [--rounds 3]
 
 TRL dropped its PPO trainer after 0.29, so it runs in an environment of its own (`pip install trl==0.29.0` and what it
 needs). The two take turns. Ours does PPO with Selective Rehearsal (32 rehearsal sequences in every micro-step, which
@@ -167,7 +167,7 @@ def main() -> None:
         from bench.common import environment, write_json
 
         settings = {"steps": given.steps, "rounds": given.rounds, "threads": given.threads, "batch": BATCH}
-        where = environment(torch.device("cpu")) | {"command": "python -m bench.trainer_speed"}
+        where = environment(torch.device("cpu")) | {"command": "python -m bench.studies.trainer_speed"}
         record = {"what": "trainer-speed", "environment": where, "settings": settings}
         write_json(record | {"steps_per_s": {k: 1 / m for k, m in medians.items()}, "seconds": found}, given.output)
 

@@ -1,8 +1,8 @@
 """Policies of a study trained again with one setting changed, from the study's own SFT models, scorers and prompts.
 
     stable-rlhf study recipes/study-skill-world.yaml
-    python -m bench.controls run runs/study-skill-world    # goes on after a kill
-    python -m bench.controls report                        # tables and pictures of docs/results/skill_world.md
+    python -m bench.studies.controls run runs/study-skill-world    # goes on after a kill
+    python -m bench.studies.controls report    # tables and pictures of docs/results/skill_world.md
 
 Four questions. How far is one run from another of the same settings, on code that rounds otherwise (``rm-again``)?
 Is the Advantage Model ahead of the reward model only because its scores are narrower? RM-PPO with ``kl_coef`` as many
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,11 +31,12 @@ from typing import Any
 
 import torch
 
-from bench.case import RESULTS, read_lines
+from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
-from stable_rlhf.data.jsonl import to_json
+from bench.pages import append, finished, markdown, rendered
 from stable_rlhf.evaluate.study import NAMES, means, paired_difference, pooled, seed_mean
-from stable_rlhf.evaluate.study_report import make_page, markdown
+from stable_rlhf.evaluate.study_report import make_page
+from stable_rlhf.evaluate.study_report import markdown as study_tables
 from stable_rlhf.pictures import FAINT, KEPT, picture, png
 
 RECIPE = ROOT / "recipes" / "study-skill-world.yaml"
@@ -47,8 +47,6 @@ FURTHER = PAGE.with_name("skill_world-further.json")
 AGAIN = PAGE.with_name("skill_world-again.json")
 TITLE = "Skill world: seven variants, ten seeds"
 PICTURE = PAGE.with_name("skill_world-clusters.png")
-MARKED = re.compile(r"<!-- controls:(?P<name>[a-z]+) -->\n.*?<!-- /controls -->", re.DOTALL)
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,11 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
 
 def run(study: Path, folder: Path, seeds: Sequence[int], controls: Sequence[str], workers: int, output: Path) -> None:
     """Measure what has no line in ``output`` yet."""
-    done = {(line["control"], line["seed"]) for line in (read_lines(output) if output.exists() else [])}
+    done = {(line["control"], line["seed"]) for line in finished(output)}
     todo = [(control, seed) for control in controls for seed in seeds if (control, seed) not in done]
     with ThreadPoolExecutor(workers) as pool:
         for line in pool.map(lambda job: measure(job[0], job[1], study, folder), todo):
-            with output.open("a", encoding="utf-8") as file:
-                file.write(to_json(line | {"environment": environment(torch.device("cpu"))}) + "\n")
+            append(line | {"environment": environment(torch.device("cpu"))}, output)
             print(f"{line['control']}, seed {line['seed']}: {line['seconds']:.0f} s of training", flush=True)
 
 
@@ -176,18 +173,17 @@ def minus_row(title: str, ours: dict[int, Line], theirs: dict[int, Line], seeds:
 def block(name: str) -> str:
     """The part ``name`` of docs/results/skill_world.md."""
     if name == "study":
-        return markdown(whole_study())
+        return study_tables(whole_study())
     lines = read_lines(OUTPUT)
-    rows = [["", *(heading for heading, _ in FIGURES.values())], ["---", *["---:"] * len(FIGURES)]]
     if name == "again":
         return again()
     if name == "rounding":
         rm, seeds = by_seed(lines, "rm-again"), sorted(by_seed(lines, "rm-again"))
-        rows += [mean_row("RM-PPO", of_study("rm"), seeds), mean_row(CONTROLS["rm-again"].title, rm, seeds)]
+        rows = [mean_row("RM-PPO", of_study("rm"), seeds), mean_row(CONTROLS["rm-again"].title, rm, seeds)]
     elif name == "scale":
         scaled = {key: by_seed(lines, key) for key in ("rm-kl", "rm-temperature")}
         am, sr, seeds = of_study("am"), of_study("am-sr"), sorted(scaled["rm-kl"])
-        rows.append(mean_row("RM-PPO", of_study("rm"), seeds))
+        rows = [mean_row("RM-PPO", of_study("rm"), seeds)]
         rows += [mean_row(CONTROLS[key].title, found, seeds) for key, found in scaled.items()]
         rows += [mean_row("AM-PPO", am, seeds), mean_row("AM-PPO-SR", sr, seeds)]
         for key, found in scaled.items():
@@ -195,8 +191,8 @@ def block(name: str) -> str:
         rows.append(minus_row(f"AM-PPO-SR less {CONTROLS['rm-kl'].title}", sr, scaled["rm-kl"], seeds))
     else:
         sweep, seeds = cluster_rows(lines)
-        rows += [mean_row(f"{count} clusters, {BUDGET // count} of each", sweep[count], seeds) for count in sweep]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows = [mean_row(f"{count} clusters, {BUDGET // count} of each", sweep[count], seeds) for count in sweep]
+    table = markdown(["", *(heading for heading, _ in FIGURES.values())], rows)
     return f"{table}\n\nSeeds {', '.join(map(str, seeds))}; mean [95 % interval over the seeds].\n"
 
 
@@ -206,12 +202,12 @@ def again() -> str:
     keys = ("main_win", "main_lose", "forget_lose")
     head = [f"seed {', '.join(map(str, second['seeds']))}"]
     head += [heading + part for heading in (FIGURES[key][0] for key in keys) for part in (", first run", ", again")]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = []
     for row in second["policies"]:
         if row["variant"] != "sft":
             first = of_study(row["variant"])[row["seed"]]
             rows.append([NAMES[row["variant"]], *(f"{100 * of[key]:.1f}" for key in keys for of in (first, row))])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(head, rows) + "\n"
 
 
 def cluster_rows(lines: Sequence[Line]) -> tuple[dict[int, dict[int, Line]], list[int]]:
@@ -242,11 +238,6 @@ def draw(lines: Sequence[Line]) -> bytes:
         return png(figure)
 
 
-def rendered(page: str) -> str:
-    """The page with every marked part made anew."""
-    return MARKED.sub(lambda m: f"<!-- controls:{m['name']} -->\n{block(m['name'])}<!-- /controls -->", page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -265,7 +256,7 @@ def main() -> None:
     PICTURE.write_bytes(draw(read_lines(OUTPUT)))
     for shown in make_page(whole_study())[1]:
         PAGE.with_name(f"skill_world-{shown.name}.png").write_bytes(shown.png)
-    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), "controls", block), encoding="utf-8")
     return None
 
 

@@ -1,9 +1,9 @@
 """Rehearsal selection beside faiss and scikit-learn, from disk at ten million rows, and on real prompts.
 
-    python -m bench.selection speed    # 64,364 x 768, c 100 and 1,000, 20 iterations: clustering and selecting
-    python -m bench.selection disk     # 1, 3 and 10 million x 384 float16 from a memory map: time and memory
-    python -m bench.selection purity --prompts prompts.jsonl.gz   # labelled skills against random clusters
-    python -m bench.selection threads  # one seed on 1 and 2 threads
+    python -m bench.studies.selection speed    # 64,364 x 768, c 100 and 1,000, 20 iterations: clustering and selecting
+    python -m bench.studies.selection disk     # 1, 3 and 10 million x 384 float16 from a memory map: time and memory
+    python -m bench.studies.selection purity --prompts prompts.jsonl.gz   # labelled skills against random clusters
+    python -m bench.studies.selection threads  # one seed on 1 and 2 threads
 
 Times are wall seconds and the process's CPU seconds: on a machine that others use too, the second is the quieter one.
 """
@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,13 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import ROOT, environment, new_result, write_json
-from bench.ops.kmeans import faiss_kmeans, mixture, sklearn_kmeans
+from bench.case import OURS, RESULTS
+from bench.clustering import faiss_kmeans, mixture, sklearn_kmeans
+from bench.common import environment, new_result, resident_mib, write_json
 
-RESULTS = ROOT / "bench" / "results"
 ROWS, WIDTH = 64_364, 768  # the prompts of arXiv 2309.10202, and the width of its encoder
 ITERATIONS, TOP_K = 20, 16
-MIB = 1 << 20
 
 
 def timed(step: Any) -> tuple[float, float, Any]:
@@ -57,8 +54,8 @@ def speed(rounds: int, counts: list[int]) -> dict[str, Any]:
     cases = []
     for c in counts:
         steps = {
-            "stable_rlhf": lambda s, c=c: select(x, value, c, s, "kmeans++")[0],
-            "stable_rlhf, random start": lambda s, c=c: select(x, value, c, s, "random")[0],
+            OURS: lambda s, c=c: select(x, value, c, s, "kmeans++")[0],
+            f"{OURS}, random start": lambda s, c=c: select(x, value, c, s, "random")[0],
             "faiss": lambda s, c=c: faiss_kmeans(x, c, ITERATIONS, s),
             "scikit-learn": lambda s, c=c: sklearn_kmeans(x, c, ITERATIONS, s),
         }
@@ -98,24 +95,17 @@ def write_rows(path: Path, n: int, width: int) -> None:
         print(f"written {min(start + block, n):,} of {n:,} rows", flush=True)
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that is not pages of mapped files."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) << 10
-    raise OSError("no RssAnon in /proc/self/status")
-
-
 def disk_child(path: str, n: int, c: int, train_rows: int, reply: Any) -> None:
     from stable_rlhf.rehearsal import choose, cluster_embeddings
 
     x = np.load(path, mmap_mode="r")[:n]
     value = np.random.default_rng(1).normal(size=n)
-    peak, before, running = [0], anonymous_bytes(), [True]
+    # Memory that is not pages of mapped files.
+    peak, before, running = [0.0], resident_mib("RssAnon"), [True]
 
     def watch() -> None:
         while running[0]:
-            peak[0] = max(peak[0], anonymous_bytes())
+            peak[0] = max(peak[0], resident_mib("RssAnon"))
             time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)
@@ -126,7 +116,7 @@ def disk_child(path: str, n: int, c: int, train_rows: int, reply: Any) -> None:
     watcher.join()
     reply.put({
         "rows": n, "clusters": c, "trained_on": found.trained_on, "wall_s": wall + more_wall, "cpu_s": cpu + more_cpu,
-        "select_wall_s": more_wall, "peak_mib": peak[0] / MIB, "before_mib": before / MIB, "kept": len(kept.indices),
+        "select_wall_s": more_wall, "peak_mib": peak[0], "before_mib": before, "kept": len(kept.indices),
         "notes": list(found.notes),
     })  # fmt: skip
 
@@ -217,9 +207,6 @@ def main() -> None:
     else:
         result = threads()
     record = {"what": f"selection-{a.what}", "environment": environment(torch.device("cpu")), **result}
-    # Where files lay is of this machine alone.
-    record["environment"]["command"] = [Path(sys.argv[0]).name, a.what]
-    record["environment"]["load_average"] = list(os.getloadavg())
     path = new_result(RESULTS, f"selection-{a.what}")
     write_json(record, path)
     print(f"written: {path}")

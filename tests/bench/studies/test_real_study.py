@@ -10,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from bench import real
 from bench.case import read_lines
 from bench.common import ROOT
-from bench.real import BASE, DATASETS, EPOCHS, Job, Plan
+from bench.pages import marked, rendered
+from bench.studies import real
+from bench.studies.real import BASE, DATASETS, EPOCHS, Job, Plan
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.evaluate.metrics import per_task, scorer_evaluation, task_mean_spread
 
@@ -113,8 +114,8 @@ def test_scorers_are_compared_seed_by_seed():
 
 def test_docs_show_what_the_results_hold():
     page, lines = real.PAGE.read_text(encoding="utf-8"), read_lines(real.OUTPUT)
-    assert real.MARKED.search(page) and real.PICTURE.name in page
-    assert real.rendered(page, lines) == page, "run: python -m bench.real report"
+    assert marked("real").search(page) and real.PICTURE.name in page
+    assert rendered(page, "real", lambda _: real.block(lines)) == page, "run: python -m bench.studies.real report"
     jobs = [Job(line["seed"], line["dataset"], line["objective"]) for line in lines]
     assert len(set(jobs)) == len(jobs)
     seeds = {job.seed for job in jobs}
@@ -130,7 +131,7 @@ def test_a_study_in_two_processes(data, tmp_path):
         words = ["--data-dir", "data", "--output-dir", "work", "--output", str(path), "--workers", "2"]
         words += [word for change in changes for word in ("--setting", change)]
         done = subprocess.run(
-            [sys.executable, "-m", "bench.real", "run", *words, "--seeds", *seeds], cwd=tmp_path,
+            [sys.executable, "-m", "bench.studies.real", "run", *words, "--seeds", *seeds], cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8", timeout=600,
         )  # fmt: skip
         return done.returncode, done.stderr

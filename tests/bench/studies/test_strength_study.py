@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from bench.strength import draw, gold_accuracy, mended, plant, recall_precision, table
+from bench.studies.strength import draw, gold_accuracy, mended, plant, recall_precision, table
 from stable_rlhf.data import Comparison
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import scorers
 from bench.common import ROOT
-from bench.scorers import METHODS, SKILLS, STUDIES, Job
+from bench.pages import finished, marked, rendered
+from bench.studies import scorers
+from bench.studies.scorers import METHODS, SKILLS, STUDIES, Job
 from stable_rlhf.data import Comparison, write_jsonl
+from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.data.packing import Encoded, encode
 from stable_rlhf.data.splits import prompt_key
 from stable_rlhf.models import FeatureCache
@@ -60,9 +62,9 @@ def test_shift_tests_on_skills_that_it_has_no_labels_of(quickstart, tmp_path):
         other = set(scorers.held_out(seed))
         for task in other:
             times[task] += 1
-        labelled = scorers.read_gzip(here / "pairs.jsonl.gz")
+        labelled = read_jsonl(here / "pairs.jsonl.gz")
         assert {row["task"] for row in labelled} == set(TASKS) - other and not any(row["planted"] for row in labelled)
-        samples = scorers.read_gzip(here / scorers.UNLABELLED)
+        samples = read_jsonl(here / scorers.UNLABELLED)
         assert {row["task"] for row in samples} == other
         assert all(len(row["responses"]) == len(set(row["responses"])) > 1 for row in samples)
         shown, tests = scorers.other_skills(here, seed)
@@ -115,13 +117,13 @@ def line(method: str, objective: str, seed: int, value: float) -> dict:
 def test_finished_scorers_are_not_redone_and_a_line_cut_short_is(tmp_path):
     path = tmp_path / "results.jsonl"
     jobs = [Job("plain", "rm", 0), Job("flip", "rm", 0), Job("flip", "am", 0)]
-    assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs
+    assert scorers.unfinished("noise", jobs, finished(path)) == jobs
     scorers.write_down([line("plain", "rm", 0, 0.7), line("flip", "rm", 0, 0.8)], path, {"environment": {}})
-    assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs[2:]
+    assert scorers.unfinished("noise", jobs, finished(path)) == jobs[2:]
     path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
-    assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs[1:]
+    assert scorers.unfinished("noise", jobs, finished(path)) == jobs[1:]
     scorers.write_down([line("flip", "rm", 0, 0.8)], path, {})
-    assert scorers.unfinished("noise", jobs, scorers.results(path)) == jobs[2:]
+    assert scorers.unfinished("noise", jobs, finished(path)) == jobs[2:]
 
 
 def test_lines_with_other_settings_are_not_taken_for_finished(tmp_path, monkeypatch):
@@ -129,7 +131,7 @@ def test_lines_with_other_settings_are_not_taken_for_finished(tmp_path, monkeypa
     scorers.write_down([line("flip", "rm", 0, 0.8)], path, {})
     monkeypatch.setitem(METHODS, "flip", {"scorer.denoise": [{"lowest": 0.3, "flip": True}]})
     with pytest.raises(SystemExit, match=r"flip.*other settings.*lowest.*0\.1"):
-        scorers.unfinished("noise", [Job("plain", "rm", 0)], scorers.results(path))
+        scorers.unfinished("noise", [Job("plain", "rm", 0)], finished(path))
 
 
 def test_differences_are_paired_by_seed():
@@ -145,8 +147,8 @@ def test_differences_are_paired_by_seed():
 
 def test_docs_show_what_the_results_hold():
     page = scorers.PAGE.read_text(encoding="utf-8")
-    assert [match["name"] for match in scorers.MARKED.finditer(page)] == list(STUDIES)
-    assert scorers.rendered(page) == page, "run: python -m bench.scorers report"
+    assert [match["name"] for match in marked("scorers").finditer(page)] == list(STUDIES)
+    assert rendered(page, "scorers", scorers.block) == page, "run: python -m bench.studies.scorers report"
     for study, own in STUDIES.items():
         lines = [json.loads(text) for text in scorers.path_of(study).read_text(encoding="utf-8").splitlines()]
         found = [Job(x["method"], x["objective"], x["seed"]) for x in lines]
@@ -177,12 +179,12 @@ def test_a_study_in_two_processes(tmp_path, tokenizer, tiny_model):
     def study(*methods: str) -> list[dict]:
         words = ["noise", "--run", "quickstart", "--output-dir", "work", "--output", str(path), "--seeds", "0", "1"]
         done = subprocess.run(
-            [sys.executable, "-m", "bench.scorers", *words, "--workers", "2", "--methods", *methods],
+            [sys.executable, "-m", "bench.studies.scorers", *words, "--workers", "2", "--methods", *methods],
             cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8",
             timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-        return scorers.results(path)
+        return finished(path)
 
     first = study(*methods[:2])
     lines = study(*methods)

@@ -5,18 +5,15 @@ labels anew, measures the strength of the training pairs, and trains reward mode
 strength mends them, and as they were before. Held-out pairs are judged by the gold score.
 
     stable-rlhf quickstart --output-dir runs/quickstart
-    python bench/strength.py runs/quickstart --output-dir runs/strength-study
+    python -m bench.studies.strength runs/quickstart --output-dir runs/strength-study
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +23,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from bench.common import environment
 from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison, write_jsonl
 from stable_rlhf.data.jsonl import read_jsonl, to_json
+from stable_rlhf.evaluate.study import seed_mean
 from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
@@ -237,20 +236,12 @@ def detection(recipe: Recipe, labels: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def student(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
-
-
 def interval(values: Sequence[float]) -> str:
     """Mean and 95 % interval over the seeds, in per cent."""
     if len(values) < 2:
         return f"{100 * values[0]:.1f}"
-    mean, half = student(values)
-    return f"{100 * mean:.1f} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
+    value, low, high = (100 * end for end in seed_mean(values).values())
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -319,7 +310,7 @@ def main() -> None:
     results = []
     for seed in arguments.seeds:
         results.append(study(arguments, seed, arguments.output_dir / f"seed-{seed}"))
-        record = {"command": shlex.join(["python", *sys.argv]), "results": results}
+        record = {"command": environment(torch.device("cpu"))["command"], "results": results}
         (arguments.output_dir / "study.json").write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
         print(table(results), flush=True)
         for path in filter(None, (arguments.output_dir / "study.png", arguments.figure)):

