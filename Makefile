@@ -20,7 +20,7 @@ help:
 	@echo "make test-hostile  broken inputs, drawn for HOSTILE_BUDGET=$(HOSTILE_BUDGET) seconds: one clear error each, nothing lost"
 	@echo "make bench       every operation beside its floor and its peers, five minutes (BENCH_ARGS=$(BENCH_ARGS))"
 	@echo "make bench-guard two minutes of ratios to the floor against the last accepted ones"
-	@echo "make bench-readme measure all that the README shows, and write its tables (a quarter of an hour)"
+	@echo "make bench-readme measure what docs/benchmarks.md shows, and write its tables and the README's (a quarter of an hour)"
 	@echo "make bench-plots measure and draw times, memory, roofline and the parts of an update into docs/"
 
 setup: $(VENV)/.installed

@@ -33,13 +33,13 @@ README_LINES = RESULTS / "readme.jsonl"
 HELP = """\
 examples:
   python -m bench --quick                                   every operation once, five minutes on two cores
-  python -m bench --preset readme --text pairs.jsonl        all that the README shows, about a quarter of an hour
+  python -m bench --preset readme --text pairs.jsonl        all that docs/benchmarks.md shows, a quarter of an hour
   python -m bench --ops gae,topk --preset readme            two operations of it
   python -m bench --ops policy --rows 2048 --width 896 --vocabulary 151936 --dtype bfloat16 --active 0.5
   python -m bench --preset sweep --peers plain,liger        the lines of the plots, two peers
   python -m bench list                                      which peers work here
   python -m bench report bench/results/*.jsonl --plots DIR  tables and plots of earlier runs
-  python -m bench report --readme                           write the README's tables from bench/results/readme.jsonl
+  python -m bench report --readme                           write the tables of the pages from readme.jsonl
   python -m bench compare OLD.jsonl NEW.jsonl               what became slower beyond the noise; exit status 1 if ours
   python -m bench guard                                     two minutes of ratios to the floor against the last ones
 
@@ -59,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
     _add_how(run)
     listing = commands.add_parser("list", help="which peers work here, and whether their gradients are right")
     _add_how(listing)
-    report = commands.add_parser("report", help="tables and plots of results, the README's tables")
-    report.add_argument("files", nargs="*", type=Path, help="JSON lines (default: the README's)")
+    report = commands.add_parser("report", help="tables and plots of results, the tables of the pages")
+    report.add_argument("files", nargs="*", type=Path, help="JSON lines (default: readme.jsonl)")
     report.add_argument("--short", action="store_true", help="one line a case")
-    report.add_argument("--readme", action="store_true", help="write the marked parts of README.md")
+    report.add_argument("--readme", action="store_true", help="write those of README.md and docs/benchmarks.md")
     report.add_argument("--plots", type=Path, metavar="DIR", help="write the plots that the lines suffice for")
     other = commands.add_parser("compare", help="what became slower or faster beyond the noise")
     other.add_argument("before", type=Path)
@@ -241,8 +241,9 @@ def report(given: argparse.Namespace, console: Console) -> int:
     files = given.files or [README_LINES]
     lines = [line for path in files for line in read_lines(path)]
     if given.readme:
-        changed = render.rewrite(ROOT / "README.md", lines)
-        console.print(f"README.md {'written' if changed else 'was up to date'}")
+        for page in render.PAGES:
+            changed = render.rewrite(page, lines)
+            console.print(f"{page.relative_to(ROOT)} {'written' if changed else 'was up to date'}")
     if given.plots:
         for path in plots.draw(lines, given.plots):
             console.print(f"drawn: {path}", soft_wrap=True)

@@ -60,7 +60,7 @@ class Case:
 
     Args:
         shape: the numbers that define the inputs; with op and dtype they are the case's key.
-        study: the README block, sweep or guard that the case was measured for.
+        study: the page's block, sweep or guard that the case was measured for.
         memory: whether peak memory is measured too, on the CPU in a fresh process for every contender.
     """
 

@@ -67,7 +67,7 @@ def quick() -> list[Case]:
 
 
 def readme() -> list[Case]:
-    """Everything that the README shows: `python -m bench report --readme` reads these lines."""
+    """What docs/benchmarks.md shows, and the README of it: `python -m bench report --readme` reads these lines."""
     real: dict[str, Any] = {"states": 1, "tolerance": 2.0**-8}
     cases = [
         linear("policy", SMALL, study="policy-loss", active=0.5, rehearsal=0.1),
@@ -124,7 +124,7 @@ def guard() -> list[Case]:
 
 
 def cpu() -> list[Case]:
-    """16-bit types, large vocabularies and several chunks, beside the float32 cases of the README."""
+    """16-bit types, large vocabularies and several chunks, beside the float32 cases of `readme`."""
     wide = {"rows": 1024, "width": 1024, "vocabulary": 250_880}
     return [
         linear("policy", SMALL, "bfloat16", "cpu"),

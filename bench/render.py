@@ -1,22 +1,38 @@
-"""Lines of results as a table for the terminal, and as Markdown between the markers of the README."""
+"""Lines of results as a table for the terminal, and as Markdown between the markers of the pages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from bench.case import OURS, Line
+from bench.common import ROOT
 from bench.compare import FASTER, NOISE, SLOWER, Change
 
+# The pages with marked parts: a short table there, all of them here.
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"<!-- bench:(?P<name>[a-z-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
 COMMAND = "make bench-readme"
 # What takes long on a CPU is a preset of its own, kept in the same file.
 LONG = {
     "cpu": "--peers none",
     "large-vocabulary": "--peers plain,compile,cut-,Liger --active-only --rounds 3 --limit 60 --budget 1",
+}
+
+# The README's rows: study, operation, and what of the shape tells the case from the study's others.
+SPEED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "PPO and rehearsal loss, V 49,152, half of 1,024 rows active": ("policy-loss", "policy", {"active": 0.5}),
+    "the same, V 250,880": ("large-vocabulary", "policy", {}),
+    "Advantage-Model loss, 512 pairs, four alternates": ("advantage-loss", "advantage", {"alternates": 4}),
+    "InfoNCE, 8,192 pairs of rows": ("contrastive", "info-nce", {}),
+    "SwAV, 8,192 pairs of rows": ("contrastive", "swav", {}),
+    "GAE, 4,096 sequences of 512": ("small-operations", "gae", {}),
+    "the best 100 of each of 1,000 clusters, 10 million rows": ("small-operations", "topk", {}),
+    "a whole PPO update, four-layer Llama": ("updates", "ppo-update", {"model": "llama"}),
 }
 
 
@@ -134,7 +150,7 @@ def changes(found: Sequence[Change], everything: bool = False) -> Table:
     return made
 
 
-# -- the README --------------------------------------------------------------------------------------------------------
+# -- the pages ---------------------------------------------------------------------------------------------------------
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -210,6 +226,19 @@ def policy_loss(lines: Sequence[Line]) -> str:
     return text
 
 
+def speed(lines: Sequence[Line]) -> str:
+    """A row an operation, times of the floor: ours, the fastest other (given the active rows only), plain PyTorch."""
+    rows = []
+    for name, (study, op, shape) in SPEED.items():
+        case = [x for x in lines if x["study"] == study and x["op"] == op and shape.items() <= x["shape"].items()]
+        timed = {x["peer"]: x for x in case if x["status"] == "ok" and not x["peer"].endswith(", all rows")}
+        peers = sorted((x for x in timed.values() if x["role"] == "peer"), key=lambda x: x["median_s"])
+        fastest = f"{ratio(peers[0])} {peers[0]['peer']}" if peers else "–"
+        own, plain = (ratio(timed[peer]) if peer in timed else "–" for peer in (OURS, "plain PyTorch"))
+        rows.append([name, own, fastest, plain])
+    return markdown_table(["× floor", f"**{OURS}**", "fastest other", "plain PyTorch"], rows)
+
+
 def plain_table(lines: Sequence[Line]) -> str:
     """A row for each contender that has a time or a reason for having none, with memory where it was measured."""
     weighed = any(line.get("peak_mib") is not None for line in lines)
@@ -234,6 +263,8 @@ def plain_table(lines: Sequence[Line]) -> str:
 
 def block(name: str, lines: Sequence[Line]) -> str:
     """What stands between the markers of that name."""
+    if name == "speed":
+        return speed(lines)
     chosen = [line for line in lines if line["study"] == name]
     if not chosen:
         return f"Not measured yet: `{COMMAND}`.\n"
@@ -241,13 +272,13 @@ def block(name: str, lines: Sequence[Line]) -> str:
     return made + "\n" + origin(chosen, name)
 
 
-def rendered(readme: str, lines: Sequence[Line]) -> str:
-    """The README with every marked part made anew."""
-    return MARKED.sub(lambda m: f"<!-- bench:{m['name']} -->\n{block(m['name'], lines)}<!-- /bench -->", readme)
+def rendered(page: str, lines: Sequence[Line]) -> str:
+    """The page with every marked part made anew."""
+    return MARKED.sub(lambda m: f"<!-- bench:{m['name']} -->\n{block(m['name'], lines)}<!-- /bench -->", page)
 
 
 def rewrite(path: Path, lines: Sequence[Line]) -> bool:
-    """Writes the marked parts of the README; whether anything changed."""
+    """Writes the marked parts of the page; whether anything changed."""
     before = path.read_text(encoding="utf-8")
     after = rendered(before, lines)
     if after != before:

@@ -1,4 +1,4 @@
-"""The benchmark suite: what a line says, who is listed how, what counts as slower, and what the README tells."""
+"""The benchmark suite: what a line says, who is listed how, what counts as slower, and what the pages tell."""
 
 from __future__ import annotations
 
@@ -207,10 +207,14 @@ def test_presets_name_operations_that_exist(preset):
     assert len({(case.key, case.study) for case in cases}) == len(cases)
 
 
-def test_readme_shows_what_the_results_hold():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    marked = [match["name"] for match in render.MARKED.finditer(readme)]
-    assert marked == [
+def test_pages_show_what_the_results_hold():
+    marked = {}
+    for path in render.PAGES:
+        page = path.read_text(encoding="utf-8")
+        marked[path.name] = [match["name"] for match in render.MARKED.finditer(page)]
+        assert render.rendered(page, read_lines(command.README_LINES)) == page, "run: python -m bench report --readme"
+    assert marked["README.md"] == ["speed"]
+    assert marked["benchmarks.md"] == [
         "policy-loss",
         "large-vocabulary",
         "cpu",
@@ -219,9 +223,8 @@ def test_readme_shows_what_the_results_hold():
         "small-operations",
         "updates",
     ]
-    assert render.rendered(readme, read_lines(command.README_LINES)) == readme, "run: python -m bench report --readme"
     studies = {case.study for preset in ("readme", "cpu") for case in PRESETS[preset]()}
-    assert studies == set(marked)
+    assert studies == set(marked["benchmarks.md"])
 
 
 def test_results_name_no_place_on_anybodys_disk():
