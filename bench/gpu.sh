@@ -89,7 +89,7 @@ if [ $build = 1 ]; then
         echo "going on with the sources as they are"
     fi
 fi
-"$python" -c 'import stable_rlhf.ops as ops; from stable_rlhf.ops._backend import extension
+"$python" -c 'import stable_rlhf.ops as ops; from stable_rlhf.ops.backends import extension
 print("C++ module:", "yes" if extension() else "no"); print("backends:", ops.backend_report())' || fail "import"
 
 shopt -s nullglob

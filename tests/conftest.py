@@ -20,7 +20,7 @@ def pytest_report_header() -> list[str]:
     import torch
 
     from bench.common import cpu_features, processor
-    from stable_rlhf.ops._backend import extension
+    from stable_rlhf.ops.backends import extension
 
     module = extension()
     chosen = os.environ.get("STABLE_RLHF_CPU_ISA") or (module.isa_names()[0] if module is not None else "no module")

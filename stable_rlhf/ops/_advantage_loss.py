@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stable_rlhf.ops import _advantage_ops, _advantage_reference
 from stable_rlhf.ops._advantage_reference import GIVEN, HALVES, OF_PAIRS, SAME_INDEX, Arguments
-from stable_rlhf.ops._backend import choice, needs_operator
-from stable_rlhf.ops._checks import (
+from stable_rlhf.ops.backends import choice, needs_operator
+from stable_rlhf.ops.checks import (
     INTEGERS,
     check_choice,
     check_constant,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stable_rlhf.ops import _advantage_reference
 from stable_rlhf.ops._advantage_reference import Arguments
-from stable_rlhf.ops._backend import (
+from stable_rlhf.ops.backends import (
     autograd_inside,
     cpu_isa,
     extension,
@@ -23,7 +23,7 @@ from stable_rlhf.ops._backend import (
     refuse_second_derivative,
     register,
 )
-from stable_rlhf.ops._checks import check_values
+from stable_rlhf.ops.checks import check_values
 
 # loss 0-d; score [R]; statistics [7]; gradient [R] of the reward (of the score, where no loss is wanted) and [P] of
 # expected, empty where there is none

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_rlhf.ops._checks import check_cu_seqlens, check_finite, check_values, first_true
+from stable_rlhf.ops.checks import check_cu_seqlens, check_finite, check_values, first_true
 
 GIVEN, HALVES, OF_PAIRS, SAME_INDEX = range(4)  # csrc/advantage.h, PromptRule
 

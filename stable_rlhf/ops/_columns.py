@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._backend import cpu_isa, extension
+from stable_rlhf.ops.backends import cpu_isa, extension
 
 CHUNK_ROWS = 256  # fewer rows keep fewer columns, more rows make better products
 _STEPS = (1.0, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # thresholds, in units of the tolerance

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stable_rlhf.ops import _driver
-from stable_rlhf.ops._backend import choice, refuse_second_derivative, register
-from stable_rlhf.ops._checks import check_integer, check_positive
 from stable_rlhf.ops._policy_config import REHEARSAL, PolicyLossConfig
 from stable_rlhf.ops._policy_ops import hand_over, keep
 from stable_rlhf.ops._policy_rows import Rows, Terms
 from stable_rlhf.ops._products import HeadProducts
 from stable_rlhf.ops._unit_rows import Ranks, check_pair, unit_rows
+from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
+from stable_rlhf.ops.checks import check_integer, check_positive
 
 _LIKELIHOOD = PolicyLossConfig(rehearsal_coef=1.0)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from stable_rlhf.ops._checks import check_choice, check_not_negative, check_number, check_positive
+from stable_rlhf.ops.checks import check_choice, check_not_negative, check_number, check_positive
 
 IGNORE = -100
 POLICY, REHEARSAL = 1, 2

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.ops import _driver
-from stable_rlhf.ops._backend import autograd_inside, refuse_second_derivative
-from stable_rlhf.ops._checks import statistics_dtype
 from stable_rlhf.ops._policy_config import PolicyLossConfig, PolicyLossOutput
 from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
 from stable_rlhf.ops._policy_rows import (
@@ -27,6 +25,8 @@ from stable_rlhf.ops._policy_rows import (
     total_loss,
 )
 from stable_rlhf.ops._products import HeadProducts
+from stable_rlhf.ops.backends import autograd_inside, refuse_second_derivative
+from stable_rlhf.ops.checks import statistics_dtype
 
 METRICS = ("policy_loss", "rehearsal_loss", "clip_fraction", "approx_kl", "max_ratio", "entropy")
 COUNTS = ("policy_tokens", "rehearsal_tokens")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stable_rlhf.ops._backend import transformed
-from stable_rlhf.ops._checks import statistics_dtype
 from stable_rlhf.ops._policy_rows import Rows
+from stable_rlhf.ops.backends import transformed
+from stable_rlhf.ops.checks import statistics_dtype
 
 
 def row_statistics(

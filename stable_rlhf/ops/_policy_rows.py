@@ -7,15 +7,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._checks import (
-    FLOATS,
-    INTEGERS,
-    check_finite,
-    check_positive,
-    check_tensor,
-    check_values,
-    first_true,
-)
 from stable_rlhf.ops._policy_config import (
     IGNORE,
     POLICY,
@@ -24,7 +15,16 @@ from stable_rlhf.ops._policy_config import (
     PolicyLossOutput,
     warn_k1,
 )
-from stable_rlhf.ops._sequence_ops import log_ratio_kl
+from stable_rlhf.ops.checks import (
+    FLOATS,
+    INTEGERS,
+    check_finite,
+    check_positive,
+    check_tensor,
+    check_values,
+    first_true,
+)
+from stable_rlhf.ops.sequence import log_ratio_kl
 
 
 @dataclass(frozen=True)

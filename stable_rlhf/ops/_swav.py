@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._backend import choice, refuse_second_derivative, register
-from stable_rlhf.ops._checks import check_integer, check_positive, check_tensor
 from stable_rlhf.ops._policy_ops import hand_over, keep
 from stable_rlhf.ops._unit_rows import Ranks, check_pair, group_name, resolve_group, stack_ranks, unit_rows
+from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
+from stable_rlhf.ops.checks import check_integer, check_positive, check_tensor
 
 
 def swav_loss(

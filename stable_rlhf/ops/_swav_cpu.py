@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._backend import cpu_isa, extension
+from stable_rlhf.ops.backends import cpu_isa, extension
 
 
 def _common(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> tuple[int, int, int, int, float]:

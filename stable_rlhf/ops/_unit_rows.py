@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._backend import transformed
-from stable_rlhf.ops._checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
+from stable_rlhf.ops.backends import transformed
+from stable_rlhf.ops.checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import stable_rlhf
 from stable_rlhf import ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 from stable_rlhf.outside import SECRET_NAME, without_credentials
 from stable_rlhf.progress import printable
 from stable_rlhf.train.run import device_name, versions

@@ -12,7 +12,7 @@ from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpret
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import _advantage_ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
 ISAS = extension().isa_names() if extension() is not None else []

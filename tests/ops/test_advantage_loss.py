@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 
 def log_sigmoid(x: float) -> float:

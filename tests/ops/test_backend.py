@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _backend
+from stable_rlhf.ops import backends
 
 CU = torch.tensor([0, 2])
 
@@ -17,7 +17,7 @@ CU = torch.tensor([0, 2])
 def calls(monkeypatch):
     """Records which implementation of gae runs."""
     seen: list[str] = []
-    table = _backend._implementations["gae"]
+    table = backends._implementations["gae"]
     for name, original in dict(table).items():
         monkeypatch.setitem(table, name, lambda *a, _name=name, _run=original: (seen.append(_name), _run(*a))[1])
     return seen
@@ -27,7 +27,7 @@ def run_gae():
     return ops.gae(torch.ones(2), torch.zeros(2), CU)
 
 
-@pytest.mark.skipif(_backend.extension() is None, reason="installed without the C++ module")
+@pytest.mark.skipif(backends.extension() is None, reason="installed without the C++ module")
 def test_cpu_tensors_take_the_cpp_module_by_default(calls):
     run_gae()
     with ops.backend("torch"):
@@ -40,7 +40,7 @@ def test_cpu_tensors_take_the_cpp_module_by_default(calls):
 
 
 def test_without_the_cpp_module_torch_serves_and_cpu_is_an_error(calls, monkeypatch):
-    monkeypatch.setattr(_backend, "extension", lambda: None)
+    monkeypatch.setattr(backends, "extension", lambda: None)
     run_gae()
     assert calls == ["torch"]
     with ops.backend("cpu"), pytest.raises(RuntimeError, match=r"gae: backend 'cpu' cannot run: .*_C is not installed"):
@@ -51,7 +51,7 @@ def test_the_block_ends_also_after_an_error(calls):
     with pytest.raises(KeyError), ops.backend("torch"):
         raise KeyError
     run_gae()
-    assert calls == ["cpu" if _backend.extension() is not None else "torch"]
+    assert calls == ["cpu" if backends.extension() is not None else "torch"]
 
 
 def test_a_block_binds_its_own_thread_only(calls):
@@ -59,7 +59,7 @@ def test_a_block_binds_its_own_thread_only(calls):
         thread = threading.Thread(target=run_gae)
         thread.start()
         thread.join()
-    assert calls == ["cpu" if _backend.extension() is not None else "torch"]
+    assert calls == ["cpu" if backends.extension() is not None else "torch"]
 
 
 def test_unknown_name():
@@ -68,7 +68,7 @@ def test_unknown_name():
 
 
 def test_a_backend_that_an_operation_lacks(monkeypatch):
-    monkeypatch.setitem(_backend._implementations, "gae", {"torch": print})
+    monkeypatch.setitem(backends._implementations, "gae", {"torch": print})
     with ops.backend("cpu"), pytest.raises(RuntimeError, match="gae has no backend 'cpu'; it has 'torch'"):
         run_gae()
 
@@ -85,26 +85,26 @@ def test_default_by_device(monkeypatch):
         ("cuda", "topk_by_cluster", "triton"),
         ("cuda", "gae", "triton"),
     ):
-        assert _backend.selected(op, torch.device(device)) == expected
-    monkeypatch.setattr(_backend, "_has_triton", lambda: False)
-    assert _backend.selected("gae", torch.device("cuda")) == "torch"
+        assert backends.selected(op, torch.device(device)) == expected
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    assert backends.selected("gae", torch.device("cuda")) == "torch"
     with ops.backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         run_gae()
     with ops.backend("cpu"), pytest.raises(RuntimeError, match="it needs CPU tensors, not cuda"):
-        _backend.selected("gae", torch.device("cuda"))
+        backends.selected("gae", torch.device("cuda"))
 
 
 def test_report(monkeypatch):
     with ops.backend("triton"):  # the report is about the defaults
         report = ops.backend_report("cpu")
-    fast = "cpu" if _backend.extension() is not None else "torch"
+    fast = "cpu" if backends.extension() is not None else "torch"
     assert set(report.values()) == {fast}
     assert set(report) == {name for name in ops.__all__ if name.islower()} - {
         "backend", "backend_report", "release_workspace"
     }  # fmt: skip
-    monkeypatch.setattr(_backend, "extension", lambda: None)
+    monkeypatch.setattr(backends, "extension", lambda: None)
     assert set(ops.backend_report("cpu").values()) == {"torch"}
 
 
 def test_every_operation_has_a_reference():
-    assert all("torch" in table for table in _backend._implementations.values())
+    assert all("torch" in table for table in backends._implementations.values())

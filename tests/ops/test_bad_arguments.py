@@ -11,7 +11,7 @@ import torch
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 CU, SCORE = torch.tensor([0, 2, 4]), torch.ones(2)

@@ -14,7 +14,7 @@ from interpreter import INTERPRETED, not_interpreted, run_interpreted
 import stable_rlhf
 import stable_rlhf.kernels
 import stable_rlhf.ops as ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 NAMES = ["swav_loss", "token_rewards", "advantage_loss", "policy_loss"] if INTERPRETED else list(CASES)

@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _advantage_loss, _advantage_ops, _backend, _policy_loss, _sequence_ops, _topk
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops import _advantage_loss, _advantage_ops, _policy_loss, backends, sequence, topk
+from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 # Others pass through the same code in another type.
@@ -26,7 +26,7 @@ NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) f
 def backend(request, monkeypatch):
     """The C++ module, an installation without it, or the interpreter."""
     if request.param == "torch":
-        monkeypatch.setattr(_backend, "extension", lambda: None)
+        monkeypatch.setattr(backends, "extension", lambda: None)
         assert set(ops.backend_report("cpu").values()) == {"torch"}
     torch._dynamo.reset()
     with ops.backend(request.param):
@@ -117,7 +117,7 @@ def calls(monkeypatch):
     """The calls of operators, where everything goes through them."""
     seen: list[tuple[CustomOpDef, tuple[object, ...]]] = []
     original = CustomOpDef.__call__
-    for module in (_advantage_loss, _advantage_ops, _policy_loss, _sequence_ops, _topk):
+    for module in (_advantage_loss, _advantage_ops, _policy_loss, sequence, topk):
         monkeypatch.setattr(module, "needs_operator", lambda *_: True)
     monkeypatch.setattr(CustomOpDef, "__call__", lambda op, *a: (seen.append((op, a)), original(op, *a))[1])
     return seen
@@ -146,7 +146,7 @@ def test_in_the_interpreter():
 
 
 @not_interpreted
-@pytest.mark.skipif(not _backend._has_triton(), reason="needs Triton")
+@pytest.mark.skipif(not backends._has_triton(), reason="needs Triton")
 @pytest.mark.parametrize("name", CASES)
 def test_shapes_without_values(name, monkeypatch):
     """What torch.compile and memory estimates see of the Triton backend: shapes and types. No kernel runs."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig, _products
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 

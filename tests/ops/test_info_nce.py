@@ -10,7 +10,7 @@ from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpret
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import _products, _unit_rows
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 pytest.importorskip("triton")
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")

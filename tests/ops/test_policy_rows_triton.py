@@ -12,8 +12,8 @@ from test_policy_loss import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, 
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ops._backend import extension
 from stable_rlhf.ops._policy_rows import RowState, Terms
+from stable_rlhf.ops.backends import extension
 
 triton = pytest.importorskip("triton")
 cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")

@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 pytestmark = [

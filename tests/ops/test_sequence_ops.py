@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 CPP = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 LENGTHS = {

@@ -11,7 +11,7 @@ import torch
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig, _swav_cpu
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 CPP = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 

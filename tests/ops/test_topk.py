@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops._backend import extension
+from stable_rlhf.ops.backends import extension
 
 BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason="no C++ module"))]
 

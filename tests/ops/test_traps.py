@@ -8,8 +8,8 @@ from test_policy_loss import naive_row
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ops._backend import extension
 from stable_rlhf.ops._policy_rows import RowState
+from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_cpp)]

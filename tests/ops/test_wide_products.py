@@ -13,10 +13,10 @@ import torch
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig, _products, _wide_products
-from stable_rlhf.ops._backend import extension
 from stable_rlhf.ops._columns import Selection
 from stable_rlhf.ops._products import HeadProducts, has_native_products
 from stable_rlhf.ops._wide_products import add_product
+from stable_rlhf.ops.backends import extension
 
 CPP = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 HALVES = [torch.bfloat16, torch.float16]
