@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stable_rlhf.ops._advantage_reference import Arguments
+    from stable_rlhf.ops.advantage.reference import Arguments
 
 TILE = 1024
 _counters: dict[tuple[str, int], Tensor] = {}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _advantage_ops
+from stable_rlhf.ops.advantage import fused
 from stable_rlhf.ops.backends import extension
 
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
@@ -342,7 +342,7 @@ def test_one_launch(monkeypatch):
 @interpreted
 def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
     """On a GPU nothing is read back for a check: what is out of range gives NaN, and no memory outside is touched."""
-    monkeypatch.setattr(_advantage_ops, "check_values", lambda device: False)
+    monkeypatch.setattr(fused, "check_values", lambda device: False)
     reward = torch.randn(4)
     wrong = [
         {"pairs": torch.tensor([[0, 4], [1, 2]])},

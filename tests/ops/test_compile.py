@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _advantage_loss, _advantage_ops, _policy_loss, backends, sequence, topk
+from stable_rlhf.ops import _policy_loss, backends, sequence, topk
+from stable_rlhf.ops.advantage import fused, loss
 from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
@@ -117,7 +118,7 @@ def calls(monkeypatch):
     """The calls of operators, where everything goes through them."""
     seen: list[tuple[CustomOpDef, tuple[object, ...]]] = []
     original = CustomOpDef.__call__
-    for module in (_advantage_loss, _advantage_ops, _policy_loss, sequence, topk):
+    for module in (loss, fused, _policy_loss, sequence, topk):
         monkeypatch.setattr(module, "needs_operator", lambda *_: True)
     monkeypatch.setattr(CustomOpDef, "__call__", lambda op, *a: (seen.append((op, a)), original(op, *a))[1])
     return seen

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stable_rlhf.ops import _advantage_ops, _advantage_reference
-from stable_rlhf.ops._advantage_reference import GIVEN, HALVES, OF_PAIRS, SAME_INDEX, Arguments
+from stable_rlhf.ops.advantage import fused, reference
+from stable_rlhf.ops.advantage.reference import GIVEN, HALVES, OF_PAIRS, SAME_INDEX, Arguments
 from stable_rlhf.ops.backends import choice, needs_operator
 from stable_rlhf.ops.checks import (
     INTEGERS,
@@ -148,8 +148,8 @@ def advantage_loss(
         raise ValueError("label_smoothing: has values outside [0, 1]")
     backend = choice("advantage_loss", reward.device)
     if backend == "torch" and not needs_operator(reward, backend):
-        return AdvantageLossOutput(*_advantage_reference.loss(call))
-    return AdvantageLossOutput(*_advantage_ops.loss(call, backend))
+        return AdvantageLossOutput(*reference.loss(call))
+    return AdvantageLossOutput(*fused.loss(call, backend))
 
 
 class AdvantageLoss(nn.Module):
@@ -229,8 +229,8 @@ def advantage_score(
     )  # fmt: skip
     backend = choice("advantage_score", reward.device)
     if backend == "torch" and not needs_operator(reward, backend):
-        return _advantage_reference.score(call)
-    return _advantage_ops.score(call, backend)
+        return reference.score(call)
+    return fused.score(call, backend)
 
 
 def _check_reward(reward: Tensor) -> int:

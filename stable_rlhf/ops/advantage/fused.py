@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops import _advantage_reference
-from stable_rlhf.ops._advantage_reference import Arguments
+from stable_rlhf.ops.advantage import reference
+from stable_rlhf.ops.advantage.reference import Arguments
 from stable_rlhf.ops.backends import (
     autograd_inside,
     cpu_isa,
@@ -106,7 +106,7 @@ def _make(call: Arguments, backend: str, pairs: bool) -> Made:
         from stable_rlhf.kernels.advantage import advantage
 
         if check_values(call.reward.device):
-            _advantage_reference.check(call)
+            reference.check(call)
         return advantage(call, pairs)
     made = None if backend == "torch" else _launch_cpp(call, pairs)
     return _by_reference(call, pairs) if made is None else made
@@ -151,17 +151,17 @@ def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
 
 def _by_reference(call: Arguments, pairs: bool) -> Made:
     """What a kernel makes; raises the error that names a wrong value."""
-    _advantage_reference.check(call)
+    reference.check(call)
     leaves = [call.reward.detach().requires_grad_()]
     if call.expected is not None:
         leaves.append(call.expected.detach().requires_grad_())
     call = call._replace(reward=leaves[0], expected=leaves[1] if call.expected is not None else None)
     with autograd_inside(call.reward.device):
         if not pairs:
-            score = _advantage_reference.score(call)
+            score = reference.score(call)
             (slope,) = torch.autograd.grad(score.sum(), leaves[:1])
             return score.new_zeros(()), score.detach().clone(), score.new_zeros(7), slope, score.new_empty(0)
-        value, score, statistics = _advantage_reference.loss(call)
+        value, score, statistics = reference.loss(call)
         gradients = torch.autograd.grad(value, leaves)
     expected_gradient = gradients[1] if call.expected is not None else score.new_empty(0)
     return (
@@ -292,5 +292,5 @@ def _spread(ctx: Any, upstream: Tensor | None, *_unused: Any) -> tuple[Tensor | 
 
 advantage_score.register_autograd(_spread, setup_context=_keep_slope)
 
-register("advantage_loss", {"triton": loss, "cpu": loss, "torch": _advantage_reference.loss})
-register("advantage_score", {"triton": score, "cpu": score, "torch": _advantage_reference.score})
+register("advantage_loss", {"triton": loss, "cpu": loss, "torch": reference.loss})
+register("advantage_score", {"triton": score, "cpu": score, "torch": reference.score})

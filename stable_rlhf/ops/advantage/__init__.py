@@ -1,0 +1,1 @@
+"""The Advantage Model: its score and its loss."""
