@@ -11,7 +11,6 @@ from stable_rlhf.ops import _policy_ops
 from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
 from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
 from stable_rlhf.ops._policy_rows import check_statistics, gather_terms, select_rows, total_loss
-from stable_rlhf.ops._unit_rows import group_name
 from stable_rlhf.ops.backends import choice, needs_operator, register
 from stable_rlhf.ops.checks import (
     FLOATS,
@@ -25,6 +24,7 @@ from stable_rlhf.ops.checks import (
     check_tensor,
     statistics_dtype,
 )
+from stable_rlhf.ops.contrastive.unit_rows import group_name
 
 
 def linear_policy_loss(

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._unit_rows import group_name, resolve_group
 from stable_rlhf.ops.backends import choice, cpu_isa, extension, implementation, needs_operator, register
 from stable_rlhf.ops.checks import (
     FLOATS,
@@ -29,6 +28,7 @@ from stable_rlhf.ops.checks import (
     first_true,
     statistics_dtype,
 )
+from stable_rlhf.ops.contrastive.unit_rows import group_name, resolve_group
 
 _FINE = 0  # SequenceStatus of csrc/sequence_ops.h
 

@@ -9,8 +9,9 @@ import torch
 from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _products, _unit_rows
+from stable_rlhf.ops import _products
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.contrastive import unit_rows
 
 pytest.importorskip("triton")
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
@@ -286,7 +287,7 @@ def test_bad_input(change, message):
 @interpreted
 def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
     """On a GPU nothing is read back for a check: what is not finite gives NaN."""
-    monkeypatch.setattr(_unit_rows, "check_values", lambda device: False)
+    monkeypatch.setattr(unit_rows, "check_values", lambda device: False)
     a, b = views(4, 3)
     for x in (a, b):
         other = x.clone()

@@ -10,8 +10,8 @@ import torch
 from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _swav, _unit_rows
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.contrastive import swav, unit_rows
 
 pytest.importorskip("triton")
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
@@ -20,7 +20,7 @@ ISAS = extension().isa_names() if extension() is not None else []
 BACKENDS = [
     pytest.param("torch", marks=plain), pytest.param("cpu", marks=cpp), pytest.param("triton", marks=interpreted)
 ]  # fmt: skip
-MODULES = {"cpu": "stable_rlhf.ops._swav_cpu", "triton": "stable_rlhf.kernels.swav"}
+MODULES = {"cpu": "stable_rlhf.ops.contrastive.swav_cpu", "triton": "stable_rlhf.kernels.swav"}
 
 
 @not_interpreted
@@ -139,7 +139,7 @@ def test_rows_and_columns_sum_as_they_must(epsilon, backend):
     scores[:, :, 0] += 0.5  # the favourite of all
     kernels = None if backend == "torch" else importlib.import_module(MODULES[backend])
     for iterations in (0, 1, 3, 60):
-        v = _swav.potentials(scores, epsilon, iterations, None, kernels)
+        v = swav.potentials(scores, epsilon, iterations, None, kernels)
         z = scores / epsilon if v is None else scores / epsilon + v[:, None]
         codes = torch.softmax(z.double(), -1)
         for view in range(2):
@@ -279,7 +279,7 @@ def test_bad_input(change, message):
 @interpreted
 def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
     """On a GPU nothing is read back for a check: what is not finite gives NaN."""
-    monkeypatch.setattr(_unit_rows, "check_values", lambda device: False)
+    monkeypatch.setattr(unit_rows, "check_values", lambda device: False)
     for i in range(3):
         inputs = problem(4, 3, 5)
         inputs[i][1, 2] = math.inf

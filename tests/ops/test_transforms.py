@@ -8,8 +8,8 @@ from every_op import CASES, run
 from torch.autograd import forward_ad
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops._unit_rows import unit_rows
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.contrastive.unit_rows import unit_rows
 
 cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 LOSSES = [name for name, case in CASES.items() if case.losses]

@@ -13,9 +13,9 @@ from stable_rlhf.ops._policy_config import REHEARSAL, PolicyLossConfig
 from stable_rlhf.ops._policy_ops import hand_over, keep
 from stable_rlhf.ops._policy_rows import Rows, Terms
 from stable_rlhf.ops._products import HeadProducts
-from stable_rlhf.ops._unit_rows import Ranks, check_pair, unit_rows
 from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
 from stable_rlhf.ops.checks import check_integer, check_positive
+from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
 
 _LIKELIHOOD = PolicyLossConfig(rehearsal_coef=1.0)
 

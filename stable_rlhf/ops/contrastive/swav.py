@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stable_rlhf.ops._policy_ops import hand_over, keep
-from stable_rlhf.ops._unit_rows import Ranks, check_pair, group_name, resolve_group, stack_ranks, unit_rows
 from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
 from stable_rlhf.ops.checks import check_integer, check_positive, check_tensor
+from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, group_name, resolve_group, stack_ranks, unit_rows
 
 
 def swav_loss(
@@ -118,7 +118,9 @@ def _reference(
 
 
 def _kernels(backend: str) -> ModuleType:
-    return importlib.import_module("stable_rlhf.ops._swav_cpu" if backend == "cpu" else "stable_rlhf.kernels.swav")
+    return importlib.import_module(
+        "stable_rlhf.ops.contrastive.swav_cpu" if backend == "cpu" else "stable_rlhf.kernels.swav"
+    )
 
 
 @torch.library.custom_op("stable_rlhf::swav_loss", mutates_args=())

@@ -1,0 +1,1 @@
+"""Losses that compare the rows of a batch by their cosines."""
