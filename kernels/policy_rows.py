@@ -1,6 +1,6 @@
 """Triton row kernels of the policy losses: a chunk of logits to statistics, loss coefficients and gradient.
 
-The twin of `stable_rlhf.ops._rows_cpu`, one program a row. Three parts share one kernel and any of them may be left
+The twin of `stable_rlhf.ops.policy.cpu`, one program a row. Three parts share one kernel and any of them may be left
 out: softmax statistics, the loss coefficients of a row, its gradient.
 """
 
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig
-from stable_rlhf.ops._policy_rows import RowState, Terms
+from stable_rlhf.ops.policy.formula import RowState, Terms
+from stable_rlhf.ops.policy.types import DEFAULT, PolicyLossConfig
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

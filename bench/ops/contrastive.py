@@ -20,7 +20,7 @@ from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings, on_ref
 from bench.common import Step
 from bench.ops.accuracy import check_outputs
 from bench.ops.problem import bare_products
-from stable_rlhf.ops._products import has_native_products
+from stable_rlhf.ops.policy.products import has_native_products
 
 CHECKED = {"rows": 160, "width": 64, "prototypes": 20}  # sizes of the inputs on which errors are looked at
 TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3  # of SwAV

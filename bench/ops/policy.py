@@ -25,7 +25,7 @@ from bench.ops import peers
 from bench.ops.accuracy import check, check_logits, check_logprob
 from bench.ops.problem import Contender as Built
 from bench.ops.problem import Problem, floors, make_problem, random_inputs
-from stable_rlhf.ops._products import has_native_products
+from stable_rlhf.ops.policy.products import has_native_products
 
 WORKSPACE = 256 << 20
 PRODUCTS = {"policy": 3, "logprob": 1, "logprob-grad": 4}

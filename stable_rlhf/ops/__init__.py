@@ -5,14 +5,13 @@ Each works alone, in any trainer; `backend` forces an implementation where the d
 
 from __future__ import annotations
 
-from stable_rlhf.ops._policy_config import PolicyLossConfig, PolicyLossOutput
-from stable_rlhf.ops._policy_loss import linear_logprob, linear_policy_loss, policy_loss
-from stable_rlhf.ops._products import release_workspace
 from stable_rlhf.ops.advantage.loss import AdvantageLoss, AdvantageLossOutput, advantage_loss, advantage_score
 from stable_rlhf.ops.backends import backend, backend_report
 from stable_rlhf.ops.contrastive.info_nce import info_nce
 from stable_rlhf.ops.contrastive.swav import swav_loss
-from stable_rlhf.ops.head import PolicyHead
+from stable_rlhf.ops.policy.loss import PolicyHead, linear_logprob, linear_policy_loss, policy_loss
+from stable_rlhf.ops.policy.products import release_workspace
+from stable_rlhf.ops.policy.types import PolicyLossConfig, PolicyLossOutput
 from stable_rlhf.ops.sequence import gae, masked_whiten, token_rewards
 from stable_rlhf.ops.topk import topk_by_cluster
 

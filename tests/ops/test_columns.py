@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig, _columns
+from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.policy import products
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 
@@ -45,14 +46,14 @@ def test_the_documented_bound_holds_for_every_row(tolerance, softcap, monkeypatc
     call["config"] = PolicyLossConfig(rehearsal_coef=0.3, clip_high=2.0, clip_low=0.9, softcap=softcap)
     exact, exact_hidden, _ = gradients(call)
     kept = []
-    select = _columns.select_columns
+    select = products.select_columns
 
     def spy(*args):
         found = select(*args)
         kept.append((found.columns.numel() * found.bounded.numel() + 4001 * found.dense.numel(), args[1].numel()))
         return found
 
-    monkeypatch.setattr("stable_rlhf.ops._driver.select_columns", spy)
+    monkeypatch.setattr("stable_rlhf.ops.policy.driver.select_columns", spy)
     out, hidden, _ = gradients(call, grad_tolerance=tolerance)
     assert torch.equal(out.loss, exact.loss) and torch.equal(out.logprob, exact.logprob)
     # |c|: from the exact loss by autograd, row by row
@@ -104,16 +105,16 @@ def test_the_cpp_selection_equals_pytorchs(dtype, monkeypatch):
     inverse = 1 / scale
     thresholds = torch.tensor([0.1, 1e-3, 1e-4])
     rows = torch.randperm(17, generator=g)
-    peaks = _columns._peaks(gradient, rows, inverse)
-    selection = _columns.select_columns(gradient, rows, scale, target, 0.05)
-    masses = _columns._masses(gradient, rows, inverse, peaks, thresholds)
-    few = _columns.gather_columns(gradient, selection)
-    monkeypatch.setattr(_columns, "_native", lambda gradient: False)
-    torch.testing.assert_close(peaks, _columns._peaks(gradient, rows, inverse), rtol=1e-6, atol=0)
+    peaks = products._peaks(gradient, rows, inverse)
+    selection = products.select_columns(gradient, rows, scale, target, 0.05)
+    masses = products._masses(gradient, rows, inverse, peaks, thresholds)
+    few = products.gather_columns(gradient, selection)
+    monkeypatch.setattr(products, "_native", lambda gradient: False)
+    torch.testing.assert_close(peaks, products._peaks(gradient, rows, inverse), rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        masses, _columns._masses(gradient, rows, inverse, peaks, thresholds), rtol=1e-5, atol=1e-7
+        masses, products._masses(gradient, rows, inverse, peaks, thresholds), rtol=1e-5, atol=1e-7
     )
-    assert torch.equal(few, _columns.gather_columns(gradient, selection)) and 0 < few.numel() < gradient.numel()
+    assert torch.equal(few, products.gather_columns(gradient, selection)) and 0 < few.numel() < gradient.numel()
 
 
 def test_a_workspace_of_one_row():

@@ -13,9 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _policy_loss, backends, sequence, topk
-from stable_rlhf.ops.advantage import fused, loss
+from stable_rlhf.ops import backends, sequence, topk
+from stable_rlhf.ops.advantage import fused as advantage_fused
+from stable_rlhf.ops.advantage import loss as advantage_loss
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.policy import loss as policy_loss
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 # Others pass through the same code in another type.
@@ -118,7 +120,7 @@ def calls(monkeypatch):
     """The calls of operators, where everything goes through them."""
     seen: list[tuple[CustomOpDef, tuple[object, ...]]] = []
     original = CustomOpDef.__call__
-    for module in (loss, fused, _policy_loss, sequence, topk):
+    for module in (advantage_loss, advantage_fused, policy_loss, sequence, topk):
         monkeypatch.setattr(module, "needs_operator", lambda *_: True)
     monkeypatch.setattr(CustomOpDef, "__call__", lambda op, *a: (seen.append((op, a)), original(op, *a))[1])
     return seen

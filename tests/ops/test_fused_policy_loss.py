@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig, _products
+from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.policy import products
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 
@@ -91,7 +92,7 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 def poison() -> None:
     """What the buffer between calls holds must never reach a result: fill it with NaN."""
     ops.release_workspace()
-    _products.workspace(1, 70_000, torch.float32, torch.device("cpu")).fill_(math.nan)
+    products.workspace(1, 70_000, torch.float32, torch.device("cpu")).fill_(math.nan)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -182,8 +183,8 @@ def test_rows_are_read_and_written_up_to_their_end_and_no_further():
         buffer[1, 1:-1] = torch.linspace(-3, 3, vocabulary)
         logits = buffer[:, 1:-1][1:2].requires_grad_()
         whole = torch.full((1, vocabulary + 2), math.nan)
-        from stable_rlhf.ops import _rows_cpu
-        from stable_rlhf.ops._policy_rows import RowState, gather_terms, select_rows
+        from stable_rlhf.ops.policy import cpu
+        from stable_rlhf.ops.policy.formula import RowState, gather_terms, select_rows
 
         rows = select_rows(torch.tensor([0]), torch.tensor([2]), 1.0, vocabulary, torch.device("cpu"))
         config = PolicyLossConfig(rehearsal_coef=1.0)
@@ -192,7 +193,7 @@ def test_rows_are_read_and_written_up_to_their_end_and_no_further():
             policy_denominator=None, rehearsal_denominator=None,
         )  # fmt: skip
         state = RowState.of(rows)
-        _rows_cpu.policy(logits.detach(), whole[:, 1:-1], state, rows.kind, terms, config)
+        cpu.policy(logits.detach(), whole[:, 1:-1], state, rows.kind, terms, config)
         expected = torch.softmax(logits.detach(), -1)
         expected[0, 0] -= 1
         torch.testing.assert_close(whole[:, 1:-1], expected, rtol=1e-6, atol=1e-7)
@@ -204,9 +205,9 @@ def test_rows_without_a_gradient_reach_no_backward_product(monkeypatch):
     call["kind"] = torch.ones(60, dtype=torch.int64)
     call["advantage"][::2] = 0.0
     seen = []
-    backward = _products.HeadProducts.backward
+    backward = products.HeadProducts.backward
     monkeypatch.setattr(
-        _products.HeadProducts,
+        products.HeadProducts,
         "backward",
         lambda self, part, gradient, *rest: seen.append(len(gradient)) or backward(self, part, gradient, *rest),
     )
@@ -221,9 +222,9 @@ def test_rows_without_a_gradient_reach_no_backward_product(monkeypatch):
 def test_only_asked_for_products_are_made(monkeypatch):
     made = []
     for name in ("_add_hidden", "_add_weight"):
-        original = getattr(_products.HeadProducts, name)
+        original = getattr(products.HeadProducts, name)
         monkeypatch.setattr(
-            _products.HeadProducts, name, lambda self, *a, f=original, n=name: made.append(n) or f(self, *a)
+            products.HeadProducts, name, lambda self, *a, f=original, n=name: made.append(n) or f(self, *a)
         )
     call = example()
     hidden, weight, target = call.pop("hidden"), call.pop("weight"), call.pop("target")

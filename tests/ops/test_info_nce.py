@@ -9,9 +9,9 @@ import torch
 from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import _products
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.contrastive import unit_rows
+from stable_rlhf.ops.policy import products
 
 pytest.importorskip("triton")
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
@@ -232,13 +232,13 @@ def test_memory_that_is_not_contiguous(backend):
 def test_similarities_are_never_all_in_memory(monkeypatch):
     """Chunks of the workspace's size, whatever the batch."""
     sizes = []
-    real = _products.workspace
+    real = products.workspace
 
     def recorded(rows, columns, dtype, device):
         sizes.append(rows * columns * dtype.itemsize)
         return real(rows, columns, dtype, device)
 
-    monkeypatch.setattr(_products, "workspace", recorded)
+    monkeypatch.setattr(products, "workspace", recorded)
     a, b = views(512, 8)
     run(a, b, workspace_bytes=64 << 10)
     assert sizes == [64 << 10]  # of 1 MiB

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stable_rlhf.ops import PolicyLossConfig, _policy_rows
+from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ops.policy import formula
 
 CONFIGS = {
     "plain": PolicyLossConfig(),
@@ -25,15 +26,15 @@ def test_coefficients_are_the_derivatives_of_the_loss(name):
         key: torch.randn(60, generator=g, dtype=torch.float64)
         for key in ("old_logprob", "advantage", "ref_logprob", "row_weight")
     }
-    rows = _policy_rows.select_rows(target, kind, 1.0, 9, torch.device("cpu"))
-    terms = _policy_rows.gather_terms(
+    rows = formula.select_rows(target, kind, 1.0, 9, torch.device("cpu"))
+    terms = formula.gather_terms(
         rows, CONFIGS[name], torch.float64, **per_row, policy_denominator=7.0, rehearsal_denominator=None
     )
     logprob = terms.old_logprob + 0.5 * torch.randn(len(rows.kind), generator=g, dtype=torch.float64)
     logprob[:2] += torch.tensor([30.0, -30.0])  # past the clamp
     leaves = [logprob.requires_grad_(), torch.rand(len(rows.kind), dtype=torch.float64).requires_grad_()]
-    loss = _policy_rows.total_loss(rows, *leaves, terms, CONFIGS[name]).loss
+    loss = formula.total_loss(rows, *leaves, terms, CONFIGS[name]).loss
     want = torch.autograd.grad(loss, leaves, allow_unused=True)
-    got = _policy_rows.coefficients(rows.kind, logprob.detach(), terms, CONFIGS[name])
+    got = formula.coefficients(rows.kind, logprob.detach(), terms, CONFIGS[name])
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig, _policy_config, _policy_reference
+from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ops.policy import formula, types
 
 PER_ROW = ("old_logprob", "advantage", "ref_logprob", "row_weight")
 
@@ -304,7 +305,7 @@ def test_only_active_rows_reach_the_product(monkeypatch):
     case = make_case(40, 9)
     seen = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(_policy_reference.F, "linear", lambda h, w, b=None: seen.append(h.shape[0]) or linear(h, w, b))
+    monkeypatch.setattr(formula.F, "linear", lambda h, w, b=None: seen.append(h.shape[0]) or linear(h, w, b))
     with ops.backend("torch"):
         fused_of(case, CONFIGS["plain"])
     assert seen == [int(((case["kind"] != 0) & (case["target"] != -100)).sum())] and seen[0] < 40
@@ -407,7 +408,7 @@ def test_scalar_temperature_equals_one_per_row():
 
 
 def test_k1_warns_once_and_has_its_value():
-    _policy_config.warn_k1.cache_clear()
+    types.warn_k1.cache_clear()
     case = make_case(20, 9, dtype=torch.float64)
     config = PolicyLossConfig(kl_coef=0.5, kl_estimator="k1")
     with pytest.warns(UserWarning, match="k1"):
@@ -516,7 +517,7 @@ def test_logits_are_never_whole_in_memory(grad, monkeypatch):
     sizes = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(
-        _policy_reference.F, "linear", lambda h, w, b=None: sizes.append(h.shape[0] * w.shape[0] * 4) or linear(h, w, b)
+        formula.F, "linear", lambda h, w, b=None: sizes.append(h.shape[0] * w.shape[0] * 4) or linear(h, w, b)
     )
     hidden = torch.randn(300, 8, requires_grad=grad)
     weight = torch.randn(1000, 8, requires_grad=grad)

@@ -12,8 +12,8 @@ from test_policy_loss import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, 
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ops._policy_rows import RowState, Terms
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.policy.formula import RowState, Terms
 
 triton = pytest.importorskip("triton")
 cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
@@ -156,11 +156,11 @@ def with_weight(terms, weight):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_like_the_cpp_kernel(name, dtype):
-    from stable_rlhf.ops import _rows_cpu
+    from stable_rlhf.ops.policy import cpu
 
     config = SETTINGS[name]
     made = []
-    for module in (_rows_cpu, kernels()):
+    for module in (cpu, kernels()):
         logits, state, kind, terms = make_rows(9, 1000, config, dtype, seed=2)
         order = module.policy(logits, logits, state, kind, terms, config, compact=name == "clip")
         made.append((logits, state, order))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -20,7 +19,6 @@ ISAS = extension().isa_names() if extension() is not None else []
 BACKENDS = [
     pytest.param("torch", marks=plain), pytest.param("cpu", marks=cpp), pytest.param("triton", marks=interpreted)
 ]  # fmt: skip
-MODULES = {"cpu": "stable_rlhf.ops.contrastive.swav_cpu", "triton": "stable_rlhf.kernels.swav"}
 
 
 @not_interpreted
@@ -137,7 +135,7 @@ def test_rows_and_columns_sum_as_they_must(epsilon, backend):
     g = torch.Generator().manual_seed(1)
     scores = 2 * torch.rand(2, rows, prototypes, generator=g) - 1
     scores[:, :, 0] += 0.5  # the favourite of all
-    kernels = None if backend == "torch" else importlib.import_module(MODULES[backend])
+    kernels = None if backend == "torch" else swav.kernels_of(backend)
     for iterations in (0, 1, 3, 60):
         v = swav.potentials(scores, epsilon, iterations, None, kernels)
         z = scores / epsilon if v is None else scores / epsilon + v[:, None]

@@ -12,7 +12,7 @@ import torch
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
-from stable_rlhf.ops.contrastive import swav_cpu
+from stable_rlhf.ops.contrastive.swav import kernels_of
 
 CPP = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 
@@ -120,7 +120,7 @@ def rows(size: int):
 
 def swav(size: int):
     scores = torch.randn(2, 16 * size, 50, generator=torch.Generator().manual_seed(0))
-    return swav_cpu.log_sums(scores, None, 20.0)
+    return kernels_of("cpu").log_sums(scores, None, 20.0)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from test_policy_loss import naive_row
 
 import stable_rlhf.ops as ops
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ops._policy_rows import RowState
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.policy.formula import RowState
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_cpp)]
@@ -79,7 +79,7 @@ def test_vocabulary_sizes_not_divisible_by_the_block(backend, vocabulary):
 @needs_cpp
 def test_int32_offsets_past_two_to_the_31_elements():
     """Row 8,560 of 250,880 columns starts at element 2,147,532,800. Pages that nobody touches cost no memory."""
-    from stable_rlhf.ops import _rows_cpu
+    from stable_rlhf.ops.policy import cpu
 
     vocabulary, row = 250_880, torch.tensor([8_559, 8_560])
     everything = torch.empty(8_561, vocabulary, dtype=torch.bfloat16)
@@ -88,11 +88,11 @@ def test_int32_offsets_past_two_to_the_31_elements():
     logits = torch.randn(2, vocabulary, generator=g).bfloat16()
     everything[8_559:] = logits
     state, few = (RowState(torch.tensor([5, vocabulary - 1]), *(torch.ones(2) for _ in range(7))) for _ in range(2))
-    _rows_cpu.statistics(everything, state, None, row=row)
-    _rows_cpu.statistics(logits, few, None)
+    cpu.statistics(everything, state, None, row=row)
+    cpu.statistics(logits, few, None)
     assert torch.equal(state.logprob, few.logprob)
-    _rows_cpu.given(everything, everything, state, None, row=row)
-    _rows_cpu.given(logits, logits, few, None)
+    cpu.given(everything, everything, state, None, row=row)
+    cpu.given(logits, logits, few, None)
     assert torch.equal(everything[8_559:], logits)
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig, _products, _wide_products
-from stable_rlhf.ops._columns import Selection
-from stable_rlhf.ops._products import HeadProducts, has_native_products
-from stable_rlhf.ops._wide_products import add_product
+from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.policy import products as head_products
+from stable_rlhf.ops.policy import wide_products
+from stable_rlhf.ops.policy.products import HeadProducts, Selection, has_native_products
+from stable_rlhf.ops.policy.wide_products import add_product
 
 CPP = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 HALVES = [torch.bfloat16, torch.float16]
@@ -26,10 +27,10 @@ CONFIG = PolicyLossConfig(rehearsal_coef=1.0, clip_low=1.0, clip_high=1e4)  # no
 
 @pytest.fixture(params=["native, by BLAS", "native, by float32", "emulated"])
 def products(request, monkeypatch):
-    monkeypatch.setattr(_products, "has_native_products", lambda *_: request.param != "emulated")
+    monkeypatch.setattr(head_products, "has_native_products", lambda *_: request.param != "emulated")
     if request.param == "native, by float32":
-        monkeypatch.setattr(_wide_products, "_blas", lambda _: None)
-    elif request.param == "native, by BLAS" and _wide_products._blas(torch.bfloat16) is None:
+        monkeypatch.setattr(wide_products, "_blas", lambda _: None)
+    elif request.param == "native, by BLAS" and wide_products._blas(torch.bfloat16) is None:
         pytest.skip("torch has no such BLAS here")
 
 
@@ -111,7 +112,7 @@ def test_sums_over_chunks_are_rounded_once(way, dtype, wide, monkeypatch):
     weight = torch.randn(VOCABULARY, WIDTH, generator=g).to(dtype)
     gradient = torch.randn(510, VOCABULARY, generator=g).to(dtype)
     parts = [slice(begin, begin + 51) for begin in range(0, 510, 51)]
-    monkeypatch.setattr(_products, "CHUNK_ROWS", 60)  # rows that wait are added several times
+    monkeypatch.setattr(head_products, "CHUNK_ROWS", 60)  # rows that wait are added several times
     made = HeadProducts(hidden, weight, None, None, (True, True, False))
     if wide:
         made.keep_hidden_wide()
@@ -137,7 +138,7 @@ def test_sums_over_chunks_are_rounded_once(way, dtype, wide, monkeypatch):
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("shape", [(7, 5, 3), (1, 5, 3), (7, 1, 3), (7, 5, 1), (1, 1, 1), (7, 0, 3), (0, 5, 3)])
 def test_a_product_in_float32_of_whatever_lies_in_memory(shape, dtype, monkeypatch):
-    monkeypatch.setattr(_wide_products, "SLICE_BYTES", 48)
+    monkeypatch.setattr(wide_products, "SLICE_BYTES", 48)
     g = torch.Generator().manual_seed(0)
     m, k, n = shape
     a, b = torch.randn(m, k, generator=g).to(dtype), torch.randn(k, n, generator=g).to(dtype)
@@ -178,13 +179,13 @@ def test_the_path_follows_what_onednn_may_use(limit, bfloat16, float16, monkeypa
 
 
 def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
-    assert not _wide_products._works(lambda *_: None, torch.bfloat16)
-    monkeypatch.setattr(_wide_products, "_works", lambda *_: False)
-    _wide_products._blas.cache_clear()
+    assert not wide_products._works(lambda *_: None, torch.bfloat16)
+    monkeypatch.setattr(wide_products, "_works", lambda *_: False)
+    wide_products._blas.cache_clear()
     try:
-        assert _wide_products._blas(torch.bfloat16) is None
+        assert wide_products._blas(torch.bfloat16) is None
     finally:
-        _wide_products._blas.cache_clear()
+        wide_products._blas.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -205,5 +206,5 @@ def test_no_distance_beyond_32_bits_goes_to_blas():
     """One row's stride may be anything, and BLAS takes it as an int."""
     row = torch.zeros(3, dtype=torch.bfloat16).as_strided((1, 3), (2**31, 1))
     for x in (row, row.t()):
-        made, _, lead = _wide_products._layout(x)
+        made, _, lead = wide_products._layout(x)
         assert lead == 3 and made.data_ptr() == row.data_ptr()

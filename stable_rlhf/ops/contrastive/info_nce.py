@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_rlhf.ops import _driver
-from stable_rlhf.ops._policy_config import REHEARSAL, PolicyLossConfig
-from stable_rlhf.ops._policy_ops import hand_over, keep
-from stable_rlhf.ops._policy_rows import Rows, Terms
-from stable_rlhf.ops._products import HeadProducts
 from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
 from stable_rlhf.ops.checks import check_integer, check_positive
 from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
+from stable_rlhf.ops.policy import driver
+from stable_rlhf.ops.policy.formula import Rows, Terms
+from stable_rlhf.ops.policy.fused import hand_over, keep
+from stable_rlhf.ops.policy.products import HeadProducts
+from stable_rlhf.ops.policy.types import REHEARSAL, PolicyLossConfig
 
 _LIKELIHOOD = PolicyLossConfig(rehearsal_coef=1.0)
 
@@ -94,7 +94,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's part of the loss, and its gradients by float32 unit rows [B, D] and [N, D]; products in `dtype`."""
     count, total = rows.shape[0], everyone.shape[0]
-    kernels, _ = _driver.row_kernels(backend, "", total, rows.device)
+    kernels, _ = driver.row_kernels(backend, "", total, rows.device)
     half = dtype != torch.float32
     numbers = torch.zeros(count, device=rows.device, dtype=torch.float32)
     kind = torch.full((count,), REHEARSAL, dtype=torch.int8, device=rows.device)
@@ -108,11 +108,11 @@ def _fused(
             rows.to(dtype), everyone.to(dtype), None, torch.float32 if half else None, (needs[0], needs[1], False)
         )
         if any(needs):
-            state, made = _driver.policy(
+            state, made = driver.policy(
                 kernels, products, likelihood, terms, _LIKELIHOOD, workspace_bytes, compact=False
             )
         else:
-            state, made = _driver.statistics(kernels, products, likelihood, None, workspace_bytes), (None, None, None)
+            state, made = driver.statistics(kernels, products, likelihood, None, workspace_bytes), (None, None, None)
     loss = (-state.logprob.sum(dtype=torch.float64) / total).float()
     gradients = (g.float().div_(total) if half and g is not None else g for g in made[:2])
     first, second = (rows.new_empty(0) if g is None else g for g in gradients)

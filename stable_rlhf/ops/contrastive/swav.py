@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._policy_ops import hand_over, keep
-from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
+from stable_rlhf.ops.backends import choice, cpu_isa, extension, refuse_second_derivative, register
 from stable_rlhf.ops.checks import check_integer, check_positive, check_tensor
 from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, group_name, resolve_group, stack_ranks, unit_rows
+from stable_rlhf.ops.policy.fused import hand_over, keep
 
 
 def swav_loss(
@@ -77,7 +76,7 @@ def swav_loss(
 
 
 def potentials(
-    scores: Tensor, epsilon: float, iterations: int, group: dist.ProcessGroup | None, kernels: ModuleType | None
+    scores: Tensor, epsilon: float, iterations: int, group: dist.ProcessGroup | None, kernels: Kernels | None
 ) -> Tensor | None:
     """Sinkhorn in logarithms: v [2, K] such that row i of a view has the code softmax(scores_i / epsilon + v).
 
@@ -117,10 +116,19 @@ def _reference(
     return -(codes.flip(0) * torch.log_softmax(scores / temperature, -1)).sum() / (2 * ranks.total)
 
 
-def _kernels(backend: str) -> ModuleType:
-    return importlib.import_module(
-        "stable_rlhf.ops.contrastive.swav_cpu" if backend == "cpu" else "stable_rlhf.kernels.swav"
-    )
+class Kernels(NamedTuple):
+    """What a backend makes of scores [2, rows, prototypes] float32: see `kernels.swav`."""
+
+    log_sums: Callable[..., Tensor]
+    loss: Callable[..., Tensor]
+
+
+def kernels_of(backend: str) -> Kernels:
+    if backend == "cpu":
+        return Kernels(_log_sums_cpu, _loss_cpu)
+    from stable_rlhf.kernels import swav
+
+    return Kernels(swav.log_sums, swav.loss)
 
 
 @torch.library.custom_op("stable_rlhf::swav_loss", mutates_args=())
@@ -137,7 +145,7 @@ def _fused(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's part of the loss, and its gradients by float32 rows [B, D] and prototypes [K, D] of unit length."""
-    kernels, views = _kernels(backend), (a, b)
+    kernels, views = kernels_of(backend), (a, b)
     scores = a.new_empty(2, a.shape[0], prototypes.shape[0])
     with torch.autocast(a.device.type, enabled=False):
         for view, score in zip(views, scores, strict=True):
@@ -176,5 +184,44 @@ def _backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None,
 
 
 _fused.register_autograd(_backward, setup_context=_setup)
+
+
+def _cpu_arguments(
+    scores: Tensor, potential: Tensor | None, inverse_epsilon: float
+) -> tuple[int, int, int, int, float]:
+    assert scores.is_contiguous() and scores.dtype == torch.float32
+    return (
+        scores.data_ptr(), scores.shape[1], scores.shape[2], 0 if potential is None else potential.data_ptr(),
+        inverse_epsilon,
+    )  # fmt: skip
+
+
+def _log_sums_cpu(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> Tensor:
+    module = extension()
+    assert module is not None
+    sums = torch.empty(2, scores.shape[2], dtype=torch.float32, device="cpu")
+    module.swav_log_sums(
+        *_cpu_arguments(scores, potential, inverse_epsilon), sums.data_ptr(), torch.get_num_threads(),
+        cpu_isa(),
+    )  # fmt: skip
+    return sums
+
+
+def _loss_cpu(
+    scores: Tensor,
+    potential: Tensor | None,
+    inverse_epsilon: float,
+    inverse_temperature: float,
+    scale: float,
+    gradient: bool,
+) -> Tensor:
+    module = extension()
+    assert module is not None
+    total = module.swav_loss(
+        *_cpu_arguments(scores, potential, inverse_epsilon), inverse_temperature, scale, gradient,
+        torch.get_num_threads(), cpu_isa(),
+    )  # fmt: skip
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
+
 
 register("swav_loss", {"torch": _reference, "cpu": _fused, "triton": _fused})

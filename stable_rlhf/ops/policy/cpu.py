@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._policy_config import PolicyLossConfig
-from stable_rlhf.ops._policy_rows import RowState, Terms
 from stable_rlhf.ops.backends import cpu_isa, extension
+from stable_rlhf.ops.policy.formula import RowState, Terms
+from stable_rlhf.ops.policy.types import PolicyLossConfig
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATISTICS, _POLICY, _GIVEN = 0, 1, 2

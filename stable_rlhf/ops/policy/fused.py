@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops import _driver
-from stable_rlhf.ops._policy_config import PolicyLossConfig, PolicyLossOutput
-from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
-from stable_rlhf.ops._policy_rows import (
+from stable_rlhf.ops.backends import autograd_inside, refuse_second_derivative
+from stable_rlhf.ops.checks import statistics_dtype
+from stable_rlhf.ops.policy import driver
+from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
     Terms,
     check_statistics,
     gather_terms,
+    linear_statistics,
+    row_statistics,
     select_rows,
     total_loss,
 )
-from stable_rlhf.ops._products import HeadProducts
-from stable_rlhf.ops.backends import autograd_inside, refuse_second_derivative
-from stable_rlhf.ops.checks import statistics_dtype
+from stable_rlhf.ops.policy.products import HeadProducts
+from stable_rlhf.ops.policy.types import PolicyLossConfig, PolicyLossOutput
 
 METRICS = ("policy_loss", "rehearsal_loss", "clip_fraction", "approx_kl", "max_ratio", "entropy")
 COUNTS = ("policy_tokens", "rehearsal_tokens")
@@ -172,7 +173,7 @@ def linear_policy_loss(
             _temperature(temperature, row_temperature), [policy_denominator, rehearsal_denominator], denominators,
             settings, logits_dtype, workspace_bytes, needs,
         )  # fmt: skip
-    kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
+    kernels, vocabulary = driver.row_kernels(backend, group, weight.shape[0], hidden.device)
     rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     terms = _terms(
         rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
@@ -180,9 +181,9 @@ def linear_policy_loss(
     )  # fmt: skip
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
     if any(needs):
-        state, made = _driver.policy(kernels, products, rows, terms, settings, workspace_bytes, grad_tolerance)
+        state, made = driver.policy(kernels, products, rows, terms, settings, workspace_bytes, grad_tolerance)
     else:
-        state = _driver.statistics(kernels, products, rows, settings.softcap, workspace_bytes)
+        state = driver.statistics(kernels, products, rows, settings.softcap, workspace_bytes)
         made = (None, None, None)
     return (
         *_outputs(rows, state, terms, settings, "hidden, weight or bias"),
@@ -276,7 +277,7 @@ def policy_loss(
     settings = _unpack_config(config)
     kernels, vocabulary = None, logits.shape[-1]
     if backend != "torch":
-        kernels, vocabulary = _driver.row_kernels(backend, group, vocabulary, logits.device)
+        kernels, vocabulary = driver.row_kernels(backend, group, vocabulary, logits.device)
     rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, logits.device)
     terms = _terms(
         rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
@@ -361,10 +362,10 @@ def linear_logprob(
         given = (rows.scatter(x) for x in (logprob, row_entropy))
         nothing = (logprob.new_zeros(target.shape) for _ in range(2))
         return (*given, *nothing)  # type: ignore[return-value]
-    kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
+    kernels, vocabulary = driver.row_kernels(backend, group, weight.shape[0], hidden.device)
     rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype)
-    state = _driver.statistics(kernels, products, rows, softcap, workspace_bytes)
+    state = driver.statistics(kernels, products, rows, softcap, workspace_bytes)
     check_statistics(state.logprob, state.entropy, rows, "hidden, weight or bias")
     return (
         rows.scatter(state.logprob), rows.scatter(state.entropy), rows.scatter(state.max), rows.scatter(state.log_sum)
@@ -405,7 +406,7 @@ def linear_logprob_backward(
             made = linear_statistics(rows.gather(h), w, b, rows, softcap, True, logits_dtype, workspace_bytes)
             gradients = _gradients(list(made), [g for g in upstream if g is not None], [h, w, b], needs)
         return gradients[0], gradients[1], gradients[2]
-    kernels, vocabulary = _driver.row_kernels(backend, group, weight.shape[0], hidden.device)
+    kernels, vocabulary = driver.row_kernels(backend, group, weight.shape[0], hidden.device)
     rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
     products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
     state = RowState.of(rows)
@@ -417,7 +418,7 @@ def linear_logprob_backward(
         taken = rows.take(name, value, torch.float32)
         assert taken is not None
         getattr(state, name).copy_(taken)
-    found = _driver.given(kernels, products, state, softcap, workspace_bytes)
+    found = driver.given(kernels, products, state, softcap, workspace_bytes)
     return _spread(rows, found[0], hidden), _or_empty(found[1], weight), _or_empty(found[2], weight)
 
 

@@ -6,7 +6,7 @@
         hidden gradient = G W                      second product, rows with a gradient only
         weight gradient += G^T hidden              third product, the same rows
 
-The same for every device; the row kernels are `_rows_cpu` (C++) and `kernels.policy_rows` (Triton).
+The same for every device; the row kernels are `cpu` (C++) and `kernels.policy_rows` (Triton).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops._columns import CHUNK_ROWS, Selection, select_columns
-from stable_rlhf.ops._policy_config import PolicyLossConfig
-from stable_rlhf.ops._policy_rows import Rows, RowState, Terms
-from stable_rlhf.ops._products import HeadProducts
-from stable_rlhf.ops._split_vocabulary import SplitVocabulary
+from stable_rlhf.ops.policy.formula import Rows, RowState, Terms
+from stable_rlhf.ops.policy.products import CHUNK_ROWS, HeadProducts, Selection, select_columns
+from stable_rlhf.ops.policy.split_vocabulary import SplitVocabulary
+from stable_rlhf.ops.policy.types import PolicyLossConfig
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden [A, H], weight, bias
 
@@ -32,7 +31,7 @@ def row_kernels(backend: str, group: str, width: int, device: torch.device) -> t
     """The row kernels of a backend, "cpu" or "triton", and the size of the vocabulary, of which `width` tokens are this
     rank's when `group` names a process group."""
     kernels = importlib.import_module(
-        "stable_rlhf.ops._rows_cpu" if backend == "cpu" else "stable_rlhf.kernels.policy_rows"
+        "stable_rlhf.ops.policy.cpu" if backend == "cpu" else "stable_rlhf.kernels.policy_rows"
     )
     if not group:
         return kernels, width
@@ -118,7 +117,7 @@ def policy(
     compact: bool = True,
 ) -> tuple[RowState, Gradients]:
     """Statistics of the active rows and the gradients of the loss; three products, the last two over some columns only
-    when there is a tolerance (`_columns`). `compact`: rows may turn out to have no gradient, and are then left out."""
+    when there is a tolerance (`columns`). `compact`: rows may turn out to have no gradient, and are then left out."""
     state = RowState.of(rows)
 
     def work(part: slice, logits: Tensor, gradient: Tensor) -> Tensor | None:

@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stable_rlhf.ops import _policy_ops
-from stable_rlhf.ops._policy_config import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
-from stable_rlhf.ops._policy_reference import linear_statistics, row_statistics
-from stable_rlhf.ops._policy_rows import check_statistics, gather_terms, select_rows, total_loss
 from stable_rlhf.ops.backends import choice, needs_operator, register
 from stable_rlhf.ops.checks import (
     FLOATS,
@@ -25,6 +21,16 @@ from stable_rlhf.ops.checks import (
     statistics_dtype,
 )
 from stable_rlhf.ops.contrastive.unit_rows import group_name
+from stable_rlhf.ops.policy import fused
+from stable_rlhf.ops.policy.formula import (
+    check_statistics,
+    gather_terms,
+    linear_statistics,
+    row_statistics,
+    select_rows,
+    total_loss,
+)
+from stable_rlhf.ops.policy.types import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
 
 
 def linear_policy_loss(
@@ -124,9 +130,9 @@ def linear_policy_loss(
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
         unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
         per_row["row_weight"] = unit * grad_scale
-    loss, logprob, entropy, metrics, counts, *_ = _policy_ops.linear_policy_loss(
+    loss, logprob, entropy, metrics, counts, *_ = fused.linear_policy_loss(
         hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        _policy_ops.pack_config(config), logits_dtype, workspace_bytes, grad_tolerance, name, group_name(process_group),
+        fused.pack_config(config), logits_dtype, workspace_bytes, grad_tolerance, name, group_name(process_group),
         _needs(hidden, weight, bias),
     )  # fmt: skip
     if grad_scale != 1.0:
@@ -181,9 +187,9 @@ def policy_loss(
         return total_loss(rows, logprob, entropy, terms, config)
     row_temperature, scalar = _split_temperature(temperature, target)
     tensors, numbers = _split_denominators(denominators)
-    loss, logprob, entropy, metrics, counts, _gradient = _policy_ops.policy_loss(
+    loss, logprob, entropy, metrics, counts, _gradient = fused.policy_loss(
         logits, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        _policy_ops.pack_config(config), name, group_name(process_group), _needs(logits)[0],
+        fused.pack_config(config), name, group_name(process_group), _needs(logits)[0],
     )  # fmt: skip
     return _output(loss, logprob, entropy, metrics, counts)
 
@@ -224,12 +230,53 @@ def linear_logprob(
         return rows.scatter(logprob), rows.scatter(row_entropy) if entropy else None
     hidden, weight, bias = _autocast(hidden, weight, bias)
     row_temperature, scalar = _split_temperature(temperature, target)
-    logprob, row_entropy, *_ = _policy_ops.linear_logprob(
+    logprob, row_entropy, *_ = fused.linear_logprob(
         hidden, weight, bias, target, row_temperature, scalar, softcap, logits_dtype, workspace_bytes, name,
         group_name(process_group),
         _needs(hidden, weight, bias),
     )  # fmt: skip
     return logprob, row_entropy if entropy else None
+
+
+class PolicyHead(nn.Module):
+    """The head of a causal language model: hidden states in, loss or log-probs out, logits never whole.
+
+    ZeRO-3 and FSDP gather a module's weights while its ``forward`` runs. A loss that takes ``lm_head.weight`` from
+    outside finds an empty shard there; this module owns the same parameter (tied to the embedding or not) and uses it
+    where it is whole.
+
+        model.lm_head = PolicyHead.from_linear(model.lm_head)  # head(hidden) still is logits
+        output = model.lm_head(hidden, target, kind, old_logprob=..., advantage=...)
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight  # [V, H]
+        self.bias = bias  # [V]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> PolicyHead:
+        """The head over a linear layer's own parameters, which stay tied to whatever they are tied to."""
+        return cls(linear.weight, linear.bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor | None = None,
+        kind: Tensor | None = None,
+        *,
+        loss: bool = True,
+        **options: Any,
+    ) -> Tensor | PolicyLossOutput | tuple[Tensor, Tensor | None]:
+        """Logits [..., V] without ``target``; with it the output of :func:`linear_policy_loss`, or with ``loss=False``
+        that of :func:`linear_logprob`. ``options`` are theirs."""
+        if target is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        if loss:
+            return linear_policy_loss(hidden, self.weight, target, kind, bias=self.bias, **options)
+        if kind is not None:
+            raise ValueError("kind: log-probs know no kinds; put -100 where target is to be ignored")
+        return linear_logprob(hidden, self.weight, target, bias=self.bias, **options)
 
 
 def _backend_for(op: str, value: Tensor) -> str:
@@ -296,8 +343,8 @@ def _split_denominators(given: dict[str, float | Tensor | None]) -> tuple[list[T
 
 
 def _output(loss: Tensor, logprob: Tensor, entropy: Tensor, metrics: Tensor, counts: Tensor) -> PolicyLossOutput:
-    named = dict(zip(_policy_ops.METRICS, metrics.detach().unbind(), strict=True))
-    named |= dict(zip(_policy_ops.COUNTS, counts.detach().unbind(), strict=True))
+    named = dict(zip(fused.METRICS, metrics.detach().unbind(), strict=True))
+    named |= dict(zip(fused.COUNTS, counts.detach().unbind(), strict=True))
     return PolicyLossOutput(loss, logprob.detach(), entropy.detach(), named)
 
 
@@ -342,9 +389,9 @@ def _check_process_group(process_group: object | None, backend: str) -> None:
 
 
 _FUSED: dict[str, Any] = {
-    "linear_policy_loss": _policy_ops.linear_policy_loss,
-    "policy_loss": _policy_ops.policy_loss,
-    "linear_logprob": _policy_ops.linear_logprob,
+    "linear_policy_loss": fused.linear_policy_loss,
+    "policy_loss": fused.policy_loss,
+    "linear_logprob": fused.linear_logprob,
 }
 for _name, _op in _FUSED.items():
     reference = linear_statistics if _name != "policy_loss" else row_statistics

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops._policy_config import PolicyLossConfig
-from stable_rlhf.ops._policy_rows import RowState, Terms, coefficients
+from stable_rlhf.ops.policy.formula import RowState, Terms, coefficients
+from stable_rlhf.ops.policy.types import PolicyLossConfig
 
 
 class SplitVocabulary:

@@ -1,0 +1,1 @@
+"""PPO and rehearsal tokens in one loss, and token log-probabilities."""
