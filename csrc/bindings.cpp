@@ -7,8 +7,8 @@
 #include "advantage.h"
 #include "isa.h"
 #include "parallel.h"
-#include "policy_rows.h"
-#include "sequence_ops.h"
+#include "policy.h"
+#include "sequence.h"
 #include "swav.h"
 #include "topk.h"
 
@@ -25,7 +25,7 @@ void need(bool ran, const std::string& isa) {
     if (!ran) throw std::runtime_error("this processor cannot run the kernels for '" + isa + "'");
 }
 
-// Addresses of 0 are absent arrays; see policy_rows.h for what each argument is.
+// Addresses of 0 are absent arrays; see policy.h for what each argument is.
 void bind_rows(py::module_& m) {
     using namespace stable_rlhf;
     using Address = std::uintptr_t;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "advantage.h"
-#include "policy_rows.h"
+#include "policy.h"
 #include "swav.h"
 
 namespace stable_rlhf {

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
-#include "sequence_ops.h"
+#include "sequence.h"
 
 namespace stable_rlhf {
 namespace {

@@ -38,9 +38,9 @@ def test_importing_the_package_is_light():
 
 
 def test_kernels_are_part_of_the_package():
-    from stable_rlhf.kernels import sequence_ops
+    from stable_rlhf.kernels import sequence
 
-    assert callable(sequence_ops.gae)
+    assert callable(sequence.gae)
 
 
 def test_build_needs_neither_torch_nor_the_dependencies():

@@ -30,7 +30,7 @@ from stable_rlhf.ops.checks import (
 )
 from stable_rlhf.ops.contrastive.unit_rows import group_name, resolve_group
 
-_FINE = 0  # SequenceStatus of csrc/sequence_ops.h
+_FINE = 0  # SequenceStatus of csrc/sequence.h
 
 
 def log_ratio_kl(log_ratio: Tensor, estimator: str) -> Tensor:
@@ -174,7 +174,7 @@ def _gae_cpu(
 def _gae_triton(
     reward: Tensor, value: Tensor, bounds: Tensor, gamma: float, lam: float, bootstrap_value: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from stable_rlhf.kernels.sequence_ops import gae as kernel
+    from stable_rlhf.kernels.sequence import gae as kernel
 
     reward, value, bounds, bootstrap_value = _gae_inputs(
         reward, value, bounds, bootstrap_value, check=check_values(reward.device)
@@ -333,7 +333,7 @@ def _whiten_cpu(
 def _whiten_triton(
     x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None, shift_mean: bool, eps: float
 ) -> Tensor:
-    from stable_rlhf.kernels import sequence_ops as kernels
+    from stable_rlhf.kernels import sequence as kernels
 
     values, valid = _whiten_inputs(x, mask)
     parts = kernels.masked_moments(values, valid)
@@ -477,7 +477,7 @@ def _rewards_cpu(
 def _rewards_triton(
     logprob: Tensor, ref_logprob: Tensor, score: Tensor, bounds: Tensor, kl_coef: float, estimator: str, clamp: float
 ) -> Tensor:
-    from stable_rlhf.kernels.sequence_ops import token_rewards as kernel
+    from stable_rlhf.kernels.sequence import token_rewards as kernel
 
     inputs = _rewards_inputs(logprob, ref_logprob, score, bounds, check=check_values(logprob.device))
     return kernel(*inputs, kl_coef, estimator, clamp)

@@ -65,10 +65,10 @@ SEQUENCE_KERNELS = {
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("name", SEQUENCE_KERNELS)
 def test_sequence_kernels(name, dtype, capability, tmp_path, record_property):
-    from stable_rlhf.kernels import sequence_ops
+    from stable_rlhf.kernels import sequence
 
     kernel, constants = SEQUENCE_KERNELS[name]
-    kernel = getattr(sequence_ops, kernel)
+    kernel = getattr(sequence, kernel)
     if "DTYPE" in kernel.arg_names:
         constants = {**constants, "DTYPE": getattr(tl, f"float{dtype[2:]}")}
     types = {argument: f"*{dtype}" if argument.endswith("_ptr") else "fp32" for argument in kernel.arg_names}
@@ -150,7 +150,7 @@ ROW_KERNELS = {  # logits, gradient, which parts
 @pytest.mark.parametrize("name", ROW_KERNELS)
 def test_policy_rows(name, capability, tmp_path, record_property):
     """At the launch shape of vocabularies of 128,256, 151,936 and 250,880, which is one and the same."""
-    from stable_rlhf.kernels.policy_rows import _row_kernel, launch_shape
+    from stable_rlhf.kernels.policy import _row_kernel, launch_shape
 
     logits, gradient, parts = ROW_KERNELS[name]
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[logits]
@@ -180,9 +180,9 @@ def test_policy_rows(name, capability, tmp_path, record_property):
 
 @pytest.mark.parametrize("name", ["_order_kernel", "_scale_kernel"])
 def test_small_policy_kernels(name, tmp_path, record_property):
-    from stable_rlhf.kernels import policy_rows
+    from stable_rlhf.kernels import policy
 
-    kernel = getattr(policy_rows, name)
+    kernel = getattr(policy, name)
     types = dict.fromkeys(kernel.arg_names, "*fp32") | {"count": "i32", "order_ptr": "*i64", "found_ptr": "*i32"}
     types = {argument: types[argument] for argument in kernel.arg_names if argument != "BLOCK"}
     used, _ = resources(kernel, types, {"BLOCK": 1024}, 90, 4, tmp_path)
@@ -194,7 +194,7 @@ def test_small_policy_kernels(name, tmp_path, record_property):
 @pytest.mark.parametrize("gradient", ["fp32", "bf16"])
 def test_info_nce(gradient, capability, tmp_path, record_property):
     """The row kernel as InfoNCE runs it: float32 similarities of 256 to 8,192 rows."""
-    from stable_rlhf.kernels.policy_rows import _row_kernel, launch_shape
+    from stable_rlhf.kernels.policy import _row_kernel, launch_shape
 
     ((block, warps),) = {launch_shape(rows, torch.float32) for rows in (256, 1000, 8192)}
     types = {

@@ -49,9 +49,9 @@ def rounding_of_a_gpu(monkeypatch):
 
 
 def kernels():
-    from stable_rlhf.kernels import policy_rows
+    from stable_rlhf.kernels import policy
 
-    return policy_rows
+    return policy
 
 
 def make_rows(rows: int, vocabulary: int, config: PolicyLossConfig, dtype=torch.float32, seed=0, spread=3.0):

@@ -115,9 +115,9 @@ def test_k3_near_zero(where, dtype):
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("mask_type", [None, torch.bool, torch.int64])
 def test_whiten(where, dtype, n, shift_mean, mask_type, monkeypatch):
-    from stable_rlhf.kernels import sequence_ops
+    from stable_rlhf.kernels import sequence
 
-    monkeypatch.setattr(sequence_ops, "_MOST_PARTS", 3)  # programs then have several blocks
+    monkeypatch.setattr(sequence, "_MOST_PARTS", 3)  # programs then have several blocks
     x = 3 * normal(n, dtype=dtype, seed=6) + 100
     mask = None if mask_type is None else (normal(n, dtype=dtype, seed=7) < 0.3).to(mask_type)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""The row kernel on the CPU: csrc/policy_rows.cpp on PyTorch tensors."""
+"""The row kernel on the CPU: csrc/policy.cpp on PyTorch tensors."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
         hidden gradient = G W                      second product, rows with a gradient only
         weight gradient += G^T hidden              third product, the same rows
 
-The same for every device; the row kernels are `cpu` (C++) and `kernels.policy_rows` (Triton).
+The same for every device; the row kernels are `cpu` (C++) and `kernels.policy` (Triton).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def row_kernels(backend: str, group: str, width: int, device: torch.device) -> t
     """The row kernels of a backend, "cpu" or "triton", and the size of the vocabulary, of which `width` tokens are this
     rank's when `group` names a process group."""
     kernels = importlib.import_module(
-        "stable_rlhf.ops.policy.cpu" if backend == "cpu" else "stable_rlhf.kernels.policy_rows"
+        "stable_rlhf.ops.policy.cpu" if backend == "cpu" else "stable_rlhf.kernels.policy"
     )
     if not group:
         return kernels, width

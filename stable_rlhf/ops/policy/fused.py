@@ -131,7 +131,7 @@ def hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | No
     if traced or mapped or torch._C._autograd._get_current_graph_task_keep_graph():
         return [None if g is None else g * upstream for g in found]
     if upstream.device.type == "cuda":
-        from stable_rlhf.kernels.policy_rows import scale_
+        from stable_rlhf.kernels.policy import scale_
 
         return [None if g is None else scale_(g, upstream) for g in found]
     if float(upstream) == 1.0:

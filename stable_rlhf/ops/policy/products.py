@@ -285,8 +285,8 @@ class HeadProducts:
 #     sum over the dropped columns of |gradient|  <=  tau |c| / temperature,
 #
 # c being the row's loss coefficient: without softcap and entropy bonus, that is at most tau of the row's probability.
-# The targets' columns always stay. A few candidate thresholds on a column's largest share are tried at once, and the one
-# with the least work is taken; rows that break the bound under it go through the whole vocabulary.
+# The targets' columns always stay. A few candidate thresholds on a column's largest share are tried at once, and the
+# one with the least work is taken; rows that break the bound under it go through the whole vocabulary.
 
 
 @dataclass(frozen=True)

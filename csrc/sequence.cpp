@@ -1,5 +1,5 @@
 // Generalised advantage estimation (Schulman et al. 2016, eq. 16) and per-token rewards on packed sequences.
-#include "sequence_ops.h"
+#include "sequence.h"
 
 #include <cmath>
 #include <limits>

@@ -1,5 +1,5 @@
 // Shares rows out to threads, and closes the gaps that dropped rows leave.
-#include "policy_rows.h"
+#include "policy.h"
 
 #include <cstring>
 #include <vector>

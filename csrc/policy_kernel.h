@@ -1,5 +1,5 @@
 // The row kernel, written once for every instruction set (simd.h).
-#include "policy_rows.h"
+#include "policy.h"
 #include "simd.h"
 
 namespace stable_rlhf {
