@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from bench import pages
 from bench.case import OURS, Line
 from bench.common import ROOT
 from bench.compare import FASTER, NOISE, SLOWER, Change
 
 # The pages with marked parts: a short table there, all of them here.
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-MARKED = re.compile(r"<!-- bench:(?P<name>[a-z-]+) -->\n(?P<text>.*?)<!-- /bench -->", re.DOTALL)
+MARKED = pages.marked("bench")
 COMMAND = "make bench-readme"
 # What takes long on a CPU is a preset of its own, kept in the same file.
 LONG = {
@@ -153,11 +153,6 @@ def changes(found: Sequence[Change], everything: bool = False) -> Table:
 # -- the pages ---------------------------------------------------------------------------------------------------------
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows))
-
-
 def origin(lines: Sequence[Line], study: str) -> str:
     """One sentence on device, versions, commit, date and command."""
     told = []
@@ -205,7 +200,7 @@ def policy_loss(lines: Sequence[Line]) -> str:
         "SmolLM2's hidden states",
         "error there",
     ]
-    text = markdown_table(head, rows)
+    text = pages.markdown(head, rows) + "\n"
     told = {
         "logprob": "`linear_logprob` without gradient",
         "logprob-grad": "with gradient (floor: four products, for logits that are not kept)",
@@ -236,7 +231,7 @@ def speed(lines: Sequence[Line]) -> str:
         fastest = f"{ratio(peers[0])} {peers[0]['peer']}" if peers else "–"
         own, plain = (ratio(timed[peer]) if peer in timed else "–" for peer in (OURS, "plain PyTorch"))
         rows.append([name, own, fastest, plain])
-    return markdown_table(["× floor", f"**{OURS}**", "fastest other", "plain PyTorch"], rows)
+    return pages.markdown(["× floor", f"**{OURS}**", "fastest other", "plain PyTorch"], rows) + "\n"
 
 
 def plain_table(lines: Sequence[Line]) -> str:
@@ -258,7 +253,7 @@ def plain_table(lines: Sequence[Line]) -> str:
             if fitting:
                 row.append(str(line.get("largest_batch") or ""))
             rows.append(row)
-    return markdown_table(head, rows)
+    return pages.markdown(head, rows) + "\n"
 
 
 def block(name: str, lines: Sequence[Line]) -> str:
@@ -274,7 +269,7 @@ def block(name: str, lines: Sequence[Line]) -> str:
 
 def rendered(page: str, lines: Sequence[Line]) -> str:
     """The page with every marked part made anew."""
-    return MARKED.sub(lambda m: f"<!-- bench:{m['name']} -->\n{block(m['name'], lines)}<!-- /bench -->", page)
+    return pages.rendered(page, "bench", lambda name: block(name, lines))
 
 
 def rewrite(path: Path, lines: Sequence[Line]) -> bool:
