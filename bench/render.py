@@ -26,7 +26,7 @@ LONG = {
 # The README's rows: study, operation, and what of the shape tells the case from the study's others.
 SPEED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "PPO and rehearsal loss, V 49,152, half of 1,024 rows active": ("policy-loss", "policy", {"active": 0.5}),
-    "the same, V 250,880": ("large-vocabulary", "policy", {}),
+    "the same, V 250,880, width 1,024": ("large-vocabulary", "policy", {}),
     "Advantage-Model loss, 512 pairs, four alternates": ("advantage-loss", "advantage", {"alternates": 4}),
     "InfoNCE, 8,192 pairs of rows": ("contrastive", "info-nce", {}),
     "SwAV, 8,192 pairs of rows": ("contrastive", "swav", {}),
