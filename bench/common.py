@@ -46,29 +46,6 @@ class Timing:
     def median(self) -> float | None:
         return statistics.median(self.samples) if self.samples else None
 
-    def quantile(self, share: float) -> float | None:
-        """The sample below which `share` of the rounds lie, by linear interpolation."""
-        return quantile(self.samples, share) if self.samples else None
-
-    @property
-    def spread(self) -> float | None:
-        """Distance between the quartiles over the median; None with fewer than four rounds."""
-        if len(self.samples) < 4:
-            return None
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
-        return (high - low) / statistics.median(self.samples)
-
-    def record(self) -> dict[str, Any]:
-        if not self.samples:
-            return {"failure": self.failure}
-        return {
-            "median_ms": self.median,
-            "min_ms": min(self.samples),
-            "spread": self.spread,
-            "rounds": len(self.samples),
-            "samples_ms": self.samples,
-        }
-
 
 def quantile(samples: Sequence[float], share: float) -> float:
     ordered = sorted(samples)

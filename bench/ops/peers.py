@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.ops.problem import POLICY, REHEARSAL, Contender, Problem, Result, Step, factors, mixed_loss, plain_logprob
+from bench.case import OURS, Contender
+from bench.common import Step
+from bench.ops.problem import POLICY, REHEARSAL, PolicyContender, Problem, Result, factors, mixed_loss, plain_logprob
 
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -81,19 +83,6 @@ def ours(**options: Any) -> Callable[[Problem], Step]:
         return step
 
     return build
-
-
-def accepts_grad_tolerance() -> bool:
-    """Whether this version of the operation drops columns below a tolerance, or only knows the exact gradient."""
-    hidden, weight = torch.ones(2, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
-    try:
-        zeros = torch.zeros(2)
-        ops.linear_policy_loss(
-            hidden, weight, torch.zeros(2, dtype=torch.int64), old_logprob=zeros, advantage=zeros, grad_tolerance=1e-3
-        )
-    except NotImplementedError:
-        return False
-    return True
 
 
 # -- other projects ----------------------------------------------------------------------------------------------------
@@ -226,23 +215,25 @@ def _ignoring(build: Callable[[Problem], Step]) -> Callable[[Problem], Step]:
     return lambda problem: build(replace(problem, target=problem.target.masked_fill(problem.kind == 0, -100)))
 
 
-def policy_peers(device: torch.device, all_rows: bool) -> list[Contender]:
+def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
     """Every peer on the active rows; with `all_rows`, where some are inactive, once more as its users call it."""
     cut = _lazily(lambda: _cut_cross_entropy(device))
     found = [
-        Contender("plain PyTorch", plain),
-        Contender("torch.compile", compiled_plain, note="compiled for this shape"),
-        Contender("cut-cross-entropy", cut, note="its NLL, then PPO"),
+        PolicyContender("plain PyTorch", plain),
+        PolicyContender("torch.compile", compiled_plain, note="compiled for this shape"),
+        PolicyContender("cut-cross-entropy", cut, note="its NLL, then PPO"),
     ]
     if device.type == "cuda":
         unfiltered = _lazily(lambda: _cut_cross_entropy(device, filter_eps=None))
-        found.append(Contender("cut-cross-entropy, no filter", unfiltered, note="filter_eps=None"))
+        found.append(PolicyContender("cut-cross-entropy, no filter", unfiltered, note="filter_eps=None"))
     chunked, selective = _lazily(_trl_chunked), _lazily(_trl_selective)
     found += [
-        Contender("Liger GRPO", liger_grpo, note="a row is a sequence of one token"),
-        Contender("TRL chunked log-prob", chunked, note="trl.kernels"),
-        Contender("TRL selective_log_softmax", selective, note="chunks of 256 rows"),
-        Contender("F.linear_cross_entropy", _lazily(_torch_linear_cross_entropy), note="chunked, its NLL, then PPO"),
+        PolicyContender("Liger GRPO", liger_grpo, note="a row is a sequence of one token"),
+        PolicyContender("TRL chunked log-prob", chunked, note="trl.kernels"),
+        PolicyContender("TRL selective_log_softmax", selective, note="chunks of 256 rows"),
+        PolicyContender(
+            "F.linear_cross_entropy", _lazily(_torch_linear_cross_entropy), note="chunked, its NLL, then PPO"
+        ),
     ]
     if not all_rows:
         return found
@@ -254,7 +245,9 @@ def policy_peers(device: torch.device, all_rows: bool) -> list[Contender]:
         ("Liger GRPO", liger_grpo_sequences, "sequences with a mask, one a chunk"),
         ("TRL chunked log-prob", chunked, masked),
     ]
-    return found + [Contender(f"{name}, all rows", make, all_rows=True, note=note) for name, make, note in as_called]
+    return found + [
+        PolicyContender(f"{name}, all rows", make, all_rows=True, note=note) for name, make, note in as_called
+    ]
 
 
 # -- linear_logprob and policy_loss ------------------------------------------------------------------------------------
@@ -273,7 +266,7 @@ def _logprob_step(problem: Problem, make: Callable[[Tensor, Tensor], Tensor], gr
     return step
 
 
-def logprob_contenders(gradient: bool) -> list[Contender]:
+def logprob_contenders(gradient: bool) -> list[PolicyContender]:
     def own(entropy: bool) -> Callable[[Problem], Step]:
         return lambda p: _logprob_step(
             p, lambda h, w: ops.linear_logprob(
@@ -289,10 +282,10 @@ def logprob_contenders(gradient: bool) -> list[Contender]:
         return _logprob_step(p, lambda h, w: function(h, w, p.target), gradient)
 
     return [
-        Contender("stable_rlhf", own(False), "ours"),
-        Contender("stable_rlhf, entropy", own(True), "ours"),
-        Contender("plain PyTorch", whole),
-        Contender("torch.compile", compiled),
+        PolicyContender(OURS, own(False), "ours"),
+        PolicyContender(f"{OURS}, entropy", own(True), "ours"),
+        PolicyContender("plain PyTorch", whole),
+        PolicyContender("torch.compile", compiled),
     ]
 
 
@@ -334,8 +327,8 @@ def _liger_triton(logits: Tensor, problem: Problem, policy: Tensor) -> Step:
     return step
 
 
-def logits_contenders(logits: Tensor, problem: Problem) -> list[tuple[str, str, Callable[[], Step]]]:
-    """`policy_loss` from logits that exist: name, role, and what makes the step."""
+def logits_contenders(logits: Tensor, problem: Problem) -> list[Contender]:
+    """`policy_loss` from logits that exist."""
     policy, rehearsal = factors(problem)
     given = (problem.old_logprob, problem.advantage, policy, rehearsal)
 
@@ -368,10 +361,10 @@ def logits_contenders(logits: Tensor, problem: Problem) -> list[tuple[str, str, 
         return build
 
     return [
-        ("stable_rlhf", "ours", with_gradient(lambda: own_loss)),
-        ("plain PyTorch", "peer", with_gradient(lambda: plain_loss)),
-        ("torch.compile", "peer", with_gradient(lambda: torch.compile(plain_loss, dynamic=False))),
-        ("Liger Triton GRPO", "peer", lambda: _liger_triton(logits, problem, policy)),
-        ("flash-attn cross-entropy", "peer", with_gradient(lambda: from_nll(_flash_attn_nll()))),
-        ("quack cross-entropy", "peer", with_gradient(lambda: from_nll(_quack_nll()))),
+        Contender(OURS, with_gradient(lambda: own_loss), "ours"),
+        Contender("plain PyTorch", with_gradient(lambda: plain_loss)),
+        Contender("torch.compile", with_gradient(lambda: torch.compile(plain_loss, dynamic=False))),
+        Contender("Liger Triton GRPO", lambda: _liger_triton(logits, problem, policy)),
+        Contender("flash-attn cross-entropy", with_gradient(lambda: from_nll(_flash_attn_nll()))),
+        Contender("quack cross-entropy", with_gradient(lambda: from_nll(_quack_nll()))),
     ]

@@ -23,8 +23,7 @@ import stable_rlhf.ops as ops
 from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings, copy_floor, on_backend, with_backends
 from bench.ops import peers
 from bench.ops.accuracy import check, check_logits, check_logprob
-from bench.ops.problem import Contender as Built
-from bench.ops.problem import Problem, floors, make_problem, random_inputs
+from bench.ops.problem import PolicyContender, Problem, floors, make_problem, random_inputs
 from stable_rlhf.ops.policy.products import has_native_products
 
 WORKSPACE = 256 << 20
@@ -84,15 +83,15 @@ def problem_of(case: Case, settings: Settings) -> Problem:
     )  # fmt: skip
 
 
-def own_contenders(case: Case, settings: Settings) -> list[Built]:
-    found = [Built(OURS, peers.ours(), "ours", all_rows=True)]
+def own_contenders(case: Case, settings: Settings) -> list[PolicyContender]:
+    found = [PolicyContender(OURS, peers.ours(), "ours", all_rows=True)]
     for name in settings.backends:
         build = functools.partial(lambda name, problem: on_backend(name, lambda: peers.ours()(problem))(), name)
-        found.append(Built(f"{OURS}, {name} backend", build, "ours", all_rows=True))
+        found.append(PolicyContender(f"{OURS}, {name} backend", build, "ours", all_rows=True))
     tolerance = case.shape.get("tolerance")
     if tolerance:
         own = peers.ours(grad_tolerance=tolerance)
-        found.append(Built(f"{OURS}, tolerance {tolerance:g}", own, "ours", all_rows=True))
+        found.append(PolicyContender(f"{OURS}, tolerance {tolerance:g}", own, "ours", all_rows=True))
     return found
 
 
@@ -153,7 +152,7 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
                 report[name] = {"failure": slow}
         return report
 
-    def made(built: Built) -> Contender:
+    def made(built: PolicyContender) -> Contender:
         given = problem if built.all_rows else active
         return Contender(built.name, functools.partial(built.build, given), built.role, built.note)
 
@@ -182,9 +181,8 @@ def prepare_logits(case: Case, settings: Settings) -> Prepared:
         one, one, target, torch.ones_like(target), here, advantage, WORKSPACE, sequences=sequences
     )  # of which only the rows' part is read
     contenders: list[Contender] = []
-    for name, role, make in peers.logits_contenders(logits, problem):
-        contender = Contender(name, make, role)
-        contenders += with_backends(contender, settings) if role == "ours" else [contender]
+    for contender in peers.logits_contenders(logits, problem):
+        contenders += with_backends(contender, settings) if contender.role == "ours" else [contender]
     moved = 2.0 * logits.nbytes
     return Prepared(
         [*contenders, copy_floor(moved, device)],

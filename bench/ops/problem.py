@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import stable_rlhf.ops as ops
+from bench.common import Step
 from stable_rlhf.ops import PolicyLossConfig
 
 POLICY, REHEARSAL = 1, 2
-Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,9 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Contender:
+class PolicyContender:
+    """Who is timed on a `Problem`."""
+
     name: str
     build: Callable[[Problem], Step]
     role: str = "peer"  # ours | floor | peer
@@ -148,11 +149,11 @@ def floor(products: int, chunk: int | None, dtype: torch.dtype | None = None) ->
     return build
 
 
-def floors(products: int, rows: int, dtype: torch.dtype | None = None, label: str = "floor") -> list[Contender]:
+def floors(products: int, rows: int, dtype: torch.dtype | None = None, label: str = "floor") -> list[PolicyContender]:
     """The floor over chunks of 256, 512 and all rows; the fastest of them is *the* floor."""
     chunks = [c for c in (256, 512) if c < rows]
     named = [(f"{label}, chunks of {c}", c) for c in chunks] + [(f"{label}, all rows", None)]
-    return [Contender(name, floor(products, chunk, dtype), "floor") for name, chunk in named]
+    return [PolicyContender(name, floor(products, chunk, dtype), "floor") for name, chunk in named]
 
 
 # -- problems ----------------------------------------------------------------------------------------------------------
