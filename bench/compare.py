@@ -79,6 +79,15 @@ def compare(before: Sequence[Line], after: Sequence[Line], threshold: float = 0.
 
 
 def slug(environment: dict[str, Any]) -> str:
-    """A device's name as a part of a file's: what is compared later must have run on the same one."""
-    name = environment.get("gpu") or f"{environment['cpu']} {environment['threads']} threads"
+    """A device's name as a part of a file's: what is compared later must have run on the same one.
+
+    Processors of one name may differ in their instructions, and their ratios to the floor by more than half: the kind
+    stands beside the name.
+    """
+    name = environment.get("gpu")
+    if name is None:
+        features = environment["cpu_features"]
+        widest = next((kind for kind in ("avx512", "avx2") if kind in features), "")
+        products = [kind for feature, kind in (("avx512_bf16", "bf16"), ("amx_tile", "amx")) if feature in features]
+        name = " ".join([environment["cpu"], widest, *products, f"{environment['threads']} threads"])
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

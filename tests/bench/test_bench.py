@@ -284,8 +284,26 @@ def test_the_largest_batch_is_one_that_was_measured_to_fit(slope, largest, monke
     assert found == largest and 500.0 + slope * found <= 990.0
 
 
-def test_a_device_has_one_name():
-    assert slug({"cpu": "AMD EPYC (x)", "threads": 2}) == "amd-epyc-x-2-threads"
+@pytest.mark.parametrize(
+    "features, kind",
+    [
+        ([], ""),
+        (["avx2"], "avx2-"),
+        (["avx2", "avx512", "avx512_vnni"], "avx512-"),
+        (["avx2", "avx512", "avx512_vnni", "avx512_bf16"], "avx512-bf16-"),
+        (["avx2", "avx512", "avx512_bf16", "amx_tile"], "avx512-bf16-amx-"),
+    ],
+)
+def test_a_kind_of_processor_has_one_name(features, kind):
+    assert slug({"cpu": "AMD EPYC (x)", "cpu_features": features, "threads": 2}) == f"amd-epyc-x-{kind}2-threads"
+    assert slug({"gpu": "NVIDIA H200", "cpu": "X", "cpu_features": features, "threads": 2}) == "nvidia-h200"
+
+
+def test_accepted_ratios_are_named_by_the_processor_that_they_were_measured_on():
+    paths = [path for path in RESULTS.glob("guard-*.jsonl") if path.stem != "guard-now"]
+    assert paths
+    for path in paths:
+        assert {f"guard-{slug(line['environment'])}" for line in read_lines(path)} == {path.stem}
 
 
 @pytest.mark.slow
