@@ -18,9 +18,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from stable_rlhf.progress import printable
-from stable_rlhf.recipe_file import check_value, read_recipe, suggestion
-from stable_rlhf.settings import expand_user, is_text, leaves
-from stable_rlhf.train.config import VARIANTS, LaunchArguments, Recipe
+from stable_rlhf.settings.ranges import expand_user, is_text, leaves
+from stable_rlhf.settings.recipe import VARIANTS, LaunchArguments, Recipe
+from stable_rlhf.settings.recipe_file import check_value, read_recipe, suggestion
 
 USAGE = """\
 usage: stable-rlhf COMMAND [options]

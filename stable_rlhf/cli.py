@@ -17,10 +17,10 @@ from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.progress import tolerant_output
-from stable_rlhf.recipe_file import suggestion
-from stable_rlhf.settings import expand_user
+from stable_rlhf.settings.ranges import expand_user
+from stable_rlhf.settings.recipe import Recipe, decisive
+from stable_rlhf.settings.recipe_file import suggestion
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import Recipe, decisive
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.

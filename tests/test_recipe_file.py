@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stable_rlhf.arguments import build_parser, parse
-from stable_rlhf.recipe_file import read_recipe
+from stable_rlhf.settings.recipe_file import read_recipe
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -13,8 +13,8 @@ import pytest
 from stable_rlhf.arguments import _FIRST, COMMANDS, build_parser, items, parse
 from stable_rlhf.generate import GenerationSettings
 from stable_rlhf.scorer import ScorerSettings
-from stable_rlhf.settings import Range, check_settings, expand_user, leaves, paths_in
-from stable_rlhf.train.config import Recipe
+from stable_rlhf.settings.ranges import Range, check_settings, expand_user, leaves, paths_in
+from stable_rlhf.settings.recipe import Recipe
 
 SETTINGS = dict(leaves(Recipe))
 # On purpose: each of these numbers means something.
@@ -58,7 +58,7 @@ NUMBERS = [name for name, hint in SETTINGS.items() if numbers(hint)]
 
 def test_every_number_has_a_range():
     missing = [name for name in NUMBERS for _, limits in numbers(SETTINGS[name]) if limits is None]
-    assert not missing, "say in stable_rlhf.settings' types what these take"
+    assert not missing, "say in stable_rlhf.settings.ranges' types what these take"
     assert len(NUMBERS) > 100
     check_settings(Recipe())  # and every default is inside
 

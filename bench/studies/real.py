@@ -59,9 +59,9 @@ from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
 from stable_rlhf.pictures import FAINT, INK, KEPT, legend_below, picture, png
 from stable_rlhf.progress import progress
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.checkpoint import RunDirectory
-from stable_rlhf.train.config import Recipe
 from stable_rlhf.train.datasets import read_preferences, split_preferences
 from stable_rlhf.train.engine import device
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, eval_metrics, score_pairs, train_scorer

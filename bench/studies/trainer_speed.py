@@ -50,7 +50,8 @@ def run_ours(folder: Path, steps: int) -> list[float]:
     from stable_rlhf.data.records import PromptRow
     from stable_rlhf.models import PolicyModel, load_causal_lm, load_tokenizer
     from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-    from stable_rlhf.train.config import EngineArguments, PPOArguments
+    from stable_rlhf.settings.recipe import EngineArguments
+    from stable_rlhf.settings.stages import PPOArguments
     from stable_rlhf.train.engine import start
     from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 

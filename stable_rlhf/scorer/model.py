@@ -26,7 +26,7 @@ from stable_rlhf.models import (
 )
 from stable_rlhf.progress import progress
 from stable_rlhf.scorer.contrastive import Contrastive
-from stable_rlhf.settings import CountOrNone, Positive, Rows, check_settings
+from stable_rlhf.settings.ranges import CountOrNone, Positive, Rows, check_settings
 
 _SETTINGS_FILE = "advantage_model.json"
 _HEADS_FILE = "heads.safetensors"

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from stable_rlhf.outside import SECRET_NAME, check_address, has_credentials, without_credentials
-from stable_rlhf.settings import check_settings
-from stable_rlhf.train.config import Recipe, StudyArguments
+from stable_rlhf.settings.ranges import check_settings
+from stable_rlhf.settings.recipe import Recipe, StudyArguments
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse values that no stage can use, alone (`stable_rlhf.settings`) or together.
+    """Refuse values that no stage can use, alone (`stable_rlhf.settings.ranges`) or together.
 
     Raises:
         ValueError: names the setting, what it takes and what it got.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.config import ScorerArguments
 from stable_rlhf.train.engine import world_size
 
 

@@ -21,10 +21,10 @@ from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.lora import adapters_off, add_lora
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.progress import mark
+from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.signals import ASKS, received
 from stable_rlhf.train import watchdog
 from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.pieces import load_pieces, save_pieces
 from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
 

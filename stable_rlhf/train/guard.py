@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_rlhf.progress import say
-from stable_rlhf.train.config import GuardArguments
+from stable_rlhf.settings.recipe import GuardArguments
 
 _REMEMBERED = 20  # steps that the present one is held against
 _QUIET = 20  # steps before the same warning is given again

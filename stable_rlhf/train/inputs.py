@@ -11,7 +11,7 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models import context_length, load_tokenizer, resolve_model
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
-from stable_rlhf.train.config import EvaluateArguments, Recipe
+from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
 from stable_rlhf.train.datasets import check_evaluation_sets, load_prompts, locate
 from stable_rlhf.train.meta import check_meta_batch
 from stable_rlhf.train.ppo import check_sizes

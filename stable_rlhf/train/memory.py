@@ -72,7 +72,7 @@ from stable_rlhf.models import (
     text_config,
     text_decoder,
 )
-from stable_rlhf.train.config import EngineArguments, Recipe
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
 
 GIB = 2**30
 _RESERVE, _FRAGMENTS = GIB, 0.05

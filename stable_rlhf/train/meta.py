@@ -25,8 +25,8 @@ from stable_rlhf.models import FeatureCache
 from stable_rlhf.progress import say
 from stable_rlhf.scorer.meta import response_difference
 from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.batches import shuffled_steps, stream_seed
-from stable_rlhf.train.config import ScorerArguments
 from stable_rlhf.train.engine import Engine, rank, sum_over_ranks, world_size
 from stable_rlhf.train.weights import shard
 

@@ -36,8 +36,9 @@ from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages, 
 from stable_rlhf.ppo.update import mix, mixed_loss
 from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments
 from stable_rlhf.train.engine import (
     Engine,
     barrier,

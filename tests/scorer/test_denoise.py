@@ -15,7 +15,7 @@ from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.denoise import denoise, parse_bands
-from stable_rlhf.train.config import ScorerArguments
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 
 

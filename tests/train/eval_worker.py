@@ -14,7 +14,8 @@ import torch
 from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.config import EngineArguments, ScorerArguments
+from stable_rlhf.settings.recipe import EngineArguments
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.engine import barrier, finish, gather_objects, rank, start
 from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.world import build_model, build_tokenizer

@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.train.config import EngineArguments
+from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size
 from stable_rlhf.world import build_model, build_tokenizer
 

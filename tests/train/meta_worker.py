@@ -19,8 +19,9 @@ from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import EngineArguments
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.config import EngineArguments, ScorerArguments
 from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.meta import MetaRM
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss

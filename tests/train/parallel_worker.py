@@ -18,8 +18,9 @@ from stable_rlhf.models import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
+from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
 from stable_rlhf.train.batches import micro_steps, shuffled_steps
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments, ScorerArguments
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from stable_rlhf.data.packing import encode
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import SFTArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import EngineArguments, Recipe, SFTArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.sft import train_sft
 from stable_rlhf.train.weights import plain_weights

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from stable_rlhf import signals
+from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.train import checkpoint
 from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
-from stable_rlhf.train.config import CheckpointArguments
 
 SETTINGS = {"seed": 0, "ppo": {"kl_coef": 0.05, "tasks": ["a", "b"]}}
 

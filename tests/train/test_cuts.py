@@ -13,8 +13,9 @@ from stable_rlhf.data.packing import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.batches import micro_steps
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, PPOArguments
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -8,7 +8,7 @@ import pytest
 
 from stable_rlhf.data.packing import encode_prompt
 from stable_rlhf.data.records import DataError
-from stable_rlhf.train.config import DataArguments
+from stable_rlhf.settings.recipe import DataArguments
 from stable_rlhf.train.datasets import contents, load_demonstrations, load_preferences, load_prompts, locate
 
 TASKS = ("reverse", "upper", "count")

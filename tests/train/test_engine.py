@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.train import engine as engine_module
-from stable_rlhf.train.config import EngineArguments
 from stable_rlhf.train.engine import Engine, read_only, start
 
 

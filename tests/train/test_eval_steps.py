@@ -18,8 +18,9 @@ from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.scorer import EncodedComparison, score_pairs, train_scorer
 from stable_rlhf.train.stages import run_scorer
 

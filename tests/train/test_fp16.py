@@ -19,9 +19,10 @@ from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.scorer.meta import response_difference
+from stable_rlhf.settings.recipe import EngineArguments, GuardArguments, Recipe
+from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
 from stable_rlhf.train import meta
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import EngineArguments, GuardArguments, PPOArguments, Recipe, ScorerArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.guard import StabilityGuard
 from stable_rlhf.train.meta import MetaRM

@@ -16,9 +16,10 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments, Recipe
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, GuardArguments, PPOArguments, Recipe
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 

@@ -15,8 +15,9 @@ from stable_rlhf.data.records import Comparison, PromptRow
 from stable_rlhf.lora import adapted_layers
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe, ScorerArguments, SFTArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection

@@ -14,7 +14,7 @@ from cli_helpers import environment
 from memory_worker import measure
 from test_parallel import launch
 
-from stable_rlhf.train.config import EngineArguments, Recipe
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.train.memory import (
     GIB,
     Lora,

@@ -17,9 +17,10 @@ from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train import meta as meta_module
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import CheckpointArguments, EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.meta import MetaRM, encode_responses
 from stable_rlhf.train.scorer import EncodedComparison, train_scorer

@@ -12,7 +12,8 @@ from stable_rlhf.data.records import Comparison
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
-from stable_rlhf.train.config import EngineArguments, PPOArguments, ScorerArguments, SFTArguments
+from stable_rlhf.settings.recipe import EngineArguments
+from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
 from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.train.sft import train_sft

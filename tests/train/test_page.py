@@ -9,7 +9,7 @@ import re
 import pytest
 from PIL import Image
 
-from stable_rlhf.train.config import GuardArguments
+from stable_rlhf.settings.recipe import GuardArguments
 from stable_rlhf.train.guard import StabilityGuard
 from stable_rlhf.train.page import PAGE, render_page, training_curves, write_page
 from stable_rlhf.train.tracking import Tracker

@@ -17,8 +17,9 @@ from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import stages
-from stable_rlhf.train.config import DataArguments, EngineArguments, PPOArguments, Recipe
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer, check_sizes, encode_prompts
 from stable_rlhf.train.scorer import response_logprobs
 

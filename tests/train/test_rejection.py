@@ -14,8 +14,9 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import EngineArguments
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import rejection
-from stable_rlhf.train.config import EngineArguments, PPOArguments
 from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.rejection import keep, train_rejection

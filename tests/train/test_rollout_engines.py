@@ -14,8 +14,9 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import LocalRollouts
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.vllm_rollouts import VLLMRollouts
 

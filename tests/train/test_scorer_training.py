@@ -14,7 +14,8 @@ from stable_rlhf.data.packing import encode
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models import FeatureCache, PolicyModel, Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.train.config import EngineArguments, Recipe, ScorerArguments
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.scorer import (
     EncodedComparison,
     encode_comparisons,

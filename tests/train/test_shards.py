@@ -18,8 +18,9 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import evaluation
-from stable_rlhf.train.config import EngineArguments, PPOArguments, Recipe
 from stable_rlhf.train.engine import Engine, loading_in_shards, read_only, release
 from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
 from stable_rlhf.train.rejection import train_rejection

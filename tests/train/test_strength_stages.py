@@ -14,9 +14,10 @@ import torch
 
 from stable_rlhf.data import read_comparisons, write_jsonl
 from stable_rlhf.models import FeatureCache, Trunk, load_causal_lm
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train import strength
 from stable_rlhf.train.checkpoint import RunDirectory
-from stable_rlhf.train.config import EngineArguments, Recipe, ScorerArguments
 from stable_rlhf.train.datasets import load_preferences
 from stable_rlhf.train.scorer import train_scorer
 from stable_rlhf.train.stages import run_scorer

@@ -1,11 +1,11 @@
-"""The settings of each stage: what ``stable_rlhf.train.config`` puts together."""
+"""The settings of each stage: what ``stable_rlhf.settings.recipe`` puts together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from stable_rlhf.settings import (
+from stable_rlhf.settings.ranges import (
     Coefficient,
     Count,
     CountOrNone,

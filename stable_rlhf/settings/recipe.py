@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from stable_rlhf.settings import (
+from stable_rlhf.settings.ranges import (
     Coefficient,
     Count,
     CountOrNone,
@@ -26,7 +26,7 @@ from stable_rlhf.settings import (
     Workers,
     expand_paths,
 )
-from stable_rlhf.train.stage_config import (
+from stable_rlhf.settings.stages import (
     IterateArguments,
     PPOArguments,
     ScorerArguments,
@@ -39,27 +39,6 @@ from stable_rlhf.train.stage_config import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "VARIANTS",
-    "CheckpointArguments",
-    "DataArguments",
-    "EngineArguments",
-    "EvaluateArguments",
-    "GuardArguments",
-    "IterateArguments",
-    "LaunchArguments",
-    "PPOArguments",
-    "Recipe",
-    "RolloutArguments",
-    "SFTArguments",
-    "ScorerArguments",
-    "SelectArguments",
-    "StrengthArguments",
-    "StudyArguments",
-    "Variant",
-    "WorldArguments",
-    "decisive",
-]
 
 Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free"]
 VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free")
