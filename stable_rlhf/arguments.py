@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from stable_rlhf.progress import printable
 from stable_rlhf.settings.ranges import expand_user, is_text, leaves
 from stable_rlhf.settings.recipe import VARIANTS, LaunchArguments, Recipe
 from stable_rlhf.settings.recipe_file import check_value, read_recipe, suggestion
+from stable_rlhf.show.progress import printable
 
 USAGE = """\
 usage: stable-rlhf COMMAND [options]

@@ -16,10 +16,10 @@ from stable_rlhf import __version__, signals
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
-from stable_rlhf.progress import tolerant_output
 from stable_rlhf.settings.ranges import expand_user
 from stable_rlhf.settings.recipe import Recipe, decisive
 from stable_rlhf.settings.recipe_file import suggestion
+from stable_rlhf.show.progress import tolerant_output
 from stable_rlhf.train.checks import check
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
@@ -96,7 +96,7 @@ def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
 
 def _run(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.evaluate.report import summary_table
-    from stable_rlhf.progress import console, is_main_process
+    from stable_rlhf.show.progress import console, is_main_process
     from stable_rlhf.train.engine import finish
     from stable_rlhf.train.run import run_recipe
 
@@ -128,8 +128,8 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
 
     ``sections`` of the recipe and ``inputs`` are what the result depends on: only they must be the same for a finished
     stage to be found again. ``engine``: whether the stage has a policy and needs DeepSpeed."""
-    from stable_rlhf.progress import is_main_process
     from stable_rlhf.rehearsal.store import join_ranks
+    from stable_rlhf.show.progress import is_main_process
     from stable_rlhf.train.checkpoint import RunDirectory
     from stable_rlhf.train.engine import finish, start
 
@@ -191,8 +191,8 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.progress import console, is_main_process, printable
     from stable_rlhf.scorer.report import in_words, notable_tables
+    from stable_rlhf.show.progress import console, is_main_process, printable
     from stable_rlhf.train.checkpoint import RunDirectory
     from stable_rlhf.train.engine import finish, start
     from stable_rlhf.train.strength import measure_strength
@@ -294,7 +294,7 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _study(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.progress import printable
+    from stable_rlhf.show.progress import printable
     from stable_rlhf.train.study import run_study
 
     print(printable(run_study(recipe, validation=own.validation)))

@@ -19,8 +19,8 @@ from torch import Tensor
 from stable_rlhf.data.packing import Encoded, pad_sequences
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.models import context_length, length_batches
-from stable_rlhf.progress import progress
 from stable_rlhf.settings.ranges import PositiveShare, TemperatureOrGreedy, Tokens, check_settings
+from stable_rlhf.show.progress import progress
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.outside import without_credentials
-from stable_rlhf.progress import say
+from stable_rlhf.show.progress import say
 
 LOCK = ".lock"  # no content: what lists a folder leaves it out
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)

@@ -421,7 +421,7 @@ class FeatureCache:
         missing = [s for s in {tuple(s): None for s in sequences} if s not in self._store]
         if not missing:
             return
-        from stable_rlhf.progress import progress
+        from stable_rlhf.show.progress import progress
 
         batches = length_batches([len(s) for s in missing], trunk.batch_tokens)
         with progress(description, total=sum(len(s) for s in missing), unit="tokens") as bar:

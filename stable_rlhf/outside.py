@@ -29,7 +29,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from stable_rlhf.progress import mark, printable
+from stable_rlhf.show.progress import mark, printable
 
 T = TypeVar("T")
 

@@ -56,7 +56,7 @@ def test_the_check_of_encodings_finds_what_it_should():
 SAMPLES = """
 import sys
 from pathlib import Path
-from stable_rlhf.progress import say, tolerant_output
+from stable_rlhf.show.progress import say, tolerant_output
 from stable_rlhf.train.tracking import Tracker
 assert sys.getfilesystemencoding() != "utf-8" and sys.stdout.encoding.lower() != "utf-8"
 tolerant_output()

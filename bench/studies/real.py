@@ -56,10 +56,10 @@ from stable_rlhf.evaluate.metrics import (
 )
 from stable_rlhf.evaluate.study import paired_difference, paired_ratio, seed_mean
 from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
-from stable_rlhf.pictures import FAINT, INK, KEPT, legend_below, picture, png
-from stable_rlhf.progress import progress
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
+from stable_rlhf.show.progress import progress
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.datasets import read_preferences, split_preferences

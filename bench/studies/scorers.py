@@ -43,11 +43,11 @@ from stable_rlhf.evaluate.metrics import calibration, pair_accuracy, temperature
 from stable_rlhf.evaluate.study import seed_mean
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
-from stable_rlhf.pictures import FAINT, INK, KEPT, legend_below, picture, png
-from stable_rlhf.progress import progress
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
+from stable_rlhf.show.progress import progress
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.datasets import load_preferences

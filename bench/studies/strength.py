@@ -31,6 +31,7 @@ from stable_rlhf.evaluate.study import seed_mean
 from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.show.pictures import FAINT, INK, KEPT, picture, png
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.datasets import load_preferences, read_preferences, split_preferences
 from stable_rlhf.train.engine import start

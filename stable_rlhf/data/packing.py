@@ -17,7 +17,7 @@ from torch import Tensor
 from stable_rlhf.data.records import DataError, Prompt, RowError, as_messages
 from stable_rlhf.data.templates import render
 from stable_rlhf.data.turns import end_of_turn
-from stable_rlhf.progress import say
+from stable_rlhf.show.progress import say
 
 IGNORE = -100
 _CHARACTERS = 16  # a token: four times what English has, and soon encoded

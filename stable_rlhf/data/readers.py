@@ -28,7 +28,7 @@ from stable_rlhf.data.records import (
     ResponseSet,
     as_messages,
 )
-from stable_rlhf.progress import say
+from stable_rlhf.show.progress import say
 
 Record = TypeVar("Record")
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

@@ -14,7 +14,7 @@ import numpy as np
 
 from stable_rlhf.evaluate.findings import round_of, scorer_names, variant_names
 from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
-from stable_rlhf.pictures import FAINT, INK, legend_below, picture, plain, png
+from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
 
 COLOURS = {
     "rm": "#D55E00",

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.progress import progress
 from stable_rlhf.rehearsal import kmeans
+from stable_rlhf.show.progress import progress
 
 METHODS = ("kmeans", "gmm")
 BACKENDS = ("auto", "cpu", "faiss", "flash-kmeans")

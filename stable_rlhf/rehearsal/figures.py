@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.pictures import FAINT, INK, KEPT, legend_below, picture, plain, png
+from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, plain, png
 
 MAX_LABELS = 24
 _NAMED = 12  # clusters whose number stands on the map

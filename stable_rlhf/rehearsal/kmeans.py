@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stable_rlhf.progress import progress
+from stable_rlhf.show.progress import progress
 
 BLOCK_ROWS = 2048  # 8 MB of scores at c = 1,000; of 256 to 4,096 rows the fastest at c = 100 and c = 1,000
 INIT_ROWS = 16_384  # k-means++ draws from this many rows, or 32 a cluster where that is more

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stable_rlhf.pictures import FAINT, INK, KEPT, picture, plain, png
 from stable_rlhf.scorer.strength import deviation_curve
+from stable_rlhf.show.pictures import FAINT, INK, KEPT, picture, plain, png
 
 _WRONG = "#D55E00"
 _MOST_GROUPS = 8

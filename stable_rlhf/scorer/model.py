@@ -24,9 +24,9 @@ from stable_rlhf.models import (
     load_tokenizer,
     prefer_flash_attention,
 )
-from stable_rlhf.progress import progress
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.settings.ranges import CountOrNone, Positive, Rows, check_settings
+from stable_rlhf.show.progress import progress
 
 _SETTINGS_FILE = "advantage_model.json"
 _HEADS_FILE = "heads.safetensors"

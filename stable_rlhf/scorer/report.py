@@ -8,8 +8,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from stable_rlhf.pictures import plain
 from stable_rlhf.scorer.figures import strength_picture
+from stable_rlhf.show.pictures import plain
 
 _MEANING = {
     "weakest": "the scorers would turn these labels round: read them before you trust or flip them",

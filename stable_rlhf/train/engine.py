@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.lora import adapters_off, add_lora
 from stable_rlhf.models import PolicyModel
-from stable_rlhf.progress import mark
 from stable_rlhf.settings.recipe import EngineArguments
+from stable_rlhf.show.progress import mark
 from stable_rlhf.signals import ASKS, received
 from stable_rlhf.train import watchdog
 from stable_rlhf.train.batches import stream_seed

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from stable_rlhf.progress import say
 from stable_rlhf.settings.recipe import GuardArguments
+from stable_rlhf.show.progress import say
 
 _REMEMBERED = 20  # steps that the present one is held against
 _QUIET = 20  # steps before the same warning is given again

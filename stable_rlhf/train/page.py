@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.pictures import FAINT, INK, picture, png
-from stable_rlhf.progress import is_main_process, say
+from stable_rlhf.show.pictures import FAINT, INK, picture, png
+from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.train.guard import StabilityGuard
 from stable_rlhf.train.tracking import Tracker
 

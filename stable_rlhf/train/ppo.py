@@ -34,10 +34,10 @@ from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages, correct_for_rollouts
 from stable_rlhf.ppo.update import mix, mixed_loss
-from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
 from stable_rlhf.settings.stages import PPOArguments
+from stable_rlhf.show.progress import is_main_process, progress, say
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.engine import (
     Engine,

@@ -14,10 +14,10 @@ from stable_rlhf.data.packing import Encoded, response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models import PolicyModel
-from stable_rlhf.progress import progress
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
+from stable_rlhf.show.progress import progress
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.engine import Engine, gather_objects, rank, read_only, release, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import EncodedPrompt

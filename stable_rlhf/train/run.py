@@ -17,8 +17,8 @@ import torch
 
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.models import FeatureCache
-from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.settings.recipe import DataArguments, Recipe, decisive
+from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.signals import whole
 from stable_rlhf.train import evaluation, stages
 from stable_rlhf.train.checkpoint import RunDirectory, Stage

@@ -19,10 +19,10 @@ from stable_rlhf.data.packing import Encoded, encode, encode_rows, response_targ
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.metrics import calibration, pair_accuracy
 from stable_rlhf.models import FeatureCache, PolicyModel
-from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments
+from stable_rlhf.show.progress import is_main_process, progress, say
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import HEADS, Engine, barrier, rank, sum_over_ranks, world_size

@@ -11,9 +11,9 @@ import torch
 from stable_rlhf.data.packing import Encoded, response_targets
 from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.progress import is_main_process, progress
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import SFTArguments
+from stable_rlhf.show.progress import is_main_process, progress
 from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.train.snapshots import Snapshots, rows_a_step

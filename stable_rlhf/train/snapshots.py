@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
-from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.settings.recipe import CheckpointArguments
+from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.signals import Stopped, defer
 from stable_rlhf.train.checkpoint import SNAPSHOTS
 from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, stop_asked, world_size

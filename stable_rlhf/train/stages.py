@@ -25,11 +25,11 @@ from stable_rlhf.models import (
     load_tokenizer,
     resolve_model,
 )
-from stable_rlhf.progress import is_main_process, say
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SelectArguments
+from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
 from stable_rlhf.train.datasets import (

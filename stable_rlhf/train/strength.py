@@ -35,12 +35,12 @@ from stable_rlhf.models import (
     load_tokenizer,
     resolve_model,
 )
-from stable_rlhf.progress import is_main_process, progress, say
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, new_head
 from stable_rlhf.scorer.report import write_report
 from stable_rlhf.scorer.strength import notable_pairs, preference_strength, strength_summary
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
+from stable_rlhf.show.progress import is_main_process, progress, say
 from stable_rlhf.train.batches import count_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.datasets import read_preferences, split_preferences

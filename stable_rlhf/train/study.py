@@ -21,8 +21,8 @@ from typing import Any
 
 from stable_rlhf import signals
 from stable_rlhf.data.jsonl import read_json, to_json
-from stable_rlhf.progress import say, tolerant_output
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.show.progress import say, tolerant_output
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.run import check_inputs, circumstances, run_recipe, write_pictures
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stable_rlhf.lora import adapted_layers, adapter_of, adapter_weights, save_adapter
-from stable_rlhf.progress import is_main_process
+from stable_rlhf.show.progress import is_main_process
 
 ADAPTER = "adapter"  # folder inside a saved model's
 

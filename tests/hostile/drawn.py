@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from stable_rlhf.progress import printable
+from stable_rlhf.show.progress import printable
 
 BUDGET = float(os.environ.get("HOSTILE_BUDGET", "240"))  # seconds, over all kinds
 KINDS = 8

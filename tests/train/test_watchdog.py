@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf import progress
+from stable_rlhf.show import progress
 from stable_rlhf.train import watchdog
 from stable_rlhf.train.watchdog import Watchdog
 

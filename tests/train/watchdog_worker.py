@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stable_rlhf import progress
+from stable_rlhf.show import progress
 from stable_rlhf.train import watchdog
 
 LIMIT = 3.0
