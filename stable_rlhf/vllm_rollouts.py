@@ -16,8 +16,8 @@ from typing import Any
 from stable_rlhf.data.packing import Encoded
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, response_text
-from stable_rlhf.outside import Server, short
 from stable_rlhf.show.progress import progress
+from stable_rlhf.system.http import Server, short
 
 _AT_ONCE = 64  # requests of one process in flight: the server batches them itself
 _TOKEN_BYTES = 1 << 10  # of an answer, for each token asked for: its id, its text, its log-probs, its place

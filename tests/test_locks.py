@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from cli_helpers import tiny_files
 
-from stable_rlhf.locks import LOCK, FolderInUse, FolderLock, lock_folder
+from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
 from stable_rlhf.train.checkpoint import RunDirectory, RunError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stable_rlhf.locks import FolderLock
+from stable_rlhf.system.locks import FolderLock
 held = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -17,10 +17,10 @@ from raw_server import answering, forever, http
 
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.generate import GenerationSettings
-from stable_rlhf.outside import Server, ServerError
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show import progress
 from stable_rlhf.show.progress import console, printable, say
+from stable_rlhf.system.http import Server, ServerError
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.evaluation import make_judge
 from stable_rlhf.vllm_rollouts import VLLMRollouts

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.evaluate.judge import Verdicts
 from stable_rlhf.evaluate.metrics import cohen_kappa
-from stable_rlhf.outside import Server, short
 from stable_rlhf.show.progress import progress
+from stable_rlhf.system.http import Server, short
 
 if TYPE_CHECKING:
     from stable_rlhf.data.records import Prompt

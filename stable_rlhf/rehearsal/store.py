@@ -22,9 +22,9 @@ import numpy as np
 
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
-from stable_rlhf.locks import LOCK, FolderLock
 from stable_rlhf.rehearsal.embed import cannot_load, checked_texts, load_encoder, resolve_embedding_model
 from stable_rlhf.show.progress import Bar, progress, say
+from stable_rlhf.system.locks import LOCK, FolderLock
 
 Encoder = Callable[[list[str]], np.ndarray]
 """Texts to their embeddings, floating point [m, d]."""

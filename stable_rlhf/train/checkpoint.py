@@ -15,10 +15,10 @@ import torch
 
 from stable_rlhf.data.jsonl import kind_of, read_json, to_json
 from stable_rlhf.data.records import DataError
-from stable_rlhf.locks import LOCK, FolderInUse, FolderLock, lock_folder
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import begin, is_main_process, say
 from stable_rlhf.signals import Stopped, defer
+from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
 from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.engine import barrier, gather_objects, stop_asked, world_size
 from stable_rlhf.train.watchdog import watch

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from stable_rlhf.outside import SECRET_NAME, check_address, has_credentials, without_credentials
 from stable_rlhf.settings.ranges import check_settings
 from stable_rlhf.settings.recipe import Recipe, StudyArguments
+from stable_rlhf.system.http import SECRET_NAME, check_address, has_credentials, without_credentials
 
 
 def check(recipe: Recipe) -> None:

@@ -18,10 +18,10 @@ from stable_rlhf.evaluate.metrics import scorer_evaluation
 from stable_rlhf.evaluate.policies import against, mean_kl
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import load_tokenizer
-from stable_rlhf.outside import read_key
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
 from stable_rlhf.show.progress import is_main_process, say
+from stable_rlhf.system.http import read_key
 from stable_rlhf.train.datasets import PromptSplits, load_prompts, locate
 from stable_rlhf.train.engine import barrier, device, gather_objects, release
 from stable_rlhf.train.ppo import EncodedPrompt

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.jsonl import read_json, read_jsonl, to_json
-from stable_rlhf.outside import without_credentials
 from stable_rlhf.show.progress import is_main_process, say
+from stable_rlhf.system.http import without_credentials
 
 METRICS, _SAMPLES, _IDENTITY = "metrics.jsonl", "samples.jsonl", "tracking.json"
 _SERVICES = ("wandb", "trackio")

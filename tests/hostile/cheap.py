@@ -23,8 +23,8 @@ from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read
 from stable_rlhf.data.records import DataError
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.generate import GenerationSettings
-from stable_rlhf.outside import ServerError
 from stable_rlhf.rehearsal import embed_to_folder, open_embeddings
+from stable_rlhf.system.http import ServerError
 from stable_rlhf.train.checkpoint import RunDirectory, RunError
 from stable_rlhf.train.checks import check
 from stable_rlhf.vllm_rollouts import VLLMRollouts

@@ -14,8 +14,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.outside import without_credentials
 from stable_rlhf.show.progress import say
+from stable_rlhf.system.http import without_credentials
 
 LOCK = ".lock"  # no content: what lists a folder leaves it out
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
