@@ -42,7 +42,8 @@ from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.splits import split_rows
-from stable_rlhf.evaluate.metrics import (
+from stable_rlhf.evaluate.study import paired_difference, paired_ratio, seed_mean
+from stable_rlhf.metrics import (
     Interval,
     brier,
     calibration,
@@ -54,7 +55,6 @@ from stable_rlhf.evaluate.metrics import (
     task_std_mean,
     temperature_scaled,
 )
-from stable_rlhf.evaluate.study import paired_difference, paired_ratio, seed_mean
 from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import Recipe

@@ -42,6 +42,7 @@ from stable_rlhf.data.splits import split_rows
 from stable_rlhf.evaluate.metrics import calibration, pair_accuracy, temperature_scaled
 from stable_rlhf.evaluate.study import seed_mean
 from stable_rlhf.generate import GenerationSettings, generate
+from stable_rlhf.metrics import calibration, pair_accuracy, temperature_scaled
 from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.denoise import denoise, parse_bands

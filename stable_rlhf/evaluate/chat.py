@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.evaluate.judge import Verdicts
-from stable_rlhf.evaluate.metrics import cohen_kappa
+from stable_rlhf.metrics import cohen_kappa
 from stable_rlhf.show.progress import progress
 from stable_rlhf.system.http import Server, short
 

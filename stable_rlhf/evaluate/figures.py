@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stable_rlhf.evaluate.findings import round_of, scorer_names, variant_names
-from stable_rlhf.evaluate.metrics import NO_TASK, sigmoid, wilson
+from stable_rlhf.metrics import NO_TASK, sigmoid, wilson
 from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
 
 COLOURS = {

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stable_rlhf.evaluate.metrics import (
+from stable_rlhf.metrics import (
     Floats,
     Interval,
     bootstrap,

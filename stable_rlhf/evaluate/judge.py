@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from stable_rlhf.evaluate.metrics import outcome_shares, score_verdicts
+from stable_rlhf.metrics import outcome_shares, score_verdicts
 
 if TYPE_CHECKING:
     from stable_rlhf.data.records import Prompt, PromptRow

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from stable_rlhf.data.jsonl import without_nan
 from stable_rlhf.evaluate.findings import ACCURACY_MARGIN, VARIANT_NAMES
-from stable_rlhf.evaluate.metrics import LEVEL, Interval
+from stable_rlhf.metrics import LEVEL, Interval
 
 SFT = "sft"
 NAMES = {SFT: "SFT", **VARIANT_NAMES}

@@ -14,9 +14,9 @@ from stable_rlhf.data.readers import read_comparisons, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
-from stable_rlhf.evaluate.metrics import scorer_evaluation
 from stable_rlhf.evaluate.policies import against, mean_kl
 from stable_rlhf.generate import Rollout
+from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models import load_tokenizer
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe

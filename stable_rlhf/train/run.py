@@ -186,7 +186,7 @@ def summarise(
     """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
     from stable_rlhf.evaluate import paper
     from stable_rlhf.evaluate.findings import findings
-    from stable_rlhf.evaluate.metrics import scorer_evaluation
+    from stable_rlhf.metrics import scorer_evaluation
 
     summary: dict[str, Any] = {
         "title": recipe.title,

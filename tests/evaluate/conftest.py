@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from stable_rlhf.evaluate.findings import findings
-from stable_rlhf.evaluate.metrics import outcome_shares, scorer_evaluation
 from stable_rlhf.evaluate.paper import constants
+from stable_rlhf.metrics import outcome_shares, scorer_evaluation
 
 TASKS = ["reverse", "sort", "add", "upper-case", "count vowels", "spell <b>out</b>", "last word", "repeat $n times"]
 SHARES = {  # variant: (main win, main lose), (forget win, forget lose)

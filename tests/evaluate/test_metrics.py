@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stable_rlhf.evaluate import metrics as m
+from stable_rlhf import metrics as m
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, ScorerJudge, Verdicts, compare
 
 

@@ -354,7 +354,7 @@ def test_pictures_have_their_size_and_follow_the_figures(summary: dict[str, Any]
 
 
 def test_pictures_bear_many_long_task_names_and_degenerate_scores() -> None:
-    from stable_rlhf.evaluate.metrics import scorer_evaluation
+    from stable_rlhf.metrics import scorer_evaluation
 
     tasks = [f"a very long name of task number {k} with $x^2 and _ {{" for k in range(61)]
     many = {"rm": scorer_evaluation([float(k) for k in range(61)], [0.0] * 61, tasks)}

@@ -16,7 +16,7 @@ from bench.pages import marked, rendered
 from bench.studies import real
 from bench.studies.real import BASE, DATASETS, EPOCHS, Job, Plan
 from stable_rlhf.data import write_jsonl
-from stable_rlhf.evaluate.metrics import per_task, scorer_evaluation, task_mean_spread
+from stable_rlhf.metrics import per_task, scorer_evaluation, task_mean_spread
 
 
 def test_settings_of_a_plan_are_settings_of_its_recipe(tmp_path):
