@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stable_rlhf.data.packing import Encoded, pad_sequences
+from stable_rlhf.data.encoding import Encoded, pad_sequences
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.models import context_length, length_batches
 from stable_rlhf.settings.ranges import PositiveShare, TemperatureOrGreedy, Tokens, check_settings

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf import ops
-from stable_rlhf.data.packing import PaddedBatch, pad_sequences
+from stable_rlhf.data.encoding import PaddedBatch, pad_sequences
 from stable_rlhf.data.templates import check_template, tokens_of_template
 from stable_rlhf.data.turns import end_of_turn
 from stable_rlhf.loading import load_whole, loading, read_tensors

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.data.packing import Encoded
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, Rollout, response_text
 from stable_rlhf.show.progress import progress

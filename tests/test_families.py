@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel, context_length, hidden_width, load_backbone, load_causal_lm
 from stable_rlhf.scorer import AdvantageModel

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stable_rlhf.data import templates
-from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import load_backbone, load_causal_lm, load_tokenizer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings

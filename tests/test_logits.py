@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stable_rlhf.data.packing import pad_sequences
+from stable_rlhf.data.encoding import pad_sequences
 from stable_rlhf.logits import LogitMap, logit_map
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stable_rlhf import models
-from stable_rlhf.data.packing import Encoded, encode, response_targets
+from stable_rlhf.data.encoding import Encoded, encode, response_targets
 from stable_rlhf.models import (
     FeatureCache,
     PolicyModel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stable_rlhf.data.packing import pad_sequences
+from stable_rlhf.data.encoding import pad_sequences
 from stable_rlhf.models import PolicyModel, Trunk
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9], [9, 8, 7], [5, 6, 7, 8, 9, 10, 11, 12], [4]]

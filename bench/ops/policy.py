@@ -34,7 +34,7 @@ PRODUCTS = {"policy": 3, "logprob": 1, "logprob-grad": 4}
 def real_inputs(model_name: str, text: str, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 hidden states before the head at `rows` response tokens, the head's weight, and the tokens."""
     from stable_rlhf.data import read_comparisons
-    from stable_rlhf.data.packing import encode
+    from stable_rlhf.data.encoding import encode
     from stable_rlhf.models import context_length, load_causal_lm, load_tokenizer
 
     model, tokenizer = load_causal_lm(model_name).to(device).eval(), load_tokenizer(model_name)

@@ -28,7 +28,7 @@ import stable_rlhf.ops as ops
 from bench.case import RESULTS
 from bench.common import environment, new_result, write_json
 from stable_rlhf.data import read_comparisons
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.models import load_causal_lm, load_tokenizer
 
 Sequence = tuple[Tensor, int]  # token ids, and how many of them are the prompt

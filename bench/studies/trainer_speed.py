@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 
 def prepare(folder: Path) -> None:
     """The quickstart's model with random weights, and prompts of the skill world as token ids."""
-    from stable_rlhf.data.packing import encode_prompt
+    from stable_rlhf.data.encoding import encode_prompt
     from stable_rlhf.data.readers import read_prompts
     from stable_rlhf.world import build_model, build_tokenizer, write_world
 
@@ -46,14 +46,15 @@ def prepare(folder: Path) -> None:
 
 
 def run_ours(folder: Path, steps: int) -> list[float]:
-    from stable_rlhf.data.packing import Encoded
+    from stable_rlhf.data.encoding import Encoded
+    from stable_rlhf.data.prompts import EncodedPrompt
     from stable_rlhf.data.records import PromptRow
     from stable_rlhf.models import PolicyModel, load_causal_lm, load_tokenizer
     from stable_rlhf.scorer import AdvantageModel, ScorerSettings
     from stable_rlhf.settings.recipe import EngineArguments
     from stable_rlhf.settings.stages import PPOArguments
     from stable_rlhf.train.engine import start
-    from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+    from stable_rlhf.train.ppo import PPOTrainer
 
     start(0)
     name = str(folder / "model")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import response_targets
+from stable_rlhf.data.encoding import response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
 from stable_rlhf.generate import Rollout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf import ops
-from stable_rlhf.data.packing import Encoded
+from stable_rlhf.data.encoding import Encoded
 
 
 @dataclass

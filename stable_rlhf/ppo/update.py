@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience

@@ -232,7 +232,7 @@ def load_encoder(
 
     def beginning(text: str) -> str:
         """As much of a text of megabytes as the encoder reads; the rest would be tokenised only to be thrown away."""
-        from stable_rlhf.data.packing import surely_longer  # imports torch
+        from stable_rlhf.data.encoding import surely_longer  # imports torch
 
         limit = encoder.max_seq_length
         while limit and surely_longer(encoder.tokenizer, text, limit):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf import ops
+from stable_rlhf.data.encoding import Encoded, encode, last_positions
 from stable_rlhf.data.jsonl import to_json
-from stable_rlhf.data.packing import Encoded, encode, last_positions
 from stable_rlhf.data.records import Prompt
 from stable_rlhf.loading import load_whole, read_tensors
 from stable_rlhf.models import (

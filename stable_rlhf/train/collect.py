@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel

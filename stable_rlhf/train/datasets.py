@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt, encode_rows, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_prompt, encode_rows, surely_longer
+from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
 from stable_rlhf.data.splits import prompt_key, split_rows
 from stable_rlhf.settings.recipe import DataArguments
 from stable_rlhf.show.progress import say
-from stable_rlhf.train.ppo import EncodedPrompt, encode_prompts
 
 Row = TypeVar("Row", Comparison, Demonstration, PromptRow)
 

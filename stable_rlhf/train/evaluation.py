@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.data.encoding import encode_prompt, encode_rows
 from stable_rlhf.data.jsonl import read_json, write_jsonl
-from stable_rlhf.data.packing import encode_prompt, encode_rows
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_comparisons, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.chat import ChatJudge
@@ -24,7 +25,6 @@ from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.system.http import read_key
 from stable_rlhf.train.datasets import PromptSplits, load_prompts, locate
 from stable_rlhf.train.engine import barrier, device, gather_objects, release
-from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.scorer import encode_comparisons, pairs_digest, score_pairs
 from stable_rlhf.train.stages import Result, answer, check_gold, load_reader, sampling_settings
 from stable_rlhf.train.tracking import read_metrics

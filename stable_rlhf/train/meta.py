@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stable_rlhf.data.packing import Encoded, encode, encode_rows, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
 from stable_rlhf.data.records import DataError, ResponseSet
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer.meta import response_difference

@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode_rows, response_targets
-from stable_rlhf.data.records import DataError, PromptRow
+from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.data.prompts import EncodedPrompt
+from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.models import FeatureCache, PolicyModel, share_lower
 from stable_rlhf.ops import PolicyLossConfig
@@ -37,7 +38,7 @@ from stable_rlhf.ppo.update import mix, mixed_loss
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.show.progress import is_main_process, progress, say
+from stable_rlhf.show.progress import is_main_process, progress
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.engine import (
     Engine,
@@ -56,12 +57,6 @@ from stable_rlhf.train.rollout_metrics import rollout_metrics
 from stable_rlhf.train.sft import save_policy
 from stable_rlhf.train.snapshots import Kept, Snapshots
 from stable_rlhf.train.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    row: PromptRow
-    ids: list[int]
 
 
 def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
@@ -447,17 +442,3 @@ class PPOTrainer:
             working.rename(kept)
         barrier()  # the error that follows ends all processes
         return kept
-
-
-def encode_prompts(
-    rows: Sequence[PromptRow], encode_one: Callable[[PromptRow], list[int] | None], max_prompt_length: int,
-    on_bad_row: str = "error",
-) -> list[EncodedPrompt]:  # fmt: skip
-    """Encode prompts; those that are too long are left out and counted. ``encode_one`` may give None for them."""
-    encoded = encode_rows("prompts", rows, encode_one, on_bad_row)
-    kept = [EncodedPrompt(row, ids) for row, ids in encoded if ids is not None and len(ids) <= max_prompt_length]
-    if not kept:
-        raise DataError(f"none of {len(rows)} prompts fits max_prompt_length {max_prompt_length}")
-    if len(kept) < len(encoded):
-        say(f"  {len(encoded) - len(kept)} of {len(encoded)} prompts have over {max_prompt_length} tokens: left out")
-    return kept

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models import PolicyModel
@@ -20,7 +21,6 @@ from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.show.progress import progress
 from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.train.engine import Engine, gather_objects, rank, read_only, release, sum_over_ranks, world_size
-from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.sft import nll_step, save_policy
 from stable_rlhf.train.snapshots import Snapshots
 from stable_rlhf.train.tracking import Tracker

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf import ops
-from stable_rlhf.data.packing import Encoded, encode, encode_rows, response_targets, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_rows, response_targets, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.metrics import calibration, pair_accuracy
 from stable_rlhf.models import FeatureCache, PolicyModel

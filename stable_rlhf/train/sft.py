@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.packing import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.jsonl import to_json, write_jsonl
-from stable_rlhf.data.packing import Encoded
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
@@ -50,7 +51,7 @@ from stable_rlhf.train.engine import (
     world_size,
 )
 from stable_rlhf.train.meta import encode_responses
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import (
     EncodedComparison,
@@ -418,7 +419,7 @@ def select_settings(s: SelectArguments) -> dict[str, Any]:
 @torch.no_grad()
 def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) -> list[float]:
     """Mean entropy (nats) of the policy over each response's tokens."""
-    from stable_rlhf.data.packing import response_targets
+    from stable_rlhf.data.encoding import response_targets
 
     found: list[float] = []
     for start in range(0, len(rollouts), per_batch):

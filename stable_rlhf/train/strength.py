@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf import ops
+from stable_rlhf.data.encoding import last_positions
 from stable_rlhf.data.jsonl import to_json, write_jsonl
-from stable_rlhf.data.packing import last_positions
 from stable_rlhf.data.readers import comparison_row
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.data.splits import prompt_key, split_rows

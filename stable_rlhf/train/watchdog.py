@@ -2,7 +2,7 @@
 
 The others would wait for it in a collective for hours, because they also wait while rank 0 works alone (a judge,
 embeddings, a download) and that may take as long. So what counts is progress and not time: every rank watches the
-thread that trains (:mod:`stable_rlhf.show.progress`'s marks, and whether it is still at the same place in the code when it
+thread that trains (the marks of `show.progress`, and whether it is still at the same place in the code when it
 is looked at again), and tells through the process group's store when it moved. Where one rank works, one moves. When
 none has moved for ``checkpoint.hang_minutes``, the work stands still: each rank says where it is, those that do not
 wait for others are the ones that hang, and a process that cannot even say so (stopped, say) is ended by its neighbours.

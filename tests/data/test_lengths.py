@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stable_rlhf.data.packing import surely_longer
+from stable_rlhf.data.encoding import surely_longer
 from stable_rlhf.settings.recipe import DataArguments
 from stable_rlhf.train.datasets import load_demonstrations, load_prompts
 from stable_rlhf.train.meta import encode_responses

@@ -8,15 +8,16 @@ import signal
 
 import pytest
 
-from stable_rlhf.data import packing, templates
-from stable_rlhf.data.packing import encode_prompt
+from stable_rlhf.data import encoding as packing
+from stable_rlhf.data import templates
+from stable_rlhf.data.encoding import encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_comparisons, read_responses
 from stable_rlhf.data.records import DataError, PromptRow, RowError
 from stable_rlhf.settings.recipe import DataArguments
 from stable_rlhf.train.datasets import load_demonstrations, load_prompts
 from stable_rlhf.train.evaluation import that_judge_reads
 from stable_rlhf.train.meta import encode_responses
-from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.scorer import encode_comparisons
 
 GEMMA = (

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Demonstration, ResponseSet
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
 from stable_rlhf.generate import GenerationSettings, LocalRollouts, response_text

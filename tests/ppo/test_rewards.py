@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stable_rlhf.data.packing import Encoded
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.ppo.rewards import (
     Experience,

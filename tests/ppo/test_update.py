@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stable_rlhf.data.packing import Encoded
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 
 PROMPTS = [

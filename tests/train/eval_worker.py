@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments

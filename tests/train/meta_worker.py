@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.func import functional_call
 
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.encoding import Encoded, encode
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel
@@ -23,7 +24,7 @@ from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
 from stable_rlhf.train.batches import micro_steps, shuffled_steps
 from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import _imitate
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.train.snapshots import Snapshots

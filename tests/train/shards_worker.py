@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.encoding import encode, encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import load_tokenizer
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.engine import barrier, loading_in_shards, rank, start, world_size
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.stages import load_policy
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stable_rlhf.data.packing import encode_prompt
+from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.records import DataError
 from stable_rlhf.settings.recipe import DataArguments
 from stable_rlhf.train.datasets import contents, load_demonstrations, load_preferences, load_prompts, locate

@@ -14,7 +14,7 @@ import torch
 from test_parallel import launch
 
 from stable_rlhf.data import write_jsonl
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings

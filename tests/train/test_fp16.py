@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from fp16_worker import Run
 from test_parallel import launch
 
-from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.models import FeatureCache, PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel

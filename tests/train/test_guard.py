@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stable_rlhf.data.packing import encode_prompt
+from stable_rlhf.data.encoding import encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ppo.kl import KLController
@@ -21,7 +22,7 @@ from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 
 CALM = {
     "kl": 0.5, "clip_fraction": 0.05, "approx_kl": 0.01, "entropy": 2.0, "length": 20.0, "score": 1.0, "finished": 0.9,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.encoding import encode, encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
 from stable_rlhf.lora import adapted_layers
 from stable_rlhf.models import PolicyModel
@@ -19,7 +20,7 @@ from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.engine import Engine
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, response_logprobs, train_scorer
 from stable_rlhf.train.sft import train_sft

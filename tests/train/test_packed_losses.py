@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode
+from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.ppo.rewards import Experience

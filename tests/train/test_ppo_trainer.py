@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from stable_rlhf import ops
 from stable_rlhf.data import write_jsonl
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel
@@ -20,7 +21,7 @@ from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import stages
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer, check_sizes, encode_prompts
+from stable_rlhf.train.ppo import PPOTrainer, check_sizes
 from stable_rlhf.train.scorer import response_logprobs
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt
+from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import Rollout
 from stable_rlhf.models import PolicyModel
@@ -18,7 +19,6 @@ from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import rejection
 from stable_rlhf.train.engine import Engine
-from stable_rlhf.train.ppo import EncodedPrompt
 from stable_rlhf.train.rejection import keep, train_rejection
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc")

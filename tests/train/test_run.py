@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stable_rlhf.data import DataError, write_jsonl
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import SFTArguments

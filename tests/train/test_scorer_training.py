@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stable_rlhf.data import write_jsonl
-from stable_rlhf.data.packing import encode
+from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models import FeatureCache, PolicyModel, Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings

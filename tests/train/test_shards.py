@@ -13,7 +13,8 @@ from test_parallel import launch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.encoding import encode, encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models import PolicyModel
@@ -22,7 +23,7 @@ from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import evaluation
 from stable_rlhf.train.engine import Engine, loading_in_shards, read_only, release
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.stages import in_shards, load_policy, load_reader, run_materialise
 from stable_rlhf.train.weights import plain_weights

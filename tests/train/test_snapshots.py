@@ -16,14 +16,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from stable_rlhf import signals
-from stable_rlhf.data.packing import encode, encode_prompt
+from stable_rlhf.data.encoding import encode, encode_prompt
+from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models import PolicyModel, Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, SFTArguments
 from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
-from stable_rlhf.train.ppo import EncodedPrompt, PPOTrainer
+from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.sft import train_sft
 from stable_rlhf.train.tracking import Tracker

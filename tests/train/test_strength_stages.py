@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_strengths_and_another_seed_others(recipe, 
 def test_heads_read_what_the_backbone_says_at_the_last_token(recipe, backbone):
     from safetensors.torch import load_file
 
-    from stable_rlhf.data.packing import encode
+    from stable_rlhf.data.encoding import encode
     from stable_rlhf.models import load_causal_lm, load_tokenizer
 
     recipe.strength.heads_only = True
