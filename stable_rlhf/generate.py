@@ -18,7 +18,8 @@ from torch import Tensor
 
 from stable_rlhf.data.encoding import Encoded, pad_sequences
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
-from stable_rlhf.models import context_length, length_batches
+from stable_rlhf.models.loading import context_length
+from stable_rlhf.models.trunk import length_batches
 from stable_rlhf.settings.ranges import PositiveShare, TemperatureOrGreedy, Tokens, check_settings
 from stable_rlhf.show.progress import progress
 

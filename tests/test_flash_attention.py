@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stable_rlhf.models import PolicyModel, Trunk, load_causal_lm
+from stable_rlhf.models.loading import load_causal_lm
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.trunk import Trunk
 from stable_rlhf.scorer import AdvantageModel
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9], [9, 8, 7], [5, 6, 7, 8, 9, 10, 11, 12]]

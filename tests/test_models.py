@@ -6,17 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stable_rlhf import models
 from stable_rlhf.data.encoding import Encoded, encode, response_targets
-from stable_rlhf.models import (
-    FeatureCache,
-    PolicyModel,
-    Trunk,
-    length_batches,
-    resolve_model,
-    share_lower,
-    split_backbone,
-)
+from stable_rlhf.models import trunk
+from stable_rlhf.models.features import FeatureCache, share_lower
+from stable_rlhf.models.loading import resolve_model
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.trunk import Trunk, length_batches, split_backbone
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 8, 7], [5, 6, 7, 8, 9, 10, 11, 12]]
 
@@ -76,7 +71,7 @@ def family(name: str, **settings: object):
 @pytest.mark.parametrize("layers", [1, 2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families_split_equals_the_whole(name, layers, monkeypatch):
-    monkeypatch.setattr(models, "_check_split", lambda *parts: None)
+    monkeypatch.setattr(trunk, "_check_split", lambda *parts: None)
     model, sequences = family(name), [*SEQUENCES, list(range(3, 33))]
     before = model.config.to_dict()
     whole, split = Trunk(model.base_model), Trunk(model.base_model, num_trainable_layers=layers)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stable_rlhf.data.encoding import pad_sequences
-from stable_rlhf.models import PolicyModel, Trunk
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.trunk import Trunk
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9], [9, 8, 7], [5, 6, 7, 8, 9, 10, 11, 12], [4]]
 

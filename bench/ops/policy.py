@@ -35,7 +35,7 @@ def real_inputs(model_name: str, text: str, rows: int, device: torch.device) -> 
     """Float32 hidden states before the head at `rows` response tokens, the head's weight, and the tokens."""
     from stable_rlhf.data import read_comparisons
     from stable_rlhf.data.encoding import encode
-    from stable_rlhf.models import context_length, load_causal_lm, load_tokenizer
+    from stable_rlhf.models.loading import context_length, load_causal_lm, load_tokenizer
 
     model, tokenizer = load_causal_lm(model_name).to(device).eval(), load_tokenizer(model_name)
     longest = min(1024, context_length(model.config))

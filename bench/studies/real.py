@@ -55,7 +55,8 @@ from stable_rlhf.metrics import (
     task_std_mean,
     temperature_scaled,
 )
-from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png

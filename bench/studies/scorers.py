@@ -43,7 +43,8 @@ from stable_rlhf.evaluate.metrics import calibration, pair_accuracy, temperature
 from stable_rlhf.evaluate.study import seed_mean
 from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.metrics import calibration, pair_accuracy, temperature_scaled
-from stable_rlhf.models import FeatureCache, load_causal_lm, load_tokenizer
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe

@@ -29,7 +29,7 @@ from bench.case import RESULTS
 from bench.common import environment, new_result, write_json
 from stable_rlhf.data import read_comparisons
 from stable_rlhf.data.encoding import encode
-from stable_rlhf.models import load_causal_lm, load_tokenizer
+from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 
 Sequence = tuple[Tensor, int]  # token ids, and how many of them are the prompt
 CONFIG = ops.PolicyLossConfig(rehearsal_coef=1.0)

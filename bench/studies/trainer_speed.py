@@ -49,7 +49,8 @@ def run_ours(folder: Path, steps: int) -> list[float]:
     from stable_rlhf.data.encoding import Encoded
     from stable_rlhf.data.prompts import EncodedPrompt
     from stable_rlhf.data.records import PromptRow
-    from stable_rlhf.models import PolicyModel, load_causal_lm, load_tokenizer
+    from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
+    from stable_rlhf.models.policy import PolicyModel
     from stable_rlhf.scorer import AdvantageModel, ScorerSettings
     from stable_rlhf.settings.recipe import EngineArguments
     from stable_rlhf.settings.stages import PPOArguments

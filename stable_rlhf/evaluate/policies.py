@@ -11,7 +11,9 @@ from stable_rlhf.data.encoding import response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
 from stable_rlhf.generate import Rollout
-from stable_rlhf.models import PolicyModel, length_batches, share_lower
+from stable_rlhf.models.features import share_lower
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.trunk import length_batches
 
 
 @torch.no_grad()

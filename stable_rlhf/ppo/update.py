@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.encoding import Encoded, response_targets
-from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience
 

@@ -105,7 +105,7 @@ def _plain_pooling(model: str, pooling: str) -> str:
 
 
 def cannot_load(model: str, error: Exception) -> ValueError:
-    from stable_rlhf.loading import broken_file
+    from stable_rlhf.models.checked import broken_file
 
     reason = broken_file(model) or str(error).splitlines()[0]
     return ValueError(
@@ -166,7 +166,7 @@ def _check(encoder: Any, name: str, pooling: str) -> None:
     of the embedding."""
     from transformers import PreTrainedModel
 
-    from stable_rlhf.loading import check_whole
+    from stable_rlhf.models.checked import check_whole
 
     model = next((module for module in encoder.modules() if isinstance(module, PreTrainedModel)), None)
     if model is None:

@@ -15,15 +15,10 @@ from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded, encode, last_positions
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.records import Prompt
-from stable_rlhf.loading import load_whole, read_tensors
-from stable_rlhf.models import (
-    FeatureCache,
-    Trunk,
-    context_length,
-    length_batches,
-    load_tokenizer,
-    prefer_flash_attention,
-)
+from stable_rlhf.models.checked import load_whole, read_tensors
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.loading import context_length, load_tokenizer, prefer_flash_attention
+from stable_rlhf.models.trunk import Trunk, length_batches
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.settings.ranges import CountOrNone, Positive, Rows, check_settings
 from stable_rlhf.show.progress import progress

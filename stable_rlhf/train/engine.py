@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stable_rlhf.data.jsonl import to_json
-from stable_rlhf.lora import adapters_off, add_lora
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.lora import adapters_off, add_lora
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.show.progress import mark
 from stable_rlhf.signals import ASKS, received

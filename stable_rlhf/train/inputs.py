@@ -8,7 +8,7 @@ from typing import Any
 
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import Comparison, DataError
-from stable_rlhf.models import context_length, load_tokenizer, resolve_model
+from stable_rlhf.models.loading import context_length, load_tokenizer, resolve_model
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe

@@ -62,16 +62,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stable_rlhf.lora import adapted_layers, add_lora
-from stable_rlhf.models import (
-    PolicyModel,
-    Trunk,
-    context_length,
-    hidden_width,
-    resolve_model,
-    text_config,
-    text_decoder,
-)
+from stable_rlhf.models.loading import context_length, hidden_width, resolve_model, text_config, text_decoder
+from stable_rlhf.models.lora import adapted_layers, add_lora
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.trunk import Trunk
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 
 GIB = 2**30

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
 from stable_rlhf.data.records import DataError, ResponseSet
-from stable_rlhf.models import FeatureCache
+from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer.meta import response_difference
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.stages import ScorerArguments

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stable_rlhf.data.jsonl import read_json, to_json
-from stable_rlhf.models import FeatureCache
+from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.settings.recipe import DataArguments, Recipe, decisive
 from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.signals import whole

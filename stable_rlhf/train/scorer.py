@@ -18,7 +18,8 @@ from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded, encode, encode_rows, response_targets, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.metrics import calibration, pair_accuracy
-from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments

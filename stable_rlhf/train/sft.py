@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from stable_rlhf.data.encoding import Encoded, response_targets
-from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import SFTArguments

@@ -25,16 +25,10 @@ from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import comparison_row
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.data.splits import prompt_key, split_rows
-from stable_rlhf.loading import read_tensors
-from stable_rlhf.models import (
-    FeatureCache,
-    Trunk,
-    context_length,
-    length_batches,
-    load_backbone,
-    load_tokenizer,
-    resolve_model,
-)
+from stable_rlhf.models.checked import read_tensors
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.loading import context_length, load_backbone, load_tokenizer, resolve_model
+from stable_rlhf.models.trunk import Trunk, length_batches
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, new_head
 from stable_rlhf.scorer.report import write_report
 from stable_rlhf.scorer.strength import notable_pairs, preference_strength, strength_summary

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stable_rlhf.lora import adapted_layers, adapter_of, adapter_weights, save_adapter
+from stable_rlhf.models.lora import adapted_layers, adapter_of, adapter_weights, save_adapter
 from stable_rlhf.show.progress import is_main_process
 
 ADAPTER = "adapter"  # folder inside a saved model's

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stable_rlhf.data.encoding import Encoded
-from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.ppo.update import IGNORED, POLICY, REHEARSAL, clipped_value_loss, mix, mixed_loss

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.train.engine import Engine, rank, start, world_size
 from stable_rlhf.train.memory import Lora, engine_bytes, model_sizes

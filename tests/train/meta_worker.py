@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
-from stable_rlhf.models import FeatureCache
+from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments

@@ -13,7 +13,7 @@ import torch
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.models import load_tokenizer
+from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.train import engine as engine_module

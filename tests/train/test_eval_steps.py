@@ -16,7 +16,7 @@ from test_parallel import launch
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
-from stable_rlhf.models import FeatureCache
+from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments

@@ -15,7 +15,8 @@ from fp16_worker import Run
 from test_parallel import launch
 
 from stable_rlhf.data.encoding import Encoded, encode
-from stable_rlhf.models import FeatureCache, PolicyModel
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.scorer.meta import response_difference

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
-from stable_rlhf.lora import adapted_layers
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.lora import adapted_layers
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments

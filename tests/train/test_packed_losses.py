@@ -9,7 +9,7 @@ import torch
 
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.records import Comparison
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments

@@ -11,7 +11,7 @@ import pytest
 
 from stable_rlhf.data import DataError, write_jsonl
 from stable_rlhf.data.encoding import encode
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import SFTArguments
 from stable_rlhf.train import evaluation, meta, run, stages

@@ -12,7 +12,9 @@ import torch
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
-from stable_rlhf.models import FeatureCache, PolicyModel, Trunk
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.trunk import Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from stable_rlhf.data import read_comparisons, write_jsonl
-from stable_rlhf.models import FeatureCache, Trunk, load_causal_lm
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.loading import load_causal_lm
+from stable_rlhf.models.trunk import Trunk
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train import strength
@@ -188,7 +190,7 @@ def test_heads_read_what_the_backbone_says_at_the_last_token(recipe, backbone):
     from safetensors.torch import load_file
 
     from stable_rlhf.data.encoding import encode
-    from stable_rlhf.models import load_causal_lm, load_tokenizer
+    from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 
     recipe.strength.heads_only = True
     measure(recipe, backbone)
