@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from stable_rlhf.generate import GenerationSettings, generate
+from stable_rlhf.rollout.local import GenerationSettings, generate
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 8]]
 

@@ -15,8 +15,8 @@ import torch
 
 from stable_rlhf.data import templates
 from stable_rlhf.data.encoding import Encoded, encode
-from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models.loading import load_backbone, load_causal_lm, load_tokenizer
+from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 
 

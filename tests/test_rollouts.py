@@ -9,8 +9,8 @@ import torch
 from vllm_stub import serving
 
 from stable_rlhf.data.turns import ends_of_turn
-from stable_rlhf.generate import GenerationSettings, LocalRollouts, _StopAtStrings, response_text
-from stable_rlhf.vllm_rollouts import VLLMRollouts
+from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, _StopAtStrings, response_text
+from stable_rlhf.rollout.vllm import VLLMRollouts
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10], [11, 12], [5, 6, 7, 8]]
 SEEDS = [10, 11, 12, 13]

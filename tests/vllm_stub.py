@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from stable_rlhf.generate import GenerationSettings, generate
+from stable_rlhf.rollout.local import GenerationSettings, generate
 
 
 class StubServer(ThreadingHTTPServer):

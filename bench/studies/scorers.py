@@ -45,6 +45,7 @@ from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.metrics import calibration, pair_accuracy, temperature_scaled
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
+from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe

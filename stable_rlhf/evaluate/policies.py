@@ -10,10 +10,10 @@ import torch
 from stable_rlhf.data.encoding import response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
-from stable_rlhf.generate import Rollout
 from stable_rlhf.models.features import share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import length_batches
+from stable_rlhf.rollout.local import Rollout
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
 from stable_rlhf.evaluate.policies import against, mean_kl
-from stable_rlhf.generate import Rollout
 from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
+from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
 from stable_rlhf.show.progress import is_main_process, say

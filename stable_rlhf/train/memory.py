@@ -305,7 +305,7 @@ def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
 
 
 def _generation(m: ModelSizes, rows: int, length: int, itemsize: int) -> int:
-    from stable_rlhf.generate import generate
+    from stable_rlhf.rollout.local import generate
 
     bound: int = inspect.signature(generate).parameters["max_tokens"].default
     rows = max(1, min(rows, bound // length))

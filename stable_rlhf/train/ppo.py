@@ -29,13 +29,13 @@ import torch
 from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.generate import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages, correct_for_rollouts
 from stable_rlhf.ppo.update import mix, mixed_loss
+from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
 from stable_rlhf.settings.stages import PPOArguments

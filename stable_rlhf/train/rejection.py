@@ -13,8 +13,8 @@ import torch
 from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments

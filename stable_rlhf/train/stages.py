@@ -16,10 +16,11 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
-from stable_rlhf.generate import GenerationSettings, Rollout, generate
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_backbone, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
+from stable_rlhf.rollout.vllm import VLLMRollouts
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
@@ -56,7 +57,6 @@ from stable_rlhf.train.scorer import (
     train_scorer,
 )
 from stable_rlhf.train.sft import train_sft
-from stable_rlhf.vllm_rollouts import VLLMRollouts
 
 Result = dict[str, Any]
 RESPONSES = "responses.jsonl.gz"  # in the folder of `run_responses`

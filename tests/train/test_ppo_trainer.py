@@ -15,8 +15,8 @@ from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.records import DataError, PromptRow
-from stable_rlhf.generate import Rollout
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments

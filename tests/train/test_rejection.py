@@ -12,8 +12,8 @@ import torch
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.generate import Rollout
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments

@@ -16,8 +16,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.generate import GenerationSettings, generate
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments

@@ -15,7 +15,7 @@ from typing import Any
 
 from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.turns import StopStrings, ends_of_turn
-from stable_rlhf.generate import GenerationSettings, Rollout, response_text
+from stable_rlhf.rollout.local import GenerationSettings, Rollout, response_text
 from stable_rlhf.show.progress import progress
 from stable_rlhf.system.http import Server, short
 
@@ -25,7 +25,7 @@ _ROUNDING, _LEAST = 1e-3, 1e6  # nats that a log-prob may be above and below 0
 
 
 class VLLMRollouts:
-    """The interface of :class:`stable_rlhf.generate.RolloutEngine` over a vLLM server.
+    """The interface of :class:`stable_rlhf.rollout.local.RolloutEngine` over a vLLM server.
 
     Args:
         url: Of the server, http://host:port; the first model that it lists is the policy.

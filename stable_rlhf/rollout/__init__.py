@@ -1,0 +1,1 @@
+"""Where responses come from: the policy itself, or a vLLM server."""
