@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stable_rlhf import __version__, signals
+from stable_rlhf import __version__
 from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
+from stable_rlhf.engine import signals
 from stable_rlhf.settings.ranges import expand_user
 from stable_rlhf.settings.recipe import Recipe, decisive
 from stable_rlhf.settings.recipe_file import suggestion
@@ -63,7 +64,7 @@ def _main(argv: Sequence[str] | None) -> None:
         signals.set_limits(recipe.checkpoint.grace_seconds)
         _COMMANDS[command](recipe, own)
     except Exception as error:
-        if watchdog := sys.modules.get("stable_rlhf.train.watchdog"):  # not imported for an error's sake
+        if watchdog := sys.modules.get("stable_rlhf.engine.watchdog"):  # not imported for an error's sake
             watchdog.wait_for_the_end()
         if os.environ.get("STABLE_RLHF_DEBUG") == "1":
             raise
@@ -95,9 +96,9 @@ def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
 
 
 def _run(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.engine.process import finish
     from stable_rlhf.evaluate.report import summary_table
     from stable_rlhf.show.progress import console, is_main_process
-    from stable_rlhf.train.engine import finish
     from stable_rlhf.train.run import run_recipe
 
     summary = run_recipe(recipe)
@@ -128,10 +129,10 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
 
     ``sections`` of the recipe and ``inputs`` are what the result depends on: only they must be the same for a finished
     stage to be found again. ``engine``: whether the stage has a policy and needs DeepSpeed."""
+    from stable_rlhf.engine.process import finish, start
+    from stable_rlhf.engine.run_folder import RunDirectory
     from stable_rlhf.rehearsal.store import join_ranks
     from stable_rlhf.show.progress import is_main_process
-    from stable_rlhf.train.checkpoint import RunDirectory
-    from stable_rlhf.train.engine import finish, start
 
     if engine:
         start(recipe.seed)
@@ -191,10 +192,10 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.engine.process import finish, start
+    from stable_rlhf.engine.run_folder import RunDirectory
     from stable_rlhf.scorer.report import in_words, notable_tables
     from stable_rlhf.show.progress import console, is_main_process, printable
-    from stable_rlhf.train.checkpoint import RunDirectory
-    from stable_rlhf.train.engine import finish, start
     from stable_rlhf.train.strength import measure_strength
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)

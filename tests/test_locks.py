@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import tiny_files
 
+from stable_rlhf.engine.run_folder import RunDirectory, RunError
 from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
-from stable_rlhf.train.checkpoint import RunDirectory, RunError
 
 HOLD = """
 import sys, time

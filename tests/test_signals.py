@@ -23,7 +23,7 @@ from cli_helpers import (
     whole_snapshots,
 )
 
-from stable_rlhf import signals
+from stable_rlhf.engine import signals
 
 NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Sends itself signals, and never ends by itself.

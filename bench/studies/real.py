@@ -42,6 +42,8 @@ from stable_rlhf.cli import parse as parse_recipe
 from stable_rlhf.data import Comparison
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.splits import split_rows
+from stable_rlhf.engine.order import stream_seed
+from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.evaluate.study import paired_difference, paired_ratio, seed_mean
 from stable_rlhf.metrics import (
     Interval,
@@ -57,14 +59,12 @@ from stable_rlhf.metrics import (
 )
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
+from stable_rlhf.ranks import device
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
 from stable_rlhf.show.progress import progress
-from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.datasets import read_preferences, split_preferences
-from stable_rlhf.train.engine import device
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, eval_metrics, score_pairs, train_scorer
 
 Settings = dict[str, Any]

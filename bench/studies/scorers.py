@@ -51,8 +51,6 @@ from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
 from stable_rlhf.show.progress import progress
-from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.datasets import load_preferences
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, fill_logprobs, train_scorer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from stable_rlhf.train.engine import start
+from stable_rlhf.engine.process import start
 
 
 def _begin(log: Path, threads: int | None) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.rollout.local import GenerationSettings, generate
-from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.scorer import response_logprobs
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stable_rlhf.engine.order import stream_seed
+from stable_rlhf.ranks import world_size
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.engine import world_size
 
 
 @dataclass(frozen=True)

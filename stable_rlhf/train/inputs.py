@@ -8,6 +8,7 @@ from typing import Any
 
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.engine.tracking import check_reporters
 from stable_rlhf.models.loading import context_length, load_tokenizer, resolve_model
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
@@ -18,7 +19,6 @@ from stable_rlhf.train.ppo import check_sizes
 from stable_rlhf.train.rejection import check_rounds
 from stable_rlhf.train.stages import check_gold, check_same_tokenizer
 from stable_rlhf.train.strength import check_column
-from stable_rlhf.train.tracking import check_reporters
 
 _WORLD_ALTERNATES = 2  # policies besides SFT that the skill world's pairs come from
 

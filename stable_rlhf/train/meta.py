@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
 from stable_rlhf.data.records import DataError, ResponseSet
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.order import shuffled_steps, stream_seed
+from stable_rlhf.engine.weights import shard
 from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.ranks import rank, sum_over_ranks, world_size
 from stable_rlhf.scorer.meta import response_difference
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.show.progress import say
-from stable_rlhf.train.batches import shuffled_steps, stream_seed
-from stable_rlhf.train.engine import Engine, rank, sum_over_ranks, world_size
-from stable_rlhf.train.weights import shard
 
 
 def encode_responses(

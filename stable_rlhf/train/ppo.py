@@ -29,35 +29,27 @@ import torch
 from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.frozen import read_only, release
+from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.engine.snapshots import Kept, Snapshots
+from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages, correct_for_rollouts
 from stable_rlhf.ppo.update import mix, mixed_loss
+from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.show.progress import is_main_process, progress
-from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.engine import (
-    Engine,
-    barrier,
-    gather_objects,
-    max_over_ranks,
-    rank,
-    read_only,
-    release,
-    sum_over_ranks,
-    world_size,
-)
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.train.page import write_page
 from stable_rlhf.train.rollout_metrics import rollout_metrics
 from stable_rlhf.train.sft import save_policy
-from stable_rlhf.train.snapshots import Kept, Snapshots
-from stable_rlhf.train.tracking import Tracker
 
 
 def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:

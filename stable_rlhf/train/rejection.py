@@ -13,17 +13,19 @@ import torch
 from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.frozen import read_only, release
+from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.engine.snapshots import Snapshots
+from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.ranks import gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.show.progress import progress
-from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.engine import Engine, gather_objects, rank, read_only, release, sum_over_ranks, world_size
 from stable_rlhf.train.sft import nll_step, save_policy
-from stable_rlhf.train.snapshots import Snapshots
-from stable_rlhf.train.tracking import Tracker
 
 
 def keep(scores: Sequence[float], samples: int, threshold: float | None) -> list[int]:

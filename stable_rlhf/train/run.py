@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stable_rlhf.data.jsonl import read_json, to_json
+from stable_rlhf.engine.process import start
+from stable_rlhf.engine.run_folder import RunDirectory, Stage
+from stable_rlhf.engine.signals import whole
 from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.ranks import barrier, world_size
 from stable_rlhf.settings.recipe import DataArguments, Recipe, decisive
 from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.signals import whole
 from stable_rlhf.train import evaluation, stages
-from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.datasets import contents, digests
-from stable_rlhf.train.engine import barrier, start, world_size
 from stable_rlhf.train.inputs import check_inputs, check_model
 from stable_rlhf.train.strength import measure_strength
 

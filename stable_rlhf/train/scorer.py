@@ -17,20 +17,22 @@ from torch import Tensor
 from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded, encode, encode_rows, response_targets, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.frozen import HEADS
+from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps
+from stable_rlhf.engine.snapshots import Kept, Snapshots, rows_a_step
+from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.metrics import calibration, pair_accuracy
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.show.progress import is_main_process, progress, say
-from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.train.contrastive import contrastive_term
-from stable_rlhf.train.engine import HEADS, Engine, barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.train.meta import MetaRM
-from stable_rlhf.train.snapshots import Kept, Snapshots, rows_a_step
-from stable_rlhf.train.tracking import Tracker
-from stable_rlhf.train.weights import gathered
 
 # What the metrics of a step are made of, summed over micro-steps and ranks.
 _SUMS = (

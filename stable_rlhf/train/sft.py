@@ -9,17 +9,18 @@ from typing import Any
 import torch
 
 from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps
+from stable_rlhf.engine.snapshots import Snapshots, rows_a_step
+from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import SFTArguments
 from stable_rlhf.show.progress import is_main_process, progress
-from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps
-from stable_rlhf.train.engine import Engine, barrier, rank, sum_over_ranks, world_size
-from stable_rlhf.train.snapshots import Snapshots, rows_a_step
-from stable_rlhf.train.tracking import Tracker
-from stable_rlhf.train.weights import gathered
 
 _NLL = PolicyLossConfig(rehearsal_coef=1.0)  # an SFT token is a rehearsal token of weight one
 AVERAGE = "ema"  # folder of the averaged policy inside the policy's

@@ -16,9 +16,12 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
+from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
+from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_backbone, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.ranks import barrier, device, gather_objects, rank, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
 from stable_rlhf.scorer.denoise import denoise, parse_bands
@@ -26,7 +29,6 @@ from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SelectArguments
 from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.train.batches import stream_seed
 from stable_rlhf.train.collect import Alternate, collect_responses
 from stable_rlhf.train.datasets import (
     encode_demonstrations,
@@ -34,16 +36,6 @@ from stable_rlhf.train.datasets import (
     load_preferences,
     load_prompts,
     locate,
-)
-from stable_rlhf.train.engine import (
-    barrier,
-    device,
-    gather_objects,
-    loading_in_shards,
-    rank,
-    read_only,
-    release,
-    world_size,
 )
 from stable_rlhf.train.meta import encode_responses
 from stable_rlhf.train.ppo import PPOTrainer

@@ -25,20 +25,21 @@ from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import comparison_row
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.data.splits import prompt_key, split_rows
+from stable_rlhf.engine.engine import cosine
+from stable_rlhf.engine.order import count_steps, shuffled_steps, stream_seed
+from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.models.checked import read_tensors
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_backbone, load_tokenizer, resolve_model
 from stable_rlhf.models.trunk import Trunk, length_batches
+from stable_rlhf.ranks import barrier, device, rank, world_size
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, new_head
 from stable_rlhf.scorer.report import write_report
 from stable_rlhf.scorer.strength import notable_pairs, preference_strength, strength_summary
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.show.progress import is_main_process, progress, say
-from stable_rlhf.train.batches import count_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.checkpoint import RunDirectory, Stage
 from stable_rlhf.train.datasets import read_preferences, split_preferences
-from stable_rlhf.train.engine import barrier, cosine, device, rank, world_size
 from stable_rlhf.train.scorer import EncodedComparison, encode_comparisons, score_pairs, train_scorer
 
 _HELD_OUT = -1

@@ -19,11 +19,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf import signals
 from stable_rlhf.data.jsonl import read_json, to_json
+from stable_rlhf.engine import signals
+from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.progress import say, tolerant_output
-from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.run import check_inputs, circumstances, run_recipe, write_pictures
 
 _NOT_A_SETTING = ("title", "output_dir", "seed", "report_to", "checkpoint", "launch", "study")

@@ -21,12 +21,12 @@ from raw_server import answering, forever, http
 from stable_rlhf.arguments import parse
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses, read_scored
 from stable_rlhf.data.records import DataError
+from stable_rlhf.engine.run_folder import RunDirectory, RunError
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.rehearsal import embed_to_folder, open_embeddings
 from stable_rlhf.rollout.local import GenerationSettings
 from stable_rlhf.rollout.vllm import VLLMRollouts
 from stable_rlhf.system.http import ServerError
-from stable_rlhf.train.checkpoint import RunDirectory, RunError
 from stable_rlhf.train.checks import check
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from stable_rlhf.train.tracking import Tracker
+from stable_rlhf.engine.tracking import Tracker
 
 
 class Killed(BaseException):
@@ -41,7 +41,7 @@ def one_process():
 
     The group itself stays until the tests end: DeepSpeed keeps references to it and cannot start a second one.
     """
-    from stable_rlhf.train.engine import start
+    from stable_rlhf.engine.process import start
 
     before = dict(os.environ)
     with socket.socket() as free:

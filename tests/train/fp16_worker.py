@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.process import start
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.settings.recipe import EngineArguments
-from stable_rlhf.train.engine import Engine, barrier, rank, start, sum_over_ranks, world_size
 from stable_rlhf.world import build_model, build_tokenizer
 
 TARGET = torch.tensor([[6, 7, 8, -100], [10, 11, -100, -100]])

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.process import start
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.ranks import rank, world_size
 from stable_rlhf.settings.recipe import EngineArguments
-from stable_rlhf.train.engine import Engine, rank, start, world_size
 from stable_rlhf.train.memory import Lora, engine_bytes, model_sizes
 from stable_rlhf.world import build_model, build_tokenizer
 

@@ -17,12 +17,14 @@ from torch.func import functional_call
 
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.engine.process import start
 from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.batches import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.meta import MetaRM
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer

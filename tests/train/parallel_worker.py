@@ -14,21 +14,23 @@ import torch
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.order import micro_steps, shuffled_steps
+from stable_rlhf.engine.process import start
+from stable_rlhf.engine.snapshots import Snapshots
+from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ppo.rewards import Experience
+from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
-from stable_rlhf.train.batches import micro_steps, shuffled_steps
 from stable_rlhf.train.contrastive import contrastive_term
-from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, start, sum_over_ranks, world_size
 from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import _imitate
 from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
-from stable_rlhf.train.snapshots import Snapshots
-from stable_rlhf.train.tracking import Tracker
 from stable_rlhf.world import build_model, build_tokenizer
 
 UPDATES = 10

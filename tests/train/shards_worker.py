@@ -13,11 +13,13 @@ import torch
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.engine.frozen import loading_in_shards
+from stable_rlhf.engine.process import start
 from stable_rlhf.models.loading import load_tokenizer
+from stable_rlhf.ranks import barrier, rank, world_size
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.engine import barrier, loading_in_shards, rank, start, world_size
 from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.stages import load_policy
 

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from stable_rlhf.data.encoding import encode
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.weights import plain_weights
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import SFTArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.sft import train_sft
-from stable_rlhf.train.weights import plain_weights
 
 DECAY = 0.7
 
@@ -88,7 +88,7 @@ def test_a_rank_that_cannot_write_takes_part_in_the_averages_collectives_first(t
         raise OSError("No space left on device")
 
     monkeypatch.setattr(dist, "all_gather", count)
-    monkeypatch.setattr("stable_rlhf.train.engine.save_pieces", full)
+    monkeypatch.setattr("stable_rlhf.engine.engine.save_pieces", full)
     with pytest.raises(OSError, match="No space left"):
         engine.save(tmp_path)
     engine.close()

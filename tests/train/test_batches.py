@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from stable_rlhf.train.batches import count_steps, micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps, stream_seed
 
 
 def drawn(rows: int, global_batch: int, steps: int, seed: int = 0) -> list[list[int]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stable_rlhf import signals
+from stable_rlhf.engine import run_folder as checkpoint
+from stable_rlhf.engine import signals
+from stable_rlhf.engine.run_folder import SNAPSHOTS, RunDirectory, RunError
 from stable_rlhf.settings.recipe import CheckpointArguments
-from stable_rlhf.train import checkpoint
-from stable_rlhf.train.checkpoint import SNAPSHOTS, RunDirectory, RunError
 
 SETTINGS = {"seed": 0, "ppo": {"kl_coef": 0.05, "tasks": ["a", "b"]}}
 

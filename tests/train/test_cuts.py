@@ -12,11 +12,11 @@ import pytest
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.engine.order import micro_steps
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.batches import micro_steps
 from stable_rlhf.train.ppo import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from stable_rlhf.engine import snapshots, tracking
 from stable_rlhf.rehearsal import store
-from stable_rlhf.train import snapshots, strength, study, tracking
+from stable_rlhf.train import strength, study
 
 
 def manifest(folder: Path) -> None:

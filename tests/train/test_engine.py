@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from stable_rlhf.engine import engine as engine_module
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.frozen import read_only
+from stable_rlhf.engine.process import start
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
-from stable_rlhf.train import engine as engine_module
-from stable_rlhf.train.engine import Engine, read_only, start
 
 
 def losses(model, arguments: EngineArguments) -> list[float]:

@@ -15,6 +15,7 @@ from fp16_worker import Run
 from test_parallel import launch
 
 from stable_rlhf.data.encoding import Encoded, encode
+from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
@@ -24,7 +25,6 @@ from stable_rlhf.settings.recipe import EngineArguments, GuardArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
 from stable_rlhf.train import meta
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.guard import StabilityGuard
 from stable_rlhf.train.meta import MetaRM
 from stable_rlhf.train.ppo import PPOTrainer

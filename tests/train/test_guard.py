@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
+from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ppo.kl import KLController
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.train.ppo import PPOTrainer

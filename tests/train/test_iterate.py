@@ -9,10 +9,10 @@ import pytest
 
 from stable_rlhf.arguments import parse
 from stable_rlhf.data import read_responses, write_jsonl
+from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.train import evaluation, run, stages
-from stable_rlhf.train.checkpoint import RunDirectory
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.meta import encode_responses
 

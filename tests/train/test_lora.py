@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
+from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.lora import adapted_layers
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.scorer import EncodedComparison, response_logprobs, train_scorer

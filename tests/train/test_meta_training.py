@@ -15,13 +15,13 @@ from test_parallel import launch
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train import meta as meta_module
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.engine import Engine
 from stable_rlhf.train.meta import MetaRM, encode_responses
 from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.train.stages import run_scorer

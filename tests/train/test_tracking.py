@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stable_rlhf.data.jsonl import read_jsonl
-from stable_rlhf.train.tracking import Tracker
+from stable_rlhf.engine.tracking import Tracker
 
 
 def fill(folder, *, report_to=("tensorboard",)) -> Tracker:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from stable_rlhf.engine import watchdog
+from stable_rlhf.engine.watchdog import Watchdog
 from stable_rlhf.show import progress
-from stable_rlhf.train import watchdog
-from stable_rlhf.train.watchdog import Watchdog
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 

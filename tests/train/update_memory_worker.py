@@ -19,7 +19,6 @@ import stable_rlhf.ops as ops
 from bench.ops.problem import mixed_loss, plain_logprob
 from stable_rlhf.models import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments
-from stable_rlhf.train.engine import Engine, start
 
 MIB, ROWS, LENGTH = 1 << 20, 4, 256
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from stable_rlhf.engine import watchdog
 from stable_rlhf.show import progress
-from stable_rlhf.train import watchdog
 
 LIMIT = 3.0
 CASES = ("sleeps-0", "sleeps-1", "stops-0", "stops-1", "alone")

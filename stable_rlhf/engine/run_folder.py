@@ -15,13 +15,14 @@ import torch
 
 from stable_rlhf.data.jsonl import kind_of, read_json, to_json
 from stable_rlhf.data.records import DataError
+from stable_rlhf.engine.order import stream_seed
+from stable_rlhf.engine.process import stop_asked
+from stable_rlhf.engine.signals import Stopped, defer
+from stable_rlhf.engine.watchdog import watch
+from stable_rlhf.ranks import barrier, gather_objects, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import begin, is_main_process, say
-from stable_rlhf.signals import Stopped, defer
 from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
-from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.engine import barrier, gather_objects, stop_asked, world_size
-from stable_rlhf.train.watchdog import watch
 
 _MARKER = "run.json"
 _NO_CONTENT = (LOCK, "run.part")  # what a kill may leave before the marker is there

@@ -124,7 +124,7 @@ def ended_by_one_line(grace: float = _UNWIND) -> Iterator[None]:
                 yield
             except Stopped as stop:
                 if stop.kept:  # every rank is here
-                    from stable_rlhf.train.engine import finish
+                    from stable_rlhf.engine.process import finish
 
                     finish()
                 raise

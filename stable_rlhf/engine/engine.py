@@ -3,136 +3,28 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.engine.frozen import HEADS, release
+from stable_rlhf.engine.order import stream_seed
+from stable_rlhf.engine.shards import load_pieces, save_pieces
+from stable_rlhf.engine.weights import Average, Whole, gathered, save_model, whole
 from stable_rlhf.models.lora import adapters_off, add_lora
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.ranks import device, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.settings.recipe import EngineArguments
-from stable_rlhf.show.progress import mark
-from stable_rlhf.signals import ASKS, received
-from stable_rlhf.train import watchdog
-from stable_rlhf.train.batches import stream_seed
-from stable_rlhf.train.pieces import load_pieces, save_pieces
-from stable_rlhf.train.weights import Average, Whole, gathered, save_model, whole
 
-HEADS = ("reward_head", "expected_head", "value_head", "contrastive")
 _SCHEDULE = "schedule.json"
 _LOSS_SCALE = "loss-scale.json"
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _AVERAGE = "average.safetensors"
-# The others wait while rank 0 asks a judge, embeds candidates or reads its files again. A rank that hangs is found long
-# before, by watchdog.py.
-_TIMEOUT_MINUTES = 6 * 60
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-        mark()
-
-
-def device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def sum_over_ranks(values: Iterable[float]) -> list[float]:
-    """Element-wise float64 sums over all ranks."""
-    values = list(values)
-    if world_size() == 1:
-        return [float(v) for v in values]
-    total = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(total)
-    mark()
-    return total.tolist()
-
-
-def stop_asked() -> int:
-    """The signal that ends this run, the same on every rank whichever of them got it; 0 without one."""
-    own = received()
-    found = sum_over_ranks([float(own == number) for number in ASKS])
-    return next((int(number) for number, ranks in zip(ASKS, found, strict=True) if ranks), 0)
-
-
-def max_over_ranks(values: Iterable[float]) -> list[float]:
-    """Element-wise maxima over all ranks."""
-    return [max(column) for column in zip(*gather_objects([float(v) for v in values]), strict=True)]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    mark()
-    return found
-
-
-def start(seed: int) -> None:
-    """Join the process group (one process without a launcher), quieten the libraries, and seed torch."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    import deepspeed
-    from deepspeed.utils import logger
-    from transformers.utils import logging as transformers_logging
-
-    logger.setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()  # of loading and saving weights: seconds, between our own lines
-    if not torch.cuda.is_available():
-        # On the CPU DeepSpeed would compile a shared-memory collective on first use (minutes); gloo serves.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            import socket
-
-            with socket.socket() as free:  # any free port: several single-process runs may share a machine
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            os.environ |= {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES)))
-        try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise ValueError(
-                f"rendezvous port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is taken, perhaps by "
-                "another run; give the launcher another --master_port"
-            ) from error
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    torch.manual_seed(seed)
 
 
 def _part_generators() -> None:
@@ -142,77 +34,6 @@ def _part_generators() -> None:
     first = gather_objects(seed)[0]
     if rank() and seed == first:  # else an engine before this one has done it
         torch.manual_seed(stream_seed(seed, "rank", rank()))
-
-
-def finish() -> None:
-    """Leave the process group, all ranks together: one that ends while others still talk to it can take them down."""
-    if dist.is_initialized():
-        barrier()
-        watchdog.stop()
-        dist.destroy_process_group()
-
-
-def _zero3(arguments: EngineArguments, *, offload: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration of a model that only reads, or is being loaded, in shards."""
-    zero: dict[str, Any] = {"stage": 3}
-    if offload:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        "bf16": {"enabled": arguments.bf16},
-        "fp16": {"enabled": arguments.fp16},
-        "steps_per_print": 10**9,
-    }
-
-
-@contextmanager
-def loading_in_shards(arguments: EngineArguments, *, frozen: bool = False) -> Iterator[None]:
-    """Context for loading a transformers model that an engine (``frozen``: :func:`read_only`) will take over under
-    ZeRO-3: rank 0 alone reads the file, into host memory, and every tensor is divided over the ranks as soon as it is
-    there, so that no device ever holds the model whole. Other stages load as usual.
-    """
-    if arguments.zero_stage != 3:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    kept = HfDeepSpeedConfig(_zero3(arguments, offload=frozen and arguments.offload_frozen))
-    try:
-        yield
-    finally:
-        # transformers asks this global in other places too: generate would wait for ranks that have less to do.
-        unset_hf_deepspeed_config()
-        del kept  # transformers held it by a weak reference
-
-
-def read_only(module: Any, arguments: EngineArguments) -> Any:
-    """A model that only reads, on this process's device and in the type that the engine trains in: half the memory in
-    16 bits. Heads of one output stay in float32, scores and values want the digits.
-
-    Under ZeRO-3, and with ``offload_frozen``, it is an engine of its own that is called as the model is: its weights
-    lie in shards on the devices, or in host memory, and each layer's are gathered while it runs.
-    """
-    if arguments.packing:
-        module.trunk.pack()
-    if isinstance(module, PolicyModel):
-        module.workspace_bytes = arguments.loss_workspace_mib << 20
-    sharded = arguments.zero_stage == 3 or arguments.offload_frozen
-    if arguments.half:
-        for name, child in module.named_children():
-            if name not in HEADS:
-                child.to(arguments.dtype)
-    module.requires_grad_(False)
-    if not sharded:
-        return module.to(device()).eval()
-    import deepspeed
-
-    config = _zero3(arguments, offload=arguments.offload_frozen)
-    config["bf16"] = config["fp16"] = {"enabled": False}  # the types are as they shall be
-    engine, *_ = deepspeed.initialize(model=module, config=config)
-    engine.eval()
-    return engine
 
 
 def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
@@ -506,28 +327,3 @@ class Engine:
         if self._joined is not None:
             self._joined.remove()
         release(self.deepspeed)
-
-
-def release(model: Any) -> None:
-    """Let go of an engine, of training or of a model that only reads, so that its memory can be used again."""
-    if not hasattr(model, "destroy"):
-        return
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-    model.destroy()
-    # ZeRO-3 puts every root module there and never takes it out: its shards would stay as long as the process.
-    FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not model.module]
-    _forget_traces()
-
-
-def _forget_traces() -> None:
-    """Empty a cache of DeepSpeed's: what each module lets go of, kept for the class and by engine, so that an engine
-    that has traced its layers under ZeRO-3 would stay as long as the process. Others fill it again as they run."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    cached: Any = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
-    while cached is not None and not hasattr(cached, "cache_clear"):  # inside plain closures that measure its time
-        inside = [cell.cell_contents for cell in getattr(cached, "__closure__", None) or ()]
-        cached = next(filter(callable, inside), None)
-    if cached is not None:
-        cached.cache_clear()

@@ -21,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.process import stop_asked
+from stable_rlhf.engine.run_folder import SNAPSHOTS
+from stable_rlhf.engine.signals import Stopped, defer
+from stable_rlhf.engine.tracking import METRICS
+from stable_rlhf.ranks import barrier, gather_objects, rank, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.signals import Stopped, defer
-from stable_rlhf.train.checkpoint import SNAPSHOTS
-from stable_rlhf.train.engine import Engine, barrier, gather_objects, rank, stop_asked, world_size
-from stable_rlhf.train.tracking import METRICS
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2

@@ -1,0 +1,1 @@
+"""The training engine, which knows DeepSpeed and no algorithm: weights, shards, snapshots, run folders, watchdog."""

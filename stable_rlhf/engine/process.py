@@ -1,0 +1,77 @@
+"""Joining and leaving the process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from stable_rlhf.engine import watchdog
+from stable_rlhf.engine.signals import ASKS, received
+from stable_rlhf.ranks import barrier, device, sum_over_ranks
+
+# The others wait while rank 0 asks a judge, embeds candidates or reads its files again. A rank that hangs is found long
+# before, by watchdog.py.
+_TIMEOUT_MINUTES = 6 * 60
+
+
+def stop_asked() -> int:
+    """The signal that ends this run, the same on every rank whichever of them got it; 0 without one."""
+    own = received()
+    found = sum_over_ranks([float(own == number) for number in ASKS])
+    return next((int(number) for number, ranks in zip(ASKS, found, strict=True) if ranks), 0)
+
+
+def start(seed: int) -> None:
+    """Join the process group (one process without a launcher), quieten the libraries, and seed torch."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    from deepspeed.utils import logger
+    from transformers.utils import logging as transformers_logging
+
+    logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()  # of loading and saving weights: seconds, between our own lines
+    if not torch.cuda.is_available():
+        # On the CPU DeepSpeed would compile a shared-memory collective on first use (minutes); gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            import socket
+
+            with socket.socket() as free:  # any free port: several single-process runs may share a machine
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ |= {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES)))
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"rendezvous port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is taken, perhaps by "
+                "another run; give the launcher another --master_port"
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    torch.manual_seed(seed)
+
+
+def finish() -> None:
+    """Leave the process group, all ranks together: one that ends while others still talk to it can take them down."""
+    if dist.is_initialized():
+        barrier()
+        watchdog.stop()
+        dist.destroy_process_group()
