@@ -44,7 +44,7 @@ from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.splits import split_rows
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.run_folder import RunDirectory
-from stable_rlhf.evaluate.study import paired_difference, paired_ratio, seed_mean
+from stable_rlhf.evaluate.over_seeds import paired_difference, paired_ratio, seed_mean
 from stable_rlhf.metrics import (
     Interval,
     brier,

@@ -38,8 +38,8 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     Raises:
         ValueError: settings that no run can use, a seed that failed, or a launcher around this process.
     """
-    from stable_rlhf.evaluate.study import results
-    from stable_rlhf.evaluate.study_report import make_page, markdown
+    from stable_rlhf.evaluate.over_seeds import results
+    from stable_rlhf.evaluate.over_seeds_report import make_page, markdown
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("study starts processes of its own (--study.workers): run it without a launcher")

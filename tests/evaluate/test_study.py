@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stable_rlhf.evaluate import study, study_report
+from stable_rlhf.evaluate import over_seeds as study
+from stable_rlhf.evaluate import over_seeds_report as study_report
 from stable_rlhf.evaluate.findings import CANNOT_TELL
 
 SEEDS = (3, 4, 5, 6, 7)

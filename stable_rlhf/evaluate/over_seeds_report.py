@@ -9,9 +9,9 @@ import numpy as np
 
 from stable_rlhf.evaluate.figures import colours
 from stable_rlhf.evaluate.findings import SCORER_NAMES, verdict
+from stable_rlhf.evaluate.over_seeds import COMPARED, NAMES
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.evaluate.report import Picture, render_template
-from stable_rlhf.evaluate.study import COMPARED, NAMES
 from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
 
 Results = Mapping[str, Any]
