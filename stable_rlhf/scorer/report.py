@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
-from stable_rlhf.scorer.figures import strength_picture
-from stable_rlhf.show.pictures import plain
+from stable_rlhf.scorer.strength import deviation_curve
+from stable_rlhf.show.pictures import FAINT, INK, KEPT, picture, plain, png
 
 _MEANING = {
     "weakest": "the scorers would turn these labels round: read them before you trust or flip them",
@@ -84,3 +86,59 @@ def notable_tables(summary: dict[str, Any], width: int = 40) -> list[Any]:
 
 def _line(text: str, width: int) -> str:
     return plain(text, width).replace(r"\$", "$")
+
+
+_WRONG = "#D55E00"
+
+
+_MOST_GROUPS = 8
+
+
+def strength_picture(
+    mean: ArrayLike, std: ArrayLike, check: Sequence[float | None] | None = None, check_name: str = ""
+) -> bytes:
+    """Histogram of μ, the scorers' deviation against it, and, with ``check``, μ by the values of a column of the data
+    (None where a pair has none)."""
+    mu, sigma = np.asarray(mean, dtype=np.float64), np.asarray(std, dtype=np.float64)
+    with picture(3 if check is not None else 2, size=(12 if check is not None else 9, 3.6)) as (figure, axes):
+        left, right = axes[0, 0], axes[0, 1]
+        low, high = (float(q) for q in np.quantile(mu, [0.002, 0.998]))
+        # 0 is an edge, so that no bar stands for both kinds of pairs.
+        width = (high - low) / 40 or 1.0
+        edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)
+        shown = np.clip(mu, edges[0], np.nextafter(edges[-1], edges[0]))
+        for part, colour, label in ((shown < 0, _WRONG, "μ < 0"), (shown >= 0, KEPT, "μ ≥ 0")):
+            left.hist(shown[part], edges, color=colour, label=f"{label}: {100 * part.mean():.1f} %")
+        left.set(xlabel="strength μ: mean of r(chosen) − r(rejected)", ylabel="pairs")
+        left.set_title("How sure the scorers are")
+        left.legend(loc="upper right")
+        right.scatter(mu, sigma, s=float(np.clip(4000 / len(mu), 1, 12)), color=FAINT, linewidths=0)
+        curve = deviation_curve(mu, sigma)
+        right.plot([c["mean"] for c in curve], [c["std"] for c in curve], color=INK, marker="o", markersize=3)
+        right.axvline(0, color=INK, linewidth=0.8, linestyle="--")
+        right.set(xlabel="strength μ", ylabel="deviation σ over the scorers", ylim=(0, None))
+        right.set_title("How far they disagree (line: groups of equal size)")
+        if check is not None:
+            _by_value(axes[0, 2], mu, check, check_name)
+        return png(figure)
+
+
+def _by_value(ax: Any, mu: np.ndarray, check: Sequence[float | None], name: str) -> None:
+    """Boxes of μ by value; many different values are grouped into equally large parts."""
+    known = np.array([value is not None for value in check])
+    value = np.array([v for v in check if v is not None], dtype=np.float64)
+    strength = mu[known]
+    distinct = np.unique(value)
+    if len(distinct) <= _MOST_GROUPS:
+        groups = [(f"{v:.3g}", strength[value == v]) for v in distinct]
+    else:
+        parts = np.array_split(np.argsort(value, kind="stable"), _MOST_GROUPS)
+        groups = [(f"≤ {value[p].max():.3g}", strength[p]) for p in parts]
+    ax.boxplot(
+        [g for _, g in groups], showfliers=False, showmeans=True, medianprops={"color": INK},
+        meanprops={"markerfacecolor": KEPT, "markeredgecolor": KEPT},
+    )  # fmt: skip
+    ax.set_xticks(range(1, len(groups) + 1), [f"{label}\n{len(g)}" for label, g in groups])
+    ax.axhline(0, color=INK, linewidth=0.8, linestyle="--")
+    ax.set(xlabel=f"{plain(name)} (below: pairs)", ylabel="strength μ")
+    ax.set_title(f"Strength by {plain(name)}")

@@ -24,12 +24,21 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ranks import barrier, device, gather_objects, rank, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
+from stable_rlhf.scorer.collect import Alternate, collect_responses
+from stable_rlhf.scorer.comparisons import (
+    EncodedComparison,
+    encode_comparisons,
+    fill_logprobs,
+    pairs_digest,
+    score_pairs,
+)
 from stable_rlhf.scorer.denoise import denoise, parse_bands
+from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SelectArguments
 from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.train.collect import Alternate, collect_responses
 from stable_rlhf.train.datasets import (
     encode_demonstrations,
     load_demonstrations,
@@ -37,17 +46,8 @@ from stable_rlhf.train.datasets import (
     load_prompts,
     locate,
 )
-from stable_rlhf.train.meta import encode_responses
 from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import train_rejection
-from stable_rlhf.train.scorer import (
-    EncodedComparison,
-    encode_comparisons,
-    fill_logprobs,
-    pairs_digest,
-    score_pairs,
-    train_scorer,
-)
 from stable_rlhf.train.sft import train_sft
 
 Result = dict[str, Any]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.comparisons import EncodedComparison
 from stable_rlhf.scorer.denoise import denoise, parse_bands
+from stable_rlhf.scorer.train import scorer_loss
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 
 
 def rows_of(*means: float) -> list[Comparison]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from stable_rlhf.scorer.meta import response_difference
+from stable_rlhf.scorer.metarm import response_difference
 
 
 def by_hand(rewards: list[float]) -> float:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stable_rlhf.scorer.figures import strength_picture
-from stable_rlhf.scorer.report import in_words, notable_tables, write_report
+from stable_rlhf.scorer.report import in_words, notable_tables, strength_picture, write_report
 from stable_rlhf.scorer.strength import deviation_curve, notable_pairs, preference_strength, strength_summary
 
 VOTES = st.lists(st.one_of(st.none(), st.floats(-50, 50)), min_size=3, max_size=3)

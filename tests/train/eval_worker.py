@@ -16,9 +16,10 @@ from stable_rlhf.data.records import Comparison
 from stable_rlhf.engine.process import finish, start
 from stable_rlhf.ranks import barrier, gather_objects, rank
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.comparisons import EncodedComparison
+from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.world import build_model, build_tokenizer
 
 EVERY = 2

@@ -23,10 +23,11 @@ from stable_rlhf.engine.process import start
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.comparisons import EncodedComparison
+from stable_rlhf.scorer.metarm import MetaRM
+from stable_rlhf.scorer.train import scorer_loss
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.meta import MetaRM
-from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer
 
 STEPS, ACCUMULATION, RATE, ETA, BATCH = 4, 2, 1e-4, 0.5, 4

@@ -25,12 +25,12 @@ from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.comparisons import EncodedComparison
+from stable_rlhf.scorer.train import contrastive_term, scorer_loss
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
-from stable_rlhf.train.contrastive import contrastive_term
 from stable_rlhf.train.ppo import PPOTrainer
 from stable_rlhf.train.rejection import _imitate
-from stable_rlhf.train.scorer import EncodedComparison, scorer_loss
 from stable_rlhf.world import build_model, build_tokenizer
 
 UPDATES = 10

@@ -18,10 +18,11 @@ from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.comparisons import EncodedComparison, score_pairs
+from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.scorer import EncodedComparison, score_pairs, train_scorer
 from stable_rlhf.train.stages import run_scorer
 
 TRAINING = ScorerArguments(

@@ -20,13 +20,12 @@ from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
-from stable_rlhf.scorer.meta import response_difference
+from stable_rlhf.scorer import metarm as meta
+from stable_rlhf.scorer.metarm import MetaRM, response_difference
 from stable_rlhf.settings.recipe import EngineArguments, GuardArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
-from stable_rlhf.train import meta
 from stable_rlhf.train.checks import check
 from stable_rlhf.train.guard import StabilityGuard
-from stable_rlhf.train.meta import MetaRM
 from stable_rlhf.train.ppo import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_process")

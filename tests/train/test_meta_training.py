@@ -18,12 +18,13 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer import metarm as meta_module
+from stable_rlhf.scorer.comparisons import EncodedComparison
+from stable_rlhf.scorer.metarm import MetaRM, encode_responses
+from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train import meta as meta_module
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.meta import MetaRM, encode_responses
-from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.train.stages import run_scorer
 
 TRAINING = ScorerArguments(

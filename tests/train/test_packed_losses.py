@@ -12,10 +12,11 @@ from stable_rlhf.data.records import Comparison
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ppo.rewards import Experience
 from stable_rlhf.scorer import AdvantageModel
+from stable_rlhf.scorer.comparisons import EncodedComparison
+from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
 from stable_rlhf.train.ppo import PPOTrainer
-from stable_rlhf.train.scorer import EncodedComparison, train_scorer
 from stable_rlhf.train.sft import train_sft
 
 TEXTS = (("Reverse the letters of abcd", "dcba"), ("Write backwards: xyz", "zyx"), ("Count the letters of q", "1"),

@@ -16,17 +16,16 @@ from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.settings.recipe import EngineArguments, Recipe
-from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.scorer import (
+from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
     encode_comparisons,
     fill_logprobs,
     response_logprobs,
     score_pairs,
-    scorer_loss,
-    train_scorer,
 )
+from stable_rlhf.scorer.train import scorer_loss, train_scorer
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.train.stages import run_scorer
 
 ARGUMENTS = ScorerArguments(margin=1.5)

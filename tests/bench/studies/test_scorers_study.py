@@ -21,8 +21,8 @@ from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.data.packing import Encoded, encode
 from stable_rlhf.data.splits import prompt_key
 from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.scorer.comparisons import EncodedComparison
 from stable_rlhf.scorer.denoise import parse_bands
-from stable_rlhf.train.scorer import EncodedComparison
 from stable_rlhf.world import SKILLS as SKILL_OF
 from stable_rlhf.world import gold_score, near_miss
 

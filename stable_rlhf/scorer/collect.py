@@ -11,7 +11,7 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.rollout.local import GenerationSettings, generate
-from stable_rlhf.train.scorer import response_logprobs
+from stable_rlhf.scorer.comparisons import response_logprobs
 
 
 @dataclass(frozen=True)
