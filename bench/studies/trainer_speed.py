@@ -52,10 +52,10 @@ def run_ours(folder: Path, steps: int) -> list[float]:
     from stable_rlhf.engine.process import start
     from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
     from stable_rlhf.models.policy import PolicyModel
+    from stable_rlhf.policy.ppo import PPOTrainer
     from stable_rlhf.scorer import AdvantageModel, ScorerSettings
     from stable_rlhf.settings.recipe import EngineArguments
     from stable_rlhf.settings.stages import PPOArguments
-    from stable_rlhf.train.ppo import PPOTrainer
 
     start(0)
     name = str(folder / "model")

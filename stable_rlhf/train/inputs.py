@@ -10,13 +10,13 @@ from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.tracking import check_reporters
 from stable_rlhf.models.loading import context_length, load_tokenizer, resolve_model
+from stable_rlhf.policy.ppo import check_sizes
+from stable_rlhf.policy.rejection import check_rounds
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
 from stable_rlhf.scorer.metarm import check_meta_batch
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
 from stable_rlhf.train.datasets import check_evaluation_sets, load_prompts, locate
-from stable_rlhf.train.ppo import check_sizes
-from stable_rlhf.train.rejection import check_rounds
 from stable_rlhf.train.stages import check_gold, check_same_tokenizer
 from stable_rlhf.train.strength import check_column
 

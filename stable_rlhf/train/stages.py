@@ -21,6 +21,9 @@ from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_backbone, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.policy.rejection import train_rejection
+from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.ranks import barrier, device, gather_objects, rank, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
@@ -46,9 +49,6 @@ from stable_rlhf.train.datasets import (
     load_prompts,
     locate,
 )
-from stable_rlhf.train.ppo import PPOTrainer
-from stable_rlhf.train.rejection import train_rejection
-from stable_rlhf.train.sft import train_sft
 
 Result = dict[str, Any]
 RESPONSES = "responses.jsonl.gz"  # in the folder of `run_responses`

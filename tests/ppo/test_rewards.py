@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from stable_rlhf.data.encoding import Encoded
-from stable_rlhf.ppo.kl import KLController
-from stable_rlhf.ppo.rewards import (
-    Experience,
-    RunningMoments,
-    add_advantages,
-    correct_for_rollouts,
-    logprob_gap,
-)
+from stable_rlhf.policy.experience import Experience, RunningMoments, add_advantages, correct_for_rollouts, logprob_gap
+from stable_rlhf.policy.kl import KLController
 
 LENGTHS = (5, 1, 8, 3, 1)
 

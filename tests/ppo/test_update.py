@@ -11,8 +11,8 @@ from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ppo.rewards import Experience
-from stable_rlhf.ppo.update import IGNORED, POLICY, REHEARSAL, clipped_value_loss, mix, mixed_loss
+from stable_rlhf.policy.experience import Experience
+from stable_rlhf.policy.mixed_batch import IGNORED, POLICY, REHEARSAL, clipped_value_loss, mix, mixed_loss
 
 CONFIG = PolicyLossConfig(clip_low=0.1, clip_high=0.3, entropy_coef=0.05, rehearsal_coef=0.7)
 SETTINGS = {"temperature": 0.75, "cliprange_value": 0.25, "vf_coef": 0.4}

@@ -21,7 +21,9 @@ from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ppo.rewards import Experience
+from stable_rlhf.policy.experience import Experience
+from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.policy.rejection import _imitate
 from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
@@ -29,8 +31,6 @@ from stable_rlhf.scorer.comparisons import EncodedComparison
 from stable_rlhf.scorer.train import contrastive_term, scorer_loss
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
-from stable_rlhf.train.ppo import PPOTrainer
-from stable_rlhf.train.rejection import _imitate
 from stable_rlhf.world import build_model, build_tokenizer
 
 UPDATES = 10

@@ -14,10 +14,10 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.order import micro_steps
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.ppo import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

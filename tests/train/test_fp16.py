@@ -18,15 +18,15 @@ from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
-from stable_rlhf.ppo.rewards import Experience
+from stable_rlhf.policy.experience import Experience
+from stable_rlhf.policy.guard import StabilityGuard
+from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.scorer import metarm as meta
 from stable_rlhf.scorer.metarm import MetaRM, response_difference
 from stable_rlhf.settings.recipe import EngineArguments, GuardArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.guard import StabilityGuard
-from stable_rlhf.train.ppo import PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 STAGES = (1, 2, 3)  # without ZeRO it runs as ZeRO 1

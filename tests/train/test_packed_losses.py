@@ -10,14 +10,14 @@ import torch
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models.policy import PolicyModel
-from stable_rlhf.ppo.rewards import Experience
+from stable_rlhf.policy.experience import Experience
+from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.scorer.comparisons import EncodedComparison
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
-from stable_rlhf.train.ppo import PPOTrainer
-from stable_rlhf.train.sft import train_sft
 
 TEXTS = (("Reverse the letters of abcd", "dcba"), ("Write backwards: xyz", "zyx"), ("Count the letters of q", "1"),
          ("Say c", "c"))  # fmt: skip

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.policy.guard import StabilityGuard
+from stable_rlhf.policy.page import PAGE, render_page, training_curves, write_page
 from stable_rlhf.settings.recipe import GuardArguments
-from stable_rlhf.train.guard import StabilityGuard
-from stable_rlhf.train.page import PAGE, render_page, training_curves, write_page
 
 HISTORY = [
     {"step": s, "score": 0.1 * s, "kl": 0.2 * s, "length": 10.0 + s, "entropy": 2 - 0.01 * s, "clip_fraction": 0.1,

@@ -16,13 +16,13 @@ from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.ppo import PPOTrainer, check_sizes
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import response_logprobs
 from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import stages
-from stable_rlhf.train.ppo import PPOTrainer, check_sizes
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",
          "Put into upper case: pqrs")  # fmt: skip
@@ -263,7 +263,7 @@ def test_ranks_exchange_advantages_where_nccl_can_sum_them(make, tokenizer, monk
         all_gather(parts, mine, group=group)
 
     monkeypatch.setattr(dist, "all_gather", nccl)
-    monkeypatch.setattr("stable_rlhf.train.ppo.world_size", lambda: 2)
+    monkeypatch.setattr("stable_rlhf.policy.ppo.world_size", lambda: 2)
     monkeypatch.setattr(type(trainer.policy.trunk), "device", torch.device("cuda"))
     with PretendedGPU(), ops.backend("torch"):  # the C++ one takes CPU tensors alone
         trainer.estimate(experiences)

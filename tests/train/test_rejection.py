@@ -14,12 +14,12 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy import rejection
+from stable_rlhf.policy.rejection import keep, train_rejection
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train import rejection
-from stable_rlhf.train.rejection import keep, train_rejection
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc")
 

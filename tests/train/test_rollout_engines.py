@@ -13,13 +13,13 @@ from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.rollout.local import LocalRollouts
 from stable_rlhf.rollout.vllm import VLLMRollouts
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train.checks import check
-from stable_rlhf.train.ppo import PPOTrainer
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 ARGUMENTS = PPOArguments(

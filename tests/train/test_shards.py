@@ -20,13 +20,13 @@ from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
 from stable_rlhf.engine.weights import plain_weights
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.policy.rejection import train_rejection
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.train import evaluation
-from stable_rlhf.train.ppo import PPOTrainer
-from stable_rlhf.train.rejection import train_rejection
 from stable_rlhf.train.stages import in_shards, load_policy, load_reader, run_materialise
 
 SHARDS = EngineArguments(zero_stage=3)

@@ -23,12 +23,12 @@ from stable_rlhf.engine.run_folder import SNAPSHOTS, RunDirectory, RunError
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
+from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.policy.rejection import train_rejection
+from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, SFTArguments
-from stable_rlhf.train.ppo import PPOTrainer
-from stable_rlhf.train.rejection import train_rejection
-from stable_rlhf.train.sft import train_sft
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 EVERY_STEP = CheckpointArguments(save_steps=1)

@@ -19,13 +19,13 @@ from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.sft import nll_step, save_policy
 from stable_rlhf.ranks import gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.show.progress import progress
-from stable_rlhf.train.sft import nll_step, save_policy
 
 
 def keep(scores: Sequence[float], samples: int, threshold: float | None) -> list[int]:

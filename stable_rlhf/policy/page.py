@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.policy.guard import StabilityGuard
 from stable_rlhf.show.pictures import FAINT, INK, picture, png
 from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.train.guard import StabilityGuard
 
 PAGE = "training.html"
 _SHOWN = 12  # answers shown of each prompt: the first, the last, and some between

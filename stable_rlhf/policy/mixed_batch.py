@@ -13,7 +13,7 @@ from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ppo.rewards import Experience
+from stable_rlhf.policy.experience import Experience
 
 IGNORED, POLICY, REHEARSAL = 0, 1, 2
 

@@ -37,19 +37,19 @@ from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.ppo.kl import KLController
-from stable_rlhf.ppo.rewards import Experience, RunningMoments, add_advantages, correct_for_rollouts
-from stable_rlhf.ppo.update import mix, mixed_loss
+from stable_rlhf.policy.experience import Experience, RunningMoments, add_advantages, correct_for_rollouts
+from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard
+from stable_rlhf.policy.kl import KLController
+from stable_rlhf.policy.metrics import rollout_metrics
+from stable_rlhf.policy.mixed_batch import mix, mixed_loss
+from stable_rlhf.policy.page import write_page
+from stable_rlhf.policy.sft import save_policy
 from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.show.progress import is_main_process, progress
-from stable_rlhf.train.guard import KLTooHigh, StabilityGuard
-from stable_rlhf.train.page import write_page
-from stable_rlhf.train.rollout_metrics import rollout_metrics
-from stable_rlhf.train.sft import save_policy
 
 
 def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:

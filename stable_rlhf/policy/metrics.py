@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stable_rlhf.ppo.rewards import Experience, logprob_gap
+from stable_rlhf.policy.experience import Experience, logprob_gap
 from stable_rlhf.ranks import max_over_ranks, sum_over_ranks
 from stable_rlhf.rollout.local import Rollout
 

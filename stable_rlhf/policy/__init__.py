@@ -1,0 +1,1 @@
+"""Training the policy: SFT, PPO with Selective Rehearsal, rejection sampling, and what they watch."""
