@@ -303,7 +303,7 @@ def _study(recipe: Recipe, own: argparse.Namespace) -> None:
 
 def _launch(recipe: Recipe, own: argparse.Namespace) -> None:
     """Several processes: say what would run, write a batch script, or run it."""
-    from stable_rlhf.train import launch
+    from stable_rlhf.launch import torchrun as launch
 
     given = [a for a in own.given if a.split("=")[0] in ("--launch.nodes", "--launch.rendezvous")]
     if own.hostfile and (given or own.slurm):

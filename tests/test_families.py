@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from stable_rlhf.data.encoding import encode
+from stable_rlhf.launch.memory import model_sizes
 from stable_rlhf.models.loading import context_length, hidden_width, load_backbone, load_causal_lm
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel
-from stable_rlhf.train.memory import model_sizes
 
 
 def projected_opt(tokenizer, width: int):

@@ -376,7 +376,7 @@ def test_the_environments_report_shows_what_is_known_to_be_no_secret(monkeypatch
 
 
 def test_no_secret_goes_into_another_nodes_command_line(monkeypatch):
-    from stable_rlhf.train import launch
+    from stable_rlhf.launch import torchrun as launch
 
     commands = []
     monkeypatch.setattr(launch, "is_local", lambda name: False)

@@ -12,10 +12,10 @@ import torch
 
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.process import start
+from stable_rlhf.launch.memory import Lora, engine_bytes, model_sizes
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ranks import rank, world_size
 from stable_rlhf.settings.recipe import EngineArguments
-from stable_rlhf.train.memory import Lora, engine_bytes, model_sizes
 from stable_rlhf.world import build_model, build_tokenizer
 
 BUCKET = 10**9  # bytes: no tensor of these models is as large, ZeRO 3's buffer for gradients is

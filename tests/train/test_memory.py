@@ -14,8 +14,7 @@ from cli_helpers import environment
 from memory_worker import measure
 from test_parallel import launch
 
-from stable_rlhf.settings.recipe import EngineArguments, Recipe
-from stable_rlhf.train.memory import (
+from stable_rlhf.launch.memory import (
     GIB,
     Lora,
     activation_bytes,
@@ -27,6 +26,7 @@ from stable_rlhf.train.memory import (
     read_config,
     remedies,
 )
+from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.world import build_model
 
 LLAMA_7B = {

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from stable_rlhf.engine.signals import set_limits
+from stable_rlhf.launch.memory import GIB, Estimate, estimate, remedies
 from stable_rlhf.policy.ppo import check_sizes
 from stable_rlhf.settings.recipe import LaunchArguments, Recipe
 from stable_rlhf.show.progress import printable
 from stable_rlhf.system.http import SECRET_NAME, has_credentials
-from stable_rlhf.train.memory import GIB, Estimate, estimate, remedies
 
 # What a process on another node should find as it is here. Names that look like credentials stay behind: a command
 # line can be read by everybody on a machine.
