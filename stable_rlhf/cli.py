@@ -17,11 +17,11 @@ from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.engine import signals
+from stable_rlhf.run.bounds import check
 from stable_rlhf.settings.ranges import expand_user
 from stable_rlhf.settings.recipe import Recipe, decisive
 from stable_rlhf.settings.recipe_file import suggestion
 from stable_rlhf.show.progress import tolerant_output
-from stable_rlhf.train.checks import check
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.
@@ -98,8 +98,8 @@ def _unexpected(error: Exception, output_dir: Path) -> NoReturn:
 def _run(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.engine.process import finish
     from stable_rlhf.evaluate.report import summary_table
+    from stable_rlhf.run.recipe import run_recipe
     from stable_rlhf.show.progress import console, is_main_process
-    from stable_rlhf.train.run import run_recipe
 
     summary = run_recipe(recipe)
     finish()
@@ -148,7 +148,7 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
 
 def _settings(recipe: Recipe, sections: str, inputs: dict[str, Any], *, engine: bool = True) -> dict[str, Any]:
     """What a stage's result depends on; arguments as of `_single`."""
-    from stable_rlhf.train.datasets import contents
+    from stable_rlhf.run.datasets import contents
 
     everything = recipe.as_dict()
     settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
@@ -172,15 +172,15 @@ def _fingerprint(path: str) -> str | None:
 
 
 def _sft(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.stages import run_sft
+    from stable_rlhf.run.stages import run_sft
 
     model = _policy(recipe)
     _single("sft", recipe, "data engine sft", {}, lambda folder: run_sft(recipe, model, folder))
 
 
 def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.datasets import digests
-    from stable_rlhf.train.stages import run_scorer
+    from stable_rlhf.run.datasets import digests
+    from stable_rlhf.run.stages import run_scorer
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
     inputs: dict[str, Any] = {"objective": own.objective, "policy": own.policy}
@@ -194,9 +194,9 @@ def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
 def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.engine.process import finish, start
     from stable_rlhf.engine.run_folder import RunDirectory
+    from stable_rlhf.run.strength import measure_strength
     from stable_rlhf.scorer.report import in_words, notable_tables
     from stable_rlhf.show.progress import console, is_main_process, printable
-    from stable_rlhf.train.strength import measure_strength
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
     start(recipe.seed)
@@ -213,7 +213,7 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _files(recipe: Recipe, flag: str, given: Sequence[str] | None) -> list[str]:
-    from stable_rlhf.train.datasets import locate
+    from stable_rlhf.run.datasets import locate
 
     files = [expand_user(name) for name in items(flag, given)]
     missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
@@ -243,8 +243,8 @@ def _hint(given: Sequence[str] | None) -> str:
 
 
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.datasets import digests
-    from stable_rlhf.train.stages import run_select, run_select_file
+    from stable_rlhf.run.datasets import digests
+    from stable_rlhf.run.stages import run_select, run_select_file
 
     if (own.scorer is None) == (own.candidates is None):
         raise ValueError("select: give either --scorer (and a policy to answer --data.prompts) or --candidates FILE")
@@ -260,7 +260,7 @@ def _select(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.stages import run_ppo
+    from stable_rlhf.run.stages import run_ppo
 
     policy = _policy(recipe)
     rehearsal = Path(own.rehearsal) if own.rehearsal else None
@@ -272,8 +272,8 @@ def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.train.datasets import digests
-    from stable_rlhf.train.run import evaluate_models
+    from stable_rlhf.run.datasets import digests
+    from stable_rlhf.run.summary import evaluate_models
 
     policies, scorers = _named("--policies", own.policies), _named("--scorers", own.scorers)
     if not policies and not scorers:
@@ -295,8 +295,8 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _study(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.run.seeds import run_study
     from stable_rlhf.show.progress import printable
-    from stable_rlhf.train.study import run_study
 
     print(printable(run_study(recipe, validation=own.validation)))
 

@@ -138,7 +138,7 @@ def _serve() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
     import stable_rlhf.cli  # noqa: F401
-    import stable_rlhf.train.run  # noqa: F401
+    import stable_rlhf.run.recipe  # noqa: F401
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

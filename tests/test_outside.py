@@ -18,12 +18,12 @@ from raw_server import answering, forever, http
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.rollout.local import GenerationSettings
 from stable_rlhf.rollout.vllm import VLLMRollouts
+from stable_rlhf.run.bounds import check
+from stable_rlhf.run.evaluation import make_judge
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show import progress
 from stable_rlhf.show.progress import console, printable, say
 from stable_rlhf.system.http import Server, ServerError
-from stable_rlhf.train.checks import check
-from stable_rlhf.train.evaluation import make_judge
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -60,13 +60,13 @@ from stable_rlhf.metrics import (
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 from stable_rlhf.ranks import device
+from stable_rlhf.run.datasets import read_preferences, split_preferences
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import EncodedComparison, encode_comparisons, eval_metrics, score_pairs
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
 from stable_rlhf.show.progress import progress
-from stable_rlhf.train.datasets import read_preferences, split_preferences
 
 Settings = dict[str, Any]
 

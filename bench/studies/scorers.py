@@ -46,6 +46,7 @@ from stable_rlhf.metrics import calibration, pair_accuracy, temperature_scaled
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 from stable_rlhf.rollout.local import GenerationSettings, generate
+from stable_rlhf.run.datasets import load_preferences
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import EncodedComparison, encode_comparisons, fill_logprobs
 from stable_rlhf.scorer.denoise import denoise, parse_bands
@@ -53,7 +54,6 @@ from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
 from stable_rlhf.show.progress import progress
-from stable_rlhf.train.datasets import load_preferences
 
 Settings = dict[str, Any]
 

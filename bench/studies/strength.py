@@ -32,9 +32,6 @@ from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, picture, png
-from stable_rlhf.train.datasets import load_preferences, read_preferences, split_preferences
-from stable_rlhf.train.stages import run_scorer
-from stable_rlhf.train.strength import measure_strength, train_head
 from stable_rlhf.world import utility
 
 # What each reward model is trained on; None: the labels before the wrong ones were planted.

@@ -18,7 +18,6 @@ from stable_rlhf.ops.backends import extension
 from stable_rlhf.outside import SECRET_NAME, without_credentials
 from stable_rlhf.show.progress import printable
 from stable_rlhf.system.http import SECRET_NAME, without_credentials
-from stable_rlhf.train.run import device_name, versions
 
 # Beside what this package needs: what can change how processes start, talk and compile.
 _OTHERS = ("accelerate", "peft", "tokenizers", "safetensors", "faiss-gpu-cu12", "flash-attn", "jsonargparse")

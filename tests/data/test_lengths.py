@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from stable_rlhf.data.encoding import surely_longer
+from stable_rlhf.run.datasets import load_demonstrations, load_prompts
 from stable_rlhf.scorer.comparisons import encode_comparisons
 from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.settings.recipe import DataArguments
-from stable_rlhf.train.datasets import load_demonstrations, load_prompts
 
 
 class Tokenizer:

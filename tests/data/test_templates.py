@@ -14,11 +14,11 @@ from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_comparisons, read_responses
 from stable_rlhf.data.records import DataError, PromptRow, RowError
+from stable_rlhf.run.datasets import load_demonstrations, load_prompts
+from stable_rlhf.run.evaluation import that_judge_reads
 from stable_rlhf.scorer.comparisons import encode_comparisons
 from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.settings.recipe import DataArguments
-from stable_rlhf.train.datasets import load_demonstrations, load_prompts
-from stable_rlhf.train.evaluation import that_judge_reads
 
 GEMMA = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

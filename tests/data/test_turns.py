@@ -12,9 +12,9 @@ from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Demonstration, ResponseSet
 from stable_rlhf.data.turns import end_of_turn, ends_of_turn
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, response_text
+from stable_rlhf.run.datasets import encode_demonstrations
+from stable_rlhf.run.stages import check_same_tokenizer
 from stable_rlhf.scorer.metarm import encode_responses
-from stable_rlhf.train.datasets import encode_demonstrations
-from stable_rlhf.train.stages import check_same_tokenizer
 
 _CHAT = "{% for m in messages %}{OPEN}{{ m['role'] }}\n{{ m['content'] | trim }}{CLOSE}{% endfor %}"
 

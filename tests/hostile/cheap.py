@@ -26,8 +26,8 @@ from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.rehearsal import embed_to_folder, open_embeddings
 from stable_rlhf.rollout.local import GenerationSettings
 from stable_rlhf.rollout.vllm import VLLMRollouts
+from stable_rlhf.run.bounds import check
 from stable_rlhf.system.http import ServerError
-from stable_rlhf.train.checks import check
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -18,10 +18,10 @@ from stable_rlhf.engine.process import start
 from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.ranks import barrier, rank, world_size
+from stable_rlhf.run.stages import load_policy
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.stages import load_policy
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 

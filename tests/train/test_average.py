@@ -12,10 +12,10 @@ from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.weights import plain_weights
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.sft import train_sft
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import SFTArguments
-from stable_rlhf.train.checks import check
 
 DECAY = 0.7
 

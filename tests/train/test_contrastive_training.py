@@ -10,12 +10,12 @@ import torch
 
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import EncodedComparison
 from stable_rlhf.scorer.train import contrastive_term, scorer_loss, train_scorer
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.checks import check
 
 METHODS = [("simcse", "responses"), ("simcse", "differences"), ("swav", "responses"), ("swav", "differences")]
 TRAINING = ScorerArguments(

@@ -10,7 +10,8 @@ import pytest
 
 from stable_rlhf.engine import snapshots, tracking
 from stable_rlhf.rehearsal import store
-from stable_rlhf.train import strength, study
+from stable_rlhf.run import seeds as study
+from stable_rlhf.run import strength
 
 
 def manifest(folder: Path) -> None:

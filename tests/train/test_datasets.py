@@ -8,8 +8,8 @@ import pytest
 
 from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.records import DataError
+from stable_rlhf.run.datasets import contents, load_demonstrations, load_preferences, load_prompts, locate
 from stable_rlhf.settings.recipe import DataArguments
-from stable_rlhf.train.datasets import contents, load_demonstrations, load_preferences, load_prompts, locate
 
 TASKS = ("reverse", "upper", "count")
 

@@ -17,13 +17,13 @@ from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.run.bounds import check
+from stable_rlhf.run.stages import run_scorer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import EncodedComparison, score_pairs
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.checks import check
-from stable_rlhf.train.stages import run_scorer
 
 TRAINING = ScorerArguments(
     learning_rate=2e-3, num_train_epochs=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, bins=3,

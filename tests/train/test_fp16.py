@@ -21,12 +21,12 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.experience import Experience
 from stable_rlhf.policy.guard import StabilityGuard
 from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.scorer import metarm as meta
 from stable_rlhf.scorer.metarm import MetaRM, response_difference
 from stable_rlhf.settings.recipe import EngineArguments, GuardArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
-from stable_rlhf.train.checks import check
 
 pytestmark = pytest.mark.usefixtures("one_process")
 STAGES = (1, 2, 3)  # without ZeRO it runs as ZeRO 1

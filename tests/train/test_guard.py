@@ -19,10 +19,10 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.policy.kl import KLController
 from stable_rlhf.policy.ppo import PPOTrainer
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.checks import check
 
 CALM = {
     "kl": 0.5, "clip_fraction": 0.05, "approx_kl": 0.01, "entropy": 2.0, "length": 20.0, "score": 1.0, "finished": 0.9,

@@ -10,11 +10,12 @@ import pytest
 from stable_rlhf.arguments import parse
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.run import evaluation, stages
+from stable_rlhf.run import recipe as run
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.settings.recipe import Recipe
-from stable_rlhf.train import evaluation, run, stages
-from stable_rlhf.train.checks import check
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

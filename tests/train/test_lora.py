@@ -19,12 +19,12 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
 from stable_rlhf.policy.sft import train_sft
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.scorer.comparisons import EncodedComparison, response_logprobs
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments
-from stable_rlhf.train.checks import check
 
 TEXTS = (("Reverse the letters of abcd", "dcba"), ("Write backwards: xyz", "zyx"), ("Count the letters of q", "1"),
          ("Give the last letter of abc", "c"))  # fmt: skip

@@ -17,6 +17,8 @@ from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.run.bounds import check
+from stable_rlhf.run.stages import run_scorer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer import metarm as meta_module
 from stable_rlhf.scorer.comparisons import EncodedComparison
@@ -24,8 +26,6 @@ from stable_rlhf.scorer.metarm import MetaRM, encode_responses
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.checks import check
-from stable_rlhf.train.stages import run_scorer
 
 TRAINING = ScorerArguments(
     learning_rate=2e-3, num_train_epochs=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,

@@ -18,11 +18,11 @@ from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer, check_sizes
 from stable_rlhf.rollout.local import Rollout
+from stable_rlhf.run import stages
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import response_logprobs
 from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train import stages
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",
          "Put into upper case: pqrs")  # fmt: skip

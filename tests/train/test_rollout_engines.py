@@ -16,10 +16,10 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.rollout.local import LocalRollouts
 from stable_rlhf.rollout.vllm import VLLMRollouts
+from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train.checks import check
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 ARGUMENTS = PPOArguments(

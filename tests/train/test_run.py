@@ -14,12 +14,13 @@ from stable_rlhf.data.encoding import encode
 from stable_rlhf.engine.run_folder import RunError
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.sft import train_sft
+from stable_rlhf.run import evaluation, stages
+from stable_rlhf.run import recipe as run
+from stable_rlhf.run.bounds import check
+from stable_rlhf.run.inputs import check_model
 from stable_rlhf.scorer import metarm as meta
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import SFTArguments
-from stable_rlhf.train import evaluation, run, stages
-from stable_rlhf.train.checks import check
-from stable_rlhf.train.inputs import check_model
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
+from stable_rlhf.run.stages import run_scorer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
@@ -26,7 +27,6 @@ from stable_rlhf.scorer.comparisons import (
 from stable_rlhf.scorer.train import scorer_loss, train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train.stages import run_scorer
 
 ARGUMENTS = ScorerArguments(margin=1.5)
 ALL_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))

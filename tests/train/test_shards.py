@@ -23,11 +23,11 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
 from stable_rlhf.rollout.local import GenerationSettings, generate
+from stable_rlhf.run import evaluation
+from stable_rlhf.run.stages import in_shards, load_policy, load_reader, run_materialise
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.train import evaluation
-from stable_rlhf.train.stages import in_shards, load_policy, load_reader, run_materialise
 
 SHARDS = EngineArguments(zero_stage=3)
 SLOW_SAMPLING = EngineArguments(zero_stage=3, ds3_gather_for_generation=False)

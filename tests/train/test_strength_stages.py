@@ -17,13 +17,13 @@ from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm
 from stable_rlhf.models.trunk import Trunk
+from stable_rlhf.run import strength
+from stable_rlhf.run.datasets import load_preferences
+from stable_rlhf.run.stages import run_scorer
+from stable_rlhf.run.strength import check_against, measure_strength, train_head
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.train import strength
-from stable_rlhf.train.datasets import load_preferences
-from stable_rlhf.train.stages import run_scorer
-from stable_rlhf.train.strength import check_against, measure_strength, train_head
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine.process import start
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
-from stable_rlhf.engine.signals import whole
 from stable_rlhf.models.features import FeatureCache
-from stable_rlhf.ranks import barrier, world_size
+from stable_rlhf.ranks import barrier
+from stable_rlhf.run import evaluation, stages
+from stable_rlhf.run.datasets import contents, digests
+from stable_rlhf.run.inputs import check_inputs, check_model
+from stable_rlhf.run.strength import measure_strength
+from stable_rlhf.run.summary import summarise, write_report
 from stable_rlhf.settings.recipe import DataArguments, Recipe, decisive
-from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.train import evaluation, stages
-from stable_rlhf.train.datasets import contents, digests
-from stable_rlhf.train.inputs import check_inputs, check_model
-from stable_rlhf.train.strength import measure_strength
+from stable_rlhf.show.progress import say
 
 if TYPE_CHECKING:
-    from stable_rlhf.evaluate.report import Picture
+    pass
 
 _SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am", "am-critic-free": "am"}
 
@@ -178,143 +172,3 @@ def world_data(data: DataArguments, folder: Path) -> DataArguments:
     }  # fmt: skip
     files = {field: [str((folder / f"{name}.jsonl.gz").resolve())] for field, name in names.items()}
     return DataArguments(**{**vars(data), **files, "data_dir": None})
-
-
-def summarise(
-    recipe: Recipe, settings: dict[str, Any], run: RunDirectory, scorers: dict[str, Stage], selection: Stage | None,
-    trained: dict[str, Stage], evaluated: Stage,
-) -> dict[str, Any]:  # fmt: skip
-    """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
-    from stable_rlhf.evaluate import paper
-    from stable_rlhf.evaluate.findings import findings
-    from stable_rlhf.metrics import scorer_evaluation
-
-    summary: dict[str, Any] = {
-        "title": recipe.title,
-        "kind": "world" if recipe.model_name_or_path is None else "real",
-        "seed": recipe.seed,
-        **circumstances(),
-        "settings": settings,
-        "stages": [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages],
-        "scorers": {},
-        "policies": {},
-        "paper": paper.constants(),
-    }
-    for name, stage in scorers.items():
-        scores = read_json(stage.folder / "scores.json", "chosen", "rejected", "tasks")
-        summary["scorers"][name] = {
-            **scorer_evaluation(
-                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
-            ),
-            "rows": scores.get("rows"),
-            "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
-        }  # fmt: skip
-    if selection is not None:
-        summary["selection"] = read_json(selection.folder / "selection.json")
-    for variant, stage in trained.items():
-        summary["policies"][variant] = {
-            **evaluated.result["policies"][variant],
-            "curve": stage.result["curve"],
-            "tokens_seen": int(stage.result["tokens_seen"]),
-        }
-    summary["findings"] = findings(summary)
-    return summary
-
-
-def evaluate_models(
-    recipe: Recipe, baseline: str | None, policies: Mapping[str, str], scorers: Mapping[str, str],
-    test_pairs: list[str], judge_scorer: str | None, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure models of earlier runs: scorers on pairs, policies against ``baseline``; the report goes to ``folder``.
-
-    Returns the figures without the score of every single pair, which is in ``summary.json``.
-    """
-    from stable_rlhf.evaluate import paper
-    from stable_rlhf.evaluate.findings import findings
-
-    summary: dict[str, Any] = {
-        "title": recipe.title,
-        "kind": "evaluation",
-        "seed": recipe.seed,
-        **circumstances(),
-        "settings": recipe.as_dict(),
-        "scorers": evaluation.evaluate_scorers(recipe, scorers, test_pairs),
-        "policies": {},
-        "paper": paper.constants(),
-    }
-    if policies:
-        assert baseline is not None
-        judged = evaluation.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
-        summary["policies"] = {
-            name: {**judged[name], "curve": evaluation.read_curve(path)} for name, path in policies.items()
-        }
-    summary["findings"] = findings(summary)
-    write_report(summary, folder)
-    lists = ("chosen", "rejected", "pair_tasks", "reliability", "reliability_after_temperature", "difference_curve")
-    return {
-        "scorers": {n: {k: v for k, v in part.items() if k not in lists} for n, part in summary["scorers"].items()},
-        "policies": {n: {k: v for k, v in part.items() if k != "curve"} for n, part in summary["policies"].items()},
-    }
-
-
-def circumstances() -> dict[str, Any]:
-    """What was called, on what."""
-    return {
-        "command": shlex.join(["stable-rlhf", *sys.argv[1:]]), "versions": versions(), "device": device_name()
-    }  # fmt: skip
-
-
-def write_report(summary: dict[str, Any], folder: Path) -> None:
-    """``summary.json``, ``report.html``, ``overview.png``, and every picture of the report in ``pictures/``."""
-    if not is_main_process():
-        return
-    from stable_rlhf.evaluate.figures import overview
-    from stable_rlhf.evaluate.report import make_report
-
-    page, pictures = make_report(summary)
-    drawn = overview(summary)
-    with whole():
-        (folder / "summary.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
-        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
-        (folder / "overview.png").write_bytes(drawn)
-        write_pictures(pictures, folder / "pictures")
-
-
-def write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
-    """One PNG a picture; those of an earlier report go."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for picture in pictures:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a figure."""
-    names = (
-        "stable-rlhf", "torch", "triton", "transformers", "deepspeed", "faiss-cpu", "sentence-transformers", "numpy",
-        "scikit-learn",
-    )  # fmt: skip
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name() -> str:
-    """What the run ran on, in words."""
-    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}{ranks}"
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"CPU {name}, {torch.get_num_threads()} threads{ranks}"

@@ -14,11 +14,11 @@ from stable_rlhf.policy.ppo import check_sizes
 from stable_rlhf.policy.rejection import check_rounds
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
+from stable_rlhf.run.datasets import check_evaluation_sets, load_prompts, locate
+from stable_rlhf.run.stages import check_gold, check_same_tokenizer
+from stable_rlhf.run.strength import check_column
 from stable_rlhf.scorer.metarm import check_meta_batch
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
-from stable_rlhf.train.datasets import check_evaluation_sets, load_prompts, locate
-from stable_rlhf.train.stages import check_gold, check_same_tokenizer
-from stable_rlhf.train.strength import check_column
 
 _WORLD_ALTERNATES = 2  # policies besides SFT that the skill world's pairs come from
 

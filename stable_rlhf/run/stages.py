@@ -27,6 +27,7 @@ from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.ranks import barrier, device, gather_objects, rank, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
+from stable_rlhf.run.datasets import encode_demonstrations, load_demonstrations, load_preferences, load_prompts, locate
 from stable_rlhf.scorer.collect import Alternate, collect_responses
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
@@ -42,13 +43,6 @@ from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SelectArguments
 from stable_rlhf.show.progress import is_main_process, say
-from stable_rlhf.train.datasets import (
-    encode_demonstrations,
-    load_demonstrations,
-    load_preferences,
-    load_prompts,
-    locate,
-)
 
 Result = dict[str, Any]
 RESPONSES = "responses.jsonl.gz"  # in the folder of `run_responses`

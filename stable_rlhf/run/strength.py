@@ -33,6 +33,7 @@ from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_backbone, load_tokenizer, resolve_model
 from stable_rlhf.models.trunk import Trunk, length_batches
 from stable_rlhf.ranks import barrier, device, rank, world_size
+from stable_rlhf.run.datasets import read_preferences, split_preferences
 from stable_rlhf.scorer.comparisons import EncodedComparison, encode_comparisons, score_pairs
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, new_head
 from stable_rlhf.scorer.report import write_report
@@ -41,7 +42,6 @@ from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.show.progress import is_main_process, progress, say
-from stable_rlhf.train.datasets import read_preferences, split_preferences
 
 _HELD_OUT = -1
 _DIFFERENCES = "differences.json"

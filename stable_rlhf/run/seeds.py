@@ -22,9 +22,10 @@ from typing import Any
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine import signals
 from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.run.recipe import check_inputs, run_recipe
+from stable_rlhf.run.summary import circumstances, write_pictures
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.progress import say, tolerant_output
-from stable_rlhf.train.run import check_inputs, circumstances, run_recipe, write_pictures
 
 _NOT_A_SETTING = ("title", "output_dir", "seed", "report_to", "checkpoint", "launch", "study")
 _REAP = 15.0  # seconds that a study waits for its seeds' processes after the last one should have ended

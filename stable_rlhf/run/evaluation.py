@@ -22,13 +22,13 @@ from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.ranks import barrier, device, gather_objects
 from stable_rlhf.rollout.local import Rollout
+from stable_rlhf.run.datasets import PromptSplits, load_prompts, locate
+from stable_rlhf.run.stages import Result, answer, check_gold, load_reader, sampling_settings
 from stable_rlhf.scorer.comparisons import encode_comparisons, pairs_digest, score_pairs
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
 from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.system.http import read_key
-from stable_rlhf.train.datasets import PromptSplits, load_prompts, locate
-from stable_rlhf.train.stages import Result, answer, check_gold, load_reader, sampling_settings
 
 _HELD_OUT, _SEPARATE = "held-out reward model", "reward model of another training"
 _TRAINER = "the very scorer that the policy was trained with"

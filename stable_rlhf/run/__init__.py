@@ -1,0 +1,1 @@
+"""From a recipe to stages: what a run does, in which order, from which files, and its summary."""

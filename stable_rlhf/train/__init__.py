@@ -1,1 +1,0 @@
-"""Training: settings, DeepSpeed engines, checkpoints, and the runs built from them."""
