@@ -1,5 +1,5 @@
 """``python -m stable_rlhf`` is the command line, as launchers start it (``deepspeed --module stable_rlhf run …``)."""
 
-from stable_rlhf.cli import main
+from stable_rlhf.cli.commands import main
 
 main()

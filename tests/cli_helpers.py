@@ -137,7 +137,7 @@ def _serve() -> None:
     from torch.utils import tensorboard  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
-    import stable_rlhf.cli  # noqa: F401
+    import stable_rlhf.cli.commands  # noqa: F401
     import stable_rlhf.run.recipe  # noqa: F401
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -178,7 +178,7 @@ def _fork(call: dict[str, Any], rank: int) -> int:
     sys.argv = ["stable-rlhf", *call["argv"]]
     code: Any = 0
     try:
-        from stable_rlhf.cli import main
+        from stable_rlhf.cli.commands import main
 
         main()
     except SystemExit as end:

@@ -12,8 +12,8 @@ import pytest
 from cli_helpers import Done, environment, run, tiny_files, write_lines
 
 import stable_rlhf
-from stable_rlhf import cli as command_line
-from stable_rlhf.arguments import normalise
+from stable_rlhf.cli import commands as command_line
+from stable_rlhf.cli.arguments import normalise
 
 COMMANDS = (
     "quickstart",
@@ -340,7 +340,7 @@ def test_select_from_scored_candidates_needs_no_deepspeed(tmp_path):
     write_lines(tmp_path / "c.jsonl", [{"prompt": "p", "response": "r", "score": 1}])
     code = """
 import sys
-from stable_rlhf.cli import main
+from stable_rlhf.cli.commands import main
 try:
     main(["select", "--candidates", "c.jsonl", "--output-dir", "o", "--select.embedding_model", "./none"])
 except SystemExit:

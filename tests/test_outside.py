@@ -349,7 +349,7 @@ def test_text_from_outside_moves_no_terminal(capsys):
 
 @pytest.mark.parametrize("argument", ["--titel\x1b[31m", "--seed=\x1b[31mred", "--config=\x1b[2J.yaml", "\x1b[31mx"])
 def test_errors_move_no_terminal(argument, capsys):
-    from stable_rlhf.cli import main
+    from stable_rlhf.cli.commands import main
 
     with pytest.raises(SystemExit):
         main(["sft", argument])
@@ -362,7 +362,7 @@ SECRETS = ("HF_PASSWD", "HF_AUTH", "NCCL_CRED", "SLURM_JWT", "TORCH_SESSION", "S
 
 
 def test_the_environments_report_shows_what_is_known_to_be_no_secret(monkeypatch):
-    from stable_rlhf.train.environment import _variables
+    from stable_rlhf.cli.environment import _variables
 
     for name in SECRETS:
         monkeypatch.setenv(name, "geheim")

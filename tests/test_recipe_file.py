@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf.arguments import build_parser, parse
+from stable_rlhf.cli.arguments import build_parser, parse
 from stable_rlhf.settings.recipe_file import read_recipe
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 
-from stable_rlhf.arguments import _FIRST, COMMANDS, build_parser, items, parse
+from stable_rlhf.cli.arguments import _FIRST, COMMANDS, build_parser, items, parse
 from stable_rlhf.rollout.local import GenerationSettings
 from stable_rlhf.scorer import ScorerSettings
 from stable_rlhf.settings.ranges import Range, check_settings, expand_user, leaves, paths_in

@@ -18,7 +18,7 @@ from drawn import SWAPS, changes, contents, corruptions, one_line
 from hypothesis import strategies as st
 from raw_server import answering, forever, http
 
-from stable_rlhf.arguments import parse
+from stable_rlhf.cli.arguments import parse
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses, read_scored
 from stable_rlhf.data.records import DataError
 from stable_rlhf.engine.run_folder import RunDirectory, RunError

@@ -140,7 +140,8 @@ import sys, numpy as np
 from stable_rlhf.rehearsal import select_file
 select_file({write(tmp_path / "c.jsonl", rows())!r}, {str(tmp_path / "o")!r}, num_clusters=3, top_k=2,
             embedding_model="fake", embedding={{"encoder": lambda texts: np.eye(4)[[ord(t[0]) % 4 for t in texts]]}})
-print([m for m in ("deepspeed", "transformers", "stable_rlhf.train", "stable_rlhf.ppo") if m in sys.modules])
+heavy = ("deepspeed", "transformers", "stable_rlhf.engine", "stable_rlhf.policy", "stable_rlhf.run")
+print([m for m in heavy if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"

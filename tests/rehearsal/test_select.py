@@ -378,8 +378,8 @@ def test_importing_the_room_loads_nothing_heavy():
         "sentence_transformers",
         "transformers",
         "torch",
-        "stable_rlhf.train",
-        "stable_rlhf.ppo",
+        "stable_rlhf.engine",
+        "stable_rlhf.policy",
     ]
     code = f"import sys, stable_rlhf.rehearsal; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf.arguments import parse
+from stable_rlhf.cli.arguments import parse
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.run import evaluation, stages

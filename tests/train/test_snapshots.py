@@ -261,13 +261,13 @@ def test_a_snapshot_of_another_model_is_refused(stopped, tiny_model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "call", ["pieces.save_file", "snapshots.save_file", "snapshots.shutil.copy", "snapshots._digest"]
+    "call", ["shards.save_file", "snapshots.save_file", "snapshots.shutil.copy", "snapshots._digest"]
 )
 @pytest.mark.parametrize("good", [0, 1, 2])
 def test_a_disk_that_is_full_while_a_snapshot_is_written(call, good, trainers, tmp_path, monkeypatch):
     """The write breaks off, after so many good ones: nothing of it is left, and what was there is whole."""
     module, name = call.split(".", 1)
-    target = import_module(f"stable_rlhf.train.{module}")
+    target = import_module(f"stable_rlhf.engine.{module}")
     torn = tmp_path / "run" / SNAPSHOTS / f"step-{good + 1:08d}.tmp"
     if name == "shutil.copy":
         target, name = shutil, "copy"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stable_rlhf import __version__
-from stable_rlhf.arguments import COMMANDS, USAGE, fail, items, parse
+from stable_rlhf.cli.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.engine import signals
@@ -329,7 +329,7 @@ def _forwarded(given: Sequence[str]) -> list[str]:
 
 
 def _print_environment() -> None:
-    from stable_rlhf.train.environment import report
+    from stable_rlhf.cli.environment import report
 
     print(report())
 

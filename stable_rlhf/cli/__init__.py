@@ -1,0 +1,1 @@
+"""The command line: commands, their arguments, and the list of what is installed."""
