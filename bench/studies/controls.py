@@ -34,10 +34,10 @@ import torch
 from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
-from stable_rlhf.evaluate.study import NAMES, means, paired_difference, pooled, seed_mean
-from stable_rlhf.evaluate.study_report import make_page
-from stable_rlhf.evaluate.study_report import markdown as study_tables
-from stable_rlhf.pictures import FAINT, KEPT, picture, png
+from stable_rlhf.evaluate.over_seeds import NAMES, means, paired_difference, pooled, seed_mean
+from stable_rlhf.evaluate.over_seeds_report import make_page
+from stable_rlhf.evaluate.over_seeds_report import markdown as study_tables
+from stable_rlhf.show.pictures import FAINT, KEPT, picture, png
 
 RECIPE = ROOT / "recipes" / "study-skill-world.yaml"
 OUTPUT = RESULTS / "controls.jsonl"

@@ -38,7 +38,7 @@ from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
 from bench.studies.scorers import OBJECTIVES
 from bench.studies.workers import trainers
-from stable_rlhf.cli import parse as parse_recipe
+from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.splits import split_rows

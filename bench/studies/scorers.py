@@ -34,14 +34,14 @@ from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
 from bench.studies.strength import plant, plant_and_measure
 from bench.studies.workers import trainers
-from stable_rlhf.cli import parse as parse_recipe
+from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison, read_comparisons, write_jsonl
+from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.jsonl import read_jsonl
-from stable_rlhf.data.packing import Encoded, encode, encode_prompt
 from stable_rlhf.data.splits import split_rows
-from stable_rlhf.evaluate.metrics import calibration, pair_accuracy, temperature_scaled
-from stable_rlhf.evaluate.study import seed_mean
-from stable_rlhf.generate import GenerationSettings, generate
+from stable_rlhf.engine.order import stream_seed
+from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.evaluate.over_seeds import seed_mean
 from stable_rlhf.metrics import calibration, pair_accuracy, temperature_scaled
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm, load_tokenizer

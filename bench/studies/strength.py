@@ -24,11 +24,15 @@ import torch
 from safetensors.torch import load_file
 
 from bench.common import environment
-from stable_rlhf.cli import parse as parse_recipe
+from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison, write_jsonl
 from stable_rlhf.data.jsonl import read_jsonl, to_json
-from stable_rlhf.evaluate.study import seed_mean
-from stable_rlhf.pictures import FAINT, INK, KEPT, picture, png
+from stable_rlhf.engine.process import start
+from stable_rlhf.engine.run_folder import RunDirectory, Stage
+from stable_rlhf.evaluate.over_seeds import seed_mean
+from stable_rlhf.run.datasets import load_preferences, read_preferences, split_preferences
+from stable_rlhf.run.stages import run_scorer
+from stable_rlhf.run.strength import measure_strength, train_head
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, picture, png

@@ -17,7 +17,9 @@ from torch import Tensor
 
 import stable_rlhf.ops as ops
 from bench.ops.problem import mixed_loss, plain_logprob
-from stable_rlhf.models import PolicyModel
+from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.process import start
+from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments
 
 MIB, ROWS, LENGTH = 1 << 20, 4, 256

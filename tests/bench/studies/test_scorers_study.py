@@ -17,8 +17,8 @@ from bench.pages import finished, marked, rendered
 from bench.studies import scorers
 from bench.studies.scorers import METHODS, SKILLS, STUDIES, Job
 from stable_rlhf.data import Comparison, write_jsonl
+from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.jsonl import read_jsonl
-from stable_rlhf.data.packing import Encoded, encode
 from stable_rlhf.data.splits import prompt_key
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.scorer.comparisons import EncodedComparison
