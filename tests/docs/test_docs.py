@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf.arguments import parse
+from stable_rlhf.cli.arguments import parse
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
