@@ -93,3 +93,11 @@ def test_the_operation_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) ->
     (code,) = (code for code in blocks(README, "python") if "stable_rlhf.ops" in code)
     exec(code, {})
     assert "'policy_tokens': 3.0, 'rehearsal_tokens': 2.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["architecture", "notes"])
+def test_files_named_are_there(name: str) -> None:
+    there = [f"/{path.relative_to(ROOT)}" for folder in ("stable_rlhf", "kernels", "csrc", "bench", "tests")
+             for path in (ROOT / folder).rglob("*")]  # fmt: skip
+    for named in re.findall(r"`([\w/]+\.(?:py|cpp|h|sh))`", prose(ROOT / "docs" / "develop" / f"{name}.md")):
+        assert "NAME" in named or any(path.endswith(f"/{named}") for path in there), named
