@@ -166,30 +166,35 @@ def read(dataset: str, plan: Plan) -> Material:
     return material
 
 
-def hidden_states(dataset: str, plan: Plan) -> Path | None:
-    """The file of a dataset's hidden states; made where it is not there. None where all blocks train."""
+def hidden_states_file(dataset: str, plan: Plan) -> Path:
+    """Read by every process that trains; the run folder around it, which one process locks, is for making it alone."""
+    return plan.folder / "hidden-states" / dataset / "features" / "hidden.safetensors"
+
+
+def make_hidden_states(dataset: str, plan: Plan) -> None:
+    """The file of a dataset's hidden states, where it is not there yet and some blocks are frozen."""
     layers = plan.recipe.scorer.num_trainable_layers
     if layers is None:
-        return None
+        return
+    file = hidden_states_file(dataset, plan)
 
     def compute(folder: Path) -> dict[str, Any]:
         material = read(dataset, plan)
         sequences = [e.ids for item in material.rows for e in item.examples]
         material.cache.fill(untrained(plan, "rm", 0).trunk, sequences, description=f"hidden states, {dataset}")
-        material.cache.save(folder / "hidden.safetensors")
+        material.cache.save(folder / file.name)
         return {"tokens": sum(map(len, set(sequences)))}
 
     names = ("model_name_or_path", "data.max_length", "data.max_prompt_length", "data.max_pairs")
     about = {name: plan.settings[name] for name in names} | {"num_trainable_layers": layers}
-    run = RunDirectory(plan.folder / "hidden-states" / dataset)
-    return run.stage("features", about, compute).folder / "hidden.safetensors"
+    RunDirectory(file.parent.parent).stage(file.parent.name, about, compute)
 
 
 @functools.lru_cache(maxsize=len(DATASETS))
 def material(dataset: str, plan: Plan) -> Material:
     found = read(dataset, plan)
-    if (path := hidden_states(dataset, plan)) is not None:
-        found.cache.load(path, device())
+    if plan.recipe.scorer.num_trainable_layers is not None:
+        found.cache.load(hidden_states_file(dataset, plan), device())
     return found
 
 
@@ -272,7 +277,7 @@ def run(jobs: Sequence[Job], workers: int, plan: Plan) -> Iterator[Line]:
     datasets = list(dict.fromkeys(job.dataset for job in jobs))
     with trainers(workers, plan.folder) as pool:
         with progress("hidden states", total=len(datasets), unit="datasets") as bar:
-            for ready in as_completed([pool.submit(hidden_states, dataset, plan) for dataset in datasets]):
+            for ready in as_completed([pool.submit(make_hidden_states, dataset, plan) for dataset in datasets]):
                 ready.result()
                 bar.advance()
         with progress("scorers", total=len(jobs), unit="scorers") as bar:
