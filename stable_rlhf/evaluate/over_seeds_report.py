@@ -11,7 +11,7 @@ from stable_rlhf.evaluate.figures import colours
 from stable_rlhf.evaluate.findings import SCORER_NAMES, verdict
 from stable_rlhf.evaluate.over_seeds import COMPARED, NAMES
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
-from stable_rlhf.evaluate.report import Picture, render_template
+from stable_rlhf.show.page import Picture, render
 from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
 
 Results = Mapping[str, Any]
@@ -290,8 +290,8 @@ def make_page(results: Results) -> tuple[str, list[Picture]]:
             scorers(results),
         ),
     ]  # fmt: skip
-    page = render_template(
-        "study.html.j2",
+    page = render(
+        "evaluate/study.html.j2",
         title=results["title"],
         lead=_lead(results),
         claims=[{**item, "verdict": verdict(item["held"])} for item in results["claims"]],

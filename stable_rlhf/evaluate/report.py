@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.evaluate import figures
@@ -16,6 +14,7 @@ from stable_rlhf.evaluate.findings import (
 )
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.rehearsal import figures as selection_figures
+from stable_rlhf.show.page import Picture, conversation, render
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -282,21 +281,6 @@ def _lead(summary: dict[str, Any]) -> list[str]:
     return [f"This run {made}{tuned} on {where}.", asks]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawn picture: ``name`` is its file's, without ending."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-
-    @property
-    def data(self) -> str:
-        """The bytes as the page embeds them."""
-        return base64.b64encode(self.png).decode("ascii")
-
-
 def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
     pictures = [
         Picture(
@@ -400,14 +384,6 @@ def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
     return pictures
 
 
-def _text(example: Any) -> str:
-    """An example prompt as text, whether a string or chat messages, shortened."""
-    if isinstance(example, list):
-        example = "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in example)
-    text = str(example)
-    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
-
-
 def _examples(selection: dict[str, Any]) -> list[dict[str, Any]]:
     clusters = [row for row in selection.get("clusters") or [] if row.get("example") and row.get("size")]
     rows = []
@@ -420,7 +396,7 @@ def _examples(selection: dict[str, Any]) -> list[dict[str, Any]]:
                 "kept": row["kept"],
                 "score": _number(score),
                 "tasks": ", ".join(f"{name} ({count})" for name, count in tasks) or NONE,
-                "example": _text(row["example"]),
+                "example": conversation(row["example"], EXAMPLE_CHARACTERS),
             }
         )
     return rows
@@ -449,8 +425,8 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         if stages
         else [],
     }
-    page = render_template(
-        "report.html.j2",
+    page = render(
+        "evaluate/report.html.j2",
         **sections,
         title=summary.get("title", "stable_rlhf"),
         lead=_lead(summary),
@@ -480,17 +456,3 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         ],
     )
     return page, [picture for pictures in sections.values() for picture in pictures]
-
-
-def render_template(name: str, **values: Any) -> str:
-    """A page from a template of this package: every value escaped, a missing one an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("stable_rlhf.evaluate", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name).render(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.policy.guard import StabilityGuard
+from stable_rlhf.show.page import Picture, conversation, render, write_html
 from stable_rlhf.show.pictures import FAINT, INK, picture, png
 from stable_rlhf.show.progress import is_main_process, say
 
@@ -49,7 +49,7 @@ def write_page(
     working = path.with_suffix(".tmp")
     try:
         page = render_page(name, settings, tracker.history, tracker.samples, guard.warnings, total_steps)
-        working.write_text(page, encoding="utf-8", errors="surrogateescape")
+        write_html(working, page)
         os.replace(working, path)
     except OSError as error:
         say(f"  WARNING: {path} cannot be written: {error.strerror or error}")
@@ -64,21 +64,16 @@ def render_page(
     total_steps: int,
 ) -> str:
     """The page as text, every value escaped, no script, no request to anywhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("stable_rlhf.policy", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     last = history[-1]
     facts = [(key, f"{last[key]:.4g}") for key in ("score", "kl", "length", "entropy", "logprob_gap") if key in last]
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "policy/page.html.j2",
         name=name,
         step=int(last["step"]),
         total=total_steps,
         facts=facts,
         warnings=[{"step": step, "name": what, "text": text} for step, what, text in reversed(warnings)],
-        curves=base64.b64encode(training_curves(history, [step for step, _, _ in warnings])).decode("ascii"),
+        curves=Picture("curves", "Training curves", "", training_curves(history, [step for step, _, _ in warnings])),
         samples=_by_prompt(samples),
         settings={section: _plain(values) for section, values in settings.items()},
     )
@@ -117,26 +112,19 @@ def _by_prompt(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to each prompt in the order of the steps, thinned out to a few."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in samples:
-        found.setdefault(_text(row["prompt"]), []).append(row)
+        found.setdefault(conversation(row["prompt"], _CHARACTERS), []).append(row)
     shown = []
     for prompt, rows in found.items():
         places = {round(i * (len(rows) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)}
         answers = [
             {
-                "step": row["step"], "response": _text(row["response"]), "score": f"{row['score']:.2f}",
-                "end": "" if row["finished"] else " (cut off)",
+                "step": row["step"], "response": conversation(row["response"], _CHARACTERS),
+                "score": f"{row['score']:.2f}", "end": "" if row["finished"] else " (cut off)",
             }
             for row in (rows[i] for i in sorted(places))
         ]  # fmt: skip
         shown.append({"prompt": prompt, "task": rows[0]["task"] or "", "answers": answers})
     return shown
-
-
-def _text(value: Any) -> str:
-    """A prompt or response as text, whether a string or chat messages, shortened."""
-    if isinstance(value, list):
-        value = "\n".join(f"{message['role']}: {message['content']}" for message in value)
-    return value if len(value) <= _CHARACTERS else value[: _CHARACTERS - 1] + "…"
 
 
 def _plain(values: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ from stable_rlhf.rehearsal.report import render_selection
 from stable_rlhf.rehearsal.select import Selection, select_rehearsal, top_up
 from stable_rlhf.rehearsal.store import embed_to_folder, embedding_key
 from stable_rlhf.rehearsal.sweep import sweep_clusters
+from stable_rlhf.show.page import write_html
 from stable_rlhf.show.progress import is_main_process, say
 
 _CLUSTERING = ("method", "niter", "spherical", "init", "train_rows", "backend", "devices", "threads")
@@ -103,7 +104,7 @@ def select_to_folder(
             selection, embeddings.array, title=title, embedding=embeddings.manifest,
             outside=len(rows) - len(selection.rows), swept=swept, seed=seed,
         )  # fmt: skip
-        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+        write_html(folder / "report.html", page)
     return selection
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from stable_rlhf.rehearsal import figures
 from stable_rlhf.rehearsal.select import EXAMPLE_CHARACTERS, NO_TASK, Selection
 from stable_rlhf.rehearsal.sweep import skill_purity
+from stable_rlhf.show.page import Picture, render
 
 MAP_POINTS = 1500
 CLUSTERS = 30
@@ -88,8 +88,6 @@ def render_selection(
     embeddings: [n, d] of the candidates; embedding: the manifest of their folder; outside: rows topped up from outside
     files; swept: rows of `sweep_clusters`.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     summary = _with_map(selection, embeddings, seed)
     settings = selection.settings
     tasks = {name: row for name, row in selection.tasks.items() if name != NO_TASK}
@@ -119,24 +117,27 @@ def render_selection(
     kept = np.zeros(len(selection.clusters.assignment), dtype=bool)
     kept[selection.indices] = True
     pictures = [
-        _picture(
-            figures.selection_map(summary), "Map of the candidates",
+        Picture(
+            "selection-map", "Map of the candidates",
             "Numbers are those of the table below. Kept ones are drawn more often than their share, so that they show."
             if len(kept) > MAP_POINTS else "Numbers are those of the table below.",
+            figures.selection_map(summary),
         )
     ] if summary["map"] else []  # fmt: skip
     pictures.append(
-        _picture(
-            figures.cluster_sizes(summary), "Cluster sizes",
+        Picture(
+            "cluster-sizes", "Cluster sizes",
             "Keeping equally many of every cluster gives rare kinds of prompts a place.",
+            figures.cluster_sizes(summary),
         )
     )  # fmt: skip
     if len(selection.indices):
         pictures.append(
-            _picture(
-                figures.criteria_histograms(selection.values, kept), "Why these",
+            Picture(
+                "criteria", "Why these",
                 f"Every known criterion over all candidates and over the kept ones (means above); ranked by {ranked}. "
                 "The outermost half per cent on each side is drawn at the edge.",
+                figures.criteria_histograms(selection.values, kept),
             )
         )  # fmt: skip
     facts: list[tuple[str, Any]] = []
@@ -146,17 +147,19 @@ def render_selection(
         purity = skill_purity(selection.clusters.assignment[labelled], names, seed=seed)
         sure = f"{100 * purity['purity']:.1f} % of labelled rows have the most frequent skill of their cluster"
         pictures.append(
-            _picture(
-                figures.coverage(tasks), "Coverage of the labelled skills",
+            Picture(
+                "coverage", "Coverage of the labelled skills",
                 f"{sure}; in random clusters of the same sizes {100 * purity['random']:.1f} % are.",
+                figures.coverage(tasks),
             )
         )  # fmt: skip
         facts.append(("skill purity", f"{purity['purity']:.4f} (random {purity['random']:.4f})"))
     if swept:
         pictures.append(
-            _picture(
-                figures.sweep(swept, summary["num_clusters"]), "Number of clusters",
+            Picture(
+                "cluster-sweep", "Number of clusters",
                 "Every point clusters anew and keeps about as many rows in all as this selection does.",
+                figures.sweep(swept, summary["num_clusters"]),
             )
         )  # fmt: skip
     order = sorted(enumerate(selection.cluster_stats), key=lambda pair: (-pair[1]["size"], pair[0]))
@@ -175,17 +178,10 @@ def render_selection(
         "near_duplicate", "seed")]  # fmt: skip
     facts += [(f"embedding {k}", _plain_value((embedding or {}).get(k))) for k in (
         "model", "revision", "normalized", "pooling", "dtype", "dimensions", "checksum") if embedding]  # fmt: skip
-    environment = Environment(
-        loader=PackageLoader("stable_rlhf.rehearsal", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("selection.html.j2").render(
+    return render(
+        "rehearsal/selection.html.j2",
         title=title, lead=lead, notes=notes, pictures=pictures, clusters=clusters, facts=facts,
         clusters_note=(
             f"The {len(clusters)} largest of {len(order)}." if len(order) > len(clusters) else "Largest first."
         ) + " Scores are the scorer's; a cluster's best prompt is that of its best-ranked kept row.",
     )  # fmt: skip
-
-
-def _picture(data: bytes, title: str, caption: str) -> dict[str, str]:
-    return {"title": title, "caption": caption, "data": base64.b64encode(data).decode()}

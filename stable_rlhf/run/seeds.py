@@ -25,6 +25,7 @@ from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.run.recipe import check_inputs, run_recipe
 from stable_rlhf.run.summary import circumstances, write_pictures
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.show.page import write_html
 from stable_rlhf.show.progress import say, tolerant_output
 
 _NOT_A_SETTING = ("title", "output_dir", "seed", "report_to", "checkpoint", "launch", "study")
@@ -80,7 +81,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     with signals.whole():
         (folder / "results.json").write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
         (folder / "results.md").write_text(text, encoding="utf-8")
-        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+        write_html(folder / "report.html", page)
         write_pictures(pictures, folder / "pictures")
     say(f"report: {folder / 'report.html'}")
     return text

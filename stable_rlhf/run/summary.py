@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,8 @@ from stable_rlhf.engine.signals import whole
 from stable_rlhf.ranks import world_size
 from stable_rlhf.run import evaluation
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.show.page import Picture, write_html
 from stable_rlhf.show.progress import is_main_process
-
-if TYPE_CHECKING:
-    from stable_rlhf.evaluate.report import Picture
 
 
 def summarise(
@@ -119,7 +117,7 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     drawn = overview(summary)
     with whole():
         (folder / "summary.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
-        (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+        write_html(folder / "report.html", page)
         (folder / "overview.png").write_bytes(drawn)
         write_pictures(pictures, folder / "pictures")
 

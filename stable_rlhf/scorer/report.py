@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stable_rlhf.scorer.strength import deviation_curve
+from stable_rlhf.show.page import Picture, render, write_html
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, picture, plain, png
 
 _MEANING = {
@@ -24,19 +24,16 @@ def write_report(
     title: str, summary: dict[str, Any], mean: ArrayLike, std: ArrayLike, check: list[float | None] | None, folder: Path
 ) -> None:
     """``strength.png`` and ``report.html``, one self-contained page, from the summary that ``strength.json`` holds."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    image = strength_picture(mean, std, check, summary["check"]["column"] if check is not None else "")
-    (folder / "strength.png").write_bytes(image)
-    environment = Environment(
-        loader=PackageLoader("stable_rlhf.scorer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+    image = Picture(
+        "strength", "Histogram of the strength, and the scorers' deviation against it", "",
+        strength_picture(mean, std, check, summary["check"]["column"] if check is not None else ""),
     )  # fmt: skip
-    page = environment.get_template("strength.html.j2").render(
-        title=title, lead=in_words(summary), picture=base64.b64encode(image).decode(), notable=summary["notable"],
+    (folder / "strength.png").write_bytes(image.png)
+    page = render(
+        "scorer/strength.html.j2", title=title, lead=in_words(summary), picture=image, notable=summary["notable"],
         meaning=_MEANING, check=summary.get("check"),
     )  # fmt: skip
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="surrogateescape")
+    write_html(folder / "report.html", page)
 
 
 def in_words(summary: dict[str, Any]) -> list[str]:
