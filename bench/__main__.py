@@ -23,7 +23,7 @@ from rich.console import Console
 from bench import plots, render
 from bench.case import DTYPES, RESULTS, Case, Line, Settings, read_lines, write_lines
 from bench.common import ROOT, environment
-from bench.compare import SLOWER, compare, slug
+from bench.compare import GONE, SLOWER, compare, slug
 from bench.ops import OPERATIONS
 from bench.presets import PRESETS
 from bench.run import machine, run_case
@@ -281,7 +281,7 @@ def guard(given: argparse.Namespace, log: Console, console: Console) -> int:
         found = kept + compare([line for line in before if line["case"] in suspects], again, given.threshold)
     scratch.unlink(missing_ok=True)
     console.print(render.changes(found, everything=True))
-    bad = [change for change in found if change.verdict not in ("same", "faster", "too noisy to tell")]
+    bad = [change for change in found if change.verdict in (SLOWER, GONE)]
     console.print(f"guard: {len(bad)} slower or gone, of {len(found)}")
     return 1 if bad else 0
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from bench import pages
 from bench.case import OURS, Line
 from bench.common import ROOT
-from bench.compare import FASTER, NOISE, SLOWER, Change
+from bench.compare import FASTER, NOISE, SAME, SLOWER, Change
 
 # The pages with marked parts: a short table there, all of them here.
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
@@ -141,7 +141,7 @@ def changes(found: Sequence[Change], everything: bool = False) -> Table:
         made.add_column(name, justify="right")
     made.add_column("verdict")
     for change in found:
-        if change.verdict == "same" and not everything:
+        if change.verdict == SAME and not everything:
             continue
         style = {SLOWER: "red", FASTER: "green", NOISE: "yellow"}.get(change.verdict)
         numbers = [f"{value:.3g}" if value else "–" for value in (change.before, change.after)]

@@ -392,7 +392,7 @@ def signed(differences: Sequence[float]) -> str:
     if len(differences) < 2:
         return "–"
     found = seed_mean(differences)
-    value, low, high = (round(100 * end, 1) + 0.0 for end in found.values())  # no -0.0
+    value, low, high = (round(100 * found[end], 1) + 0.0 for end in ("value", "low", "high"))  # no -0.0
     text = f"{value:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
     return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
 

@@ -240,7 +240,8 @@ def interval(values: Sequence[float]) -> str:
     """Mean and 95 % interval over the seeds, in per cent."""
     if len(values) < 2:
         return f"{100 * values[0]:.1f}"
-    value, low, high = (100 * end for end in seed_mean(values).values())
+    found = seed_mean(values)
+    value, low, high = (100 * found[end] for end in ("value", "low", "high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
