@@ -36,7 +36,6 @@ import numpy as np
 from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
-from bench.studies.scorers import OBJECTIVES
 from bench.studies.workers import trainers
 from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison
@@ -44,6 +43,7 @@ from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.splits import split_rows
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.evaluate.findings import SCORER_NAMES
 from stable_rlhf.evaluate.over_seeds import paired_difference, paired_ratio, seed_mean
 from stable_rlhf.metrics import (
     Interval,
@@ -323,7 +323,7 @@ def measured(lines: Sequence[Line]) -> list[int]:
 def values(lines: Sequence[Line], dataset: str, objective: str, epoch: int, name: str) -> list[float]:
     """A figure of each seed that both scorers have finished, in the order of the seeds; none for a figure that the
     dataset does not have."""
-    of = {o: {x["seed"]: x for x in lines if (x["dataset"], x["objective"]) == (dataset, o)} for o in OBJECTIVES}
+    of = {o: {x["seed"]: x for x in lines if (x["dataset"], x["objective"]) == (dataset, o)} for o in SCORER_NAMES}
     seeds = sorted(set.intersection(*map(set, of.values())))
     found = [of[objective][seed]["epochs"][str(epoch)][name] for seed in seeds]
     return [] if None in found else found
@@ -359,7 +359,7 @@ def tables(lines: Sequence[Line]) -> str:
     for dataset, about in DATASETS.items():
         if not values(lines, dataset, "rm", 1, "accuracy"):
             continue
-        for objective, title in OBJECTIVES.items():
+        for objective, title in SCORER_NAMES.items():
             for epoch in measured(lines):
                 row = [f"{about.title}: {title}, {epoch}"]
                 for name, figure in FIGURES.items():
@@ -427,7 +427,7 @@ def draw(lines: Sequence[Line]) -> bytes:
                     value, low, high = (np.array([m[end] for m in means]) for end in ("value", "low", "high"))
                     axis.errorbar(
                         np.array(epochs) + offset, value, yerr=np.nan_to_num([value - low, high - value]), color=colour,
-                        fmt="o-", markersize=4, linewidth=1.8, elinewidth=0.8, capsize=2, label=OBJECTIVES[objective],
+                        fmt="o-", markersize=4, linewidth=1.8, elinewidth=0.8, capsize=2, label=SCORER_NAMES[objective],
                     )  # fmt: skip
                 if name == "accuracy":
                     axis.axhline(50, color=FAINT, linewidth=1)
@@ -454,7 +454,7 @@ def main() -> None:
     command.add_argument("--output", type=Path, default=OUTPUT, help="results, a line a scorer")
     command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     command.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
-    command.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    command.add_argument("--objectives", nargs="+", choices=list(SCORER_NAMES), default=list(SCORER_NAMES))
     command.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the recipe")
     command.add_argument("--workers", type=int, default=1, help="processes")
     commands.add_parser("report")

@@ -41,6 +41,7 @@ from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.data.splits import split_rows
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.evaluate.findings import SCORER_NAMES
 from stable_rlhf.evaluate.over_seeds import seed_mean
 from stable_rlhf.metrics import calibration, pair_accuracy, temperature_scaled
 from stable_rlhf.models.features import FeatureCache
@@ -136,7 +137,6 @@ STUDIES = {
         (_IN, _OUT),
     ),
 }  # fmt: skip
-OBJECTIVES = {"rm": "Reward model", "am": "Advantage Model"}
 
 
 class Job(NamedTuple):
@@ -401,7 +401,7 @@ def table(study: str, lines: Sequence[Line]) -> str:
     """A table for each objective: means over the seeds, and differences to plain with their intervals."""
     columns = STUDIES[study].columns
     parts = []
-    for objective, title in OBJECTIVES.items():
+    for objective, title in SCORER_NAMES.items():
         head = [title] + [cell for column in columns for cell in (column.title, "over plain")]
         rows = []
         for method in STUDIES[study].methods:
@@ -451,7 +451,7 @@ def draw(study: str, lines: Sequence[Line]) -> bytes:
                     axis.plot(found, [height] * len(found), "o", color=FAINT, markersize=3, zorder=3)
                     axis.errorbar(
                         mean["value"], height, xerr=mean["high"] - mean["value"], fmt="o",
-                        color=colours[objective], markersize=5, capsize=2, label=None if i else OBJECTIVES[objective],
+                        color=colours[objective], markersize=5, capsize=2, label=None if i else SCORER_NAMES[objective],
                     )  # fmt: skip
             axis.set(xlabel="percentage points over plain")
             axis.set_title(column.title[0].upper() + column.title[1:])
@@ -478,7 +478,7 @@ def main() -> None:
         command.add_argument("--output", type=Path, default=path_of(name), help="results, a line a scorer")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
         command.add_argument("--methods", nargs="+", choices=STUDIES[name].methods, default=STUDIES[name].methods)
-        command.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+        command.add_argument("--objectives", nargs="+", choices=list(SCORER_NAMES), default=list(SCORER_NAMES))
         command.add_argument("--workers", type=int, default=1, help="processes")
     commands.add_parser("report")
     given = parser.parse_args()
