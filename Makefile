@@ -60,7 +60,7 @@ test-isa: setup
 		esac; \
 		echo "-- $$kind: $$limits"; \
 		env $$limits STABLE_RLHF_CPU_ISA=$$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
-			$(PYTEST_ARGS) tests/ops tests/ppo tests/scorer || exit 1; \
+			$(PYTEST_ARGS) tests/ops tests/policy tests/scorer tests/engine || exit 1; \
 	done
 
 test-slow: setup

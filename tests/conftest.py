@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # Before torch is imported: tests are small, and several may run at once.
@@ -13,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+from helpers.launch import free_port
 
 
 def pytest_report_header() -> list[str]:
@@ -48,8 +52,8 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def server():
-    """Calls of the command line without the seconds that its imports take: see cli_helpers."""
-    from cli_helpers import shared_server
+    """Calls of the command line without the seconds that its imports take: see helpers/cli.py."""
+    from helpers.cli import shared_server
 
     return shared_server()
 
@@ -101,6 +105,47 @@ def tiny_model(tokenizer):
         return model.eval()
 
     return make
+
+
+class Killed(BaseException):
+    """What stands for a kill in these tests: nothing in the package catches it."""
+
+
+@pytest.fixture
+def killed_after(monkeypatch) -> Callable[[int], AbstractContextManager[None]]:
+    """``with killed_after(n):`` the training inside stops right after step n is logged, before its snapshot."""
+    from stable_rlhf.engine.tracking import Tracker
+
+    log = Tracker.log
+
+    @contextmanager
+    def kill(step: int) -> Iterator[None]:
+        def logged(self, at, metrics):
+            log(self, at, metrics)
+            if at == step:
+                raise Killed
+
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Tracker, "log", logged)
+            yield
+
+    return kill
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """A process group of this process alone, with what a launcher would set while a module's tests run.
+
+    The group itself stays until the tests end: DeepSpeed keeps references to it and cannot start a second one.
+    """
+    from stable_rlhf.engine.process import start
+
+    before = dict(os.environ)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    start(0)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chat_endpoint import Endpoint, longest
 
+from helpers.chat_endpoint import Endpoint, longest
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.chat import ChatJudge, read_verdict
 from stable_rlhf.evaluate.judge import PairJudge, compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    from drawn import tried
+    from helpers.hostile.drawn import tried
 
     if tried:
         found = ", ".join(f"{kind} {count}" for kind, count in sorted(tried.items()))

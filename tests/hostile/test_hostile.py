@@ -5,10 +5,10 @@ Each time one clear error, and nothing lost: inputs untouched, what was finished
 
 from __future__ import annotations
 
-import cheap
-import costly
 import pytest
-from drawn import BUDGET, KINDS, drawn
+
+from helpers.hostile import cheap, costly
+from helpers.hostile.drawn import BUDGET, KINDS, drawn
 
 pytestmark = pytest.mark.hostile
 

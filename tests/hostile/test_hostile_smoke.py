@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import cheap
 import pytest
-from drawn import drawn
+
+from helpers.hostile import cheap
+from helpers.hostile.drawn import drawn
 
 
 @pytest.mark.parametrize("kind", ["rows", "recipes", "run_folders", "embeddings", "servers"])

@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_worker import WIDTH, encode, texts
 
+from helpers.launch import command, free_port, worker_environment
+from helpers.workers.embedding_worker import WIDTH, encode, texts
 from stable_rlhf.rehearsal import embed_to_folder, open_embeddings
-
-WORKER = [sys.executable, str(Path(__file__).with_name("embedding_worker.py"))]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -24,7 +20,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def start_worker(folder: Path, count: int, seconds: float, log: Path, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*WORKER, str(folder), str(count), str(seconds), str(log)], env={**os.environ, **extra}, stderr=subprocess.PIPE
+        command("embedding_worker", folder, count, seconds, log),
+        env=worker_environment(**extra),
+        stderr=subprocess.PIPE,
     )
 
 
@@ -235,14 +233,8 @@ def test_killed_at_twenty_random_moments_the_result_is_the_same(tmp_path):
     assert sum(0 < d < 20 for d in done) >= 10, done
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def test_two_ranks_share_the_shards(tmp_path):
-    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [tmp_path / "log0", tmp_path / "log1"]
     workers = [
         start_worker(tmp_path / "e", 80, 0.0, logs[rank], RANK=str(rank), LOCAL_RANK=str(rank), **launcher)

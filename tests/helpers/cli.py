@@ -1,0 +1,239 @@
+"""Running the command line as a user would, and small files to run it on."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.launch import command, environment, free_port
+
+CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stable-rlhf"))
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """The error without its hint."""
+        return next((line for line in self.err.splitlines() if line.startswith("stable-rlhf: error: ")), "")
+
+    def refused(self, *parts: str) -> Done:
+        """It was refused with one clear message that holds ``parts``."""
+        assert self.code == 2, self
+        assert self.err.count("stable-rlhf: error: ") == 1 and "Traceback" not in self.err, self.err
+        for part in parts:
+            assert part in self.message, self.err
+        return self
+
+    def worked(self) -> Done:
+        assert self.code == 0, self.err[-6000:]
+        assert "Traceback" not in self.err, self.err[-6000:]
+        return self
+
+
+def run(*arguments: str | Path, cwd: Path, timeout: float = 1200, module: bool = False, **extra: str) -> Done:
+    """One call of the console script (``module``: of ``python -m stable_rlhf``) in a process of its own."""
+    program = [sys.executable, "-m", "stable_rlhf"] if module else [CONSOLE_SCRIPT]
+    done = subprocess.run(
+        [*program, *map(str, arguments)], cwd=cwd, env=environment(**extra), capture_output=True, encoding="utf-8",
+        timeout=timeout,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+class Server:
+    """Calls of the command line without the seconds that its imports take: a process that has imported everything
+    forks for each call. What the call sees is a fresh process with its own arguments, folder and output."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            command("cli_server"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment(),
+        )
+
+    def __call__(
+        self, *arguments: object, cwd: Path, kill: float | str | None = None, sign: int = signal.SIGKILL, **extra: str
+    ) -> Done:  # fmt: skip
+        """``kill``: SIGKILL the call after so many seconds, or once a file of this name (a glob in ``cwd``) is there;
+        if it still runs then, its code is -9. ``sign``: another signal than SIGKILL."""
+        return self._run(1, arguments, cwd, kill, [0], sign, extra)[0]
+
+    def ranks(
+        self, count: int, *arguments: object, cwd: Path, kill: float | str | None = None, who: list[int] | None = None,
+        sign: int = signal.SIGKILL, **extra: str,
+    ) -> list[Done]:  # fmt: skip
+        """The same as ``count`` ranks, as a launcher would start them; ``who``: the ranks to kill (all)."""
+        launcher = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return self._run(count, arguments, cwd, kill, who or list(range(count)), sign, launcher | extra)
+
+    def _run(
+        self, count: int, arguments: tuple[object, ...], cwd: Path, kill: float | str | None, who: list[int],
+        sign: int, extra: dict[str, str],
+    ) -> list[Done]:  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            outputs = [(Path(folder, f"out-{i}"), Path(folder, f"err-{i}")) for i in range(count)]
+            call: dict[str, Any] = {
+                "argv": list(map(str, arguments)), "cwd": str(cwd), "env": extra, "kill": kill, "who": who,
+                "sign": int(sign),
+                "outputs": [(str(out), str(err)) for out, err in outputs],
+            }  # fmt: skip
+            assert self.process.stdin and self.process.stdout
+            self.process.stdin.write(json.dumps(call) + "\n")
+            self.process.stdin.flush()
+            codes = json.loads(self.process.stdout.readline())
+            return [Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+                    for code, (out, err) in zip(codes, outputs, strict=True)]  # fmt: skip
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+@functools.cache
+def shared_server() -> Server:
+    """One server for all tests of this process."""
+    server = Server()
+    atexit.register(server.close)
+    return server
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below ``pid``, children before their own children."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for process in found:  # grows while it is read
+        found += children.get(process, [])
+    return found[1:]
+
+
+def workers(pid: int) -> list[int]:
+    """Processes below a launcher that run the command line themselves."""
+    found = []
+    for process in descendants(pid):
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"torch.distributed.run" not in words and b"stable_rlhf" in words:
+            found.append(process)
+    return found
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    """JSON lines; a row that is a string is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def tiny_files(folder: Path, *, pairs: int = 40, prompts: int = 40, demonstrations: int = 24, seed: int = 0) -> Path:
+    """``folder`` with a saved model of some thousand weights, and files of the skill world small enough for seconds."""
+    from transformers.utils import logging
+
+    from stable_rlhf.world import SKILLS, STRONG_SKILLS, build_model, build_tokenizer, near_miss
+
+    logging.disable_progress_bar()
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, seed=seed).save_pretrained(
+        folder / "model"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    seen: set[str] = set()
+
+    def draw(index: int) -> tuple[str, str, str]:
+        task = sorted(SKILLS)[index % len(SKILLS)]
+        while True:
+            prompt, answer = SKILLS[task].sample(rng)
+            if prompt not in seen:
+                seen.add(prompt)
+                return prompt, answer, task
+
+    made = [draw(i) for i in range(pairs)]
+    write_lines(
+        folder / "pairs.jsonl",
+        [{"prompt": p, "chosen": a, "rejected": near_miss(a, rng), "task": t} for p, a, t in made],
+    )
+    made = [draw(i) for i in range(prompts)]
+    rows = [{"prompt": p, "task": "old" if t in STRONG_SKILLS else "new"} for p, _, t in made]
+    write_lines(folder / "prompts.jsonl", rows)
+    made = [draw(i) for i in range(demonstrations)]
+    write_lines(folder / "sft.jsonl", [{"prompt": p, "response": a, "task": t} for p, a, t in made])
+    return folder
+
+
+def small_sft(files: Path) -> list[object]:
+    """Arguments of an SFT of ``tiny_files`` that takes a moment a step and writes a snapshot after each."""
+    return [
+        "sft", "--model-name-or-path", files / "model", "--data.demonstrations", files / "sft.jsonl",
+        "--data.max_length", 40, "--data.max_prompt_length", 40, "--sft.max_steps", 12, "--sft.num_train_epochs", 99,
+        "--sft.learning_rate", "1e-2", "--sft.per_device_train_batch_size", 4, "--checkpoint.save_steps", 1,
+        "--report_to", "[]",
+    ]  # fmt: skip
+
+
+def small_ppo(files: Path, scorer: Path) -> list[object]:
+    """The same for PPO with Selective Rehearsal; ``scorer``: from :func:`small_scorer`."""
+    return [
+        "train-ppo", "--variant", "am-sr", "--scorer", scorer, "--rehearsal", files / "sft.jsonl",
+        "--model-name-or-path", files / "model", "--data.prompts", files / "prompts.jsonl",
+        "--data.forget_tasks", "old", "--data.max_prompt_length", 24, "--data.max_length", 40,
+        "--ppo.total_steps", 9, "--ppo.rollout_batch_size", 8,
+        "--ppo.num_mini_batches", 2, "--ppo.per_device_train_batch_size", 2, "--ppo.per_device_rehearsal_batch_size", 2,
+        "--ppo.rehearsal_coef", 0.1, "--ppo.max_new_tokens", 4, "--ppo.learning_rate", "3e-3",
+        "--ppo.head_learning_rate", "1e-2", "--ppo.warmup_ratio", 0.5, "--checkpoint.save_steps", 1,
+        "--report_to", "[]",
+    ]  # fmt: skip
+
+
+def small_scorer(server: Server, files: Path) -> Path:
+    """An Advantage Model on ``tiny_files``, in ``files/out/scorer-am``."""
+    server(
+        "train-scorer", "--objective", "am", "--model-name-or-path", files / "model", "--data.pairs",
+        files / "pairs.jsonl", "--data.max_length", 40, "--data.max_prompt_length", 40,
+        "--scorer.head_learning_rate", "1e-2", "--output-dir", files / "out", "--report_to", "[]", cwd=files,
+    ).worked()  # fmt: skip
+    return files / "out" / "scorer-am"
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """What a stage saved, bit for bit."""
+    found = {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+    assert found
+    return found
+
+
+def whole_snapshots(stage: Path) -> list[str]:
+    """Names of the snapshots in a stage's working folder, each checked against its manifest; no other file is there."""
+    from stable_rlhf.engine.snapshots import _read
+
+    found = sorted((stage / "checkpoints").iterdir())
+    for path in found:
+        assert not isinstance(record := _read(path), str), record
+    return [path.name for path in found]
