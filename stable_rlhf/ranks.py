@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from stable_rlhf.show.progress import mark
+from stable_rlhf.show.progress import is_main_process, mark
+
+_T = TypeVar("_T")
 
 
 def rank() -> int:
@@ -52,7 +55,38 @@ def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
     mark()
-    return found
+    return values
+
+
+@contextmanager
+def together(
+    *errors: type[Exception], told_as: type[Exception] | None = None, words: Callable[[Exception], str] = str
+) -> Iterator[None]:
+    """A block that all ranks leave together: none waits for a rank that has gone.
+
+    Where one of ``errors`` is raised in it, that rank raises it, and every rank without one raises the text of the
+    first, as ``words`` puts it, as ``told_as`` (unset: the first of ``errors``). Other errors are this rank's alone.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except errors as error:
+        problem = error
+    texts = [text for text in gather_objects(None if problem is None else words(problem)) if text is not None]
+    if problem is not None:
+        raise problem
+    if texts:
+        raise (told_as or errors[0])(texts[0])
+
+
+def on_first_rank(work: Callable[[], _T], *errors: type[Exception]) -> _T:
+    """What ``work`` returns on rank 0, on every rank; one of ``errors`` there is one everywhere."""
+    value: Any = None
+    with together(*errors):
+        if is_main_process():
+            value = work()
+    result: _T = gather_objects(value)[0]
+    return result

@@ -19,9 +19,9 @@ from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.process import stop_asked
 from stable_rlhf.engine.signals import Stopped, defer
 from stable_rlhf.engine.watchdog import watch
-from stable_rlhf.ranks import barrier, gather_objects, world_size
+from stable_rlhf.ranks import barrier, on_first_rank, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
-from stable_rlhf.show.progress import begin, is_main_process, say
+from stable_rlhf.show.progress import begin, say
 from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
 
 _MARKER = "run.json"
@@ -79,19 +79,14 @@ class RunDirectory:
 
     def _first_rank(self, work: Callable[[], _T]) -> _T:
         """What ``work`` returns on rank 0, on every rank; where it fails there, every rank fails alike."""
-        found: Any = None
-        problem = None
-        if is_main_process():
+
+        def tried() -> _T:
             try:
-                found = work()
-            except RunError as error:
-                problem = str(error)
+                return work()
             except OSError as error:
-                problem = f"output_dir {str(self.root)!r}: {error}"
-        found, problem = gather_objects((found, problem))[0]
-        if problem:
-            raise RunError(problem)
-        return found
+                raise RunError(f"output_dir {str(self.root)!r}: {error}") from None
+
+        return on_first_rank(tried, RunError)
 
     def _open(self) -> None:
         marker = self.root / _MARKER

@@ -26,7 +26,7 @@ from stable_rlhf.engine.process import stop_asked
 from stable_rlhf.engine.run_folder import SNAPSHOTS
 from stable_rlhf.engine.signals import Stopped, defer
 from stable_rlhf.engine.tracking import METRICS
-from stable_rlhf.ranks import barrier, gather_objects, rank, world_size
+from stable_rlhf.ranks import barrier, gather_objects, rank, together, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import is_main_process, say
 
@@ -174,16 +174,16 @@ class Snapshots:
 
     def _everywhere(self, work: Callable[[], None] | None, what: str) -> None:
         """Do this rank's ``work`` and wait for the others'; where a file fails on some rank, raise on every rank."""
-        problem = None
         try:
-            if work is not None:
-                work()
-        except (OSError, SafetensorError) as error:
-            problem = f"{error} (rank {rank()})"
-        problems = [p for p in gather_objects(problem) if p]
-        if problems:
+            with together(OSError):
+                try:
+                    if work is not None:
+                        work()
+                except (OSError, SafetensorError) as error:
+                    raise OSError(f"{error} (rank {rank()})") from None
+        except OSError as error:
             good = [p.name for p in self._all()] or ["none"]
-            raise OSError(f"{what}: {problems[0]}; {good[0]} is the last good one")
+            raise OSError(f"{what}: {error}; {good[0]} is the last good one") from None
 
     def _all(self) -> list[Path]:
         """Finished snapshots, the newest first."""

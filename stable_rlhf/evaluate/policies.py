@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.encoding import response_targets
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
 from stable_rlhf.models.features import share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import length_batches
+from stable_rlhf.models.views import summed_log_ratio, view
 from stable_rlhf.rollout.local import Rollout
 
 
@@ -24,12 +24,8 @@ def mean_kl(policy: PolicyModel, reference: PolicyModel, rollouts: Sequence[Roll
     shared = share_lower(policy.trunk, reference.trunk)
     for rows in length_batches([len(r.encoded) for r in rollouts], policy.trunk.batch_tokens):
         chunk = [rollouts[i].encoded for i in rows]
-        inputs = policy.trunk.inputs([e.ids for e in chunk])
-        target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
-        ours = policy(inputs, target)["logprob"]
-        same = inputs if shared else reference.trunk.inputs([e.ids for e in chunk])
-        theirs = reference(same, target)["logprob"]
-        total += float((ours - theirs).sum())
+        by_reference = None if shared else view(reference.trunk, chunk)
+        total += summed_log_ratio(policy, reference, view(policy.trunk, chunk), by_reference)
     return total / len(rollouts)
 
 

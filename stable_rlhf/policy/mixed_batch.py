@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_span, view
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.policy.experience import Experience
 
@@ -37,22 +38,18 @@ def mix(
 ) -> MixedBatch:
     """Lay out one micro-batch: the rollouts first, then the rehearsal sequences."""
     examples = [e.encoded for e in experiences] + list(rehearsal)
-    sequences = [e.ids for e in examples]
     features = None
     if policy.trunk.lower is not None:
         features = [e.features for e in experiences if e.features is not None]
-        features += cache.get(policy.trunk, sequences[len(experiences) :]) or []
-    inputs = policy.trunk.inputs(sequences, features=features)
-    length, device = inputs["attention_mask"].shape[1], policy.trunk.device
-    target = response_targets(examples, length, device)
+        features += cache.get(policy.trunk, [e.ids for e in rehearsal]) or []
+    inputs, target = view(policy.trunk, examples, features)
     kind = torch.where(target >= 0, POLICY, IGNORED)
     kind[len(experiences) :] *= REHEARSAL
     rows = torch.zeros(4, *target.shape, dtype=torch.float32, device="cpu")
     for i, e in enumerate(experiences):
         assert e.advantage is not None and e.returns is not None
-        where = slice(e.encoded.prompt_length - 1, e.encoded.prompt_length - 1 + len(e.encoded.response))
-        rows[:, i, where] = torch.stack([e.old_logprob, e.advantage, e.value, e.returns])
-    old_logprob, advantage, value, returns = rows.to(device)
+        rows[:, i, response_span(e.encoded)] = torch.stack([e.old_logprob, e.advantage, e.value, e.returns])
+    old_logprob, advantage, value, returns = rows.to(target.device)
     return MixedBatch(inputs, target, kind, old_logprob, advantage, value, returns)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine
@@ -36,6 +36,7 @@ from stable_rlhf.engine.snapshots import Kept, Snapshots
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_span, view
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.policy.experience import Experience, RunningMoments, add_advantages, correct_for_rollouts
 from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard
@@ -157,14 +158,13 @@ class PPOTrainer:
             chunk = [r.encoded for r in rollouts[start : start + per_device]]
             sequences = [e.ids for e in chunk]
             features = self.policy.trunk.features(sequences) if self.policy.trunk.lower is not None else None
-            inputs = self.policy.trunk.inputs(sequences, features=features)
-            target = response_targets(chunk, inputs["attention_mask"].shape[1], self.policy.trunk.device)
+            inputs, target = view(self.policy.trunk, chunk, features)
             now = self.engine(inputs, target, temperature=self.arguments.temperature)
             initial = self.reference(inputs, target, temperature=self.arguments.temperature)
             scored = inputs if self.shares_features else None
             scores = self._scores(chunk, scored)
             for i, (example, rollout) in enumerate(zip(chunk, rollouts[start:], strict=False)):
-                where = slice(example.prompt_length - 1, example.prompt_length - 1 + len(example.response))
+                where = response_span(example)
                 score = scores[i] - (0.0 if rollout.finished else self.arguments.missing_eos_penalty)
                 experiences.append(
                     Experience(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine
@@ -19,6 +19,7 @@ from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import summed_log_ratio, view
 from stable_rlhf.policy.sft import nll_step, save_policy
 from stable_rlhf.ranks import gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
@@ -150,11 +151,8 @@ def _kl(
     engine.eval()
     with torch.no_grad():
         for start in range(0, len(examples), per_device):
-            chunk = examples[start : start + per_device]
-            inputs = policy.trunk.inputs([e.ids for e in chunk])
-            target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
-            now = engine(inputs, target, temperature=temperature)["logprob"]
-            total += float((now - reference(inputs, target, temperature=temperature)["logprob"]).sum())
+            seen = view(policy.trunk, examples[start : start + per_device])
+            total += summed_log_ratio(engine, reference, seen, temperature=temperature)
     engine.train()
     return total
 

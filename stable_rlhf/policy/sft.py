@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.data.encoding import Encoded, response_targets
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.engine.snapshots import Snapshots, rows_a_step
@@ -16,6 +16,7 @@ from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import view
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
@@ -35,10 +36,8 @@ def nll_step(
     denominator = sum_over_ranks([tokens])[0]
     total = 0.0
     for micro in micros:
-        sequences = [e.ids for e in micro]
-        features = cache.get(policy.trunk, sequences) if cache is not None else None
-        inputs = policy.trunk.inputs(sequences, features=features)
-        target = response_targets(micro, inputs["attention_mask"].shape[1], policy.trunk.device)
+        features = cache.get(policy.trunk, [e.ids for e in micro]) if cache is not None else None
+        inputs, target = view(policy.trunk, micro, features)
         kind = (target >= 0).to(torch.int64) * 2
         loss = engine(
             inputs, target,

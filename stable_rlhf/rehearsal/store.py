@@ -368,21 +368,13 @@ class _Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """All ranks leave together, and all with an error where one has one: none waits for a rank that has gone."""
-        problem: BaseException | None = None
-        try:
-            yield
-        except Exception as error:
-            problem = error
         if self.size == 1:
-            if problem is not None:
-                raise problem
+            yield
             return
-        import torch.distributed as dist
+        from stable_rlhf.ranks import together
 
-        told: list[str | None] = [None] * self.size
-        dist.all_gather_object(told, None if problem is None else f"{type(problem).__name__}: {problem}")
-        if problem is not None:
-            raise problem
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise ValueError(f"rank {rank} failed: {text}")
+        def words(error: Exception) -> str:
+            return f"rank {self.rank} failed: {type(error).__name__}: {error}"
+
+        with together(Exception, told_as=ValueError, words=words):
+            yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
 from stable_rlhf.evaluate.policies import against, mean_kl
 from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
-from stable_rlhf.ranks import barrier, device, gather_objects
+from stable_rlhf.ranks import barrier, device, on_first_rank
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.run.datasets import PromptSplits, load_prompts, locate
 from stable_rlhf.run.stages import Result, answer, check_gold, load_reader, sampling_settings
@@ -156,21 +156,6 @@ def read_curve(folder: str) -> list[dict[str, float]]:
     return [row for row in read_metrics(path) if "score" in row]
 
 
-def _on_main_process(run: Callable[[], Result]) -> Result:
-    """``run`` on rank 0, its result or error on every rank: a judge that costs money is asked once."""
-    result: Result = {}
-    problem: ValueError | None = None
-    if is_main_process():
-        try:
-            result = run()
-        except ValueError as error:
-            problem = error
-    result, problem = gather_objects((result, problem))[0]
-    if problem is not None:
-        raise problem
-    return result
-
-
 def that_judge_reads(scorer: str, prompts: list[EncodedPrompt], on_bad_row: str = "error") -> list[EncodedPrompt]:
     """Prompts that a scorer that judges takes as well: its chat template may be another than the policies'.
 
@@ -215,9 +200,10 @@ def run_evaluate(
             rollouts = respond(policy, part)
             kl = mean_kl(policy, reference, rollouts)
             rows = [p.row for p in part]
-            judged = _on_main_process(
-                partial(against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl)
+            compared = partial(
+                against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl
             )
+            judged = on_first_rank(compared, ValueError)  # a judge that costs money is asked once
             if judge_scorer is not None and recipe.evaluate.judge == "scorer":
                 judged["judge"] = judge_of(judge_scorer, path)
             verdicts = judged.pop("verdicts")

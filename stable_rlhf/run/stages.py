@@ -21,6 +21,7 @@ from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_backbone, load_causal_lm, load_tokenizer, resolve_model
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import mean_entropies
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
 from stable_rlhf.policy.sft import train_sft
@@ -354,7 +355,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
         for p, r in zip(prompts, rollouts, strict=True)
     ]  # fmt: skip
     if "entropy" in s.criteria:
-        for candidate, value in zip(candidates, _entropies(model, rollouts), strict=True):
+        for candidate, value in zip(candidates, mean_entropies(model, [r.encoded for r in rollouts]), strict=True):
             candidate["entropy"] = value
     release(model)
     outside = []
@@ -394,21 +395,6 @@ def select_settings(s: SelectArguments) -> dict[str, Any]:
         "sweep": s.sweep, "embedding_model": s.embedding_model,
         "embedding": {"normalize": s.normalize, "batch_size": s.embedding_batch_size, "dtype": s.embedding_dtype},
     }  # fmt: skip
-
-
-@torch.no_grad()
-def _entropies(policy: PolicyModel, rollouts: list[Any], per_batch: int = 16) -> list[float]:
-    """Mean entropy (nats) of the policy over each response's tokens."""
-    from stable_rlhf.data.encoding import response_targets
-
-    found: list[float] = []
-    for start in range(0, len(rollouts), per_batch):
-        chunk = [r.encoded for r in rollouts[start : start + per_batch]]
-        inputs = policy.trunk.inputs([e.ids for e in chunk])
-        target = response_targets(chunk, inputs["attention_mask"].shape[1], policy.trunk.device)
-        entropy = policy(inputs, target, entropy=True)["entropy"]
-        found += (entropy.sum(1) / (target >= 0).sum(1)).tolist()
-    return found
 
 
 def run_ppo(

@@ -10,8 +10,8 @@ from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_logprobs
 from stable_rlhf.rollout.local import GenerationSettings, generate
-from stable_rlhf.scorer.comparisons import response_logprobs
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stable_rlhf.data.encoding import Encoded, encode, encode_rows, response_targets, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.metrics import calibration, pair_accuracy
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_logprobs
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.show.progress import say
 
@@ -102,18 +103,6 @@ def fill_logprobs(rows: Sequence[EncodedComparison], policy: PolicyModel | None,
         found = iter(response_logprobs(policy, [e for r in chunk for e in r.examples]))
         for row in chunk:
             row.logprobs = [next(found) for _ in row.examples]
-
-
-@torch.no_grad()
-def response_logprobs(policy: PolicyModel, examples: Sequence[Encoded], *, temperature: float = 1.0) -> list[Tensor]:
-    """Log-probs of each response's tokens under ``policy``: [n] of [tokens] float32 on the CPU."""
-    inputs = policy.trunk.inputs([e.ids for e in examples])
-    target = response_targets(examples, inputs["attention_mask"].shape[1], policy.trunk.device)
-    logprob = policy(inputs, target, temperature=temperature)["logprob"].cpu()
-    return [
-        row[e.prompt_length - 1 : e.prompt_length - 1 + len(e.response)]
-        for row, e in zip(logprob, examples, strict=True)
-    ]
 
 
 def score_pairs(

@@ -16,12 +16,13 @@ from stable_rlhf.data.records import Comparison, PromptRow
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.models.lora import adapted_layers
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_logprobs
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
 from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel
-from stable_rlhf.scorer.comparisons import EncodedComparison, response_logprobs
+from stable_rlhf.scorer.comparisons import EncodedComparison
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SFTArguments

@@ -16,11 +16,11 @@ from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_logprobs
 from stable_rlhf.policy.ppo import PPOTrainer, check_sizes
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.run import stages
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.scorer.comparisons import response_logprobs
 from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 

@@ -15,13 +15,13 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
+from stable_rlhf.models.views import response_logprobs
 from stable_rlhf.run.stages import run_scorer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
     encode_comparisons,
     fill_logprobs,
-    response_logprobs,
     score_pairs,
 )
 from stable_rlhf.scorer.train import scorer_loss, train_scorer
