@@ -403,9 +403,9 @@ def task_statistic(
     return statistic
 
 
-def score_verdicts(ours: ArrayLike, baseline: ArrayLike, tie_margin: float = 0.0) -> NDArray[np.int64]:
-    """1 where ``ours`` scores above ``baseline``, −1 where below, 0 within ``tie_margin`` (inclusive); [prompts]."""
-    a, b = _two(ours, baseline, ("ours", "baseline"))
+def score_verdicts(scores: ArrayLike, reference: ArrayLike, tie_margin: float = 0.0) -> NDArray[np.int64]:
+    """1 where ``scores`` are above ``reference``, −1 where below, 0 within ``tie_margin`` (inclusive); [prompts]."""
+    a, b = _two(scores, reference, ("scores", "reference"))
     if not (np.isfinite(tie_margin) and tie_margin >= 0):
         raise ValueError(f"tie_margin must be a finite number of at least 0, got {tie_margin}")
     return (a - b > tie_margin).astype(np.int64) - (b - a > tie_margin)

@@ -19,7 +19,6 @@ The page has the study's first five seeds (docs/results/skill_world.json) togeth
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import torch
 from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
+from stable_rlhf.data.jsonl import read_json
 from stable_rlhf.evaluate.over_seeds import NAMES, means, paired_difference, pooled, seed_mean
 from stable_rlhf.evaluate.over_seeds_report import make_page
 from stable_rlhf.evaluate.over_seeds_report import markdown as study_tables
@@ -103,7 +103,7 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     shared = ["--config", recipe, "--model-name-or-path", source / "sft", "--seed", seed]
     shared += [word for name, path in data.items() for word in (f"--data.{name}", path)]
     scorer = source / ("scorer-am" if what.variant.startswith("am") else "scorer-rm")
-    summary, settings = json.loads((source / "summary.json").read_text(encoding="utf-8")), what.settings
+    summary, settings = read_json(source / "summary.json"), what.settings
     if what.by_temperature:
         settings = ("--ppo.kl_coef", f"{KL_COEF * summary['scorers'][what.variant]['temperature']:.4f}")
     trained = ["--variant", what.variant, "--scorer", scorer, *settings]
@@ -115,11 +115,11 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     call("train-ppo", *shared, *trained, "--output-dir", here / "policy", log=log)
     policies = [f"changed={here / 'policy' / f'ppo-{what.variant}'}", f"study={source / f'ppo-{what.variant}'}"]
     call("evaluate", *shared, "--policies", *policies, "--output-dir", here / "evaluation", log=log)
-    found = json.loads((here / "evaluation" / "evaluation" / "summary.json").read_text(encoding="utf-8"))["policies"]
+    found = read_json(here / "evaluation" / "evaluation" / "summary.json")["policies"]
     known = summary["policies"][what.variant]
     if figures(found["study"]) != figures(known):
         raise RuntimeError(f"{source}: its {what.variant} measures {figures(found['study'])}, not {figures(known)}")
-    stage = json.loads((here / "policy" / f"ppo-{what.variant}" / "stage.json").read_text(encoding="utf-8"))
+    stage = read_json(here / "policy" / f"ppo-{what.variant}" / "stage.json")
     return {
         "control": control, "variant": what.variant, "settings": list(settings), "clusters": what.clusters,
         "seed": seed, **figures(found["changed"]), "seconds": round(stage["seconds"], 1),
@@ -145,7 +145,7 @@ def by_seed(lines: Sequence[Line], control: str) -> dict[int, Line]:
 
 def whole_study() -> dict[str, Any]:
     """All ten seeds."""
-    return pooled([json.loads(path.read_text(encoding="utf-8")) for path in (STUDY, FURTHER)]) | {"title": TITLE}
+    return pooled([read_json(path) for path in (STUDY, FURTHER)]) | {"title": TITLE}
 
 
 def of_study(variant: str) -> dict[int, Line]:
@@ -198,7 +198,7 @@ def block(name: str) -> str:
 
 def again() -> str:
     """Every variant of the seeds of docs/results/skill_world-again.json beside the study's own, in percent."""
-    second = json.loads(AGAIN.read_text(encoding="utf-8"))
+    second = read_json(AGAIN)
     keys = ("main_win", "main_lose", "forget_lose")
     head = [f"seed {', '.join(map(str, second['seeds']))}"]
     head += [heading + part for heading in (FIGURES[key][0] for key in keys) for part in (", first run", ", again")]

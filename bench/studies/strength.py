@@ -11,7 +11,6 @@ strength mends them, and as they were before. Held-out pairs are judged by the g
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from safetensors.torch import load_file
 from bench.common import environment
 from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison, write_jsonl
-from stable_rlhf.data.jsonl import read_jsonl, to_json
+from stable_rlhf.data.jsonl import read_json, read_jsonl, to_json
 from stable_rlhf.engine.process import start
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.evaluate.over_seeds import seed_mean
@@ -169,7 +168,7 @@ def whole_models(planted: Planted, backbone: str, conditions: list[str]) -> tupl
             f"scorer-{name.replace(' ', '-')}", {**planted.common, "denoise": bands},
             lambda folder: run_scorer(recipe, "rm", backbone, None, folder), [measured],
         )  # fmt: skip
-        scores = json.loads((stage.folder / "scores.json").read_text(encoding="utf-8"))
+        scores = read_json(stage.folder / "scores.json")
         test = load_preferences(recipe.data, recipe.seed).test
         accuracy[name] = gold_accuracy(test, [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)])
     return accuracy, len(test)

@@ -29,6 +29,7 @@ from bench.case import RESULTS
 from bench.common import environment, new_result, write_json
 from stable_rlhf.data import read_comparisons
 from stable_rlhf.data.encoding import encode
+from stable_rlhf.data.jsonl import read_json
 from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 
 Sequence = tuple[Tensor, int]  # token ids, and how many of them are the prompt
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> Path:
 
 def report(path: Path) -> None:
     """Distances between the curves, and a picture beside the result."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     width = min(20, *(len(run["loss"]) for run in record["runs"]))
     exact = {run["seed"]: run for run in record["runs"] if run["tolerance"] == 0}
 

@@ -130,20 +130,20 @@ def encode_rows(
     Raises:
         DataError: no row is left.
     """
-    made: list[tuple[Row, Made]] = []
+    pairs: list[tuple[Row, Made]] = []
     bad: list[RowError] = []
     for row in rows:
         try:
-            made.append((row, encode_row(row)))
+            pairs.append((row, encode_row(row)))
         except RowError as error:
             if on_bad_row != "skip":
                 raise
             bad.append(error)
-    if bad and not made:
+    if bad and not pairs:
         raise DataError(f"{what}: no row is left, all {len(bad)} are bad; the first: {bad[0]}")
     if bad:
         say(f"  {what}: {len(bad)} bad rows left out, the first: {bad[0]}")
-    return made
+    return pairs
 
 
 @dataclass(frozen=True)

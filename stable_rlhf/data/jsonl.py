@@ -62,8 +62,8 @@ def check_file(path: Path, expected: str = "a .jsonl or .jsonl.gz file") -> None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise DataError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(mode):
-        found = _KINDS.get(stat.S_IFMT(mode), "a device")
-        raise DataError(f"{path}: is {found}, expected {expected}")
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+        raise DataError(f"{path}: is {kind}, expected {expected}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -122,14 +122,14 @@ def parse_row(line: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    row = dict(pairs)
+    if len(row) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 bad(f"the key {short(key)} is given twice")
             seen.add(key)
-    return found
+    return row
 
 
 def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -180,15 +180,15 @@ def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
     """
     check_file(Path(path), "a JSON file")
     try:
-        found = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a JSON object, found {kind_of(found)}")
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {kind_of(content)}")
     for key in keys:
-        if key not in found:
+        if key not in content:
             raise DataError(f"{path}: has no {key!r}")
-    return found
+    return content
 
 
 def read_jsonl(path: str | os.PathLike[str], *, torn_end: bool = False) -> list[dict[str, Any]]:

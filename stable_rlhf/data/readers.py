@@ -108,22 +108,22 @@ def comparison_row(row: Comparison) -> dict[str, Any]:
     def by_response(values: Sequence[Any]) -> Any:
         return dict(zip(("chosen", "rejected"), values, strict=True)) if paired else list(values)
 
-    found: dict[str, Any] = {"prompt": row.prompt}
+    columns: dict[str, Any] = {"prompt": row.prompt}
     if paired:
-        found |= by_response(row.responses)
+        columns |= by_response(row.responses)
     else:
-        found["responses"] = list(row.responses)
-        found["ranks"] = [1 + sum(worse == i for _, worse in row.pairs) for i in range(len(row.responses))]
+        columns["responses"] = list(row.responses)
+        columns["ranks"] = [1 + sum(worse == i for _, worse in row.pairs) for i in range(len(row.responses))]
     for name in ("task", "margin"):
         if getattr(row, name) is not None:
-            found[name] = getattr(row, name)
+            columns[name] = getattr(row, name)
     for name in ("logprobs", "alt_logprobs"):
         if getattr(row, name) is not None:
-            found[name] = by_response(getattr(row, name))
+            columns[name] = by_response(getattr(row, name))
     if row.strength is not None:
         entries = [asdict(strength) for strength in row.strength]
-        found["strength"] = entries[0] if paired else entries
-    return found | row.meta
+        columns["strength"] = entries[0] if paired else entries
+    return columns | row.meta
 
 
 def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_row: OnBadRow) -> ReadResult[Record]:
@@ -284,13 +284,13 @@ def _strength(value: Any, pairs: Sequence[tuple[int, int]], paired: bool) -> tup
     entries = [value] if paired else value
     if not isinstance(entries, list) or len(entries) != len(pairs):
         bad(f"'strength' must be a list with one entry for each of the {len(pairs)} pairs")
-    found = []
+    strengths = []
     for entry in entries:
         numbers: list[Any] = [entry.get(key) for key in ("mean", "std")] if isinstance(entry, dict) else [None]
         if any(type(n) not in (int, float) or abs(n) > _MAX_FLOAT32 for n in numbers) or numbers[1] < 0:
             bad("'strength' must be an object with numbers 'mean' and 'std' that float32 holds, 'std' at least 0")
-        found.append(PairStrength(float(numbers[0]), float(numbers[1])))
-    return tuple(found)
+        strengths.append(PairStrength(float(numbers[0]), float(numbers[1])))
+    return tuple(strengths)
 
 
 def _messages(value: list[Any], name: str) -> list[Message]:

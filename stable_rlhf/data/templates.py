@@ -82,12 +82,12 @@ def closing_text(tokenizer: Any) -> str:
 
 def tokens_of_template(tokenizer: Any) -> set[int]:
     """Token ids of chats as the template writes them, those that it accepts."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for chat, opens in _CHATS if tokenizer.chat_template else ():
         with contextlib.suppress(Exception):  # any: as above
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=opens, tokenize=False)
-            found.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return found
+            tokens.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tokens
 
 
 def check_template(tokenizer: Any, where: str) -> None:

@@ -23,8 +23,8 @@ def end_of_turn(tokenizer: Any) -> int:
     Raises:
         ValueError: there is neither.
     """
-    found = _template_end(tokenizer)
-    end = tokenizer.eos_token_id if found is None else found
+    closing = _template_end(tokenizer)
+    end = tokenizer.eos_token_id if closing is None else closing
     if end is None:
         raise ValueError("its tokenizer has no EOS token, so the end of a response cannot be marked")
     return int(end)

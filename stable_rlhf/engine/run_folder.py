@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from stable_rlhf.data.digest import json_digest
 from stable_rlhf.data.jsonl import kind_of, read_json, to_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.engine.order import stream_seed
@@ -124,7 +124,7 @@ class RunDirectory:
         begin(name)
         folder = self.root / name
         key = {"settings": settings, "inputs": {s.name: s.fingerprint for s in inputs}}
-        fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
+        fingerprint = json_digest(key)
         known = self._first_rank(lambda: self._look(name, folder, key, fingerprint))
         if known is not None:
             say(f"[{name}] finished before ({known['seconds']:.0f} s), not redone")

@@ -9,7 +9,6 @@ disk) is an error on all of them, and the snapshots before it stay.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stable_rlhf.data.digest import file_digest
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.engine.engine import Engine
@@ -32,7 +32,6 @@ from stable_rlhf.show.progress import is_main_process, say
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
-_CHUNK = 1 << 22
 
 
 class Kept(NamedTuple):
@@ -152,7 +151,7 @@ class Snapshots:
             save_file(generators, working / f"generators-{rank()}.safetensors")
 
         def finish() -> None:
-            files = {str(f.relative_to(working)): _digest(f) for f in sorted(working.rglob("*")) if f.is_file()}
+            files = {str(f.relative_to(working)): file_digest(f) for f in sorted(working.rglob("*")) if f.is_file()}
             record = {"format": _FORMAT, "stage": self.stage, "step": step, "shape": self.shape, "state": state,
                       "kept": {each.what: each.number for each in self.kept}, "files": files}  # fmt: skip
             (working / _MANIFEST).write_text(to_json(record) + "\n", encoding="utf-8")
@@ -230,7 +229,7 @@ def _read(path: Path) -> dict[str, Any] | str:
     for name, digest in files:
         if not (path / name).is_file():
             return f"checkpoint {str(path)!r} is damaged: {name} is missing"
-        if _digest(path / name) != digest:
+        if file_digest(path / name) != digest:
             return f"checkpoint {str(path)!r} is damaged: {name} is not what was written"
     return record
 
@@ -239,14 +238,6 @@ def _remove(path: Path) -> None:
     """Delete a snapshot; what a kill leaves of it must not look like a damaged one."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _words(shape: dict[str, Any]) -> str:

@@ -45,8 +45,8 @@ _VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 
 def read_verdict(reply: str) -> int | None:
     """1 for [[A]], −1 for [[B]], 0 for [[tie]] (or [[C]]), None without any; the last one counts."""
-    found = _VERDICT.findall(reply)
-    return {"A": 1, "B": -1}.get(found[-1].upper(), 0) if found else None
+    marks = _VERDICT.findall(reply)
+    return {"A": 1, "B": -1}.get(marks[-1].upper(), 0) if marks else None
 
 
 class ChatJudge:
@@ -83,11 +83,11 @@ class ChatJudge:
         )  # fmt: skip
         self._model, self._request, self._workers = model, dict(request or {}), workers
 
-    def verdicts(self, prompts: Sequence[Prompt], ours: Sequence[str], baseline: Sequence[str]) -> Verdicts:
+    def verdicts(self, prompts: Sequence[Prompt], responses: Sequence[str], reference: Sequence[str]) -> Verdicts:
         """Ask about every pair that differs in both orders, several requests at a time."""
-        differ = [i for i, (a, b) in enumerate(zip(ours, baseline, strict=True)) if a != b]
-        asks = [(prompts[i], ours[i], baseline[i]) for i in differ]
-        asks += [(prompts[i], baseline[i], ours[i]) for i in differ]
+        differ = [i for i, (a, b) in enumerate(zip(responses, reference, strict=True)) if a != b]
+        asks = [(prompts[i], responses[i], reference[i]) for i in differ]
+        asks += [(prompts[i], reference[i], responses[i]) for i in differ]
         with progress(self.name, total=len(asks), unit="replies") as bar:
             replies = self._server.ask_all(
                 "/chat/completions", [self._body(*ask) for ask in asks], lambda _, answer: _reply(answer),

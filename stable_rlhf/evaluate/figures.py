@@ -36,11 +36,11 @@ MAX_COLUMNS = 3  # panels side by side; more go to further rows
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each scorer or variant: its own where it has one, darker from round to round, else the next of the
     spare ones."""
-    spare, found = cycle(_OTHERS), {}
+    spare, chosen = cycle(_OTHERS), {}
     for name in names:
         first, number = round_of(name)
-        found[name] = _darker(COLOURS[first], 0.6 ** (number - 1)) if first in COLOURS else next(spare)
-    return found
+        chosen[name] = _darker(COLOURS[first], 0.6 ** (number - 1)) if first in COLOURS else next(spare)
+    return chosen
 
 
 def _darker(colour: str, share: float) -> str:

@@ -42,25 +42,25 @@ Finding = dict[str, Any]
 Statistic = Callable[[Floats], Floats]
 
 
-def scorer_names(found: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the scorers in ``found``: those of the paper first and by their full name, each followed by its later
+def scorer_names(scorers: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the ``scorers``: those of the paper first and by their full name, each followed by its later
     rounds (`am-round-2`, by the name of `am`); others as they are called."""
-    return _names(found, SCORER_NAMES)
+    return _names(scorers, SCORER_NAMES)
 
 
-def variant_names(found: Mapping[str, Any]) -> dict[str, str]:
+def variant_names(policies: Mapping[str, Any]) -> dict[str, str]:
     """The same of policies."""
-    return _names(found, VARIANT_NAMES)
+    return _names(policies, VARIANT_NAMES)
 
 
-def _names(found: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
+def _names(group: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
     place = {key: i for i, key in enumerate(known)}
 
     def order(key: str) -> tuple[int, int]:
         first, number = round_of(key)
         return (place[first], number) if first in place else (len(place), 0)
 
-    return {key: _name(key, known) for key in sorted((key for key, part in found.items() if part), key=order)}
+    return {key: _name(key, known) for key in sorted((key for key, part in group.items() if part), key=order)}
 
 
 def _name(key: str, known: Mapping[str, str]) -> str:
@@ -79,14 +79,16 @@ def verdict(held: bool | None) -> str:
     return CANNOT_TELL if held is None else ("reproduced" if held else "not reproduced")
 
 
-def _side(difference: Interval) -> bool | None:
-    """True when the difference is above zero for sure, False when below, None when the interval covers zero."""
-    if not all(np.isfinite(list(difference.values()))):
+def above(interval: Interval, target: float = 0.0) -> bool | None:
+    """True where the interval lies above the target for sure, False where below, None where it covers it or has no
+    ends."""
+    if not all(np.isfinite(list(interval.values()))):
         return None
-    return True if difference["low"] > 0 else False if difference["high"] < 0 else None
+    return True if interval["low"] > target else False if interval["high"] < target else None
 
 
-def _not(held: bool | None) -> bool | None:
+def opposite(held: bool | None) -> bool | None:
+    """What is held of a claim's opposite; not to know stays not to know."""
     return None if held is None else not held
 
 
@@ -135,7 +137,7 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
     results.append(
         {
             "claim": "The Advantage Model is better calibrated than the reward model (lower ECE).",
-            "held": _not(_side(ece)),
+            "held": opposite(above(ece)),
             "detail": f"ECE {_percent(am['ece'])} for AM and {_percent(rm['ece'])} for RM; AM − RM {_points(ece)}.",
         }
     )
@@ -144,7 +146,7 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
         scaled, how = temperature_scaled(rm["chosen"], rm["rejected"], seed=seed)
         after = calibration_statistic(scaled, np.zeros_like(scaled), bins)
         gap = bootstrap(_minus(calibration_statistic(am["chosen"], am["rejected"], bins), after), n, seed=seed)
-        held, words = _not(_side(gap)), f"AM − scaled RM {_points(gap)}; temperature {how}."
+        held, words = opposite(above(gap)), f"AM − scaled RM {_points(gap)}; temperature {how}."
     else:
         held, words = None, "without the scores of the pairs no interval can be given."
     results.append(
@@ -204,7 +206,7 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
         for what, claim, words in claims:
             gap, ours, theirs = over_tasks(what)
             detail = f"{words} {ours:.3f} for AM and {theirs:.3f} for RM; AM − RM {_number(gap)}."
-            results.append({"claim": claim, "held": _not(_side(gap)), "detail": detail})
+            results.append({"claim": claim, "held": opposite(above(gap)), "detail": detail})
     return results
 
 
@@ -226,7 +228,7 @@ def _versus(policies: dict[str, Any], first: str, second: str, on: str, which: s
         f"{verb} {_percent(a)} for {names[0]} and {_percent(b)} for {names[1]} on {parts[0]['n']} prompts; "
         f"{names[0]} − {names[1]} {_points(gap)}."
     )
-    return [{"claim": claim, "held": _side(gap), "detail": detail}]
+    return [{"claim": claim, "held": above(gap), "detail": detail}]
 
 
 def _net(policies: dict[str, Any], variant: str, on: str, sign: int, claim: str) -> list[Finding]:
@@ -235,12 +237,12 @@ def _net(policies: dict[str, Any], variant: str, on: str, sign: int, claim: str)
     if not part:
         return []
     net = win_minus_lose(part["win"], part["lose"], part["n"])
-    side = _side(net)
+    side = above(net)
     detail = (
         f"Win {100 * part['win']:.2f} %, lose {100 * part['lose']:.2f} %, tie {100 * part['tie']:.2f} % of {part['n']} "
         f"prompts (judge: {part['judge']}); win − lose {_points(net)}."
     )
-    return [{"claim": claim, "held": side if sign > 0 else _not(side), "detail": detail}]
+    return [{"claim": claim, "held": side if sign > 0 else opposite(side), "detail": detail}]
 
 
 def _change(values: list[float]) -> Interval | None:
@@ -261,7 +263,7 @@ def _hacking(policies: dict[str, Any]) -> list[Finding]:
     score, gold = _change([row["score"] for row in curve]), _change([row["gold"] for row in curve])
     if score is None or gold is None:
         return []
-    up, better = _side(score), _side(gold)
+    up, better = above(score), above(gold)
     held = True if up and better is False else False if better or up is False else None
     detail = f"From the first to the last quarter of PPO, score {_number(score)}, gold score {_number(gold)}."
     return [{"claim": "RM-PPO hacks its reward: its score rises while quality falls.", "held": held, "detail": detail}]

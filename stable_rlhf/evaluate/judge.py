@@ -35,7 +35,7 @@ class Verdicts:
     """A pair judge's verdicts and how far it agrees with itself.
 
     Attributes:
-        values: 1 where ours is better, −1 where the baseline is, 0 for a tie; one a prompt.
+        values: 1 where the response is better, −1 where the reference's is, 0 for a tie; one a prompt.
         about: figures to report: how many pairs were asked, agreement of the two orders and the like.
     """
 
@@ -49,7 +49,7 @@ class PairJudge(Protocol):
 
     name: str
 
-    def verdicts(self, prompts: Sequence[Prompt], ours: Sequence[str], baseline: Sequence[str]) -> Verdicts:
+    def verdicts(self, prompts: Sequence[Prompt], responses: Sequence[str], reference: Sequence[str]) -> Verdicts:
         """One verdict per prompt; the three sequences have one length."""
         ...
 
@@ -95,23 +95,23 @@ class ScorerJudge:
 def compare(
     judge: Judge | PairJudge,
     rows: Sequence[PromptRow],
-    ours: Sequence[str],
-    baseline: Sequence[str],
+    responses: Sequence[str],
+    reference: Sequence[str],
     tie_margin: float | None = None,
     *,
     kl: float | None = None,
     lengths: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Win/lose/tie of ``ours`` against ``baseline``, one response of each per prompt of ``rows``.
+    """Win/lose/tie of ``responses`` against those of the ``reference``, one of each per prompt of ``rows``.
 
     tie_margin: of a judge that scores; defaults to its own, else 0. kl: mean KL of the policy from the SFT policy in
-    nats per response, passed through. lengths: tokens per response of ours; without them ``length`` is in characters,
+    nats per response, passed through. lengths: tokens per response; without them ``length`` is in characters,
     as ``length_unit`` says.
-    ``gold`` and ``sft_gold`` are the mean scores of ours and the baseline under a :class:`GoldJudge`, else None.
+    ``gold`` and ``sft_gold`` are the mean scores of the two under a :class:`GoldJudge`, else None.
     ``verdicts`` holds 1, −1 or 0 a prompt. A pair judge adds how far it agrees with itself.
     Raises ValueError when the sequences differ in length or are empty, or a score is not finite.
     """
-    for name, values in (("ours", ours), ("baseline", baseline), ("lengths", lengths)):
+    for name, values in (("responses", responses), ("reference", reference), ("lengths", lengths)):
         if values is not None and len(values) != len(rows):
             raise ValueError(f"{name} has {len(values)} entries but rows has {len(rows)}")
     if not rows:
@@ -119,13 +119,13 @@ def compare(
     prompts, tasks = [row.prompt for row in rows], [row.task for row in rows]
     about: dict[str, Any] = {"judge": judge.name, "tie_margin": 0.0, "gold": None, "sft_gold": None}
     if isinstance(judge, PairJudge):
-        found = judge.verdicts(prompts, ours, baseline)
-        if len(found.values) != len(rows):
-            raise ValueError(f"judge {judge.name!r} gave {len(found.values)} verdicts for {len(rows)} prompts")
-        verdicts, about = found.values, about | found.about
+        comparison = judge.verdicts(prompts, responses, reference)
+        if len(comparison.values) != len(rows):
+            raise ValueError(f"judge {judge.name!r} gave {len(comparison.values)} verdicts for {len(rows)} prompts")
+        verdicts, about = comparison.values, about | comparison.about
     else:
         margin = float(getattr(judge, "tie_margin", 0.0) if tie_margin is None else tie_margin)
-        mine, theirs = judge.scores(prompts, ours, tasks), judge.scores(prompts, baseline, tasks)
+        mine, theirs = judge.scores(prompts, responses, tasks), judge.scores(prompts, reference, tasks)
         verdicts = score_verdicts(mine, theirs, margin).tolist()
         about["tie_margin"] = margin
         if isinstance(judge, GoldJudge):
@@ -134,7 +134,7 @@ def compare(
         **outcome_shares(verdicts),
         **about,
         "kl": kl,
-        "length": float(np.mean([len(text) for text in ours] if lengths is None else lengths)),
+        "length": float(np.mean([len(text) for text in responses] if lengths is None else lengths)),
         "length_unit": "characters" if lengths is None else "tokens",
         "verdicts": verdicts,
     }

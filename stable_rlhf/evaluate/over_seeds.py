@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stable_rlhf.data.jsonl import without_nan
-from stable_rlhf.evaluate.findings import ACCURACY_MARGIN, VARIANT_NAMES
+from stable_rlhf.evaluate.findings import ACCURACY_MARGIN, VARIANT_NAMES, above, opposite
 from stable_rlhf.metrics import LEVEL, Interval
 
 SFT = "sft"
@@ -159,7 +159,7 @@ def _of_curve(curve: Sequence[Mapping[str, float]]) -> Row:
 
 def curves(summary: Mapping[str, Any]) -> list[Row]:
     """Every variant's curves of one seed as means over at most 40 stretches of steps."""
-    found = []
+    table = []
     for variant, entry in summary["policies"].items():
         curve = entry["curve"]
         width = -(-len(curve) // POINTS)
@@ -169,8 +169,8 @@ def curves(summary: Mapping[str, Any]) -> list[Row]:
         for key in CURVES:
             if all(point.get(key) is not None for point in curve):
                 row[key] = [round(float(np.mean([curve[i][key] for i in part])), 5) for part in parts]
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
 # -- what they say -----------------------------------------------------------------------------------------------------
@@ -179,28 +179,28 @@ def curves(summary: Mapping[str, Any]) -> list[Row]:
 def columns(rows: Sequence[Row], who: str) -> dict[str, dict[str, list[float]]]:
     """{variant or scorer: {figure: values, seed by seed}} of the figures that are known in every seed."""
     seeds = sorted({row["seed"] for row in rows})
-    found: dict[str, dict[str, list[float]]] = {}
+    table: dict[str, dict[str, list[float]]] = {}
     for name in dict.fromkeys(row[who] for row in rows):
         own = {row["seed"]: row for row in rows if row[who] == name}
         if sorted(own) != seeds:
             raise ValueError(f"{who} {name!r} has seeds {sorted(own)}, but the study has {seeds}")
-        found[name] = {
+        table[name] = {
             key: [float(own[seed][key]) for seed in seeds]
             for key in own[seeds[0]]
             if key not in (who, "seed") and all(own[seed][key] is not None for seed in seeds)
         }
-    return found
+    return table
 
 
 def means(table: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Interval]]:
     """The mean of every figure over seeds, with its interval, which is cut to what a share can be."""
-    found: dict[str, dict[str, Interval]] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
     for name, part in table.items():
-        found[name] = {key: seed_mean(values) for key, values in part.items()}
-        for key, interval in found[name].items():
+        intervals[name] = {key: seed_mean(values) for key, values in part.items()}
+        for key, interval in intervals[name].items():
             if key.endswith(_SHARES):
                 interval |= {"low": max(interval["low"], 0.0), "high": min(interval["high"], 1.0)}
-    return found
+    return intervals
 
 
 _SHARES = ("_win", "_lose", "_tie", "accuracy", "ece", "ece_equal_mass", "after_temperature", "brier")
@@ -228,10 +228,10 @@ def claims(
     A claim holds, or fails, only where the interval over seeds lies wholly on one side of its target. Claims whose
     figures are missing are left out.
     """
-    found: list[dict[str, Any]] = []
+    verdicts: list[dict[str, Any]] = []
 
     def add(claim: str, held: bool | None, detail: str) -> None:
-        found.append({"claim": claim, "held": held, "detail": detail})
+        verdicts.append({"claim": claim, "held": held, "detail": detail})
 
     def of(group: Mapping[str, Mapping[str, Sequence[float]]], *names: str) -> list[Values | None]:
         """The figure that is named last, of each of the others."""
@@ -246,9 +246,8 @@ def claims(
             return
         gap = seed_mean(np.asarray(first) - target * np.asarray(second))
         got = _interval(paired_ratio(first, second))
-        add(
-            claim, _not(_above(gap)), f"{_show(first)} against {_show(second)}; ratio {got}, target at most {target:g}."
-        )
+        detail = f"{_show(first)} against {_show(second)}; ratio {got}, target at most {target:g}."
+        add(claim, opposite(above(gap)), detail)
 
     def higher(values: Sequence[Values | None], claim: str, *, by: float = 0.0) -> None:
         """The claim that first − second > by."""
@@ -257,7 +256,7 @@ def claims(
             return
         gap = paired_difference(first, second)
         detail = f"{_show(first)} against {_show(second)}; difference {_interval(gap)}, target above {by:g}."
-        add(claim, _above(gap, by), detail)
+        add(claim, above(gap, by), detail)
 
     at_most(
         0.74,
@@ -282,7 +281,7 @@ def claims(
     gold, score = of(policies, "rm", "train_gold_late"), of(policies, "rm", "train_score_late")
     if gold[0] is not None and score[0] is not None:
         change, gain = seed_mean(gold[0]), seed_mean(score[0])
-        better, rises = _above(change), _above(gain)
+        better, rises = above(change), above(gain)
         held = True if rises and better is False else False if better or rises is False else None
         add("RM-PPO over-optimises: from the second to the last quarter its score rises while the gold score falls.",
             held, f"Score {_interval(gain)}, gold score {_interval(change)}.")  # fmt: skip
@@ -296,16 +295,7 @@ def claims(
         add("In no seed does AM-PPO-SR's gold score fall below SFT's, on the main set or while it trains.",
             worst >= 0 and dip >= 0,
             f"Worst seed: main set {worst:+.3f}; lowest tenth of training {dip:+.3f} from the first.")  # fmt: skip
-    return found
-
-
-def _above(interval: Interval, target: float = 0.0) -> bool | None:
-    """True where the interval lies above the target for sure, False where below, else None."""
-    return True if interval["low"] > target else False if interval["high"] < target else None
-
-
-def _not(held: bool | None) -> bool | None:
-    return None if held is None else not held
+    return verdicts
 
 
 def _show(values: ArrayLike) -> str:
@@ -329,25 +319,25 @@ def results(summaries: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) ->
     )
 
 
-def pooled(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def pooled(studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several results of `results`, of different seeds but the same settings, as those of one study.
 
     Raises:
         ValueError: a seed in two of them, or a setting, judge or kind (reported, validation) that differs.
     """
-    first = found[0]
-    seeds = [seed for each in found for seed in each["seeds"]]
+    first = studies[0]
+    seeds = [seed for each in studies for seed in each["seeds"]]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds {sorted(seeds)}: one is in two of the results")
-    for each in found[1:]:
+    for each in studies[1:]:
         for name in ("kind", "judges"):
             if each[name] != first[name]:
                 raise ValueError(f"{name}: {first[name]} and {each[name]}")
         _same_settings("settings", first["settings"], each["settings"])
     policies, scorers, lines = (
-        [row for each in found for row in each[key]] for key in ("policies", "scorers", "curves")
+        [row for each in studies for row in each[key]] for key in ("policies", "scorers", "curves")
     )
-    about = {**first, "seeds": seeds, "hours": round(sum(each["hours"] for each in found), 3)}
+    about = {**first, "seeds": seeds, "hours": round(sum(each["hours"] for each in studies), 3)}
     return _compared(about, policies, scorers, lines)
 
 
@@ -364,7 +354,7 @@ def _compared(
     about: Mapping[str, Any], policy_table: Sequence[Row], scorer_table: Sequence[Row], lines: Sequence[Row]
 ) -> dict[str, Any]:
     scorers, policies = columns(scorer_table, "scorer"), columns(policy_table, "variant")
-    found = {
+    study = {
         **about,
         "policies": policy_table,
         "scorers": scorer_table,
@@ -373,4 +363,4 @@ def _compared(
         "claims": claims(scorers, policies),
         "curves": lines,
     }
-    return {key: without_nan(value) for key, value in found.items()}
+    return {key: without_nan(value) for key, value in study.items()}

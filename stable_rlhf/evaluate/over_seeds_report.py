@@ -56,7 +56,7 @@ def _cell(interval: Mapping[str, float | None] | None, factor: float, digits: in
 def tables(results: Results) -> list[Table]:
     """Policies, policies minus RM-PPO, scorers, and what the paper has of both; each figure is a mean over seeds with
     its 95 % interval."""
-    found: list[Table] = []
+    sections: list[Table] = []
 
     def of(title: str, group: Mapping[str, Any], names: Mapping[str, str], figures: Mapping[str, Any]) -> None:
         shown = {key: figure for key, figure in figures.items() if any(key in part for part in group.values())}
@@ -67,7 +67,7 @@ def tables(results: Results) -> list[Table]:
             )
             for name, part in group.items()
         ]
-        found.append((title, [heading for heading, _, _ in shown.values()], rows))
+        sections.append((title, [heading for heading, _, _ in shown.values()], rows))
 
     of("Policy against SFT", results["means"]["policies"], NAMES, POLICY_FIGURES)
     differences: dict[str, dict[str, Any]] = {}
@@ -80,14 +80,14 @@ def tables(results: Results) -> list[Table]:
             (NAMES.get(name, name), [_cell(part.get(key), *POLICY_FIGURES[key][1:], sign=True) for key in keys])
             for name, part in differences.items()
         ]
-        found.append((f"Minus {minus}, seed by seed", [POLICY_FIGURES[key][0] for key in keys], rows))
+        sections.append((f"Minus {minus}, seed by seed", [POLICY_FIGURES[key][0] for key in keys], rows))
     of("Scorer", results["means"]["scorers"], SCORER_NAMES, SCORER_FIGURES)
-    return found + _beside_the_paper(results)
+    return sections + _beside_the_paper(results)
 
 
 def _beside_the_paper(results: Results) -> list[Table]:
     """Its tables 1 and 2 beside the same figures of these runs, in percent."""
-    found: list[Table] = []
+    sections: list[Table] = []
     policies, scorers = results["means"]["policies"], results["means"]["scorers"]
     known = {name: row for name, row in TABLE_2.items() if name in policies}
     keys = [(on, what) for on in ("main", "forget") for what in ("win", "lose")]
@@ -99,7 +99,7 @@ def _beside_the_paper(results: Results) -> list[Table]:
             for on, what in keys:
                 cells += [_cell(policies[name].get(f"{on}_{what}"), 100, 1), (f"{row[on][what]:.2f}", "")]
             rows.append((NAMES.get(name, name), cells))
-        found.append(("Beside the paper's Table 2", columns, rows))
+        sections.append(("Beside the paper's Table 2", columns, rows))
     if {"rm", "am"} <= set(scorers):
         columns = ["accuracy %", *(f"{data}" for data in TABLE_1), "ECE %", *(f"{data}" for data in TABLE_1)]
         rows = []
@@ -109,8 +109,8 @@ def _beside_the_paper(results: Results) -> list[Table]:
                 cells.append(_cell(scorers[name].get(key), 100, 1))
                 cells += [(f"{table[name][key]:.2f}", "") for table in TABLE_1.values()]
             rows.append((SCORER_NAMES[name], cells))
-        found.append(("Beside the paper's Table 1", columns, rows))
-    return found
+        sections.append(("Beside the paper's Table 1", columns, rows))
+    return sections
 
 
 def markdown(results: Results) -> str:
@@ -151,10 +151,10 @@ def _lead(results: Results) -> list[str]:
 
 
 def _by_variant(results: Results) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    points: dict[str, list[dict[str, Any]]] = {}
     for row in results["curves"]:
-        found.setdefault(row["variant"], []).append(row)
-    return found
+        points.setdefault(row["variant"], []).append(row)
+    return points
 
 
 def _gained(row: Mapping[str, Any], key: str) -> np.ndarray:

@@ -32,12 +32,14 @@ def mean_kl(policy: PolicyModel, reference: PolicyModel, rollouts: Sequence[Roll
 def against(
     judge: Judge | PairJudge,
     rows: Sequence[PromptRow],
-    ours: Sequence[Rollout],
-    baseline: Sequence[Rollout],
+    rollouts: Sequence[Rollout],
+    reference: Sequence[Rollout],
     *,
     tie_margin: float,
     kl: float | None = None,
 ) -> dict[str, Any]:
     """Win, lose and tie of one policy against SFT on one evaluation set."""
-    lengths = [len(r.encoded.response) for r in ours]
-    return compare(judge, rows, [r.text for r in ours], [r.text for r in baseline], tie_margin, kl=kl, lengths=lengths)
+    lengths = [len(r.encoded.response) for r in rollouts]
+    return compare(
+        judge, rows, [r.text for r in rollouts], [r.text for r in reference], tie_margin, kl=kl, lengths=lengths
+    )

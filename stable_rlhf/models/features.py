@@ -25,9 +25,9 @@ class FeatureCache:
 
         How a sequence's hidden states are rounded depends on the batch that they were computed in. So a stage has those
         that it would have if it ran alone, in a run that goes on after the stages before it."""
-        found = FeatureCache()
-        found._batches = self._batches
-        return found
+        cache = FeatureCache()
+        cache._batches = self._batches
+        return cache
 
     def fill(self, trunk: Trunk, sequences: Sequence[Sequence[int]], *, description: str = "features") -> None:
         """Compute what is missing, with a progress bar."""
@@ -66,18 +66,18 @@ class FeatureCache:
 
     def load(self, path: Path, device: str | torch.device = "cpu") -> None:
         """Take up what :meth:`save` wrote, of the same model split at the same block."""
-        found = read_tensors(path, device)
-        lengths = found["lengths"].tolist()
-        sequences = found["ids"].split(lengths)
-        hidden = found["hidden"].split(lengths)
+        tensors = read_tensors(path, device)
+        lengths = tensors["lengths"].tolist()
+        sequences = tensors["ids"].split(lengths)
+        hidden = tensors["hidden"].split(lengths)
         self._store |= {tuple(s.tolist()): h for s, h in zip(sequences, hidden, strict=True)}
 
 
-def share_lower(ours: Trunk, theirs: Trunk) -> bool:
+def share_lower(first: Trunk, second: Trunk) -> bool:
     """True when both trunks stand on equal frozen lower blocks (compared weight by weight): features can be shared."""
-    if ours.lower is None or theirs.lower is None or ours.num_trainable_layers != theirs.num_trainable_layers:
+    if first.lower is None or second.lower is None or first.num_trainable_layers != second.num_trainable_layers:
         return False
-    if ours.lower is theirs.lower:
+    if first.lower is second.lower:
         return True
-    mine, other = ours.lower.state_dict(), theirs.lower.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+    weights, others = first.lower.state_dict(), second.lower.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[k], others[k]) for k in weights)

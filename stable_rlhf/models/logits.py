@@ -51,11 +51,11 @@ def logit_map(causal_lm: Any) -> LogitMap:
     z = z[: max(head.out_features, len(_POINTS))][None, None]  # [1, 1, V]: a mask or a bias of single tokens would show
     try:
         given = _with_given_head_output(causal_lm, place, z.clone())  # some change it in place
-        found = given(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), use_cache=False).logits.double()
-        slope, bound = (float(found[0, 0, _POINTS.index(at)]) for at in (_TINY, _HUGE))
+        logits = given(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), use_cache=False).logits.double()
+        slope, bound = (float(logits[0, 0, _POINTS.index(at)]) for at in (_TINY, _HUGE))
         scale = round(slope / _TINY, 12)  # without the model's own rounding: not 0.9999999999999996
         measured = LogitMap(scale, None if bound > 0.5 * scale * _HUGE else round(bound / scale, 12))
-        known = scale > 0 and found.shape == z.shape and torch.allclose(found, measured(z), rtol=1e-5, atol=1e-12)
+        known = scale > 0 and logits.shape == z.shape and torch.allclose(logits, measured(z), rtol=1e-5, atol=1e-12)
         known = known and (scale == 1 or head.bias is None)  # a scale before the head would not be one of its bias
     except Exception as error:  # any: it is the model's own code
         raise ValueError(f"model: cannot find out what {name} does to its head's output: {error}") from error

@@ -82,11 +82,11 @@ def adapter_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float]:
 def adapter_weights(model: nn.Module, whole: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
     """The adapters' weights under the names that peft loads; ``whole`` gives a parameter's full tensor, or nothing on a
     rank that does not save."""
-    found = {}
+    tensors = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name and (tensor := whole(parameter)) is not None:
-            found[f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"] = tensor
-    return found
+            tensors[f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"] = tensor
+    return tensors
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:

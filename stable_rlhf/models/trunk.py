@@ -174,13 +174,13 @@ class Trunk(nn.Module):
         """Hidden states below the first trainable block, one [length, H] tensor a sequence; batches by length."""
         if self.lower is None:
             raise ValueError("features() needs a split backbone (num_trainable_layers)")
-        found: list[Tensor | None] = [None] * len(sequences)
+        by_sequence: list[Tensor | None] = [None] * len(sequences)
         for rows in length_batches([len(s) for s in sequences], self.batch_tokens):
             batch = pad_sequences([sequences[i] for i in rows], device=self.device)
             hidden = self.lower(**batch.as_inputs(), use_cache=False).last_hidden_state  # [B, L, H]
             for i, row in zip(rows, hidden, strict=True):
-                found[i] = row[: len(sequences[i])].clone()
-        return [f for f in found if f is not None]
+                by_sequence[i] = row[: len(sequences[i])].clone()
+        return [f for f in by_sequence if f is not None]
 
     @property
     def batch_tokens(self) -> int:

@@ -171,11 +171,11 @@ def _flash(
     from flash_kmeans import batch_kmeans_Euclid
 
     where = torch.device("cuda", device)
-    _, found, *_ = batch_kmeans_Euclid(
+    _, batched, *_ = batch_kmeans_Euclid(
         torch.from_numpy(train).to(where)[None], len(start), max_iters=niter, tol=0.0,
         init_centroids=torch.from_numpy(start).to(where)[None],
     )  # fmt: skip
-    centroids = found[0].float()
+    centroids = batched[0].float()
     half = centroids.square().sum(1) / 2
 
     def nearest(block: np.ndarray) -> np.ndarray:
@@ -219,13 +219,13 @@ def _mixture(
 
 def _stream(rows: kmeans.Rows, nearest: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """int64 [n], what `nearest` says of every row, in blocks large enough for a GPU."""
-    found = np.empty(len(rows), dtype=np.int64)
+    assignment = np.empty(len(rows), dtype=np.int64)
     with progress("assigning", total=len(rows), unit="rows") as bar:
         for start in range(0, len(rows), _ROWS_PER_SEARCH):
             places = np.arange(start, min(start + _ROWS_PER_SEARCH, len(rows)))
-            found[places] = nearest(rows.take(places))
+            assignment[places] = nearest(rows.take(places))
             bar.advance(len(places))
-    return found
+    return assignment
 
 
 def cluster_embeddings(
@@ -297,10 +297,11 @@ def cluster_embeddings(
             notes.append(f"trained on a sample of {len(train)} of {n} rows")
         distinct = _first_distinct(train, num_clusters)
         if len(distinct) < num_clusters:
-            made = len(distinct)
-            notes.append(f"{num_clusters} clusters asked for, but only {made} distinct rows: {made} clusters made")
+            asked, num_clusters = num_clusters, len(distinct)
+            notes.append(
+                f"{asked} clusters asked for, but only {num_clusters} distinct rows: {num_clusters} clusters made"
+            )
             logger.warning(notes[-1])
-            num_clusters = len(distinct)
         if init == "random":
             places = np.sort(generator.choice(len(train), num_clusters, replace=False))
         else:
@@ -308,8 +309,8 @@ def cluster_embeddings(
         start = train.take(places)
         iterations = niter
         if backend == "cpu":
-            found = kmeans.lloyd(train, start, niter=niter, spherical=spherical)
-            centroids, iterations = found.centroids, found.iterations
+            result = kmeans.lloyd(train, start, niter=niter, spherical=spherical)
+            centroids, iterations = result.centroids, result.iterations
             assignment = kmeans.assign(train if method == "gmm" else rows, centroids, spherical=spherical)
     # What follows is other libraries' code, with as many BLAS threads as they like.
     if backend != "cpu" or method == "gmm":

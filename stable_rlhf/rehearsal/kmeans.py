@@ -67,10 +67,10 @@ class Rows:
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """The rows at `places`, scaled, float32 [m, d]."""
-        found = np.asarray(self.array[places], dtype=np.float32)
+        block = np.asarray(self.array[places], dtype=np.float32)
         if self.offset is not None:
-            return found - self.offset
-        return found if self.scale is None else found * self.scale[places, None]
+            return block - self.offset
+        return block if self.scale is None else block * self.scale[places, None]
 
     def map(self, work: Callable[[int], Result]) -> Iterator[tuple[int, Result]]:
         """(start, work(start)) of every block in order; few are under way at a time, so results do not pile up."""
@@ -97,15 +97,15 @@ def open_rows(array: np.ndarray, *, scale: np.ndarray | None = None, threads: in
 
 def squared_lengths(rows: Rows) -> np.ndarray:
     """float32 [n], the squared length of every row as stored; not finite where the row is not (or is too large)."""
-    found = np.empty(len(rows), dtype=np.float32)
+    lengths = np.empty(len(rows), dtype=np.float32)
 
     def work(start: int) -> None:
         block = rows.block(start)
-        np.einsum("nd,nd->n", block, block, out=found[start : start + BLOCK_ROWS])
+        np.einsum("nd,nd->n", block, block, out=lengths[start : start + BLOCK_ROWS])
 
     for _ in rows.map(work):
         pass
-    return found
+    return lengths
 
 
 def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
@@ -144,29 +144,29 @@ class _Nearest:
 
 def distances(rows: Rows, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """float32 [n], the squared distance of every row to the centroid of its cluster, from differences."""
-    found = np.empty(len(rows), dtype=np.float32)
+    squared = np.empty(len(rows), dtype=np.float32)
 
     def work(start: int) -> None:
         difference = rows.scaled(start) - centroids[labels[start : start + BLOCK_ROWS]]
-        np.einsum("nd,nd->n", difference, difference, out=found[start : start + BLOCK_ROWS])
+        np.einsum("nd,nd->n", difference, difference, out=squared[start : start + BLOCK_ROWS])
 
     for _ in rows.map(work):
         pass
-    return found
+    return squared
 
 
 def assign(rows: Rows, centroids: np.ndarray, *, spherical: bool) -> np.ndarray:
     """int64 [n], the nearest centroid of every row."""
     nearest = _Nearest(centroids, spherical)
-    found = np.empty(len(rows), dtype=np.int64)
+    assignment = np.empty(len(rows), dtype=np.int64)
 
     def work(start: int) -> None:
-        found[start : start + BLOCK_ROWS] = nearest(rows.block(start))
+        assignment[start : start + BLOCK_ROWS] = nearest(rows.block(start))
 
     with progress("assigning", total=len(rows), unit="rows") as bar:
         for _ in rows.map(work):
             bar.advance(min(BLOCK_ROWS, len(rows) - bar.done))
-    return found
+    return assignment
 
 
 @dataclass
@@ -307,11 +307,11 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
         ends = np.cumsum(nearest)
         drawn = np.searchsorted(ends, generator.random(size) * ends[-1], side="right")
         proposals = np.minimum(drawn, count - 1)
-    found = places[chosen]
-    if len(found) < num_clusters:
+    starts = places[chosen]
+    if len(starts) < num_clusters:
         # Every row of the sample sits on a centroid, to rounding: fill up with other distinct rows.
-        known = {row.tobytes() for row in rows.take(found) + np.float32(0)}
+        known = {row.tobytes() for row in rows.take(starts) + np.float32(0)}
         spare = [p for p, row in zip(distinct, rows.take(distinct) + np.float32(0), strict=True)
                  if row.tobytes() not in known]  # fmt: skip
-        found = np.concatenate([found, np.array(spare[: num_clusters - len(found)], dtype=np.int64)])
-    return found
+        starts = np.concatenate([starts, np.array(spare[: num_clusters - len(starts)], dtype=np.int64)])
+    return starts

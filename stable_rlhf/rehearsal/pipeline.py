@@ -12,9 +12,9 @@ import numpy as np
 from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
 from stable_rlhf.data.records import DataError, Demonstration
-from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL, prompt_text
+from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL
 from stable_rlhf.rehearsal.report import render_selection
-from stable_rlhf.rehearsal.select import Selection, select_rehearsal, top_up
+from stable_rlhf.rehearsal.select import Candidate, Selection, as_candidates, select_rehearsal, top_up
 from stable_rlhf.rehearsal.store import embed_to_folder, embedding_key
 from stable_rlhf.rehearsal.sweep import sweep_clusters
 from stable_rlhf.show.page import write_html
@@ -32,14 +32,14 @@ def read_candidates(paths: Paths, *, on_bad_row: OnBadRow = "error") -> tuple[li
     Raises:
         DataError: as `read_demonstrations`, and for a row without a number as score (file and line named).
     """
-    found = read_scored(paths, on_bad_row=on_bad_row)
-    tell_skipped("candidates", found)
-    rows = [{**row.meta, "prompt": row.prompt, "response": row.response, "task": row.task} for row in found.rows]
-    return rows, np.array([row.meta["score"] for row in found.rows], dtype=np.float64)
+    result = read_scored(paths, on_bad_row=on_bad_row)
+    tell_skipped("candidates", result)
+    rows = [{**row.meta, "prompt": row.prompt, "response": row.response, "task": row.task} for row in result.rows]
+    return rows, np.array([row.meta["score"] for row in result.rows], dtype=np.float64)
 
 
 def select_to_folder(
-    candidates: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Mapping[str, Any] | Candidate],
     scores: Any,
     folder: str | os.PathLike[str],
     *,
@@ -72,7 +72,8 @@ def select_to_folder(
     Under a launcher every rank makes the same selection from embeddings that the ranks shared out; rank 0 writes.
     """
     folder = Path(folder)
-    texts = [prompt_text(row["prompt"]) for row in candidates]
+    candidates = as_candidates(candidates)
+    texts = [candidate.text for candidate in candidates]
     chosen = {"model": embedding_model, **(embedding or {})}
     key = embedding_key(texts, {k: v for k, v in chosen.items() if k not in _NOT_IN_KEY})
     kept_in = Path(embeddings_folder) if embeddings_folder is not None else folder / "embeddings"
@@ -123,7 +124,7 @@ def select_file(
     rows, scores = read_candidates(candidates, on_bad_row=on_bad_row)
     added = []
     if outside:
-        found = read_demonstrations(outside, on_bad_row=on_bad_row)
-        tell_skipped("rehearsal data", found)
-        added = found.rows
+        result = read_demonstrations(outside, on_bad_row=on_bad_row)
+        tell_skipped("rehearsal data", result)
+        added = result.rows
     return select_to_folder(rows, scores, folder, outside=added, **settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stable_rlhf.data import Demonstration
+from stable_rlhf.data import Demonstration, Prompt
 from stable_rlhf.rehearsal.cluster import Clusters, cluster_embeddings
 from stable_rlhf.rehearsal.embed import prompt_text
 
@@ -21,6 +21,41 @@ NO_TASK = "(none)"
 MAP_POINTS = 1500
 EXAMPLE_CHARACTERS = 200
 _ROWS_PER_COMPARISON = 512
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer that may be rehearsed.
+
+    criteria: what is known of it beside the score: "entropy", "satisfaction", "length".
+    row: its row as it was read or given, of which a kept candidate's row in D_R is a copy.
+    """
+
+    prompt: Prompt
+    response: str
+    task: str
+    criteria: dict[str, Any]
+    row: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What of it is embedded, and shown as an example."""
+        return prompt_text(self.prompt)
+
+
+def as_candidates(rows: Sequence[Mapping[str, Any] | Candidate]) -> list[Candidate]:
+    """Rows with "prompt", "response" and, where known, "task" and criteria; a ValueError names the first without an
+    answer."""
+    candidates = []
+    for index, row in enumerate(rows):
+        if not isinstance(row, Candidate):
+            prompt, response, task = row.get("prompt"), row.get("response"), row.get("task")
+            if not isinstance(response, str) or not prompt:
+                raise ValueError(f"candidates[{index}]: needs a 'prompt' and a 'response' string")
+            known = {name: row[name] for name in CRITERIA if name != "score" and row.get(name) is not None}
+            row = Candidate(prompt, response, NO_TASK if task is None else str(task), known, row)
+        candidates.append(row)
+    return candidates
 
 
 @dataclass(frozen=True)
@@ -88,16 +123,16 @@ def _to_numpy(values: Any, name: str, n: int) -> np.ndarray:
     return array
 
 
-def _criteria_values(candidates: Sequence[Mapping[str, Any]], scores: Any) -> dict[str, np.ndarray]:
+def _criteria_values(candidates: Sequence[Candidate], scores: Any) -> dict[str, np.ndarray]:
     """Every criterion that is known of all candidates, float64 [n] each."""
     n = len(candidates)
     values = {"score": _to_numpy(scores, "scores", n)}
     for name in ("entropy", "satisfaction", "length"):
-        column = [row.get(name) for row in candidates]
+        column = [candidate.criteria.get(name) for candidate in candidates]
         if all(value is not None for value in column):
             values[name] = _to_numpy(column, name, n)
         elif name == "length" and not any(value is not None for value in column):
-            values[name] = np.array([len(row["response"]) for row in candidates], dtype=np.float64)
+            values[name] = np.array([len(candidate.response) for candidate in candidates], dtype=np.float64)
     rate = values.get("satisfaction")
     if rate is not None and (rate.min() < 0 or rate.max() > 1):
         bad = int(np.argmax((rate < 0) | (rate > 1)))
@@ -260,13 +295,29 @@ def _map(embeddings: np.ndarray, cluster: np.ndarray, kept: np.ndarray, seed: in
     ]
 
 
-def _task(row: Mapping[str, Any]) -> str:
-    task = row.get("task")
-    return NO_TASK if task is None else str(task)
+def _cluster_stats(
+    candidates: Sequence[Candidate], clusters: Clusters, kept: np.ndarray, ranks: np.ndarray, score: np.ndarray
+) -> list[dict[str, Any]]:
+    """`Selection.cluster_stats`; kept: bool [n], ranks: int64 [n], 1 for the best of its cluster."""
+    stats = []
+    members = np.split(np.argsort(clusters.assignment, kind="stable"), np.cumsum(clusters.sizes)[:-1])
+    for inside in members:
+        stay = inside[kept[inside]]
+        stats.append(
+            {
+                "size": len(inside),
+                "kept": len(stay),
+                "example": candidates[stay[ranks[stay].argmin()]].text[:EXAMPLE_CHARACTERS] if len(stay) else "",
+                "mean_score": float(score[inside].mean()) if len(inside) else None,
+                "kept_mean_score": float(score[stay].mean()) if len(stay) else None,
+                "tasks": dict(sorted(Counter(candidates[i].task for i in inside).items())),
+            }
+        )
+    return stats
 
 
 def select_rehearsal(
-    candidates: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Mapping[str, Any] | Candidate],
     scores: Any,
     groups: np.ndarray | Clusters,
     *,
@@ -298,12 +349,10 @@ def select_rehearsal(
     listed. Selecting does not depend on the order of D_R, which `seed` shuffles. Raises ValueError for empty or
     malformed candidates, values that are not finite (the candidate is named) and arguments out of range.
     """
+    candidates = as_candidates(candidates)
     n = len(candidates)
     if n == 0:
         raise ValueError("candidates: nothing to select from")
-    for index, row in enumerate(candidates):
-        if not isinstance(row.get("response"), str) or not row.get("prompt"):
-            raise ValueError(f"candidates[{index}]: needs a 'prompt' and a 'response' string")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if near_duplicate is not None and not 0 < near_duplicate <= 1:
@@ -332,9 +381,10 @@ def select_rehearsal(
     if embeddings is not None and len(embeddings) != n:
         raise ValueError(f"embeddings: {len(embeddings)} rows for {n} candidates")
 
-    cluster, c = clusters.assignment, clusters.num_clusters
+    cluster = clusters.assignment
     choice = choose(
-        value, cluster, c, top_k, allowed=allowed, embeddings=embeddings, near_duplicate=near_duplicate
+        value, cluster, clusters.num_clusters, top_k, allowed=allowed, embeddings=embeddings,
+        near_duplicate=near_duplicate,
     )  # fmt: skip
     indices, ranks = choice.indices, choice.ranks
     kept = np.zeros(n, dtype=bool)
@@ -342,7 +392,7 @@ def select_rehearsal(
 
     rows = [
         {
-            **candidates[i],
+            **candidates[i].row,
             "provenance": {
                 "origin": "selected",
                 "index": int(i),
@@ -354,29 +404,14 @@ def select_rehearsal(
         }
         for i in np.random.default_rng(seed).permutation(indices)
     ]
-    stats = []
-    members = np.split(np.argsort(cluster, kind="stable"), np.cumsum(clusters.sizes)[:-1])
-    for inside in members:
-        stay = inside[kept[inside]]
-        best = int(stay[ranks[stay].argmin()]) if len(stay) else None
-        stats.append(
-            {
-                "size": len(inside),
-                "kept": len(stay),
-                "example": "" if best is None else prompt_text(candidates[best]["prompt"])[:EXAMPLE_CHARACTERS],
-                "mean_score": float(values["score"][inside].mean()) if len(inside) else None,
-                "kept_mean_score": float(values["score"][stay].mean()) if len(stay) else None,
-                "tasks": dict(sorted(Counter(_task(candidates[i]) for i in inside).items())),
-            }
-        )
-    names = [_task(row) for row in candidates]
-    total, taken = Counter(names), Counter(names[i] for i in indices)
-    tasks = {name: {"candidates": total[name], "kept": taken[name]} for name in sorted(total)}
+    task_of = [candidate.task for candidate in candidates]
+    total, kept_by_task = Counter(task_of), Counter(task_of[i] for i in indices)
+    tasks = {name: {"candidates": total[name], "kept": kept_by_task[name]} for name in sorted(total)}
     return Selection(
         rows=rows,
         indices=indices,
         clusters=clusters,
-        cluster_stats=stats,
+        cluster_stats=_cluster_stats(candidates, clusters, kept, ranks, values["score"]),
         map=[] if embeddings is None else _map(embeddings, cluster, kept, seed),
         empty_clusters=[int(k) for k in np.flatnonzero(clusters.sizes == 0)],
         tasks={} if set(total) == {NO_TASK} else tasks,
@@ -396,7 +431,7 @@ def select_rehearsal(
         },
         values=values,
         value=value,
-        task_of=names,
+        task_of=task_of,
         left_out=(choice.refused, choice.duplicates),
     )
 

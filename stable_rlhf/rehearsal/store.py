@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from stable_rlhf.data.digest import file_digest
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.rehearsal.embed import cannot_load, checked_texts, load_encoder, resolve_embedding_model
@@ -31,7 +32,6 @@ Encoder = Callable[[list[str]], np.ndarray]
 
 FORMAT = 1
 DTYPES = ("float32", "float16")
-_READ_BYTES = 1 << 24
 _TEXTS_PER_CALL = 512
 
 
@@ -74,7 +74,7 @@ def open_embeddings(folder: str | os.PathLike[str], *, verify: bool = False) -> 
     expected = (manifest["rows"], manifest["dimensions"]), manifest["dtype"]
     if (array.shape, str(array.dtype)) != expected:
         raise ValueError(f"{data}: {array.dtype} {list(array.shape)} instead of {expected[1]} {list(expected[0])}")
-    if verify and _digest(data) != manifest["checksum"]:
+    if verify and file_digest(data) != manifest["checksum"]:
         raise ValueError(f"{data}: its checksum is not the manifest's; delete the folder and embed again")
     return Embeddings(folder, array, manifest)
 
@@ -145,7 +145,7 @@ def embed_to_folder(
                 held.enter_context(_locked(folder))
                 _begin(folder, {**job, "shard_rows": shard_rows})
         if not (folder / "manifest.json").exists():
-            shards = _shards(texts, json.loads((folder / "job.json").read_text(encoding="utf-8"))["shard_rows"])
+            shards = _shards(texts, read_json(folder / "job.json")["shard_rows"])
             with ranks.together():  # all look before anyone writes
                 missing = [k for k in range(len(shards)) if not _shard_is_done(folder, k, len(shards[k]))]
             with ranks.together():
@@ -176,11 +176,11 @@ def _encoded(encoder: Encoder, texts: Sequence[str], places: np.ndarray, dtype: 
     parts = []
     for start in range(0, len(places), _TEXTS_PER_CALL):
         part = places[start : start + _TEXTS_PER_CALL]
-        found = np.asarray(encoder([texts[i] for i in part]))
-        if found.ndim != 2 or len(found) != len(part):
-            raise ValueError(f"encoder: returned shape {list(found.shape)} for {len(part)} texts, not [texts, width]")
+        vectors = np.asarray(encoder([texts[i] for i in part]))
+        if vectors.ndim != 2 or len(vectors) != len(part):
+            raise ValueError(f"encoder: returned shape {list(vectors.shape)} for {len(part)} texts, not [texts, width]")
         with np.errstate(over="ignore"):  # found out below
-            stored = found.astype(dtype)
+            stored = vectors.astype(dtype)
         finite = np.isfinite(stored).all(axis=1)
         if not finite.all():
             raise ValueError(f"encoder: the embedding of text {part[int(np.argmin(finite))]} is not finite in {dtype}")
@@ -208,7 +208,7 @@ def _revision(name: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
         parts = (".json", ".safetensors", ".bin", ".txt", ".model")
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in parts):
-            digest.update(f"{path.relative_to(folder)}\0{_digest(path)}\n".encode())
+            digest.update(f"{path.relative_to(folder)}\0{file_digest(path)}\n".encode())
         return f"files:{digest.hexdigest()}"
     from transformers import AutoConfig
 
@@ -219,14 +219,6 @@ def _revision(name: str) -> str:
 
 
 # Files
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write(path: Path, write: Callable[[Any], None]) -> None:
@@ -250,14 +242,14 @@ def _shard(folder: Path, k: int) -> tuple[Path, Path]:
 def _write_shard(folder: Path, k: int, rows: np.ndarray) -> None:
     data, marker = _shard(folder, k)
     _write(data, lambda file: np.save(file, rows))
-    _write_json(marker, {"rows": len(rows), "checksum": _digest(data)})
+    _write_json(marker, {"rows": len(rows), "checksum": file_digest(data)})
 
 
 def _shard_is_done(folder: Path, k: int, rows: int) -> bool:
     data, marker = _shard(folder, k)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(marker.read_text(encoding="utf-8"))
-        if known["rows"] == rows and known["checksum"] == _digest(data):
+    with suppress(DataError, KeyError, OSError):
+        known = read_json(marker)
+        if known["rows"] == rows and known["checksum"] == file_digest(data):
             return True
     if marker.exists():
         say(f"  embeddings: {data} does not fit its checksum, it is made again")
@@ -308,7 +300,7 @@ def _assemble(folder: Path, shards: list[np.ndarray], job: dict[str, Any], dtype
     with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
     unfinished.replace(folder / "embeddings.npy")
-    checksum = _digest(folder / "embeddings.npy")
+    checksum = file_digest(folder / "embeddings.npy")
     _write_json(folder / "manifest.json", {**job, "dimensions": d, "checksum": checksum})
 
 

@@ -62,7 +62,7 @@ def sweep_clusters(
     places = np.sort(np.random.default_rng(seed).permutation(n)[:SILHOUETTE_ROWS])
     sample = np.asarray(embeddings[places], dtype=np.float32)
     metric = "cosine" if clustering.get("spherical") else "euclidean"
-    found = []
+    table = []
     for count in counts:
         clusters = cluster_embeddings(embeddings, count, seed=seed, **clustering)
         labels = clusters.assignment[places]
@@ -77,5 +77,5 @@ def sweep_clusters(
             each = max(1, budget // clusters.num_clusters)
             kept = choose(value, clusters.assignment, clusters.num_clusters, each).indices
             row |= {"kept": len(kept), "kept_value": float(value[kept].mean())}
-        found.append(row)
-    return found
+        table.append(row)
+    return table

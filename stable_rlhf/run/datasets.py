@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stable_rlhf.data.digest import file_digest
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt, encode_rows, surely_longer
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
@@ -34,8 +34,7 @@ def digests(arguments: DataArguments, names: Sequence[str]) -> dict[str, str]:
     found = {}
     for name, path in zip(names, locate(arguments, names), strict=True):
         if path.is_file():  # what is missing, the reader reports
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            found[name] = file_digest(path, "sha256")[:16]
     return found
 
 

@@ -8,8 +8,6 @@ when the study's process ends, however it ends, so that the next call finds no o
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import multiprocessing
 import os
 import threading
@@ -19,6 +17,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.data.digest import json_digest
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine import signals
 from stable_rlhf.engine.run_folder import RunDirectory
@@ -60,7 +59,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     settings = {name: value for name, value in recipe.as_dict().items() if name not in _NOT_A_SETTING}
     # Which variants run says nothing of the settings each of them has: a validation may do with two.
     shared = {name: value for name, value in settings.items() if name != "variants"}
-    fingerprint = hashlib.blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=12).hexdigest()
+    fingerprint = json_digest(shared)
     every = [part for summary in summaries for part in summary["policies"].values()]
     found = results(
         summaries,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stable_rlhf.data.digest import json_digest
 from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.metrics import calibration, pair_accuracy
@@ -135,4 +134,4 @@ def eval_metrics(scores: dict[str, Any], bins: int) -> dict[str, float]:
 def pairs_digest(rows: list[EncodedComparison]) -> str:
     """What pairs these are, so that two scorers are compared pair by pair only on the same ones."""
     texts = [[r.row.prompt, r.row.responses, r.row.pairs] for r in rows]
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=12).hexdigest()
+    return json_digest(texts, sort_keys=False)

@@ -216,16 +216,16 @@ class AdvantageModel(nn.Module):
 
 def _read_settings(path: Path) -> ScorerSettings:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be an object, not {type(found).__name__}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be an object, not {type(content).__name__}")
     known = [field.name for field in fields(ScorerSettings)]
-    if unknown := sorted({*found} - {*known}):
+    if unknown := sorted({*content} - {*known}):
         raise ValueError(f"{path}: unknown {unknown}; it has {', '.join(known)}")
     try:
-        return ScorerSettings(**found)
+        return ScorerSettings(**content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -46,18 +46,18 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         f"{summary['deviation']:.3f}; {100 * summary['below_zero']:.1f} % of the pairs have a strength below 0."
     ]
     if check := summary.get("check"):
-        found = f"Rank correlation (Spearman) {_interval(check['spearman'])}"
+        sentence = f"Rank correlation (Spearman) {_interval(check['spearman'])}"
         if "auc" in check:
-            found += f"; a pair of its higher value is the stronger in {_interval(check['auc'])} of cases (AUC)"
+            sentence += f"; a pair of its higher value is the stronger in {_interval(check['auc'])} of cases (AUC)"
         lines.append(
             f"Strength against {check['column']!r} over {check['pairs']:,} pairs of {check['prompts']:,} prompts. "
-            f"{found}. Brackets: 95 % intervals, by bootstrap over the prompts."
+            f"{sentence}. Brackets: 95 % intervals, by bootstrap over the prompts."
         )
     return lines
 
 
-def _interval(found: dict[str, float] | None) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else "not defined"
+def _interval(interval: dict[str, float] | None) -> str:
+    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]" if interval else "not defined"
 
 
 def notable_tables(summary: dict[str, Any], width: int = 40) -> list[Any]:

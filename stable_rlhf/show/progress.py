@@ -22,10 +22,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 def printable(text: str, *, lines: bool = True) -> str:
     """``text`` as it may stand on a terminal: without control characters and escape sequences, without half surrogates
     (which no file takes). ``lines``: line ends and tabs stay; else each becomes a space."""
-    found = _CONTROL.sub("", _SEQUENCE.sub("", text.replace("\r\n", "\n")))
+    line = _CONTROL.sub("", _SEQUENCE.sub("", text.replace("\r\n", "\n")))
     if not lines:
-        found = re.sub("[\n\t\u2028\u2029]+", " ", found)
-    return found.encode("utf-8", "backslashreplace").decode("utf-8")
+        line = re.sub("[\n\t\u2028\u2029]+", " ", line)
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def console(**settings: Any) -> Any:

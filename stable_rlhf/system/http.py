@@ -211,16 +211,16 @@ class Server:
                 pool.submit(self.ask, path, body, partial(read, place), limit=limit, stop=stop): place
                 for place, body in enumerate(bodies)
             }
-            found: dict[int, T] = {}
+            results: dict[int, T] = {}
             try:
                 for done in as_completed(asked):
-                    found[asked[done]] = done.result()
+                    results[asked[done]] = done.result()
                     advance()
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)  # else all that wait would still be asked
                 raise
-        return [found[place] for place in range(len(found))]
+        return [results[place] for place in range(len(results))]
 
     def _exchange(
         self, request: urllib.request.Request, limit: int, stop: threading.Event
@@ -241,7 +241,7 @@ class Server:
         try:
             while True:
                 with suppress(queue.Empty):
-                    found = answer.get(timeout=min(0.2, max(0.0, ends - time.monotonic())))
+                    reply = answer.get(timeout=min(0.2, max(0.0, ends - time.monotonic())))
                     break
                 if stop.is_set():
                     raise TimeoutError("another request has failed")
@@ -250,22 +250,22 @@ class Server:
                 mark()  # nobody hangs here: this wait has an end of its own
         finally:
             held.end()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def _read(self, path: str, content: bytes, read: Callable[[Any], T]) -> T:
         def refuse(name: str) -> Any:
             raise ValueError(f"{name} is no number")
 
         try:
-            found = json.loads(content, parse_constant=refuse) if content.strip() else {}
+            parsed = json.loads(content, parse_constant=refuse) if content.strip() else {}
         except (ValueError, RecursionError) as error:
             why = "nested too deeply" if isinstance(error, RecursionError) else self.shown(str(error))
             said = self.shown(content[:_BLOCK].decode(errors="replace"))
             raise self.error(f"the answer to {path} is not JSON ({why}): {said}") from None
         try:
-            return read(found)
+            return read(parsed)
         except ValueError as error:
             raise self.error(f"the answer to {path} is not what was asked for: {self.shown(str(error))}") from None
 
@@ -278,20 +278,20 @@ class _Held:
 
     def connection(self, kind: Callable[..., Any], host: str, **settings: Any) -> Any:
         """A connection whose socket is held before anything is read from it."""
-        made = kind(host, **settings)
-        connect = made._create_connection
+        connection = kind(host, **settings)
+        connect = connection._create_connection
 
         def create(*where: Any, **how: Any) -> socket.socket:
-            found: socket.socket = connect(*where, **how)
+            opened: socket.socket = connect(*where, **how)
             with self._lock:
                 if self._ended:
-                    found.close()
+                    opened.close()
                     raise TimeoutError("too late")
-                self._sockets.append(found.dup())
-            return found
+                self._sockets.append(opened.dup())
+            return opened
 
-        made._create_connection = create
-        return made
+        connection._create_connection = create
+        return connection
 
     def end(self) -> None:
         with self._lock:
@@ -329,12 +329,12 @@ def _unpacked(content: bytes, headers: Any, most: int) -> bytes:
     if kind not in ("gzip", "x-gzip", "deflate"):
         raise http.client.HTTPException(f"the answer is packed as {kind!r}")
     unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    found = unpacker.decompress(content, most + 1)
-    if len(found) > most:
+    unpacked = unpacker.decompress(content, most + 1)
+    if len(unpacked) > most:
         raise _TooLarge
     if not unpacker.eof:
         raise http.client.HTTPException("the answer is packed and ends too early")
-    return found
+    return unpacked
 
 
 class _HTTP(urllib.request.HTTPHandler):

@@ -80,10 +80,10 @@ def lock_folder(folder: Path) -> FolderLock:
         FolderInUse: another process holds it; the message names that process.
     """
     at = os.stat(folder)
-    found = _held.get((at.st_dev, at.st_ino))
-    if found is None:
-        found = _held[at.st_dev, at.st_ino] = FolderLock(folder)
-    return found
+    lock = _held.get((at.st_dev, at.st_ino))
+    if lock is None:
+        lock = _held[at.st_dev, at.st_ino] = FolderLock(folder)
+    return lock
 
 
 def _myself() -> dict[str, Any]:

@@ -344,13 +344,13 @@ def test_per_task_by_hand() -> None:
 
 
 def test_verdicts_their_margin_and_shares() -> None:
-    ours, baseline = [1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0]
-    assert m.score_verdicts(ours, baseline).tolist() == [0, 1, 1, -1]
+    scores, reference = [1.0, 2.0, 3.0, 0.0], [1.0, 1.5, 0.0, 4.0]
+    assert m.score_verdicts(scores, reference).tolist() == [0, 1, 1, -1]
     got = m.outcome_shares([0, 1, 1, -1])
     assert (got["win"], got["lose"], got["tie"], got["n"]) == (0.5, 0.25, 0.25, 4)
     assert got["win_ci"] == [m.wilson(2, 4)["low"], m.wilson(2, 4)["high"]]
     assert got["lose_ci"] == [m.wilson(1, 4)["low"], m.wilson(1, 4)["high"]]
-    assert m.score_verdicts(ours, baseline, tie_margin=0.5).tolist() == [0, 0, 1, -1]  # 0.5 itself is a tie
+    assert m.score_verdicts(scores, reference, tie_margin=0.5).tolist() == [0, 0, 1, -1]  # 0.5 itself is a tie
     with pytest.raises(ValueError, match="tie_margin"):
         m.score_verdicts([1], [1], tie_margin=-1)
 
@@ -403,7 +403,7 @@ def test_one_pair_and_all_ties_work() -> None:
         (lambda: m.calibration([1.0], [0.0], mass="mass"), "mass must be 'width' or 'equal'"),  # type: ignore[arg-type]
         (lambda: m.fit_temperature([[1.0]], [[1.0]]), "chosen must be one-dimensional"),
         (lambda: m.per_task([1.0], ["a", "b"]), "tasks has 2 entries"),
-        (lambda: m.score_verdicts([1.0], []), "baseline is empty"),
+        (lambda: m.score_verdicts([1.0], []), "reference is empty"),
         (lambda: m.scorer_evaluation([1.0], [0.0], []), "tasks has 0 entries"),
         (lambda: m.bootstrap(lambda w: w[:, 0], 0), "n must be at least 1"),
     ],
@@ -442,10 +442,10 @@ def test_scorer_judge_has_its_own_margin_and_no_gold() -> None:
 def test_compare_refuses_what_does_not_fit() -> None:
     judge = ScorerJudge(lambda prompts, responses: [0.0], "one score")
     rows = [Row("p", None), Row("q", None)]
-    few = types.SimpleNamespace(name="few", verdicts=lambda prompts, ours, baseline: Verdicts([1], {}))
+    few = types.SimpleNamespace(name="few", verdicts=lambda prompts, responses, reference: Verdicts([1], {}))
     with pytest.raises(ValueError, match="'few' gave 1 verdicts for 2 prompts"):
         compare(few, rows, ["a", "b"], ["b", "c"])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="ours has 1 entries but rows has 2"):
+    with pytest.raises(ValueError, match="responses has 1 entries but rows has 2"):
         compare(judge, rows, ["a"], ["b", "c"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'one score' gave 1 scores for 2"):
         compare(judge, rows, ["a", "b"], ["b", "c"])  # type: ignore[arg-type]
