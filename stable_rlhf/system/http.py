@@ -238,6 +238,7 @@ class Server:
 
         threading.Thread(target=talk, daemon=True).start()
         ends = time.monotonic() + self.timeout
+        late = TimeoutError(f"no whole answer within {self.timeout:g} s")
         try:
             while True:
                 with suppress(queue.Empty):
@@ -246,11 +247,14 @@ class Server:
                 if stop.is_set():
                     raise TimeoutError("another request has failed")
                 if time.monotonic() >= ends:
-                    raise TimeoutError(f"no whole answer within {self.timeout:g} s")
+                    raise late
                 mark()  # nobody hangs here: this wait has an end of its own
         finally:
             held.end()
         if isinstance(reply, Exception):
+            cause = getattr(reply, "reason", reply)
+            if isinstance(cause, TimeoutError) and cause.errno is None:  # the socket's own limit: the same time
+                raise late
             raise reply
         return reply
 
