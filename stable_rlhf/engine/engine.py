@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.engine.frozen import HEADS, release
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.shards import load_pieces, save_pieces
-from stable_rlhf.engine.weights import Average, Whole, gathered, save_model, whole
+from stable_rlhf.engine.weights import Average, Whole, gathered, gathered_once, save_model, whole
 from stable_rlhf.models.lora import adapters_off, add_lora
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ranks import device, gather_objects, rank, sum_over_ranks, world_size
@@ -286,10 +289,12 @@ class Engine:
         return gathered(list(self.module.parameters()))
 
     @property
-    def gathers_for_generation(self) -> Any:
-        """The DeepSpeed engine for ``generate``, which gathers ZeRO-3's weights once a rollout; nothing where the
-        settings say layer by layer."""
-        return self.deepspeed if self.arguments.ds3_gather_for_generation else None
+    def gathers_for_generation(self) -> Callable[[], AbstractContextManager[None]] | None:
+        """Makes the context in which ``generate`` finds ZeRO-3's weights whole, gathered once a rollout; nothing where
+        the settings say layer by layer."""
+        if not self.arguments.ds3_gather_for_generation:
+            return None
+        return functools.partial(gathered_once, self.plain, self.deepspeed)
 
     def save_model(self, folder: Path, *, average: bool = False) -> None:
         """Write the transformers model, adapters merged, or its moving average; every rank calls this."""

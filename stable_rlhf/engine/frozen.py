@@ -29,6 +29,13 @@ def _zero3(arguments: EngineArguments, *, offload: bool) -> dict[str, Any]:
     }
 
 
+def zero_defaults(stage: int) -> Any:
+    """DeepSpeed's own settings of a ZeRO stage, which stand where ours say nothing."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig(stage=stage)
+
+
 @contextmanager
 def loading_in_shards(arguments: EngineArguments, *, frozen: bool = False) -> Iterator[None]:
     """Context for loading a transformers model that an engine (``frozen``: :func:`read_only`) will take over under

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,25 @@ def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
     return context
+
+
+@contextmanager
+def gathered_once(model: nn.Module, engine: Any) -> Iterator[None]:
+    """Context in which every weight that ZeRO-3's ``engine`` holds of ``model`` is whole, and its hooks, which would
+    gather layer by layer, are off: for sampling, where that would be for every token (about a hundred times slower)."""
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    with gathered(sharded):
+        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # the latter of a model that reads
+        offload._remove_module_hooks()
+        offload.forward_hooks.clear()
+        offload.backward_hooks.clear()
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()
 
 
 def whole(tensor: Tensor) -> Tensor | None:

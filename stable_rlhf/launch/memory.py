@@ -62,6 +62,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from stable_rlhf.engine.frozen import zero_defaults
 from stable_rlhf.models.loading import context_length, hidden_width, resolve_model, text_config, text_decoder
 from stable_rlhf.models.lora import adapted_layers, add_lora
 from stable_rlhf.models.policy import PolicyModel
@@ -165,10 +166,9 @@ def model_sizes(
 ) -> ModelSizes:
     """Sizes of a policy with its value head, or of a scorer with its two heads, as the trainers build it. On the meta
     device: no weight is allocated."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from transformers import AutoModelForCausalLM
 
-    threshold = DeepSpeedZeroConfig(stage=3).param_persistence_threshold
+    threshold = zero_defaults(3).param_persistence_threshold
     model: Any
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config)
@@ -264,9 +264,7 @@ def engine_bytes(m: ModelSizes, engine: EngineArguments, world_size: int) -> tup
 
 def _live(m: ModelSizes, itemsize: int) -> int:
     """What ZeRO-3 has gathered at once while a model runs layer by layer."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return itemsize * max(min(m.in_engine, DeepSpeedZeroConfig(stage=3).max_live_parameters), m.largest)
+    return itemsize * max(min(m.in_engine, zero_defaults(3).max_live_parameters), m.largest)
 
 
 def _held(models: Sequence[ModelSizes], engine: EngineArguments, world_size: int) -> int:
@@ -293,12 +291,10 @@ def _frozen(m: ModelSizes, policy: ModelSizes, engine: EngineArguments, world_si
 
 def _buffers(m: ModelSizes, engine: EngineArguments) -> tuple[int, int]:
     """Communication's memory: what DeepSpeed holds all the time, and what it takes besides during an update."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     stage = _stage(engine)
     if stage == 0:
         return 0, 0
-    config, e = DeepSpeedZeroConfig(stage=stage), 2 if engine.half else 4
+    config, e = zero_defaults(stage), 2 if engine.half else 4
     if stage < 3:
         return 0, e * config.reduce_bucket_size
     return e * config.reduce_bucket_size, _live(m, e)

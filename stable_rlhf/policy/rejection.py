@@ -94,7 +94,7 @@ def train_rejection(
             seeds = [stream_seed(seed, "rollout", step, p, k) for p in places for k in range(a.rejection_samples)]
             rollouts: list[Rollout] = generate(
                 policy.causal_lm, tokenizer, [p.ids for p in mine], settings, seeds=seeds,
-                engine=engine.gathers_for_generation,
+                gather=engine.gathers_for_generation,
             )  # fmt: skip
             examples = [r.encoded for r in rollouts]
             scores = [

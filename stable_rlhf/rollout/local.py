@@ -2,13 +2,13 @@
 
 Every prompt draws its tokens from its own stream of uniform numbers, seeded by the caller (for training: by the
 prompt's global index and step), so what is sampled does not depend on the batch size or on how many ranks share
-the work. ``vllm_rollouts.py`` has the same interface over a vLLM server.
+the work. ``vllm.py`` has the same interface over a vLLM server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from stable_rlhf.models.loading import context_length
 from stable_rlhf.models.trunk import length_batches
 from stable_rlhf.settings.ranges import PositiveShare, TemperatureOrGreedy, Tokens, check_settings
 from stable_rlhf.show.progress import progress
+
+Gather = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,18 @@ class RolloutEngine(Protocol):
 
 
 class LocalRollouts:
-    """The policy itself, by transformers' ``generate``; ``engine`` is the DeepSpeed engine around it, if any."""
+    """The policy itself, by transformers' ``generate``; ``gather``: see :func:`generate`."""
 
     holds_a_copy = False
 
-    def __init__(self, causal_lm: Any, tokenizer: Any, engine: Any = None) -> None:
-        self.causal_lm, self.tokenizer, self.engine = causal_lm, tokenizer, engine
+    def __init__(self, causal_lm: Any, tokenizer: Any, gather: Gather | None = None) -> None:
+        self.causal_lm, self.tokenizer, self.gather = causal_lm, tokenizer, gather
 
     def sample(
         self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
     ) -> list[Rollout]:
         return generate(
-            self.causal_lm, self.tokenizer, prompts, settings, seeds=seeds, engine=self.engine, description="rollouts"
+            self.causal_lm, self.tokenizer, prompts, settings, seeds=seeds, gather=self.gather, description="rollouts"
         )
 
     def load(self, folder: Path) -> None:
@@ -158,31 +160,6 @@ def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
     return torch.stack(draws).to(device)
 
 
-@contextmanager
-def _whole_weights(model: torch.nn.Module, engine: Any) -> Iterator[None]:
-    """Under ZeRO-3, gather every weight once for the whole rollout and take the per-layer hooks off meanwhile
-    (gathering token by token is about a hundred times slower). Without an engine the hooks stay and gather."""
-    partitioned = _partitioned(model)
-    if not partitioned or engine is None:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # the latter of a model that reads
-        offload._remove_module_hooks()
-        offload.forward_hooks.clear()
-        offload.backward_hooks.clear()
-        try:
-            yield
-        finally:
-            offload.setup_zero_stage3_hooks()
-
-
-def _partitioned(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if hasattr(p, "ds_id")]
-
-
 def _most_over_ranks(count: int, device: torch.device) -> int:
     most = torch.tensor(count, device=device, dtype=torch.int64)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -198,15 +175,15 @@ def generate(
     *,
     seeds: Sequence[int] | None = None,
     max_tokens: int = 8192,
-    engine: Any = None,
+    gather: Gather | None = None,
     description: str = "generating",
 ) -> list[Rollout]:
     """Sample one response per prompt.
 
     ``prompts``: token ids. ``seeds``: one integer a prompt (not needed when greedy). ``max_tokens`` bounds the padded
-    tokens of a batch, new ones included. ``engine``: the DeepSpeed engine whose ZeRO-3 holds the weights, if any, to
-    gather them once; sharded weights without it are gathered layer by layer for every token, all ranks in step, which
-    needs no room for a whole model and takes far longer.
+    tokens of a batch, new ones included. ``gather``: a context in which the weights are whole, if ZeRO-3 holds them;
+    sharded weights without it are gathered layer by layer for every token, all ranks in step, which needs no room for a
+    whole model and takes far longer.
     """
     greedy = settings.temperature == 0
     if not greedy and (seeds is None or len(seeds) != len(prompts)):
@@ -241,11 +218,11 @@ def generate(
     causal_lm.eval()
     rollouts: list[Rollout | None] = [None] * len(prompts)
     batches = length_batches([len(p) + settings.max_new_tokens for p in prompts], max_tokens)
-    in_step = engine is None and bool(_partitioned(causal_lm))
+    in_step = gather is None and any(hasattr(p, "ds_id") for p in causal_lm.parameters())
     if in_step and batches:  # every rank must run the same number of forwards: some repeat their last batch
         batches += [batches[-1]] * (_most_over_ranks(len(batches), device) - len(batches))
     try:
-        with _whole_weights(causal_lm, engine), progress(description, total=len(prompts), unit="responses") as bar:
+        with (gather or nullcontext)(), progress(description, total=len(prompts), unit="responses") as bar:
             for rows in batches:
                 batch = pad_sequences([prompts[i] for i in rows], side="left", pad_token_id=pad, device=device)
                 width = batch.input_ids.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -18,7 +19,7 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
-from stable_rlhf.engine.weights import plain_weights
+from stable_rlhf.engine.weights import gathered_once, plain_weights
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
@@ -120,7 +121,8 @@ def test_sampling_layer_by_layer_draws_the_same_tokens(folder, tokenizer, temper
     found = generate(reader.causal_lm, tokenizer, prompts, settings, seeds=[1, 2, 3], max_tokens=24)
     assert [r.encoded for r in found] == [r.encoded for r in wanted]
     assert all(p.numel() == 0 for p in reader.causal_lm.parameters() if p.ds_numel > 10**5)
-    gathered = generate(reader.causal_lm, tokenizer, prompts, settings, seeds=[1, 2, 3], engine=reader)
+    gather = functools.partial(gathered_once, reader.causal_lm, reader)
+    gathered = generate(reader.causal_lm, tokenizer, prompts, settings, seeds=[1, 2, 3], gather=gather)
     assert [r.encoded for r in gathered] == [r.encoded for r in wanted]
     release(reader)
 

@@ -142,7 +142,7 @@ def ppo_losses(
     rollouts = trainer.sample([prompts[p] for p in places], 9, places)
     with trainer.engine.whole_weights():
         plain = generate(
-            policy.causal_lm, tokenizer, [prompts[0].ids], GenerationSettings(4, temperature=0), engine=None
+            policy.causal_lm, tokenizer, [prompts[0].ids], GenerationSettings(4, temperature=0)
         ) if stage != 3 else []  # fmt: skip
     mine = [Experience(**vars(experiences[p])) for p in places]
     trainer.estimate(mine)
