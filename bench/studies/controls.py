@@ -37,6 +37,7 @@ from stable_rlhf.data.jsonl import read_json
 from stable_rlhf.evaluate.over_seeds import NAMES, means, paired_difference, pooled, seed_mean
 from stable_rlhf.evaluate.over_seeds_report import make_page
 from stable_rlhf.evaluate.over_seeds_report import markdown as study_tables
+from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.pictures import FAINT, KEPT, picture, png
 
 RECIPE = ROOT / "recipes" / "study-skill-world.yaml"
@@ -102,7 +103,7 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     data = {name: source / "world" / f"{name}.jsonl.gz" for name in ("prompts", "eval_main", "eval_forget")}
     shared = ["--config", recipe, "--model-name-or-path", source / "sft", "--seed", seed]
     shared += [word for name, path in data.items() for word in (f"--data.{name}", path)]
-    scorer = source / ("scorer-am" if what.variant.startswith("am") else "scorer-rm")
+    scorer = source / f"scorer-{VARIANTS[what.variant].scorer}"
     summary, settings = read_json(source / "summary.json"), what.settings
     if what.by_temperature:
         settings = ("--ppo.kl_coef", f"{KL_COEF * summary['scorers'][what.variant]['temperature']:.4f}")

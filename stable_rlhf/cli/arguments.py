@@ -18,11 +18,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from stable_rlhf.settings.ranges import expand_user, is_text, leaves
-from stable_rlhf.settings.recipe import VARIANTS, LaunchArguments, Recipe
+from stable_rlhf.settings.recipe import LaunchArguments, Recipe
 from stable_rlhf.settings.recipe_file import check_value, read_recipe, suggestion
+from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.progress import printable
 
-USAGE = """\
+USAGE = f"""\
 usage: stable-rlhf COMMAND [options]
 
 Advantage Model and Selective Rehearsal (arXiv 2309.10202) for RLHF that stays stable.
@@ -38,7 +39,7 @@ single stages
   strength       how sure several reward models are of each preference pair, for reading and for denoising
   train-scorer   reward model or Advantage Model (--objective rm|am)
   select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
-  train-ppo      one policy (--variant rejection|rm|rm-ma|am|am-sr|am-critic-free)
+  train-ppo      one policy (--variant {"|".join(VARIANTS)})
   evaluate       a report on scorers (accuracy, calibration, tasks) and on policies against SFT (win, lose, tie)
 
   env            what a bug report needs: versions, devices, kernels, compilers, launcher variables
@@ -60,6 +61,7 @@ _SETTINGS = {f"--{name}": hint for name, hint in leaves(Recipe)}
 _LISTS = {flag for flag, hint in _SETTINGS.items() if "list[" in str(hint) and "dict[" not in str(hint)}
 _LISTS -= {"--ppo.stop"}
 _NUMBERS = {flag for flag in _LISTS if "list[typing.Annotated[int" in str(_SETTINGS[flag])}
+_REHEARSE = ", ".join(name for name, row in VARIANTS.items() if row.rehearsal)
 # Flags that only one command has. They are not settings of a recipe, so they have a parser of their own.
 _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "quickstart": [],
@@ -88,7 +90,7 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "train-ppo": [
         ("--variant", {"choices": list(VARIANTS), "required": True, "help": "Which policy to train."}),
         ("--scorer", {"required": True, "help": "Folder that train-scorer wrote."}),
-        ("--rehearsal", {"help": "rehearsal.jsonl.gz that select wrote (am-sr)."}),
+        ("--rehearsal", {"help": f"rehearsal.jsonl.gz that select wrote ({_REHEARSE})."}),
     ],
     "evaluate": [
         ("--scorers", {"nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",

@@ -21,6 +21,7 @@ from stable_rlhf.run.bounds import check
 from stable_rlhf.settings.ranges import expand_user
 from stable_rlhf.settings.recipe import Recipe, decisive
 from stable_rlhf.settings.recipe_file import suggestion
+from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.progress import tolerant_output
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
@@ -264,10 +265,13 @@ def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
 
     policy = _policy(recipe)
     rehearsal = Path(own.rehearsal) if own.rehearsal else None
-    if own.variant == "am-sr" and rehearsal is None:
-        raise ValueError("--variant am-sr needs --rehearsal, the rehearsal.jsonl.gz that `stable-rlhf select` wrote")
+    variant = VARIANTS[own.variant]
+    if variant.rehearsal and rehearsal is None:
+        raise ValueError(
+            f"--variant {variant.name} needs --rehearsal, the rehearsal.jsonl.gz that `stable-rlhf select` wrote"
+        )
     inputs = {"variant": own.variant, "scorer_folder": own.scorer, "rehearsal": own.rehearsal}
-    run = lambda folder: run_ppo(recipe, own.variant, policy, own.scorer, rehearsal, folder)  # noqa: E731
+    run = lambda folder: run_ppo(recipe, variant, policy, own.scorer, rehearsal, folder)  # noqa: E731
     _single(f"ppo-{own.variant}", recipe, "data engine scorer ppo evaluate", inputs, run)
 
 

@@ -14,16 +14,10 @@ import numpy as np
 
 from stable_rlhf.evaluate.findings import round_of, scorer_names, variant_names
 from stable_rlhf.metrics import NO_TASK, sigmoid, wilson
+from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
 
-COLOURS = {
-    "rm": "#D55E00",
-    "am": "#0072B2",
-    "rm-ma": "#E69F00",
-    "am-sr": "#009E73",
-    "rejection": "#7F7F7F",
-    "am-critic-free": "#56B4E9",
-}
+COLOURS = {name: row.colour for name, row in VARIANTS.items()}  # a scorer's is that of the variant of its name
 _OTHERS = ("#CC79A7", "#8C6D31", "#4B4B9B", "#222222")  # of scorers and policies with names of their own
 WIN, TIE, LOSE = "#1B7837", "#D9D9D9", "#762A83"
 CHOSEN, REJECTED = "#009E73", "#CC79A7"

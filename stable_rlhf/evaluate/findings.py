@@ -25,15 +25,9 @@ from stable_rlhf.metrics import (
     temperature_scaled,
     win_minus_lose,
 )
+from stable_rlhf.settings.variants import VARIANTS
 
-VARIANT_NAMES = {
-    "rejection": "Rejection sampling",
-    "rm": "RM-PPO",
-    "rm-ma": "RM-PPO w/ MA",
-    "am": "AM-PPO",
-    "am-sr": "AM-PPO-SR",
-    "am-critic-free": "AM, critic-free",
-}
+VARIANT_NAMES = {name: row.label for name, row in VARIANTS.items()}
 SCORER_NAMES = {"rm": "Reward model", "am": "Advantage Model"}
 CANNOT_TELL = "cannot tell at this size"
 ACCURACY_MARGIN = 0.02  # "as accurate" means: less than two points below

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.evaluate import figures
 from stable_rlhf.evaluate.findings import (
+    SCORER_NAMES,
     VARIANT_NAMES,
     findings,
     scorer_names,
@@ -351,12 +352,29 @@ def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
     return pictures
 
 
-def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
+def _selections(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the page says of each selection: ``selection`` by the Advantage Model, ``selection-rm`` by the reward one."""
+    found = {}
+    for key in ("selection", *(f"selection-{scorer}" for scorer in SCORER_NAMES)):
+        if selection := summary.get(key):
+            scorer = key.partition("-")[2]
+            found[key] = {
+                **selection,
+                "by": f", scored by: {SCORER_NAMES[scorer]}" if scorer else "",
+                "pictures": _selection_pictures(selection, scorer),
+                "tasks": sorted((selection.get("tasks") or {}).items()),
+                "examples": _examples(selection),
+            }
+    return found
+
+
+def _selection_pictures(selection: dict[str, Any], scorer: str) -> list[Picture]:
+    end = f"-{scorer}" if scorer else ""
     pictures = []
     if selection.get("map"):
         pictures.append(
             Picture(
-                "selection-map",
+                f"selection-map{end}",
                 "What is kept for rehearsal",
                 "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster "
                 "are rehearsed during PPO.",
@@ -366,7 +384,7 @@ def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
     if selection.get("clusters"):
         pictures.append(
             Picture(
-                "cluster-sizes",
+                f"cluster-sizes{end}",
                 "Cluster sizes",
                 "Keeping the same number from every cluster gives rare kinds of prompts a place.",
                 selection_figures.cluster_sizes(selection),
@@ -375,7 +393,7 @@ def _selection_pictures(selection: dict[str, Any]) -> list[Picture]:
     if selection.get("sweep"):
         pictures.append(
             Picture(
-                "cluster-sweep",
+                f"cluster-sweep{end}",
                 "Number of clusters",
                 "The same selection with other numbers of clusters; the dashed line is the number used.",
                 selection_figures.sweep(selection["sweep"], selection["num_clusters"]),
@@ -413,12 +431,12 @@ def render_report(summary: dict[str, Any]) -> str:
 def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
     """:func:`render_report`'s page and the pictures in it, each drawn once."""
     scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
-    selection, stages = summary.get("selection") or {}, summary.get("stages") or []
+    selections, stages = _selections(summary), summary.get("stages") or []
     scorer_rows, policy_rows = _scorer_rows(scorers), _policy_rows(policies)
     sections = {
         "scorer_pictures": _scorer_pictures(scorers) if scorer_rows else [],
         "policy_pictures": _policy_pictures(policies),
-        "selection_pictures": _selection_pictures(selection),
+        "selection_pictures": [picture for part in selections.values() for picture in part["pictures"]],
         "stage_pictures": [
             Picture("stages", "Time", "Seconds that each stage of the run took.", figures.stage_seconds(stages))
         ]
@@ -444,9 +462,7 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         judges=_judges(policies),
         agreement=_agreement(policies),
         tokens=_tokens(scorers, policies),
-        selection=selection,
-        selection_tasks=sorted((selection.get("tasks") or {}).items()),
-        examples=_examples(selection),
+        selections=selections,
         settings=summary.get("settings") or {},
         versions=summary.get("versions") or {},
         facts=[

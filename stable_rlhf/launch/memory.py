@@ -368,7 +368,8 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     in_shards = engine.zero_stage == 3 and not engine.ds3_gather_for_generation
     reader = _held([policy], engine, world_size) if in_shards else e * policy.parameters
     live = {"communication": _live(policy, e)} if in_shards else {}
-    if "am-sr" in recipe.variants:
+    rehearsal = any(v.rehearsal for v in recipe.chosen)
+    if rehearsal:
         items = {"weights": reader, "frozen": e * scorer.parameters, "generation": answering} | live
         moments.append(Moment("selection", "rollouts", items))
     held, frozen_host = _frozen(scorer, policy, engine, world_size)
@@ -389,7 +390,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
         else:
             rollouts |= {"gathered": e * policy.in_engine, "communication": bucket}
     moments.append(Moment("ppo", "rollouts", rollouts))
-    old = ppo.per_device_rehearsal_batch_size if "am-sr" in recipe.variants else 0
+    old = ppo.per_device_rehearsal_batch_size if rehearsal else 0
     rows, length = ppo.per_device_train_batch_size + old, max(rolled, longest if old else 0)
     active = ppo.per_device_train_batch_size * ppo.max_new_tokens + old * length
     loss = loss_bytes(policy, active, e, engine.loss_workspace_mib << 20)

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,12 +20,8 @@ from stable_rlhf.run.inputs import check_inputs, check_model
 from stable_rlhf.run.strength import measure_strength
 from stable_rlhf.run.summary import summarise, write_report
 from stable_rlhf.settings.recipe import DataArguments, Recipe, decisive
+from stable_rlhf.settings.variants import rehearsed
 from stable_rlhf.show.progress import say
-
-if TYPE_CHECKING:
-    pass
-
-_SCORER_OF = {"rejection": "rm", "rm": "rm", "rm-ma": "rm", "am": "am", "am-sr": "am", "am-critic-free": "am"}
 
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -111,24 +107,25 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.iterate.rounds == 1:
         cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
     ppo_settings = {**common, "data": settings_data, "ppo": part["ppo"]}
-    selection: Stage | None = None
-    if "am-sr" in recipe.variants:
-        selection = run.stage(
-            "selection", {**ppo_settings, "select": part["select"]},
-            lambda f: stages.run_select(recipe, str(policy), str(scorers["am"].folder), f, needed=True),
-            [*inputs, scorers["am"]],
+    selections: dict[str, Stage] = {}
+    for name in rehearsed(recipe.chosen):
+        selections[name] = run.stage(
+            "selection" if name == "am" else f"selection-{name}", {**ppo_settings, "select": part["select"]},
+            partial(stages.run_select, recipe, str(policy), str(scorers[name].folder), needed=True),
+            [*inputs, scorers[name]],
         )  # fmt: skip
     trained: dict[str, Stage] = {}
-    for variant in recipe.variants:
-        scorer = scorers[_SCORER_OF[variant]]
-        rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection and variant == "am-sr" else None
-        sources = [*inputs, *([selection] if selection and variant == "am-sr" else [])]
-        last = trained[variant] = run.stage(
-            f"ppo-{variant}", ppo_settings,
+    for variant in recipe.chosen:
+        scorer = scorers[variant.scorer]
+        selection = selections[variant.scorer] if variant.rehearsal else None
+        rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection else None
+        sources = [*inputs, *([selection] if selection else [])]
+        last = trained[variant.name] = run.stage(
+            f"ppo-{variant.name}", ppo_settings,
             partial(stages.run_ppo, recipe, variant, str(policy), str(scorer.folder), rehearsal), [*sources, scorer],
         )  # fmt: skip
         for number in range(2, recipe.iterate.rounds + 1):
-            name, before = f"{variant}-round-{number}", str(last.folder)
+            name, before = f"{variant.name}-round-{number}", str(last.folder)
             responses = run.stage(
                 f"responses-{name}", {**ppo_settings, "iterate": {**part["iterate"], "rounds": None}},
                 partial(stages.run_responses, recipe, before), [last],
@@ -138,13 +135,13 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
                 f"scorer-{name}", scorer_settings,
                 partial(
                     stages.run_scorer, replace(recipe, scorer=replace(recipe.scorer, meta_responses=shifted)),
-                    _SCORER_OF[variant], backbone, before, cache=cache,
+                    variant.scorer, backbone, before, cache=cache,
                 ), [*inputs, responses],
             )  # fmt: skip
             last = trained[name] = run.stage(
                 f"ppo-{name}", ppo_settings,
                 partial(
-                    stages.run_ppo, recipe, variant, before, str(scorer.folder), rehearsal, initial=str(policy)
+                    stages.run_ppo, recipe, variant, before, str(scorer.folder), rehearsal, reference=str(policy)
                 ), [*sources, last, scorer],
             )  # fmt: skip
     evaluated = run.stage(
@@ -158,7 +155,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         ),
         [*inputs, *trained.values(), *([judge] if judge else [])],
     )  # fmt: skip
-    summary = summarise(recipe, part, run, scorers, selection, trained, evaluated)
+    summary = summarise(recipe, part, run, scorers, list(selections.values()), trained, evaluated)
     write_report(summary, run.root)
     say(f"report: {run.root / 'report.html'}")
     barrier()

@@ -43,6 +43,7 @@ from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SelectArguments
+from stable_rlhf.settings.variants import Variant
 from stable_rlhf.show.progress import is_main_process, say
 
 Result = dict[str, Any]
@@ -344,9 +345,9 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     settings = sampling_settings(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
     rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
-    judge = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
-    check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
-    scores = judge.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
+    scorer_model = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
+    check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
+    scores = scorer_model.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
     candidates: list[dict[str, Any]] = [
         {
             "prompt": p.row.prompt, "response": r.text, "task": p.row.task, "length": len(r.encoded.response),
@@ -398,12 +399,10 @@ def select_settings(s: SelectArguments) -> dict[str, Any]:
 
 
 def run_ppo(
-    recipe: Recipe, variant: str, policy: str, scorer: str, rehearsal: Path | None, folder: Path,
-    *, initial: str | None = None,
+    recipe: Recipe, variant: Variant, policy: str, scorer: str, rehearsal: Path | None, folder: Path,
+    *, reference: str | None = None,
 ) -> Result:  # fmt: skip
-    """Train one policy: ``rejection``, ``rm``, ``rm-ma``, ``am``, ``am-sr`` or ``am-critic-free``.
-
-    ``initial``: the initial policy of the KL penalty, where ``policy`` has moved on from it."""
+    """Train one policy. ``reference``: the initial policy of the KL penalty, where ``policy`` has moved on from it."""
     tokenizer = load_tokenizer(policy)
     splits = load_prompts(recipe.data, tokenizer, recipe.seed)
     prompts = splits.train
@@ -411,35 +410,35 @@ def run_ppo(
     arguments: PPOArguments = recipe.ppo
     layers = recipe.scorer.num_trainable_layers
     with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
-        judge = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine), num_trainable_layers=layers)
-    check_same_tokenizer(tokenizer, judge.tokenizer, scorer)
-    wanted = "am" if variant.startswith("am") else "rm"
-    if judge.settings.objective != wanted:
+        scorer_model = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine), num_trainable_layers=layers)
+    check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
+    of_scorer = scorer_model.settings
+    if of_scorer.objective != variant.scorer:
         raise ValueError(
-            f"variant {variant!r} needs a scorer with objective {wanted!r}; {scorer!r} has {judge.settings.objective!r}"
+            f"variant {variant.name!r} needs a scorer with objective {variant.scorer!r}; {scorer!r} has "
+            f"{of_scorer.objective!r}"
         )
-    if judge.settings.objective == "am" and judge.settings.num_policies == judge.settings.num_alternates:
+    if of_scorer.objective == "am" and of_scorer.num_policies == of_scorer.num_alternates:
         raise ValueError(
             f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K"
         )
     layers = arguments.num_trainable_layers
-    critic = variant not in ("rejection", "am-critic-free")
-    model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=critic)
-    reference = None
-    if initial is not None or (in_shards(recipe.engine, policy, layers) and not recipe.engine.lora_r):
+    model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=variant.critic)
+    reference_model = None
+    if reference is not None or (in_shards(recipe.engine, policy, layers) and not recipe.engine.lora_r):
         # Another model, or shards, which cannot be copied.
-        reference = load_policy(initial or policy, recipe.engine, num_trainable_layers=layers, frozen=True)
+        reference_model = load_policy(reference or policy, recipe.engine, num_trainable_layers=layers, frozen=True)
     gold = _gold(recipe)
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
-    if variant == "rejection":
+    if variant.training == "rejection":
         return train_rejection(
-            model, tokenizer, judge, prompts, arguments, recipe.engine, folder,
-            seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold, reference=reference,
+            model, tokenizer, scorer_model, prompts, arguments, recipe.engine, folder,
+            seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold, reference=reference_model,
         )  # fmt: skip
     old = []
-    if variant == "am-sr":
+    if variant.rehearsal:
         if rehearsal is None:
-            raise ValueError("variant 'am-sr' needs rehearsal data (--rehearsal)")
+            raise ValueError(f"variant {variant.name!r} needs rehearsal data (--rehearsal)")
         read = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
         tell_skipped("rehearsal data", read)
         rows = read.rows
@@ -455,12 +454,12 @@ def run_ppo(
                     "ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO"
                 )
     trainer = PPOTrainer(
-        model, tokenizer, judge, arguments, recipe.engine, reference=reference, rehearsal=old,
-        moving_average=variant == "rm-ma", seed=seed,
+        model, tokenizer, scorer_model, arguments, recipe.engine, reference=reference_model, rehearsal=old,
+        moving_average=variant.moving_average, seed=seed,
         rollouts=_server(recipe, tokenizer, model),
     )  # fmt: skip
     return trainer.train(
-        prompts, folder, name=f"PPO {variant}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
+        prompts, folder, name=f"PPO {variant.name}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
         guard_arguments=recipe.guard, gold=gold, samples=splits.main[: recipe.rollout.sample_prompts],
         sample_steps=recipe.rollout.sample_steps,
     )  # fmt: skip

@@ -23,8 +23,8 @@ from stable_rlhf.show.progress import is_main_process
 
 
 def summarise(
-    recipe: Recipe, settings: dict[str, Any], run: RunDirectory, scorers: dict[str, Stage], selection: Stage | None,
-    trained: dict[str, Stage], evaluated: Stage,
+    recipe: Recipe, settings: dict[str, Any], run: RunDirectory, scorers: dict[str, Stage],
+    selections: Sequence[Stage], trained: dict[str, Stage], evaluated: Stage,
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
     from stable_rlhf.evaluate import paper
@@ -51,8 +51,8 @@ def summarise(
             "rows": scores.get("rows"),
             "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
         }  # fmt: skip
-    if selection is not None:
-        summary["selection"] = read_json(selection.folder / "selection.json")
+    for stage in selections:
+        summary[stage.name] = read_json(stage.folder / "selection.json")
     for variant, stage in trained.items():
         summary["policies"][variant] = {
             **evaluated.result["policies"][variant],

@@ -35,13 +35,10 @@ from stable_rlhf.settings.stages import (
     StrengthArguments,
     WorldArguments,
 )
+from stable_rlhf.settings.variants import VARIANTS, Variant, VariantName
 
 if TYPE_CHECKING:
     import torch
-
-
-Variant = Literal["rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free"]
-VARIANTS: tuple[str, ...] = ("rejection", "rm", "rm-ma", "am", "am-sr", "am-critic-free")
 
 
 @dataclass
@@ -324,7 +321,7 @@ class Recipe:
     scorer_model_name_or_path: PathName | None = None
     output_dir: PathName = "runs/default"
     seed: Seed = 0
-    variants: list[Variant] = field(default_factory=lambda: ["rm", "am", "am-sr"])
+    variants: list[VariantName] = field(default_factory=lambda: ["rm", "am", "am-sr"])
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     model_shape: dict[str, Any] = field(default_factory=dict)
     scorer_model_shape: dict[str, Any] = field(default_factory=dict)
@@ -346,6 +343,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         expand_paths(self)
+
+    @property
+    def chosen(self) -> list[Variant]:
+        """The rows of ``variants``."""
+        return [VARIANTS[name] for name in self.variants]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -228,7 +228,7 @@ class PPOArguments:
         num_ppo_epochs: Passes over each rollout batch.
         num_mini_batches: Optimiser steps per pass.
         per_device_train_batch_size: Rollouts per device and micro-step.
-        per_device_rehearsal_batch_size: Rehearsal sequences per device and micro-step (``am-sr`` only).
+        per_device_rehearsal_batch_size: Rehearsal sequences per device and micro-step (variants with rehearsal only).
         rehearsal_coef: The paper's gamma: weight of the rehearsal NLL.
         rehearsal_reduction: ``mean`` over rehearsal tokens, or the paper's ``sum`` per sequence.
         rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.

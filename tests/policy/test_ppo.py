@@ -23,6 +23,7 @@ from stable_rlhf.run import stages
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
+from stable_rlhf.settings.variants import VARIANTS
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",
          "Put into upper case: pqrs")  # fmt: skip
@@ -363,7 +364,7 @@ def run_ppo(tmp_path, tiny_model, tokenizer, monkeypatch):
         data = DataArguments(data_dir=str(tmp_path), prompts=["prompts.jsonl"], eval_main=["eval.jsonl"],
                              eval_forget=["eval.jsonl"])  # fmt: skip
         recipe = Recipe(data=data, ppo=replace(ARGUMENTS, **ppo))
-        stages.run_ppo(recipe, variant, str(policy), str(scorer), rehearsal, tmp_path / "out")
+        stages.run_ppo(recipe, VARIANTS[variant], str(policy), str(scorer), rehearsal, tmp_path / "out")
         return seen[-1]
 
     return run

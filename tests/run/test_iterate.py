@@ -16,6 +16,7 @@ from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.settings.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -78,8 +79,8 @@ def test_the_penalty_of_a_later_round_is_one_to_the_initial_policy(recipe, folde
     kl = {}
     for initial in (None, "first", "second"):
         result = stages.run_ppo(
-            recipe, variant, folders["second"], folders["scorer"], None, tmp_path / f"to-{initial}",
-            initial=folders[initial] if initial else None,
+            recipe, VARIANTS[variant], folders["second"], folders["scorer"], None, tmp_path / f"to-{initial}",
+            reference=folders[initial] if initial else None,
         )  # fmt: skip
         kl[initial] = result["curve"][0]["kl"]
     assert kl[None] == pytest.approx(0, abs=1e-5) and kl["second"] == pytest.approx(0, abs=1e-5)
@@ -94,7 +95,7 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
         def stage(recipe_of_stage, *arguments, **named):
             folder = next(a for a in reversed(arguments) if isinstance(a, Path))
             where = [Path(a).name for a in arguments if isinstance(a, str)]
-            told = [Path(named["initial"]).name] if named.get("initial") else []
+            told = [Path(named["reference"]).name] if named.get("reference") else []
             if shifted := recipe_of_stage.scorer.meta_responses:
                 told.append(Path(shifted).parent.name)
             calls.append((folder.name.removesuffix(".tmp"), where, told))
@@ -114,13 +115,13 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
     recipe.evaluate.judge = "gold"
     run.run_recipe(recipe)
     assert calls[3:] == [
-        ("ppo-am", ["am", "initial-policy", "scorer-am"], []),
+        ("ppo-am", ["initial-policy", "scorer-am"], []),
         ("responses-am-round-2", ["ppo-am"], []),
         ("scorer-am-round-2", ["am", "initial-policy", "ppo-am"], ["responses-am-round-2"]),
-        ("ppo-am-round-2", ["am", "ppo-am", "scorer-am-round-2"], ["initial-policy"]),
+        ("ppo-am-round-2", ["ppo-am", "scorer-am-round-2"], ["initial-policy"]),
         ("responses-am-round-3", ["ppo-am-round-2"], []),
         ("scorer-am-round-3", ["am", "initial-policy", "ppo-am-round-2"], ["responses-am-round-3"]),
-        ("ppo-am-round-3", ["am", "ppo-am-round-2", "scorer-am-round-3"], ["initial-policy"]),
+        ("ppo-am-round-3", ["ppo-am-round-2", "scorer-am-round-3"], ["initial-policy"]),
         ("evaluation", ["initial-policy"], []),
     ]
     assert recipe.scorer.meta_responses is None

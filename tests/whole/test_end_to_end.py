@@ -185,6 +185,28 @@ def test_files_are_plain_json_lines(folder):
     assert list((folder / "ppo-rm" / "tensorboard").iterdir())
 
 
+def test_a_reward_model_rehearses_what_it_chose_itself(folder, tmp_path):
+    """`rm-sr` beside `am-sr`, in a folder that has all before them: each has a selection, by its own scorer."""
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    for variants, new in (("rm-sr", ["selection-rm", "ppo-rm-sr"]), ("rm-sr,am-sr", [])):
+        run("quickstart", "--output-dir", "run", *SMALL.split(), "--variants", variants, cwd=tmp_path).worked()
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+        assert [s["name"] for s in summary["stages"] if not s["skipped"]] == [*new, "evaluation"]
+        assert list(summary["policies"]) == variants.split(",") and len(summary["policies"]["rm-sr"]["curve"]) == 2
+        shutil.rmtree(tmp_path / "run" / "evaluation")
+    scores = {}
+    for name in ("selection", "selection-rm"):
+        assert summary[name]["candidates"] == 64 and 4 <= summary[name]["kept"] <= 12
+        with gzip.open(tmp_path / "run" / name / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
+            scores[name] = [json.loads(line)["provenance"]["score"] for line in file]
+    assert scores["selection"] != scores["selection-rm"]
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "RM-PPO-SR" in html and "Selection for rehearsal, scored by: Reward model" in html
+    drawn = {p.stem for p in (tmp_path / "run" / "pictures").iterdir()}
+    assert {"selection-map", "selection-map-rm"} <= drawn or not summary["selection"].get("map")
+
+
 # -- what others can do with it ----------------------------------------------------------------------------------------
 
 
