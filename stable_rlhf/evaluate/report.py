@@ -353,7 +353,7 @@ def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
 
 
 def _selections(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the page says of each selection: ``selection`` by the Advantage Model, ``selection-rm`` by the reward one."""
+    """What the page says of each selection, by its stage: ``selection`` (Advantage Model) and ``selection-rm``."""
     found = {}
     for key in ("selection", *(f"selection-{scorer}" for scorer in SCORER_NAMES)):
         if selection := summary.get(key):

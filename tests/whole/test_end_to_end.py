@@ -199,7 +199,7 @@ def test_a_reward_model_rehearses_what_it_chose_itself(folder, tmp_path):
     for name in ("selection", "selection-rm"):
         assert summary[name]["candidates"] == 64 and 4 <= summary[name]["kept"] <= 12
         with gzip.open(tmp_path / "run" / name / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
-            scores[name] = [json.loads(line)["provenance"]["score"] for line in file]
+            scores[name] = [json.loads(line)["provenance"]["value"] for line in file]
     assert scores["selection"] != scores["selection-rm"]
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "RM-PPO-SR" in html and "Selection for rehearsal, scored by: Reward model" in html
