@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,16 @@ def test_the_operation_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) ->
     (code,) = (code for code in blocks(README, "python") if "stable_rlhf.ops" in code)
     exec(code, {})
     assert "'policy_tokens': 3.0, 'rehearsal_tokens': 2.0" in capsys.readouterr().out
+
+
+def test_the_drawing_has_the_layers_that_the_linter_holds() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (held,) = (contract["layers"] for contract in contracts if contract.get("containers") == ["stable_rlhf"])
+    text = prose(ROOT / "docs" / "develop" / "architecture.md").partition("| layer, from the top |")[2]
+    drawn = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`\w+`[^|]*) \|", text.partition("\n\n")[0], re.M)]
+    assert drawn == [layer.split(" | ") for layer in held if layer != "__main__"]
 
 
 @pytest.mark.parametrize("name", ["architecture", "notes"])
