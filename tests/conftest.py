@@ -87,22 +87,14 @@ def tiny_model(tokenizer):
     def make(architecture: str = "llama", layers: int = 3, seed: int = 0):
         import torch
 
+        from helpers.tiny_model import redraw
         from stable_rlhf.world import build_model
 
         model = build_model(
-            tokenizer,
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            architecture=architecture,
+            tokenizer, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, architecture=architecture,
             seed=seed,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return model.eval()
+        )  # fmt: skip
+        return redraw(model, 0.2, torch.Generator().manual_seed(seed)).eval()
 
     return make
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.files import contents
 from stable_rlhf.engine import run_folder as checkpoint
 from stable_rlhf.engine import signals
 from stable_rlhf.engine.run_folder import SNAPSHOTS, RunDirectory, RunError
@@ -33,11 +34,6 @@ class Work:
         if self.fails:
             raise RuntimeError("out of memory")
         return self.result
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def names(folder: Path) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import CONSOLE_SCRIPT, small_ppo, small_scorer, small_sft, tiny_files, weights, whole_snapshots
+from helpers.cli import CONSOLE_SCRIPT, small_ppo, small_scorer, small_sft, whole_snapshots
+from helpers.files import tiny_files, weights
 from helpers.launch import environment, free_port
 from stable_rlhf.engine import signals
 

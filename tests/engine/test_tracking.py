@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from helpers.files import metric_lines
 from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.engine.tracking import Tracker
 
@@ -23,14 +24,10 @@ def fill(folder, *, report_to=("tensorboard",)) -> Tracker:
 ROWS = [{"step": 1, "loss": 0.5, "score": 2.0}, {"step": 2, "loss": 0.25, "score": 3.0}]
 
 
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def test_every_step_is_one_json_line_at_once(tmp_path):
     folder = tmp_path / "new" / "run"
     tracker = fill(folder, report_to=())
-    assert lines(folder) == ROWS == tracker.history  # before it is closed: a killed run keeps its curve
+    assert metric_lines(folder) == ROWS == tracker.history  # before it is closed: a killed run keeps its curve
     tracker.close()
     assert not (folder / "tensorboard").exists()
 
@@ -45,7 +42,7 @@ def test_every_metric_is_a_curve_in_tensorboard(tmp_path):
     assert sorted(board.Tags()["scalars"]) == ["loss", "score"]
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
     assert [(e.step, e.value) for e in board.Scalars("score")] == [(1, 2.0), (2, 3.0)]
-    assert lines(tmp_path) == ROWS
+    assert metric_lines(tmp_path) == ROWS
 
 
 def test_another_rank_writes_nothing_and_keeps_the_history(tmp_path, monkeypatch):
@@ -61,7 +58,7 @@ def test_a_second_attempt_starts_the_curve_again(tmp_path):
     tracker = Tracker(tmp_path, ())
     tracker.log(1, {"loss": 7})
     tracker.close()
-    assert lines(tmp_path) == [{"step": 1, "loss": 7.0}]
+    assert metric_lines(tmp_path) == [{"step": 1, "loss": 7.0}]
 
 
 def test_a_resumed_stage_keeps_what_was_logged_before_it(tmp_path):
@@ -78,7 +75,7 @@ def test_a_resumed_stage_keeps_what_was_logged_before_it(tmp_path):
     kept = read_jsonl(tmp_path / "samples.jsonl")
     assert [row["step"] for row in kept] == [0, 1] and kept[1]["response"] == "ä"
     Tracker(tmp_path, ()).close()
-    assert not (tmp_path / "samples.jsonl").exists() and lines(tmp_path) == []
+    assert not (tmp_path / "samples.jsonl").exists() and metric_lines(tmp_path) == []
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_again(tmp_path):
@@ -86,7 +83,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_again(tmp_path
     for step in (1, 2):
         tracker.log(step, {"loss": float("nan"), "kl": float("inf"), "score": 1.0})
     tracker.close()
-    assert lines(tmp_path) == [{"step": step, "loss": None, "kl": None, "score": 1.0} for step in (1, 2)]
+    assert metric_lines(tmp_path) == [{"step": step, "loss": None, "kl": None, "score": 1.0} for step in (1, 2)]
     (row,) = Tracker(tmp_path, (), after=1).history
     assert math.isnan(row["loss"]) and math.isnan(row["kl"]) and row["score"] == 1.0
 
@@ -153,7 +150,7 @@ def test_a_service_that_fails_does_not_end_the_training(services, where, tmp_pat
     (tmp_path / "modules" / "wandb.py").write_text(module, encoding="utf-8")
     tracker = fill(folder, report_to=("wandb", "trackio"))
     tracker.close()
-    assert lines(folder) == tracker.history == ROWS
+    assert metric_lines(folder) == tracker.history == ROWS
     assert [call[0] for call in services("trackio")] == ["init", "log", "log", "finish"]
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("  WARNING: report_to: wandb fails (http://***@h/ gone); ") and "metrics.jsonl" in said

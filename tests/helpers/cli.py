@@ -1,11 +1,10 @@
-"""Running the command line as a user would, and small files to run it on."""
+"""Running the command line as a user would."""
 
 from __future__ import annotations
 
 import atexit
 import functools
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -143,51 +142,6 @@ def workers(pid: int) -> list[int]:
     return found
 
 
-def write_lines(path: Path, rows: list[Any]) -> Path:
-    """JSON lines; a row that is a string is written as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
-
-
-def tiny_files(folder: Path, *, pairs: int = 40, prompts: int = 40, demonstrations: int = 24, seed: int = 0) -> Path:
-    """``folder`` with a saved model of some thousand weights, and files of the skill world small enough for seconds."""
-    from transformers.utils import logging
-
-    from stable_rlhf.world import SKILLS, STRONG_SKILLS, build_model, build_tokenizer, near_miss
-
-    logging.disable_progress_bar()
-    rng = random.Random(seed)
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, seed=seed).save_pretrained(
-        folder / "model"
-    )
-    tokenizer.save_pretrained(folder / "model")
-    seen: set[str] = set()
-
-    def draw(index: int) -> tuple[str, str, str]:
-        task = sorted(SKILLS)[index % len(SKILLS)]
-        while True:
-            prompt, answer = SKILLS[task].sample(rng)
-            if prompt not in seen:
-                seen.add(prompt)
-                return prompt, answer, task
-
-    made = [draw(i) for i in range(pairs)]
-    write_lines(
-        folder / "pairs.jsonl",
-        [{"prompt": p, "chosen": a, "rejected": near_miss(a, rng), "task": t} for p, a, t in made],
-    )
-    made = [draw(i) for i in range(prompts)]
-    rows = [{"prompt": p, "task": "old" if t in STRONG_SKILLS else "new"} for p, _, t in made]
-    write_lines(folder / "prompts.jsonl", rows)
-    made = [draw(i) for i in range(demonstrations)]
-    write_lines(folder / "sft.jsonl", [{"prompt": p, "response": a, "task": t} for p, a, t in made])
-    return folder
-
-
 def small_sft(files: Path) -> list[object]:
     """Arguments of an SFT of ``tiny_files`` that takes a moment a step and writes a snapshot after each."""
     return [
@@ -220,13 +174,6 @@ def small_scorer(server: Server, files: Path) -> Path:
         "--scorer.head_learning_rate", "1e-2", "--output-dir", files / "out", "--report_to", "[]", cwd=files,
     ).worked()  # fmt: skip
     return files / "out" / "scorer-am"
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """What a stage saved, bit for bit."""
-    found = {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
-    assert found
-    return found
 
 
 def whole_snapshots(stage: Path) -> list[str]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import CONSOLE_SCRIPT, Done, tiny_files, workers
+from helpers.cli import CONSOLE_SCRIPT, Done, workers
+from helpers.files import tiny_files
 from helpers.launch import environment, free_port
 
 RECIPES = Path(__file__).parents[2] / "recipes"

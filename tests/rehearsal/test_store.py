@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.files import contents
 from helpers.launch import command, free_port, worker_environment
 from helpers.workers.embedding_worker import WIDTH, encode, texts
 from stable_rlhf.rehearsal import embed_to_folder, open_embeddings
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def start_worker(folder: Path, count: int, seconds: float, log: Path, **extra: str) -> subprocess.Popen:

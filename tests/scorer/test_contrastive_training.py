@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from helpers.files import metric_lines
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.run.bounds import check
@@ -41,10 +41,6 @@ def make(tiny_model, tokenizer):
         return AdvantageModel(tiny_model().base_model, tokenizer, ScorerSettings(objective=objective))
 
     return build
-
-
-def losses(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,7 @@ def test_training_lowers_the_term_and_what_is_saved_needs_none_of_it(make, rows,
         )
         folder = tmp_path / str(coefficient)
         train_scorer(make("am"), rows, arguments, EngineArguments(**engine), folder, seed=0)
-        ends.append(sum(row["contrastive_loss"] for row in losses(folder)[-3:]))
+        ends.append(sum(row["contrastive_loss"] for row in metric_lines(folder)[-3:]))
     assert ends[1] < ends[0]
     assert not any("contrastive" in p.read_bytes().decode(errors="ignore") for p in folder.glob("*.safetensors"))
     saved = AdvantageModel.from_pretrained(folder)
@@ -132,7 +128,7 @@ def test_a_resumed_stage_draws_the_same_masks_and_keeps_its_prototypes(make, row
         train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "cut", seed=0, checkpoint=often)
     torch.rand(3)  # another place of the process's own generator: nothing may depend on it
     train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "cut", seed=0, checkpoint=often)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert metric_lines(tmp_path / "cut") == metric_lines(tmp_path / "whole")
     for name in ("model.safetensors", "heads.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.files import metric_lines
 from helpers.launch import run_worker
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
@@ -53,10 +54,6 @@ def train(tiny_model, tokenizer, rows):
     return run
 
 
-def curve(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def files(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in ("model.safetensors", "heads.safetensors")]
 
@@ -66,7 +63,7 @@ def test_metrics_are_those_of_the_scores_after_their_step(train, rows, tmp_path)
     seen = {}
     train(tmp_path, look=lambda step, scores: seen.update({step: scores}))
     assert list(seen) == [1, 2, 3, 4, 5]
-    for row in curve(tmp_path):
+    for row in metric_lines(tmp_path):
         assert [name in row for name in EVAL] == [row["step"] in (2, 4, 5)] * 3
         if EVAL[0] not in row:
             continue
@@ -93,8 +90,8 @@ def test_the_training_does_not_notice(train, rows, tmp_path, engine, layers):
         torch.manual_seed(0)
         train(tmp_path / str(every), replace(TRAINING, eval_steps=every), engine, layers, cache=FeatureCache())
     assert files(tmp_path / "0") == files(tmp_path / "1")
-    without = [{name: value for name, value in row.items() if name not in EVAL} for row in curve(tmp_path / "1")]
-    assert without == curve(tmp_path / "0") and EVAL[0] in curve(tmp_path / "1")[0]
+    without = [{name: value for name, value in row.items() if name not in EVAL} for row in metric_lines(tmp_path / "1")]
+    assert without == metric_lines(tmp_path / "0") and EVAL[0] in metric_lines(tmp_path / "1")[0]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -104,7 +101,7 @@ def test_a_resumed_stage_goes_on_to_the_bit(train, tmp_path, killed_after):
     with killed_after(3):
         train(tmp_path / "cut", checkpoint=often)
     train(tmp_path / "cut", checkpoint=often)
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert metric_lines(tmp_path / "cut") == metric_lines(tmp_path / "whole")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -138,7 +135,7 @@ def test_train_scorer_scores_the_pairs_that_it_holds_out(tiny_model, tokenizer, 
     recipe = Recipe(report_to=[], scorer=TRAINING)
     recipe.data.data_dir, recipe.data.pairs, recipe.data.test_fraction = str(tmp_path), ["pairs.jsonl"], 0.4
     result = run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / "rm")
-    assert curve(tmp_path / "rm")[-1]["eval_accuracy"] == result["accuracy"]
+    assert metric_lines(tmp_path / "rm")[-1]["eval_accuracy"] == result["accuracy"]
 
 
 def test_a_negative_number_of_steps_is_refused():

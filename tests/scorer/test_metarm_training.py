@@ -6,11 +6,11 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.files import metric_lines
 from helpers.launch import run_worker
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.data.encoding import encode
@@ -99,10 +99,6 @@ def make(tiny_model, tokenizer):
     return build
 
 
-def curve(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize(
     ("engine", "layers"),
     [
@@ -121,13 +117,13 @@ def test_it_changes_what_is_learnt_and_is_logged(make, rows, shifted, tmp_path, 
         model = make(num_trainable_layers=layers)
         train_scorer(model, rows, arguments, EngineArguments(**engine), folder, seed=0, meta_responses=shifted)
         weights.append((folder / "model.safetensors").read_bytes())
-        for row in curve(folder):
+        for row in metric_lines(folder):
             assert 1 / 4 <= row["meta_difference"] <= 2 / 3 and row["meta_gradient_norm"] > 1e-4
     assert weights[0] != weights[1]
     plain = tmp_path / "plain"
     train_scorer(make(num_trainable_layers=layers), rows, TRAINING, EngineArguments(**engine), plain, seed=0)
     assert (plain / "model.safetensors").read_bytes() == weights[0]  # a step of length 0 is none
-    assert "meta_difference" not in curve(plain)[0]
+    assert "meta_difference" not in metric_lines(plain)[0]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -143,7 +139,7 @@ def test_a_resumed_stage_goes_on_with_the_same_responses(make, rows, shifted, tm
     with killed_after(3):
         train("cut", checkpoint=often)
     train("cut", checkpoint=often)
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert metric_lines(tmp_path / "cut") == metric_lines(tmp_path / "whole")
     for name in ("model.safetensors", "heads.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -215,7 +211,7 @@ def test_train_scorer_reads_the_file_and_names_a_bad_row(tiny_model, tokenizer, 
     recipe.data.test_fraction = recipe.data.judge_fraction = 0.3
     for split in ("train", "judge"):
         run_scorer(recipe, "rm", str(tmp_path / "model"), None, tmp_path / split, split=split)
-        assert ("meta_difference" in curve(tmp_path / split)[0]) == (split == "train")  # the judge is left alone
+        assert ("meta_difference" in metric_lines(tmp_path / split)[0]) == (split == "train")  # the judge is left alone
     (tmp_path / "shifted.jsonl").write_text(
         '{"prompt": "Say z", "responses": ["z", "zz"]}\n{"prompt": "Say y"}\n', encoding="utf-8"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import tiny_files
+from helpers.files import tiny_files
 from stable_rlhf.engine.run_folder import RunDirectory, RunError
 from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
 

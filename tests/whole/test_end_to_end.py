@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from helpers.chat_endpoint import Endpoint, longest
-from helpers.cli import CONSOLE_SCRIPT, Done, descendants, run, tiny_files
+from helpers.cli import CONSOLE_SCRIPT, Done, descendants, run
+from helpers.files import tiny_files
 from helpers.launch import environment, free_port
 
 STAGES = ["world", "sft", "pairs", "scorer-rm", "scorer-am", "selection", "ppo-rm", "ppo-am-sr", "evaluation"]

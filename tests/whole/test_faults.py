@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import small_ppo, small_scorer, small_sft, tiny_files, weights, whole_snapshots
+from helpers.cli import small_ppo, small_scorer, small_sft, whole_snapshots
+from helpers.files import tiny_files, weights
 
 pytestmark = pytest.mark.slow  # whole runs, a minute and more
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from helpers.cli import small_ppo, small_scorer, small_sft, tiny_files, weights
+from helpers.cli import small_ppo, small_scorer, small_sft
+from helpers.files import tiny_files, weights
 
 KILLS = 20
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from helpers.hostile.drawn import SWAPS, changes, contents, corruptions, one_line
+from helpers.files import contents
+from helpers.hostile.drawn import SWAPS, changes, corruptions, one_line
 from helpers.launch import ROOT
 from helpers.raw_server import answering, forever, http
 from stable_rlhf.cli.arguments import parse

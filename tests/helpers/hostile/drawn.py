@@ -8,7 +8,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -119,9 +118,3 @@ def one_line(text: str, *names: str) -> None:
     text = printable(text, lines=False)
     assert 0 < len(text) < 3000 and not set(text) & set("\n\r\x1b"), text
     assert not names or any(name in text for name in names), (text, names)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but locks."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

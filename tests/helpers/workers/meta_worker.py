@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.func import functional_call
 
+from helpers.tiny_model import redraw
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.engine.engine import Engine
@@ -53,10 +54,8 @@ def data(tokenizer):
 def scorer(tokenizer) -> AdvantageModel:
     model = build_model(tokenizer, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, seed=0)
     generator = torch.Generator().manual_seed(1)
+    redraw(model, 0.15, generator)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
         # More weights than ZeRO-3 leaves whole on every rank.
         mlp = model.base_model.layers[0].mlp
         mlp.gate_proj, mlp.up_proj = (nn.Linear(64, 1603, bias=False) for _ in "ab")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.tiny_model import redraw
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
@@ -38,12 +39,7 @@ UPDATES = 10
 
 def model(tokenizer):
     built = build_model(tokenizer, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return built
+    return redraw(built, 0.15, torch.Generator().manual_seed(1))
 
 
 def scorer_losses(stage: int, micro: int, tokenizer, **contrastive) -> list[float]:
