@@ -8,21 +8,24 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from stable_rlhf import __version__
 from stable_rlhf.cli.arguments import COMMANDS, USAGE, fail, items, parse
 from stable_rlhf.data.jsonl import read_json, to_json
-from stable_rlhf.data.records import DataError
 from stable_rlhf.engine import signals
 from stable_rlhf.run.bounds import check
 from stable_rlhf.settings.ranges import expand_user
-from stable_rlhf.settings.recipe import Recipe, decisive
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.recipe_file import suggestion
 from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.progress import tolerant_output
+
+if TYPE_CHECKING:
+    from stable_rlhf.run.dependencies import StageKind
 
 # Before torch loads OpenMP: threads that wait should sleep, not spin. Beside other work on the same cores spinning made
 # small steps ten times slower.
@@ -125,21 +128,20 @@ def _policy(recipe: Recipe) -> str:
     return recipe.model_name_or_path
 
 
-def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], run: Any, *, engine: bool = True) -> None:
-    """Run one stage in its own output folder and print its result.
-
-    ``sections`` of the recipe and ``inputs`` are what the result depends on: only they must be the same for a finished
-    stage to be found again. ``engine``: whether the stage has a policy and needs DeepSpeed."""
+def _single(name: str, kind: StageKind, recipe: Recipe, inputs: dict[str, Any], run: Callable[[Path], Any]) -> None:
+    """Run one stage in its own output folder and print its result. ``inputs``: what the result depends on beside the
+    kind's settings; only if all that is the same, a finished stage is found again."""
     from stable_rlhf.engine.process import finish, start
     from stable_rlhf.engine.run_folder import RunDirectory
     from stable_rlhf.rehearsal.store import join_ranks
+    from stable_rlhf.run.dependencies import Dependencies
     from stable_rlhf.show.progress import is_main_process
 
-    if engine:
+    if kind.policy:
         start(recipe.seed)
     else:
         join_ranks()
-    settings = _settings(recipe, sections, inputs, engine=engine)
+    settings = Dependencies(recipe, alone=True).of(kind, **inputs)
     stage = RunDirectory(recipe.output_dir, recipe.checkpoint).stage(name, settings, run)
     finish()
     if is_main_process():
@@ -147,61 +149,34 @@ def _single(name: str, recipe: Recipe, sections: str, inputs: dict[str, Any], ru
         print(to_json({"stage": name, "folder": str(stage.folder), **result}, indent=1))
 
 
-def _settings(recipe: Recipe, sections: str, inputs: dict[str, Any], *, engine: bool = True) -> dict[str, Any]:
-    """What a stage's result depends on; arguments as of `_single`."""
-    from stable_rlhf.run.datasets import contents
-
-    everything = recipe.as_dict()
-    settings = {s: everything[s] for s in ("model_name_or_path", "seed", *sections.split())} | inputs
-    if "evaluate" in settings:
-        settings["evaluate"] = decisive(settings["evaluate"])
-    if "data" in settings:
-        settings["data"] |= {"contents": contents(recipe.data)}
-    settings["made_from"] = {k: _fingerprint(v) for k, v in inputs.items() if isinstance(v, str)}
-    if engine and recipe.model_name_or_path is not None:
-        settings["made_from"]["model_name_or_path"] = _fingerprint(recipe.model_name_or_path)
-    return settings
-
-
-def _fingerprint(path: str) -> str | None:
-    """Which settings an input folder (or the folder of an input file) was made with, when a stage of ours made it."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    try:
-        return str(read_json(folder / "stage.json", "fingerprint")["fingerprint"])
-    except DataError:
-        return None
-
-
 def _sft(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.run.dependencies import SFT
     from stable_rlhf.run.stages import run_sft
 
-    model = _policy(recipe)
-    _single("sft", recipe, "data engine sft", {}, lambda folder: run_sft(recipe, model, folder))
+    _single(SFT.name, SFT, recipe, {}, partial(run_sft, recipe, _policy(recipe)))
 
 
 def _train_scorer(recipe: Recipe, own: argparse.Namespace) -> None:
-    from stable_rlhf.run.datasets import digests
+    from stable_rlhf.run.dependencies import SCORER, shifted_responses
     from stable_rlhf.run.stages import run_scorer
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
-    inputs: dict[str, Any] = {"objective": own.objective, "policy": own.policy}
-    if recipe.scorer.meta_responses:
-        inputs["meta_responses"] = digests(recipe.data, [recipe.scorer.meta_responses])
-    sections = "scorer_model_name_or_path data engine scorer" + (" ppo" if recipe.scorer.expected_coef else "")
-    run = lambda folder: run_scorer(recipe, own.objective, backbone, own.policy, folder)  # noqa: E731
-    _single(f"scorer-{own.objective}", recipe, sections, inputs, run)
+    inputs = {"objective": own.objective, "policy": own.policy, **shifted_responses(recipe)}
+    run = partial(run_scorer, recipe, own.objective, backbone, own.policy)
+    _single(SCORER.named(own.objective), SCORER, recipe, inputs, run)
 
 
 def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.engine.process import finish, start
     from stable_rlhf.engine.run_folder import RunDirectory
+    from stable_rlhf.run.dependencies import STRENGTH, Dependencies
     from stable_rlhf.run.strength import measure_strength
     from stable_rlhf.scorer.report import in_words, notable_tables
     from stable_rlhf.show.progress import console, is_main_process, printable
 
     backbone = recipe.scorer_model_name_or_path or _policy(recipe)
     start(recipe.seed)
-    settings = _settings(recipe, "scorer_model_name_or_path data engine scorer", {})
+    settings = Dependencies(recipe, alone=True).of(STRENGTH)
     stage = measure_strength(recipe, RunDirectory(recipe.output_dir, recipe.checkpoint), backbone, settings)
     finish()
     if is_main_process():
@@ -245,22 +220,21 @@ def _hint(given: Sequence[str] | None) -> str:
 
 def _select(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.run.datasets import digests
+    from stable_rlhf.run.dependencies import SELECTION, SELECTION_OF_FILES
     from stable_rlhf.run.stages import run_select, run_select_file
 
     if (own.scorer is None) == (own.candidates is None):
         raise ValueError("select: give either --scorer (and a policy to answer --data.prompts) or --candidates FILE")
     if own.candidates is not None:
         files = _files(recipe, "--candidates", own.candidates)
-        inputs = {"candidates": digests(recipe.data, files)}
-        run = lambda folder: run_select_file(recipe, files, folder)  # noqa: E731
-        _single("selection", recipe, "data select", inputs, run, engine=False)
-        return
-    policy = _policy(recipe)
-    run = lambda folder: run_select(recipe, policy, own.scorer, folder)  # noqa: E731
-    _single("selection", recipe, "data engine ppo select", {"scorer_folder": own.scorer}, run)
+        kind, candidates = SELECTION_OF_FILES, {"candidates": digests(recipe.data, files)}
+        return _single(kind.name, kind, recipe, candidates, partial(run_select_file, recipe, files))
+    run = partial(run_select, recipe, _policy(recipe), own.scorer)
+    _single(SELECTION.name, SELECTION, recipe, {"scorer_folder": own.scorer}, run)
 
 
 def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.run.dependencies import PPO
     from stable_rlhf.run.stages import run_ppo
 
     policy = _policy(recipe)
@@ -270,13 +244,14 @@ def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
         raise ValueError(
             f"--variant {variant.name} needs --rehearsal, the rehearsal.jsonl.gz that `stable-rlhf select` wrote"
         )
-    inputs = {"variant": own.variant, "scorer_folder": own.scorer, "rehearsal": own.rehearsal}
-    run = lambda folder: run_ppo(recipe, variant, policy, own.scorer, rehearsal, folder)  # noqa: E731
-    _single(f"ppo-{own.variant}", recipe, "data engine scorer ppo evaluate", inputs, run)
+    inputs = {"variant": variant.name, "scorer_folder": own.scorer, "rehearsal": own.rehearsal}
+    run = partial(run_ppo, recipe, variant, policy, own.scorer, rehearsal)
+    _single(PPO.named(variant.name), PPO, recipe, inputs, run)
 
 
 def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.run.datasets import digests
+    from stable_rlhf.run.dependencies import EVALUATION
     from stable_rlhf.run.summary import evaluate_models
 
     policies, scorers = _named("--policies", own.policies), _named("--scorers", own.scorers)
@@ -292,10 +267,8 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
         "judge_scorer": own.judge_scorer,
         "test_pairs": digests(recipe.data, test_pairs),
     }
-    run = lambda folder: evaluate_models(  # noqa: E731
-        recipe, baseline, policies, scorers, test_pairs, own.judge_scorer, folder
-    )
-    _single("evaluation", recipe, "data engine scorer ppo evaluate", inputs, run)
+    run = partial(evaluate_models, recipe, baseline, policies, scorers, test_pairs, own.judge_scorer)
+    _single(EVALUATION.name, EVALUATION, recipe, inputs, run)
 
 
 def _study(recipe: Recipe, own: argparse.Namespace) -> None:

@@ -55,7 +55,6 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -67,7 +66,7 @@ from stable_rlhf.models.loading import context_length, hidden_width, resolve_mod
 from stable_rlhf.models.lora import adapted_layers, add_lora
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
-from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.recipe import EngineArguments, Recipe, changed
 
 GIB = 2**30
 _RESERVE, _FRAGMENTS = GIB, 0.05
@@ -486,17 +485,15 @@ def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: i
     if world_size > 1 or recipe.engine.zero_stage:
         changes.append(("twice the nodes", {}))
     found: list[tuple[int, str]] = []
-    everything = deepcopy(recipe)
+    everything: dict[str, Any] = {}
     for words, values in changes:
-        changed, more = deepcopy(recipe), 1 if values else 2
-        for name, value in values.items():
-            section, key = name.split(".")
-            setattr(getattr(changed, section), key, value)
-            setattr(getattr(everything, section), key, value)
-        left = estimate(changed, world_size=more * world_size, devices_per_node=devices_per_node).peak.total
+        everything |= values
+        ranks = world_size if values else 2 * world_size
+        left = estimate(changed(recipe, values), world_size=ranks, devices_per_node=devices_per_node).peak.total
         if left < before:
             found.append((left, words))
     if len(found) > 1:
-        left = estimate(everything, world_size=world_size, devices_per_node=devices_per_node).peak.total
+        most = changed(recipe, everything)
+        left = estimate(most, world_size=world_size, devices_per_node=devices_per_node).peak.total
         found = [*sorted(found), (left, "all of these on as many devices")]
     return [f"{words}: {left / GIB:.1f} GiB" + (", which fits" if left <= limit else "") for left, words in found]

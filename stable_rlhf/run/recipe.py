@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from stable_rlhf.engine.process import start
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier
+from stable_rlhf.run import dependencies as kinds
 from stable_rlhf.run import evaluation, stages
-from stable_rlhf.run.datasets import contents, digests
+from stable_rlhf.run.dependencies import Dependencies, shifted_responses
 from stable_rlhf.run.inputs import check_inputs, check_model
 from stable_rlhf.run.strength import measure_strength
 from stable_rlhf.run.summary import summarise, write_report
-from stable_rlhf.settings.recipe import DataArguments, Recipe, decisive
-from stable_rlhf.settings.variants import rehearsed
+from stable_rlhf.settings.recipe import DataArguments, Recipe
+from stable_rlhf.settings.variants import Variant, rehearsed
 from stable_rlhf.show.progress import say
 
 
@@ -34,132 +36,118 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     root = Path(recipe.output_dir)
     # A folder that is there comes first: another run may be at work in it. A new one waits until it will be used.
     run = RunDirectory(root, recipe.checkpoint) if root.exists() else None
-    finished = (root / "evaluation").exists()
+    finished = (root / kinds.EVALUATION.name).exists()
     if not finished:
         check_inputs(recipe)
     run = run or RunDirectory(root, recipe.checkpoint)
-    part = recipe.as_dict()
-    common = {"seed": recipe.seed, "engine": part["engine"]}
-    cache = FeatureCache()  # scorers on the same frozen lower blocks share their hidden states
+    given, depends = recipe, Dependencies(recipe)
 
-    inputs: list[Stage] = []
-    data = recipe.data
+    # 1. A model to begin with, and in the skill world the data.
+    world: Stage | None = None
     if recipe.model_name_or_path is None:
-        world = run.stage("world", {"seed": recipe.seed, "world": part["world"]}, lambda f: stages.run_world(recipe, f))
-        data = recipe.data = world_data(recipe.data, world.folder)
-        initial, inputs = world.folder / "model", [world]
+        world = run.stage(kinds.WORLD.name, depends.of(kinds.WORLD), partial(stages.run_world, recipe))
+        recipe = replace(recipe, data=world_data(recipe.data, world.folder))
+        inputs, policy = [world], str(world.folder / "model")
     else:
-        model = run.stage(
-            "initial-policy",
-            {"model": recipe.model_name_or_path, "bf16": recipe.engine.bf16, "fp16": recipe.engine.fp16},
-            lambda f: stages.run_materialise(recipe, f),
-        )
-        initial, inputs = model.folder, [model]
+        kind = kinds.INITIAL_POLICY
+        model = run.stage(kind.name, depends.of(kind), partial(stages.run_materialise, recipe))
+        inputs, policy = [model], str(model.folder)
     if not finished:
-        check_model(recipe, str(initial))
-    settings_data = {**part["data"]}
-    if recipe.model_name_or_path is not None:  # the world's own files follow from its stage
-        settings_data["contents"] = contents(recipe.data)
-    if data.demonstrations:
-        early = recipe.world.early_share if recipe.model_name_or_path is None else None
-        sft = run.stage(
-            "sft", {**common, "data": settings_data, "sft": part["sft"], "early": early},
-            lambda f: stages.run_sft(recipe, str(initial), f, early_share=early), inputs,
-        )  # fmt: skip
-        policy, inputs = sft.folder, [sft]
-    else:
-        policy = initial
-    if recipe.model_name_or_path is None:
-        pairs = run.stage(
-            "pairs", {**common, "world": part["world"], "max_new_tokens": recipe.ppo.max_new_tokens},
-            lambda f: stages.run_pairs(recipe, world.folder, policy, f), inputs,
-        )  # fmt: skip
-        data.pairs = [str((pairs.folder / "pairs.jsonl.gz").resolve())]
-        inputs = [*inputs, pairs]
+        check_model(recipe, policy)
 
-    backbone = recipe.scorer_model_name_or_path or str(policy)
-    scorer_settings = {
-        **common,
-        "data": settings_data,
-        "scorer": part["scorer"],
-        "backbone": recipe.scorer_model_name_or_path,
-    }
-    if recipe.scorer.meta_responses:
-        scorer_settings["meta_responses"] = digests(data, [recipe.scorer.meta_responses])
+    # 2. The initial policy, by supervised fine-tuning where there are demonstrations.
+    if recipe.data.demonstrations:
+        early = recipe.world.early_share if world else None
+        work = partial(stages.run_sft, recipe, policy, early_share=early)
+        sft = run.stage(kinds.SFT.name, depends.of(kinds.SFT, early=early), work, inputs)
+        inputs, policy = [sft], str(sft.folder)
+
+    # 3. Pairs, in the skill world sampled; to be denoised they are measured.
+    if world:
+        work = partial(stages.run_pairs, recipe, world.folder, Path(policy))
+        pairs = run.stage(kinds.PAIRS.name, depends.of(kinds.PAIRS), work, inputs)
+        recipe, inputs = _with_pairs(recipe, pairs), [*inputs, pairs]
+    backbone = recipe.scorer_model_name_or_path or policy
     if recipe.scorer.denoise:
-        strength = measure_strength(recipe, run, backbone, scorer_settings, inputs)
-        data.pairs = [str((strength.folder / "pairs.jsonl.gz").resolve())]
-        inputs = [*inputs, strength]
-    if recipe.scorer.expected_coef:  # e(x) is regressed on samples of the policy, drawn as PPO draws them
-        scorer_settings["ppo"] = part["ppo"]
-    scorers: dict[str, Stage] = {}
-    for objective in ("rm", "am"):
-        scorers[objective] = run.stage(
-            f"scorer-{objective}", scorer_settings,
-            partial(stages.run_scorer, recipe, objective, backbone, str(policy), cache=cache), inputs,
-        )  # fmt: skip
-    judge: Stage | None = None
-    if recipe.evaluate.judge == "scorer":
-        judge = run.stage(
-            "scorer-judge", scorer_settings,
-            partial(stages.run_scorer, recipe, "rm", backbone, str(policy), cache=cache, split="judge"), inputs,
-        )  # fmt: skip
+        settings = depends.of(kinds.STRENGTH, **shifted_responses(recipe))
+        strength = measure_strength(recipe, run, backbone, settings, inputs)
+        recipe, inputs = _with_pairs(recipe, strength), [*inputs, strength]
+
+    # 4. Scorers, and the one that only judges.
+    ground = _Ground(recipe, run, depends, policy, backbone, inputs)
+    cache = FeatureCache()  # scorers on the same frozen lower blocks share their hidden states
+    scorers = {objective: ground.scorer(objective, objective, cache) for objective in ("rm", "am")}
+    judge = ground.scorer("judge", "rm", cache, split="judge") if recipe.evaluate.judge == "scorer" else None
     if recipe.iterate.rounds == 1:
         cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
-    ppo_settings = {**common, "data": settings_data, "ppo": part["ppo"]}
-    selections: dict[str, Stage] = {}
-    for name in rehearsed(recipe.chosen):
-        selections[name] = run.stage(
-            "selection" if name == "am" else f"selection-{name}", {**ppo_settings, "select": part["select"]},
-            partial(stages.run_select, recipe, str(policy), str(scorers[name].folder), needed=True),
-            [*inputs, scorers[name]],
-        )  # fmt: skip
-    trained: dict[str, Stage] = {}
+
+    # 5. What is rehearsed, by the scores of each scorer whose policies rehearse.
+    selections = {objective: ground.selection(objective, scorers[objective]) for objective in rehearsed(recipe.chosen)}
+
+    # 6. The policies, round after round.
+    policies: dict[str, Stage] = {}
     for variant in recipe.chosen:
-        scorer = scorers[variant.scorer]
         selection = selections[variant.scorer] if variant.rehearsal else None
-        rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection else None
-        sources = [*inputs, *([selection] if selection else [])]
-        last = trained[variant.name] = run.stage(
-            f"ppo-{variant.name}", ppo_settings,
-            partial(stages.run_ppo, recipe, variant, str(policy), str(scorer.folder), rehearsal), [*sources, scorer],
-        )  # fmt: skip
+        last = policies[variant.name] = ground.policy_of(variant, variant.name, scorers[variant.scorer], selection)
         for number in range(2, recipe.iterate.rounds + 1):
-            name, before = f"{variant.name}-round-{number}", str(last.folder)
-            responses = run.stage(
-                f"responses-{name}", {**ppo_settings, "iterate": {**part["iterate"], "rounds": None}},
-                partial(stages.run_responses, recipe, before), [last],
-            )  # fmt: skip
-            shifted = str((responses.folder / stages.RESPONSES).resolve())
-            scorer = scorers[name] = run.stage(
-                f"scorer-{name}", scorer_settings,
-                partial(
-                    stages.run_scorer, replace(recipe, scorer=replace(recipe.scorer, meta_responses=shifted)),
-                    variant.scorer, backbone, before, cache=cache,
-                ), [*inputs, responses],
-            )  # fmt: skip
-            last = trained[name] = run.stage(
-                f"ppo-{name}", ppo_settings,
-                partial(
-                    stages.run_ppo, recipe, variant, before, str(scorer.folder), rehearsal, reference=str(policy)
-                ), [*sources, last, scorer],
-            )  # fmt: skip
-    evaluated = run.stage(
-        "evaluation",
-        {
-            "seed": recipe.seed, "data": settings_data, "evaluate": decisive(part["evaluate"]),
-            "variants": recipe.variants,
-        },
-        lambda f: evaluation.run_evaluate(
-            recipe, str(policy), {v: str(s.folder) for v, s in trained.items()}, str(judge.folder) if judge else None, f
-        ),
-        [*inputs, *trained.values(), *([judge] if judge else [])],
-    )  # fmt: skip
-    summary = summarise(recipe, part, run, scorers, list(selections.values()), trained, evaluated)
+            name = f"{variant.name}-round-{number}"
+            work = partial(stages.run_responses, recipe, str(last.folder))
+            responses = run.stage(kinds.RESPONSES.named(name), depends.of(kinds.RESPONSES), work, [last])
+            scorers[name] = ground.scorer(name, variant.scorer, cache, before=last, responses=responses)
+            last = policies[name] = ground.policy_of(variant, name, scorers[name], selection, before=last)
+
+    # 7. Every policy against the initial one.
+    folders = {name: str(stage.folder) for name, stage in policies.items()}
+    work = partial(evaluation.run_evaluate, recipe, policy, folders, str(judge.folder) if judge else None)
+    sources = [*inputs, *policies.values(), *([judge] if judge else [])]
+    comparison = run.stage(kinds.EVALUATION.name, depends.of(kinds.EVALUATION), work, sources)
+    summary = summarise(given, run, scorers, list(selections.values()), policies, comparison)
     write_report(summary, run.root)
     say(f"report: {run.root / 'report.html'}")
     barrier()
     return summary
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What all scorers and policies of a run start from."""
+
+    recipe: Recipe
+    run: RunDirectory
+    depends: Dependencies
+    policy: str  # the initial one
+    backbone: str
+    inputs: Sequence[Stage]
+
+    def scorer(
+        self, name: str, objective: str, cache: FeatureCache, *, split: str = "train", before: Stage | None = None,
+        responses: Stage | None = None,
+    ) -> Stage:  # fmt: skip
+        """``before``: the policy of the round before, and its ``responses``, which the scorer learns to tell apart."""
+        recipe, policy = self.recipe, str(before.folder) if before else self.policy
+        settings = self.depends.of(kinds.SCORER, **shifted_responses(recipe))
+        if responses:
+            shifted = str((responses.folder / stages.RESPONSES).resolve())
+            recipe = replace(recipe, scorer=replace(recipe.scorer, meta_responses=shifted))
+        work = partial(stages.run_scorer, recipe, objective, self.backbone, policy, cache=cache, split=split)
+        sources = [*self.inputs, *([responses] if responses else [])]
+        return self.run.stage(kinds.SCORER.named(name), settings, work, sources)
+
+    def selection(self, objective: str, scorer: Stage) -> Stage:
+        # Folders had this name when the Advantage Model alone could choose.
+        name = kinds.SELECTION.name if objective == "am" else kinds.SELECTION.named(objective)
+        work = partial(stages.run_select, self.recipe, self.policy, str(scorer.folder), needed=True)
+        return self.run.stage(name, self.depends.of(kinds.SELECTION), work, [*self.inputs, scorer])
+
+    def policy_of(
+        self, variant: Variant, name: str, scorer: Stage, selection: Stage | None, *, before: Stage | None = None
+    ) -> Stage:
+        """``before``: the policy of the round before, from which this one goes on."""
+        rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection else None
+        policy, reference = (str(before.folder), self.policy) if before else (self.policy, None)
+        work = partial(stages.run_ppo, self.recipe, variant, policy, str(scorer.folder), rehearsal, reference=reference)
+        sources = [*self.inputs, *filter(None, (selection, before)), scorer]
+        return self.run.stage(kinds.PPO.named(name), self.depends.of(kinds.PPO), work, sources)
 
 
 def world_data(data: DataArguments, folder: Path) -> DataArguments:
@@ -167,5 +155,10 @@ def world_data(data: DataArguments, folder: Path) -> DataArguments:
     names = {
         "prompts": "prompts", "demonstrations": "sft", "eval_main": "eval_main", "eval_forget": "eval_forget"
     }  # fmt: skip
-    files = {field: [str((folder / f"{name}.jsonl.gz").resolve())] for field, name in names.items()}
-    return DataArguments(**{**vars(data), **files, "data_dir": None})
+    files: dict[str, Any] = {field: [str((folder / f"{name}.jsonl.gz").resolve())] for field, name in names.items()}
+    return replace(data, data_dir=None, **files)
+
+
+def _with_pairs(recipe: Recipe, stage: Stage) -> Recipe:
+    """The recipe, to go on with the pairs that a stage has made."""
+    return replace(recipe, data=replace(recipe.data, pairs=[str((stage.folder / "pairs.jsonl.gz").resolve())]))

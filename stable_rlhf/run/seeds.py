@@ -7,12 +7,12 @@ when the study's process ends, however it ends, so that the next call finds no o
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,7 @@ def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _of_seed(recipe: Recipe, seed: int, folder: Path) -> Recipe:
-    own = copy.deepcopy(recipe)
-    own.seed, own.output_dir, own.title = seed, str(folder), f"{recipe.title}, seed {seed}"
-    return own
+    return replace(recipe, seed=seed, output_dir=str(folder), title=f"{recipe.title}, seed {seed}")
 
 
 def _run_seeds(recipes: Mapping[int, Recipe], workers: int) -> None:

@@ -218,7 +218,7 @@ def run_scorer(
     if alternates and any(r.row.logprobs is None for r in train) and policy is None:
         raise DataError("alt_logprobs without logprobs: give the policy to be tuned (--policy)")
     if alternates or (objective == "am" and arguments.expected_coef):
-        _attach(train, policy, tokenizer, recipe, alternates)
+        train = _with_policys_view(train, policy, tokenizer, recipe, alternates)
     model = AdvantageModel(
         trunk, tokenizer,
         ScorerSettings(
@@ -276,14 +276,16 @@ def _denoised(
     return [replace(item, row=row) for item, row in kept if row is not None], found.counts
 
 
-def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, recipe: Recipe, alternates: int) -> None:
-    """Log-probs of the policy to be tuned, and its own samples when e(x) is regressed on them."""
+def _with_policys_view(
+    rows: list[EncodedComparison], policy: str | None, tokenizer: Any, recipe: Recipe, alternates: int
+) -> list[EncodedComparison]:
+    """The rows with log-probs of the policy to be tuned, and its own samples when e(x) is regressed on them."""
     sampling = recipe.scorer.expected_coef > 0
     model = load_policy(policy) if policy else None
     if alternates:
         fill_logprobs(rows, model)
     if not sampling:
-        return
+        return rows
     if model is None:
         raise DataError(
             "scorer.expected_coef needs the policy to be tuned (--policy): e(x) is its expected reward (Eq. 7)"
@@ -292,8 +294,7 @@ def _attach(rows: list[EncodedComparison], policy: str | None, tokenizer: Any, r
     seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
     prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
     sampled = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
-    for row, rollout in zip(rows, sampled, strict=True):
-        row.samples = (rollout.encoded,)
+    return [replace(row, samples=(rollout.encoded,)) for row, rollout in zip(rows, sampled, strict=True)]
 
 
 def _some(prompts: list[EncodedPrompt], count: int, seed: int) -> list[EncodedPrompt]:

@@ -23,8 +23,8 @@ from stable_rlhf.show.progress import is_main_process
 
 
 def summarise(
-    recipe: Recipe, settings: dict[str, Any], run: RunDirectory, scorers: dict[str, Stage],
-    selections: Sequence[Stage], trained: dict[str, Stage], evaluated: Stage,
+    recipe: Recipe, run: RunDirectory, scorers: dict[str, Stage],
+    selections: Sequence[Stage], policies: dict[str, Stage], comparison: Stage,
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
     from stable_rlhf.evaluate import paper
@@ -36,7 +36,7 @@ def summarise(
         "kind": "world" if recipe.model_name_or_path is None else "real",
         "seed": recipe.seed,
         **circumstances(),
-        "settings": settings,
+        "settings": recipe.as_dict(),
         "stages": [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages],
         "scorers": {},
         "policies": {},
@@ -53,9 +53,9 @@ def summarise(
         }  # fmt: skip
     for stage in selections:
         summary[stage.name] = read_json(stage.folder / "selection.json")
-    for variant, stage in trained.items():
-        summary["policies"][variant] = {
-            **evaluated.result["policies"][variant],
+    for name, stage in policies.items():
+        summary["policies"][name] = {
+            **comparison.result["policies"][name],
             "curve": stage.result["curve"],
             "tokens_seen": int(stage.result["tokens_seen"]),
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from stable_rlhf.settings.ranges import (
@@ -351,3 +352,13 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values of settings, which stand by their dotted names."""
+    parts: dict[str, dict[str, Any]] = {"": {}}
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        parts.setdefault(section, {})[last] = value
+    own = parts.pop("")
+    return replace(recipe, **own, **{name: replace(getattr(recipe, name), **part) for name, part in parts.items()})

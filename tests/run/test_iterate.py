@@ -113,7 +113,9 @@ def test_rounds_go_on_from_the_last_policy_with_a_scorer_that_saw_its_responses(
     monkeypatch.setattr(run, "write_report", lambda *_: None)
     recipe.model_name_or_path, recipe.variants, recipe.iterate.rounds = "some/model", ["am"], 3
     recipe.evaluate.judge = "gold"
+    given = recipe.as_dict()
     run.run_recipe(recipe)
+    assert recipe.as_dict() == given  # nobody's recipe is written over
     assert calls[3:] == [
         ("ppo-am", ["initial-policy", "scorer-am"], []),
         ("responses-am-round-2", ["ppo-am"], []),

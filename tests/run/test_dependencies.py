@@ -1,0 +1,76 @@
+"""What the records of stages hold: folders written before must be found again, so none of it may change."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stable_rlhf.data import write_jsonl
+from stable_rlhf.run import dependencies as kinds
+from stable_rlhf.run.dependencies import Dependencies, shifted_responses
+from stable_rlhf.settings.recipe import Recipe, changed
+
+# As folders of November 2026 have it: in a run, and where a command runs the stage alone.
+RECORDED = {
+    "WORLD": ("seed world", None),
+    "INITIAL_POLICY": ("bf16 fp16 model", None),
+    "SFT": ("data engine seed sft", "data engine made_from model_name_or_path seed sft"),
+    "PAIRS": ("engine max_new_tokens seed world", None),
+    "STRENGTH": (
+        "backbone data engine scorer seed",
+        "data engine made_from model_name_or_path scorer scorer_model_name_or_path seed",
+    ),
+    "SCORER": (
+        "backbone data engine scorer seed",
+        "data engine made_from model_name_or_path scorer scorer_model_name_or_path seed",
+    ),
+    "SELECTION": ("data engine ppo seed select", "data engine made_from model_name_or_path ppo seed select"),
+    "SELECTION_OF_FILES": (None, "data made_from model_name_or_path seed select"),
+    "PPO": ("data engine ppo seed", "data engine evaluate made_from model_name_or_path ppo scorer seed"),
+    "RESPONSES": ("data engine iterate ppo seed", None),
+    "EVALUATION": (
+        "data evaluate seed variants",
+        "data engine evaluate made_from model_name_or_path ppo scorer seed",
+    ),
+}
+
+
+def test_every_kind_of_stage_is_here():
+    assert {name for name, value in vars(kinds).items() if isinstance(value, kinds.StageKind)} == RECORDED.keys()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_records_hold_what_they_held(name):
+    recipe = Recipe(model_name_or_path="m", scorer_model_name_or_path="s", seed=3)
+    sections, kind = recipe.as_dict(), getattr(kinds, name)
+    for alone, names in zip((False, True), RECORDED[name], strict=True):
+        if names is None:
+            continue
+        found = Dependencies(recipe, alone=alone).of(kind)
+        assert sorted(found) == names.split()
+        for key in ("seed", "engine", "scorer", "ppo", "world", "select", "sft", "variants"):
+            assert found.get(key, sections[key]) == sections[key]
+        assert found.get("data", {"contents": {}}) in ({**sections["data"], "contents": {}}, {"contents": {}})
+        assert "judge_timeout" not in found.get("evaluate", {}) and found.get("iterate", {}).get("rounds") is None
+        if alone:
+            assert found["made_from"] == ({"model_name_or_path": None} if kind.policy else {})
+
+
+def test_what_stages_depend_on_by_what_is_asked_for(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    plain = Recipe()
+    assert "contents" not in Dependencies(plain).of(kinds.SFT)["data"]  # of the skill world
+    own = changed(plain, {"data.data_dir": str(tmp_path), "data.prompts": ["a.jsonl"], "scorer.expected_coef": 0.5})
+    assert own.data.prompts == ["a.jsonl"] and plain.data.prompts == [] and not plain.scorer.expected_coef
+    own = changed(own, {"model_name_or_path": "m", "scorer.meta_responses": "a.jsonl"})
+    digest = Dependencies(own).of(kinds.SFT)["data"]["contents"]["a.jsonl"]
+    found = Dependencies(own).of(kinds.SCORER, **shifted_responses(own))
+    assert found["ppo"] == own.as_dict()["ppo"] and found["meta_responses"] == {"a.jsonl": digest}
+    assert shifted_responses(plain) == {}
+    (tmp_path / "stage.json").write_text(json.dumps({"fingerprint": "f"}), encoding="utf-8")
+    inputs = {"scorer_folder": str(tmp_path), "rehearsal": str(tmp_path / "a.jsonl"), "variant": "rm", "other": None}
+    found = Dependencies(own, alone=True).of(kinds.PPO, **inputs)
+    assert {name: found[name] for name in inputs} == inputs
+    wanted = {"scorer_folder": "f", "rehearsal": "f", "variant": None, "model_name_or_path": None}
+    assert found["made_from"] == wanted
