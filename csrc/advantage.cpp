@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fields.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -194,32 +195,31 @@ double effective_sample_size(const std::vector<double>& log_weight, const std::v
 }  // namespace
 
 template <typename T>
-int advantage(const Advantage<T>& call, const char* isa) {
-    const Kernels* const chosen_kernels = kernels(isa);
-    if (chosen_kernels == nullptr) return -1;
+bool advantage(const Advantage<T>& call) {
+    const Kernels& chosen_kernels = kernels(call.isa);
     const int64_t R = call.responses, K = call.alternates, M = std::max<int64_t>(call.pairs, 0);
     const double N = static_cast<double>(call.policies);
     const T share = static_cast<T>(static_cast<double>(call.policies - K) / N);
 
     std::vector<double> log_weight, weight;
     const bool weighed = call.logprob != nullptr && K > 0;
-    if (weighed && !weigh(call, *chosen_kernels, &log_weight, &weight)) return 1;
+    if (weighed && !weigh(call, chosen_kernels, &log_weight, &weight)) return false;
 
     std::vector<int64_t> owners;
     const int64_t* prompt = call.prompt_rule == PromptRule::given ? call.prompt : nullptr;
     if (call.expected && call.prompt_rule == PromptRule::of_pairs) {  // every response has to be in one pair
-        if (2 * M != R) return 1;
+        if (2 * M != R) return false;
         owners.assign(R, -1);
         for (int64_t i = 0; i < 2 * M; ++i) {
             const int64_t r = call.pair[i];
-            if (r < 0 || r >= R || owners[r] >= 0) return 1;
+            if (r < 0 || r >= R || owners[r] >= 0) return false;
             owners[r] = i / 2;
         }
         prompt = owners.data();
     }
     if (call.expected && call.prompt_rule == PromptRule::given) {
         for (int64_t r = 0; r < R; ++r) {
-            if (prompt[r] < 0 || prompt[r] >= call.prompts) return 1;
+            if (prompt[r] < 0 || prompt[r] >= call.prompts) return false;
         }
     }
     // body(first response, its prompt or null, how many): the responses in runs whose prompts are numbered in order, or
@@ -263,7 +263,7 @@ int advantage(const Advantage<T>& call, const char* isa) {
     int odd = 0;
     for (int64_t r = 0; r < R; ++r) odd |= !is_finite(call.score[r]);
     bool doubtful = odd != 0;
-    if (call.pairs < 0) return doubtful;
+    if (call.pairs < 0) return !doubtful;
 
     constexpr int64_t kBlock = 256;
     alignas(64) T chosen[kBlock], rejected[kBlock], shift[kBlock], smoothing[kBlock], pair_weight[kBlock];
@@ -296,7 +296,7 @@ int advantage(const Advantage<T>& call, const char* isa) {
         if (call.pair) {
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t c = call.pair[2 * (start + i)], r = call.pair[2 * (start + i) + 1];
-                if (c < 0 || c >= R || r < 0 || r >= R) return 1;
+                if (c < 0 || c >= R || r < 0 || r >= R) return false;
                 chosen_at[i] = c;
                 rejected_at[i] = r;
                 chosen[i] = call.score[c];
@@ -317,7 +317,7 @@ int advantage(const Advantage<T>& call, const char* isa) {
         // Padding: pairs of weight 0 that neither win nor pass a bound.
         for (T* values : {chosen, pair_weight}) std::fill(values + count, values + padded, T(0));
         for (T* values : {rejected, upper, lower}) std::fill(values + count, values + padded, T(1));
-        pair_terms<T>(*chosen_kernels,
+        pair_terms<T>(chosen_kernels,
                       {padded, chosen, rejected, shift, smoothing, pair_weight, call.bounds ? upper : nullptr, lower,
                        chosen_slope, rejected_slope, sums, counts});
         if (call.pair) {
@@ -358,10 +358,61 @@ int advantage(const Advantage<T>& call, const char* isa) {
     call.statistics[4] = static_cast<T>(weighed ? effective_sample_size(log_weight, weight, R, K) : R);
     call.statistics[5] = static_cast<T>(static_cast<double>(flips) / static_cast<double>(std::max<int64_t>(R, 1)));
     call.statistics[6] = static_cast<T>(static_cast<double>(counts[1]) / (2.0 * pairs));
-    return doubtful;
+    return !doubtful;
 }
 
-template int advantage<float>(const Advantage<float>& call, const char* isa);
-template int advantage<double>(const Advantage<double>& call, const char* isa);
+// One number for all, or the address of one for each.
+template <typename T>
+void from_python(PyObject* value, PerItem<T>* item) {
+    if (PyFloat_Check(value)) {
+        item->all = static_cast<T>(PyFloat_AS_DOUBLE(value));
+    } else {
+        item->values = static_cast<const T*>(PyLong_AsVoidPtr(value));
+    }
+}
+
+namespace {
+
+template <typename T>
+void bind_type(pybind11::module_& m, const char* name) {
+    using Call = Advantage<T>;
+    define<Call>(m, name, {
+        STABLE_RLHF_FIELD(Call, responses),
+        STABLE_RLHF_FIELD(Call, prompts),
+        STABLE_RLHF_FIELD(Call, pairs),
+        STABLE_RLHF_FIELD(Call, policies),
+        STABLE_RLHF_FIELD(Call, alternates),
+        STABLE_RLHF_FIELD(Call, reward),
+        STABLE_RLHF_FIELD(Call, expected),
+        STABLE_RLHF_FIELD(Call, prompt_rule),
+        STABLE_RLHF_FIELD(Call, prompt),
+        STABLE_RLHF_FIELD(Call, pair),
+        STABLE_RLHF_FIELD(Call, bounds),
+        STABLE_RLHF_FIELD(Call, margin),
+        STABLE_RLHF_FIELD(Call, rank_margin),
+        STABLE_RLHF_FIELD(Call, label_smoothing),
+        STABLE_RLHF_FIELD(Call, pair_weight),
+        STABLE_RLHF_FIELD(Call, tokens),
+        STABLE_RLHF_FIELD(Call, logprob),
+        STABLE_RLHF_FIELD(Call, alt_logprob),
+        STABLE_RLHF_FIELD(Call, cu_seqlens),
+        STABLE_RLHF_FIELD(Call, length_normalized),
+        STABLE_RLHF_FIELD(Call, max_log_weight),
+        STABLE_RLHF_FIELD(Call, loss),
+        STABLE_RLHF_FIELD(Call, score),
+        STABLE_RLHF_FIELD(Call, gradient),
+        STABLE_RLHF_FIELD(Call, expected_gradient),
+        STABLE_RLHF_FIELD(Call, statistics),
+        STABLE_RLHF_FIELD(Call, num_threads),
+        STABLE_RLHF_FIELD(Call, isa),
+    }, advantage<T>);
+}
+
+}  // namespace
+
+void bind_advantage(pybind11::module_& m) {
+    bind_type<float>(m, "advantage_f32");
+    bind_type<double>(m, "advantage_f64");
+}
 
 }  // namespace stable_rlhf

@@ -14,7 +14,7 @@ struct PerItem {
     T all;
 };
 
-// Which prompt a response answers, where the caller gave no list of them.
+// Which prompt a response answers; stable_rlhf.ops.advantage.reference has the same numbers.
 enum class PromptRule : int { given = 0, halves = 1, of_pairs = 2, same_index = 3 };
 
 template <typename T>
@@ -41,12 +41,13 @@ struct Advantage {
     T* expected_gradient;               // [prompts] d loss / d expected, where expected and pairs are given
     T* statistics;                      // [7]: three terms, accuracy, effective sample size, flips, violations
     int num_threads;
+    const char* isa;
 };
 
-// Returns 0; or 1 when some value looks wrong (out of range, not finite): nothing written counts then, and the caller
-// asks the reference, which names it. -1: the processor lacks `isa`.
+// False when some value looks wrong (out of range, not finite): nothing written counts then, and the caller asks the
+// reference, which names it.
 template <typename T>
-int advantage(const Advantage<T>& call, const char* isa);
+bool advantage(const Advantage<T>& call);
 
 // `count` pairs side by side, a multiple of kPairPadding.
 template <typename T>

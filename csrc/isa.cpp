@@ -1,6 +1,8 @@
 #include "isa.h"
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #define DECLARE_KERNELS(name)                                                                                      \
     namespace name {                                                                                               \
@@ -38,7 +40,7 @@ struct Choice {
 };
 
 const Choice& choices() {
-    static const Choice found = [] {
+    static const Choice of_this_processor = [] {
         Choice c{};
         const auto add = [&c](const Kernels& kernels) {
             c.names[c.count] = kernels.name;
@@ -55,20 +57,20 @@ const Choice& choices() {
         add(KERNELS_OF(baseline));
         return c;
     }();
-    return found;
+    return of_this_processor;
 }
 
 }  // namespace
 
 const char* const* isa_names() { return choices().names; }
 
-const Kernels* kernels(const char* isa) {
+const Kernels& kernels(const char* isa) {
     const Choice& choice = choices();
-    if (isa[0] == '\0') return &choice.kernels[0];
+    if (isa == nullptr || isa[0] == '\0') return choice.kernels[0];
     for (int i = 0; i < choice.count; ++i) {
-        if (std::strcmp(isa, choice.names[i]) == 0) return &choice.kernels[i];
+        if (std::strcmp(isa, choice.names[i]) == 0) return choice.kernels[i];
     }
-    return nullptr;
+    throw std::runtime_error("this processor cannot run the kernels for '" + std::string(isa) + "'");
 }
 
 }  // namespace stable_rlhf

@@ -21,8 +21,8 @@ struct Kernels {
     double (*swav_rows)(const Swav&, int64_t begin, int64_t end, float* scratch);
 };
 
-// The kernels for an instruction set, the best this processor has for ""; null when it lacks that one.
-const Kernels* kernels(const char* isa);
+// The kernels for an instruction set, the best this processor has for "" or null; an error when it lacks that one.
+const Kernels& kernels(const char* isa);
 
 // Names of the instruction sets this processor can run, the best first; null-terminated.
 const char* const* isa_names();

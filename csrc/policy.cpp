@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "fields.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -14,12 +15,11 @@ constexpr double kLogit = 1.0;  // nanoseconds of one thread for a logit
 
 }  // namespace
 
-int64_t rows(const Rows& call, const char* isa) {
-    const Kernels* const found = kernels(isa);
-    if (found == nullptr) return -1;
+int64_t rows(const Rows& call) {
+    const Kernels& chosen = kernels(call.isa);
     const double width = static_cast<double>(call.vocabulary);
     parallel_for(call.count, 4, kLogit * width, call.num_threads,
-                 [&](int64_t begin, int64_t end) { found->rows(call, begin, end); });
+                 [&](int64_t begin, int64_t end) { chosen.rows(call, begin, end); });
     if (call.mode == RowsMode::statistics) return 0;
     if (call.mode == RowsMode::given || call.kept == nullptr) return call.count;
 
@@ -47,48 +47,108 @@ int64_t rows(const Rows& call, const char* isa) {
     return kept;
 }
 
-bool column_peaks(const Columns& call, const char* isa) {
-    const Kernels* const found = kernels(isa);
-    if (found == nullptr) return false;
+void column_peaks(const Columns& call) {
+    const Kernels& chosen = kernels(call.isa);
     const double each = 0.5 * kLogit * static_cast<double>(call.count);
     parallel_for(call.vocabulary, 1024, each, call.num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; at += 1024) found->peaks(call, at, std::min(at + 1024, end));
+        for (int64_t at = begin; at < end; at += 1024) chosen.peaks(call, at, std::min(at + 1024, end));
     });
-    return true;
 }
 
-bool dropped_masses(const Columns& call, const char* isa) {
-    const Kernels* const found = kernels(isa);
-    if (found == nullptr) return false;
+void dropped_masses(const Columns& call) {
+    const Kernels& chosen = kernels(call.isa);
     parallel_for(call.count, 2, kLogit * static_cast<double>(call.vocabulary), call.num_threads,
-                 [&](int64_t begin, int64_t end) { found->masses(call, begin, end); });
-    return true;
+                 [&](int64_t begin, int64_t end) { chosen.masses(call, begin, end); });
 }
 
 namespace {
 
 template <typename T>
-void gather(const T* gradient, int64_t stride, const int64_t* rows, int64_t num_rows, const int64_t* columns,
-            int64_t num_columns, T* out, int num_threads) {
-    parallel_for(num_rows, 2, kLogit * static_cast<double>(num_columns), num_threads, [&](int64_t begin, int64_t end) {
+void gather(const GatheredColumns& call) {
+    const double each = kLogit * static_cast<double>(call.num_columns);
+    parallel_for(call.num_rows, 2, each, call.num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const T* row = gradient + rows[i] * stride;
-            for (int64_t j = 0; j < num_columns; ++j) out[i * num_columns + j] = row[columns[j]];
+            const T* row = static_cast<const T*>(call.gradient) + call.rows[i] * call.stride;
+            T* out = static_cast<T*>(call.out) + i * call.num_columns;
+            for (int64_t j = 0; j < call.num_columns; ++j) out[j] = row[call.columns[j]];
         }
     });
 }
 
 }  // namespace
 
-void gather_columns(const void* gradient, int64_t stride, int bytes, const int64_t* rows, int64_t num_rows,
-                    const int64_t* columns, int64_t num_columns, void* out, int num_threads) {
-    if (bytes == 4) {
-        gather(static_cast<const uint32_t*>(gradient), stride, rows, num_rows, columns, num_columns,
-               static_cast<uint32_t*>(out), num_threads);
-    } else {
-        gather(static_cast<const uint16_t*>(gradient), stride, rows, num_rows, columns, num_columns,
-               static_cast<uint16_t*>(out), num_threads);
-    }
+void gather_columns(const GatheredColumns& call) {
+    call.bytes == 4 ? gather<uint32_t>(call) : gather<uint16_t>(call);
+}
+
+void bind_policy(pybind11::module_& m) {
+    define<Rows>(m, "rows", {
+        STABLE_RLHF_FIELD(Rows, mode),
+        STABLE_RLHF_FIELD(Rows, type),
+        STABLE_RLHF_FIELD(Rows, logits),
+        STABLE_RLHF_FIELD(Rows, gradient),
+        STABLE_RLHF_FIELD(Rows, logits_stride),
+        STABLE_RLHF_FIELD(Rows, gradient_stride),
+        STABLE_RLHF_FIELD(Rows, row),
+        STABLE_RLHF_FIELD(Rows, count),
+        STABLE_RLHF_FIELD(Rows, vocabulary),
+        STABLE_RLHF_FIELD(Rows, target),
+        STABLE_RLHF_FIELD(Rows, inverse_temperature),
+        STABLE_RLHF_FIELD(Rows, softcap),
+        STABLE_RLHF_FIELD(Rows, kind),
+        STABLE_RLHF_FIELD(Rows, old_logprob),
+        STABLE_RLHF_FIELD(Rows, advantage),
+        STABLE_RLHF_FIELD(Rows, ref_logprob),
+        STABLE_RLHF_FIELD(Rows, row_weight),
+        STABLE_RLHF_FIELD(Rows, clip_low),
+        STABLE_RLHF_FIELD(Rows, clip_high),
+        STABLE_RLHF_FIELD(Rows, dual_clip),
+        STABLE_RLHF_FIELD(Rows, kl_coef),
+        STABLE_RLHF_FIELD(Rows, kl_estimator),
+        STABLE_RLHF_FIELD(Rows, entropy_coef),
+        STABLE_RLHF_FIELD(Rows, log_ratio_clamp),
+        STABLE_RLHF_FIELD(Rows, policy_scale),
+        STABLE_RLHF_FIELD(Rows, rehearsal_scale),
+        STABLE_RLHF_FIELD(Rows, coefficient),
+        STABLE_RLHF_FIELD(Rows, entropy_coefficient),
+        STABLE_RLHF_FIELD(Rows, logprob),
+        STABLE_RLHF_FIELD(Rows, entropy),
+        STABLE_RLHF_FIELD(Rows, max),
+        STABLE_RLHF_FIELD(Rows, log_sum),
+        STABLE_RLHF_FIELD(Rows, weighted),
+        STABLE_RLHF_FIELD(Rows, target_logit),
+        STABLE_RLHF_FIELD(Rows, kept),
+        STABLE_RLHF_FIELD(Rows, num_threads),
+        STABLE_RLHF_FIELD(Rows, isa),
+    }, rows);
+    const std::initializer_list<Field<Columns>> columns = {
+        STABLE_RLHF_FIELD(Columns, type),
+        STABLE_RLHF_FIELD(Columns, gradient),
+        STABLE_RLHF_FIELD(Columns, rows),
+        STABLE_RLHF_FIELD(Columns, stride),
+        STABLE_RLHF_FIELD(Columns, count),
+        STABLE_RLHF_FIELD(Columns, vocabulary),
+        STABLE_RLHF_FIELD(Columns, inverse_scale),
+        STABLE_RLHF_FIELD(Columns, thresholds),
+        STABLE_RLHF_FIELD(Columns, num_thresholds),
+        STABLE_RLHF_FIELD(Columns, peaks),
+        STABLE_RLHF_FIELD(Columns, masses),
+        STABLE_RLHF_FIELD(Columns, num_threads),
+        STABLE_RLHF_FIELD(Columns, isa),
+    };
+    define<Columns>(m, "column_peaks", columns, column_peaks);
+    define<Columns>(m, "dropped_masses", columns, dropped_masses);
+    define<GatheredColumns>(m, "gather_columns", {
+        STABLE_RLHF_FIELD(GatheredColumns, gradient),
+        STABLE_RLHF_FIELD(GatheredColumns, stride),
+        STABLE_RLHF_FIELD(GatheredColumns, bytes),
+        STABLE_RLHF_FIELD(GatheredColumns, rows),
+        STABLE_RLHF_FIELD(GatheredColumns, num_rows),
+        STABLE_RLHF_FIELD(GatheredColumns, columns),
+        STABLE_RLHF_FIELD(GatheredColumns, num_columns),
+        STABLE_RLHF_FIELD(GatheredColumns, out),
+        STABLE_RLHF_FIELD(GatheredColumns, num_threads),
+    }, gather_columns);
 }
 
 }  // namespace stable_rlhf

@@ -15,9 +15,12 @@ enum class RowsMode : int {
     given = 2,       // the gradient alone, from max, log_sum, entropy and coefficients made elsewhere
 };
 
+// What a row is; stable_rlhf.ops.policy.types has the same numbers.
+enum class Kind : int8_t { ignored = 0, policy = 1, rehearsal = 2 };
+
 // What the loss of a row is made of; pointers are [n] and may be null where the option is off.
 struct PolicyTerms {
-    const int8_t* kind;           // 1 policy, 2 rehearsal
+    const Kind* kind;
     const float* old_logprob;     // policy rows
     const float* advantage;       // policy rows
     const float* ref_logprob;     // policy rows; null when kl_coef is 0
@@ -32,7 +35,7 @@ struct PolicyTerms {
     double rehearsal_scale;       // rehearsal_coef / rehearsal_denominator
 };
 
-struct Rows {
+struct Rows : PolicyTerms {
     RowsMode mode;
     LogitsType type;
     const void* logits;
@@ -43,7 +46,6 @@ struct Rows {
     const int64_t* target;        // [n]; outside [0, vocabulary): the target lies in another slice of the vocabulary
     const float* inverse_temperature;  // [n]
     float softcap;                // 0: off
-    PolicyTerms policy;
     float* coefficient;           // [n] d loss / d logprob: written by `policy`, read by `given`
     float* entropy_coefficient;   // [n] d loss / d entropy: the same; null in `given`: 0
     float* logprob;               // [n] written; 0 where the target lies outside
@@ -56,11 +58,11 @@ struct Rows {
     // Without it every gradient row stays at its place, and those are zero.
     int64_t* kept;
     int num_threads;
+    const char* isa;              // one of isa_names(), or "" for the best this processor has
 };
 
-// Runs one chunk and returns the number of gradient rows that count; -1 when the processor lacks `isa` ("" for the best
-// this processor has, or one of isa_names()).
-int64_t rows(const Rows& call, const char* isa);
+// Runs one chunk and returns the number of gradient rows that count.
+int64_t rows(const Rows& call);
 
 // Gradient rows for bounded-error column selection: `inverse_scale` [count] makes |gradient| a share of a row's mass.
 struct Columns {
@@ -74,15 +76,25 @@ struct Columns {
     float* peaks;             // [vocabulary]: largest share of each column over the rows
     float* masses;            // [count, num_thresholds]: share of each row in columns whose peak is below a threshold
     int num_threads;
+    const char* isa;
 };
 constexpr int kMaxThresholds = 8;
 
-// False: this processor lacks the instruction set `isa` (isa.h).
-bool column_peaks(const Columns& call, const char* isa);
-bool dropped_masses(const Columns& call, const char* isa);
+void column_peaks(const Columns& call);
+void dropped_masses(const Columns& call);
 
 // out[i, j] = gradient[rows[i], columns[j]], for elements of `bytes` (2 or 4).
-void gather_columns(const void* gradient, int64_t stride, int bytes, const int64_t* rows, int64_t num_rows,
-                    const int64_t* columns, int64_t num_columns, void* out, int num_threads);
+struct GatheredColumns {
+    const void* gradient;
+    int64_t stride;
+    int bytes;
+    const int64_t* rows;
+    int64_t num_rows;
+    const int64_t* columns;
+    int64_t num_columns;
+    void* out;
+    int num_threads;
+};
+void gather_columns(const GatheredColumns& call);
 
 }  // namespace stable_rlhf

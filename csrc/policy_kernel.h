@@ -267,7 +267,7 @@ inline double clamped(double x, double bound) { return x > bound ? bound : x < -
 inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float* c, float* e) {
     const double weight = t.row_weight ? double(t.row_weight[i]) : 1.0;
     *e = 0.0f;
-    if (t.kind[i] == 2) {
+    if (t.kind[i] == Kind::rehearsal) {
         *c = float(-weight * t.rehearsal_scale);
         return;
     }
@@ -309,7 +309,7 @@ void run_row(const Rows& call, int64_t i) {
         if (call.weighted) call.weighted[i] = float(mean);
         if (call.target_logit) call.target_logit[i] = here ? float(apart) : 0.0f;
         if (call.mode == RowsMode::statistics) return;
-        coefficients(call.policy, i, double(logprob), call.coefficient + i, call.entropy_coefficient + i);
+        coefficients(call, i, double(logprob), call.coefficient + i, call.entropy_coefficient + i);
         if (call.coefficient[i] == 0.0f && call.entropy_coefficient[i] == 0.0f) {
             if (!call.kept) memset(gradient, 0, call.vocabulary * sizeof(T));
             return;

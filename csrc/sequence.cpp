@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "fields.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -94,16 +95,20 @@ bool recur_all(T* advantage, const int64_t* cu_seqlens, int64_t s, int64_t past,
 }  // namespace
 
 template <typename T>
-SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, const T* bootstrap_value,
-                   int64_t num_sequences, int64_t tokens, T gamma, T decay, int num_threads, T* advantage, T* returns) {
-    if (!limits_fit(cu_seqlens, num_sequences, tokens, 0)) return SequenceStatus::bad_limits;
+SequenceStatus gae(const Gae<T>& call) {
+    const T *const reward = call.reward, *const value = call.value, *const bootstrap_value = call.bootstrap_value;
+    const int64_t* const cu_seqlens = call.cu_seqlens;
+    const int64_t num_sequences = call.num_sequences;
+    T *const advantage = call.advantage, *const returns = call.returns;
+    const T gamma = call.gamma, decay = call.decay;
+    if (!limits_fit(cu_seqlens, num_sequences, call.tokens, 0)) return SequenceStatus::bad_limits;
     std::atomic<bool> finite{true};
     for (int64_t s = 0; bootstrap_value && s < num_sequences; ++s) {
         if (!std::isfinite(bootstrap_value[s])) finite = false;  // those of empty sequences reach no result
     }
     // Work is shared by tokens: a block's sequences are those that begin in it, however long they are. Sums are in the
     // order of the PyTorch reference: the same bits.
-    parallel_for(tokens, kGrain, kToken, num_threads, [&](int64_t from, int64_t to) {
+    parallel_for(call.tokens, kGrain, kToken, call.num_threads, [&](int64_t from, int64_t to) {
         const int64_t* last = cu_seqlens + num_sequences;
         int64_t s = std::lower_bound(cu_seqlens, last, from) - cu_seqlens;
         const int64_t past = std::lower_bound(cu_seqlens, last, to) - cu_seqlens;
@@ -142,9 +147,12 @@ void k3(const Kernels&, const double* d, int64_t n, double* kl) {
 }
 void k3(const Kernels& kernels, const float* d, int64_t n, float* kl) { kernels.k3(d, n, kl); }
 
+// The rewards of `n` tokens from `first` on, without scores; whether all differences are finite.
 template <typename T>
-bool kl_rewards(const Kernels& kernels, const T* logprob, const T* ref_logprob, int64_t n, T scale, int estimator,
-                T clamp, T* reward) {
+bool kl_rewards(const Kernels& kernels, const TokenRewards<T>& call, int64_t first, int64_t n) {
+    const T *const logprob = call.logprob + first, *const ref_logprob = call.ref_logprob + first;
+    const T scale = -call.kl_coef, clamp = call.clamp;
+    T* const reward = call.reward + first;
     constexpr int64_t stretch = 256;  // in the first cache between the loops, each of which makes vectors
     int unsound = 0;
     for (int64_t from = 0; from < n; from += stretch) {
@@ -157,9 +165,9 @@ bool kl_rewards(const Kernels& kernels, const T* logprob, const T* ref_logprob, 
             d[t] = d[t] < -clamp ? -clamp : d[t];
             d[t] = d[t] > clamp ? clamp : d[t];
         }
-        if (estimator == 2) {
+        if (call.kl_estimator == 2) {
             for (int64_t t = 0; t < length; ++t) d[t] = T(0.5) * d[t] * d[t];
-        } else if (estimator == 3) {
+        } else if (call.kl_estimator == 3) {
             k3(kernels, d, length, d);
         }
         for (int64_t t = 0; t < length; ++t) reward[from + t] = d[t] * scale;
@@ -170,34 +178,62 @@ bool kl_rewards(const Kernels& kernels, const T* logprob, const T* ref_logprob, 
 }  // namespace
 
 template <typename T>
-SequenceStatus token_rewards(const T* logprob, const T* ref_logprob, const T* score, const int64_t* cu_seqlens,
-                             int64_t num_sequences, int64_t tokens, T kl_coef, int kl_estimator, T clamp,
-                             int num_threads, T* reward, const char* isa) {
-    const Kernels* const found = kernels(isa);
-    if (found == nullptr) return SequenceStatus::no_kernels;
-    if (!limits_fit(cu_seqlens, num_sequences, tokens, 1)) return SequenceStatus::bad_limits;
+SequenceStatus token_rewards(const TokenRewards<T>& call) {
+    const Kernels& chosen = kernels(call.isa);
+    if (!limits_fit(call.cu_seqlens, call.num_sequences, call.tokens, 1)) return SequenceStatus::bad_limits;
     std::atomic<bool> finite{true};
-    parallel_for(tokens, kGrain, kToken, num_threads, [&](int64_t from, int64_t to) {
-        bool sound = kl_rewards(*found, logprob + from, ref_logprob + from, to - from, -kl_coef, kl_estimator, clamp,
-                                reward + from);
+    parallel_for(call.tokens, kGrain, kToken, call.num_threads, [&](int64_t from, int64_t to) {
+        bool sound = kl_rewards(chosen, call, from, to - from);
         // The sequences whose last token, cu_seqlens[s + 1] - 1, lies in this block.
-        const int64_t* ends = cu_seqlens + 1;
-        for (int64_t s = std::upper_bound(ends, ends + num_sequences, from) - ends; s < num_sequences && ends[s] <= to;
-             ++s) {
-            sound &= std::isfinite(score[s]);
-            reward[ends[s] - 1] += score[s];
+        const int64_t* const ends = call.cu_seqlens + 1;
+        const int64_t* const last = ends + call.num_sequences;
+        for (int64_t s = std::upper_bound(ends, last, from) - ends; s < call.num_sequences && ends[s] <= to; ++s) {
+            sound &= std::isfinite(call.score[s]);
+            call.reward[ends[s] - 1] += call.score[s];
         }
         if (!sound) finite = false;
     });
     return finite ? SequenceStatus::fine : SequenceStatus::bad_values;
 }
 
-#define STABLE_RLHF_INSTANTIATE(T)                                                                                   \
-    template SequenceStatus gae<T>(const T*, const T*, const int64_t*, const T*, int64_t, int64_t, T, T, int, T*, T*); \
-    template SequenceStatus token_rewards<T>(const T*, const T*, const T*, const int64_t*, int64_t, int64_t, T, int, T, \
-                                             int, T*, const char*);
-STABLE_RLHF_INSTANTIATE(float)
-STABLE_RLHF_INSTANTIATE(double)
-#undef STABLE_RLHF_INSTANTIATE
+namespace {
+
+template <typename T>
+void bind_type(pybind11::module_& m, const std::string& suffix) {
+    define<Gae<T>>(m, "gae_" + suffix, {
+        STABLE_RLHF_FIELD(Gae<T>, reward),
+        STABLE_RLHF_FIELD(Gae<T>, value),
+        STABLE_RLHF_FIELD(Gae<T>, cu_seqlens),
+        STABLE_RLHF_FIELD(Gae<T>, bootstrap_value),
+        STABLE_RLHF_FIELD(Gae<T>, num_sequences),
+        STABLE_RLHF_FIELD(Gae<T>, tokens),
+        STABLE_RLHF_FIELD(Gae<T>, gamma),
+        STABLE_RLHF_FIELD(Gae<T>, decay),
+        STABLE_RLHF_FIELD(Gae<T>, num_threads),
+        STABLE_RLHF_FIELD(Gae<T>, advantage),
+        STABLE_RLHF_FIELD(Gae<T>, returns),
+    }, [](const Gae<T>& call) { return static_cast<int>(gae(call)); });
+    define<TokenRewards<T>>(m, "token_rewards_" + suffix, {
+        STABLE_RLHF_FIELD(TokenRewards<T>, logprob),
+        STABLE_RLHF_FIELD(TokenRewards<T>, ref_logprob),
+        STABLE_RLHF_FIELD(TokenRewards<T>, score),
+        STABLE_RLHF_FIELD(TokenRewards<T>, cu_seqlens),
+        STABLE_RLHF_FIELD(TokenRewards<T>, num_sequences),
+        STABLE_RLHF_FIELD(TokenRewards<T>, tokens),
+        STABLE_RLHF_FIELD(TokenRewards<T>, kl_coef),
+        STABLE_RLHF_FIELD(TokenRewards<T>, kl_estimator),
+        STABLE_RLHF_FIELD(TokenRewards<T>, clamp),
+        STABLE_RLHF_FIELD(TokenRewards<T>, num_threads),
+        STABLE_RLHF_FIELD(TokenRewards<T>, reward),
+        STABLE_RLHF_FIELD(TokenRewards<T>, isa),
+    }, [](const TokenRewards<T>& call) { return static_cast<int>(token_rewards(call)); });
+}
+
+}  // namespace
+
+void bind_sequence(pybind11::module_& m) {
+    bind_type<float>(m, "f32");
+    bind_type<double>(m, "f64");
+}
 
 }  // namespace stable_rlhf

@@ -8,37 +8,44 @@
 
 namespace stable_rlhf {
 
-enum class SequenceStatus : int { fine = 0, bad_limits = 1, bad_values = 2, no_kernels = 3 };
+enum class SequenceStatus : int { fine = 0, bad_limits = 1, bad_values = 2 };
 
-// Generalised advantage estimation. bootstrap_value may be null (0 after the end). `decay` is gamma * lambda, rounded
-// once by the caller as PyTorch does. bad_values: a result is not finite, which a finite input can only cause by
-// overflow.
 template <typename T>
-SequenceStatus gae(const T* reward, const T* value, const int64_t* cu_seqlens, const T* bootstrap_value,
-                   int64_t num_sequences, int64_t tokens, T gamma, T decay, int num_threads, T* advantage, T* returns);
+struct Gae {
+    const T* reward;            // [tokens]
+    const T* value;             // [tokens]
+    const int64_t* cu_seqlens;  // [num_sequences + 1]
+    const T* bootstrap_value;   // [num_sequences]; null: 0 after the end
+    int64_t num_sequences, tokens;
+    T gamma;
+    T decay;                    // gamma * lambda, rounded once by the caller as PyTorch does
+    int num_threads;
+    T* advantage;               // [tokens]
+    T* returns;                 // [tokens]
+};
+
+// Generalised advantage estimation. bad_values: a result is not finite, which a finite input can only cause by overflow.
+template <typename T>
+SequenceStatus gae(const Gae<T>& call);
+
+template <typename T>
+struct TokenRewards {
+    const T* logprob;           // [tokens]
+    const T* ref_logprob;       // [tokens]
+    const T* score;             // [num_sequences]
+    const int64_t* cu_seqlens;  // [num_sequences + 1]
+    int64_t num_sequences, tokens;
+    T kl_coef;
+    int kl_estimator;           // 1, 2, 3
+    T clamp;
+    int num_threads;
+    T* reward;                  // [tokens]
+    const char* isa;
+};
 
 // -kl_coef kl(logprob - ref_logprob, clamped) for every token, and the score on each sequence's last one.
 // bad_limits: also where a sequence is empty. bad_values: a score or a difference of log-probs is not finite.
-// no_kernels: this processor lacks the instruction set `isa` (isa.h).
 template <typename T>
-SequenceStatus token_rewards(const T* logprob, const T* ref_logprob, const T* score, const int64_t* cu_seqlens,
-                             int64_t num_sequences, int64_t tokens, T kl_coef, int kl_estimator, T clamp,
-                             int num_threads, T* reward, const char* isa);
-
-// Number, mean and sum of squared distances from the mean of the elements where mask is not 0 (null: of all), in
-// float64, the same for any number of threads. The mean is not finite where an element is not.
-struct Moments {
-    double count;
-    double mean;
-    double square;
-};
-
-template <typename T>
-Moments masked_moments(const T* x, const uint8_t* mask, int64_t n, int num_threads);
-
-// (x - mean) / sqrt(variance) in float64, plus the mean unless shift_mean; 0 under the mask.
-template <typename T>
-void masked_scale(const T* x, const uint8_t* mask, int64_t n, double mean, double variance, bool shift_mean,
-                  int num_threads, T* out);
+SequenceStatus token_rewards(const TokenRewards<T>& call);
 
 }  // namespace stable_rlhf

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "fields.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -14,9 +15,8 @@ constexpr int64_t kBlock = 64;  // rows; fixed, so that sums do not depend on th
 
 }  // namespace
 
-bool swav_log_sums(const Swav& call, const char* isa) {
-    const Kernels* const found = kernels(isa);
-    if (found == nullptr) return false;
+void swav_log_sums(const Swav& call) {
+    const Kernels& chosen = kernels(call.isa);
     const int64_t blocks = (call.rows + kBlock - 1) / kBlock, padded = swav_padded(call.prototypes);
     std::vector<float> parts(2 * blocks * 2 * padded);  // [view, block, largest and sum, padded]
     const double scores = static_cast<double>(kBlock * call.prototypes);
@@ -25,7 +25,7 @@ bool swav_log_sums(const Swav& call, const char* isa) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, call.rows);
             float* part = parts.data() + task * 2 * padded;
-            found->swav_columns(call, task / blocks, first, last, part, part + padded, scratch.data());
+            chosen.swav_columns(call, task / blocks, first, last, part, part + padded, scratch.data());
         }
     });
     for (int64_t view = 0; view < 2; ++view) {
@@ -39,12 +39,10 @@ bool swav_log_sums(const Swav& call, const char* isa) {
             call.log_sums[view * call.prototypes + k] = float(top + std::log(sum));
         }
     }
-    return true;
 }
 
-bool swav_loss(const Swav& call, const char* isa) {
-    const Kernels* const found = kernels(isa);
-    if (found == nullptr) return false;
+double swav_loss(const Swav& call) {
+    const Kernels& chosen = kernels(call.isa);
     const int64_t blocks = (call.rows + kBlock - 1) / kBlock;
     std::vector<double> parts(blocks);
     const double scores = 2.0 * static_cast<double>(kBlock * call.prototypes);  // of both views
@@ -52,12 +50,30 @@ bool swav_loss(const Swav& call, const char* isa) {
         std::vector<float> scratch(4 * swav_padded(call.prototypes));
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * kBlock, last = std::min(first + kBlock, call.rows);
-            parts[block] = found->swav_rows(call, first, last, scratch.data());
+            parts[block] = chosen.swav_rows(call, first, last, scratch.data());
         }
     });
-    *call.loss = 0.0;
-    for (const double part : parts) *call.loss += part;
-    return true;
+    double loss = 0.0;
+    for (const double part : parts) loss += part;
+    return loss;
+}
+
+void bind_swav(pybind11::module_& m) {
+    const std::initializer_list<Field<Swav>> fields = {
+        STABLE_RLHF_FIELD(Swav, scores),
+        STABLE_RLHF_FIELD(Swav, rows),
+        STABLE_RLHF_FIELD(Swav, prototypes),
+        STABLE_RLHF_FIELD(Swav, potential),
+        STABLE_RLHF_FIELD(Swav, inverse_epsilon),
+        STABLE_RLHF_FIELD(Swav, inverse_temperature),
+        STABLE_RLHF_FIELD(Swav, scale),
+        STABLE_RLHF_FIELD(Swav, gradient),
+        STABLE_RLHF_FIELD(Swav, log_sums),
+        STABLE_RLHF_FIELD(Swav, num_threads),
+        STABLE_RLHF_FIELD(Swav, isa),
+    };
+    define<Swav>(m, "swav_log_sums", fields, swav_log_sums);
+    define<Swav>(m, "swav_loss", fields, swav_loss);
 }
 
 }  // namespace stable_rlhf

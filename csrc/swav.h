@@ -17,13 +17,13 @@ struct Swav {
     double scale;             // of the gradient: 1 / (2 N)
     bool gradient;            // overwrite the scores by d loss / d score
     float* log_sums;          // [2, prototypes] log sum over the rows of exp(score / epsilon + u), u making a code sum to 1
-    double* loss;             // sum over the rows of both cross-entropies
     int num_threads;
+    const char* isa;
 };
 
-// Both return false when the processor lacks `isa`. Results do not depend on num_threads.
-bool swav_log_sums(const Swav& call, const char* isa);
-bool swav_loss(const Swav& call, const char* isa);
+// Results do not depend on num_threads.
+void swav_log_sums(const Swav& call);
+double swav_loss(const Swav& call);  // the sum over the rows of both cross-entropies
 
 constexpr int64_t kSwavPadding = 16;  // scratch rows are whole vectors of every instruction set
 // Internal to each translation unit, which may be compiled for another instruction set.

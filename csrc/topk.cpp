@@ -6,6 +6,8 @@
 // that the result does not depend on the ranges.
 #include "topk.h"
 
+#include <pybind11/pybind11.h>
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -173,12 +175,29 @@ int64_t topk_by_cluster(const T* score, const Cluster* cluster, int64_t n, int64
     return number;
 }
 
-#define STABLE_RLHF_INSTANTIATE(T, Cluster) \
-    template int64_t topk_by_cluster<T, Cluster>(const T*, const Cluster*, int64_t, int64_t, int64_t, int, int64_t*);
-STABLE_RLHF_INSTANTIATE(float, int64_t)
-STABLE_RLHF_INSTANTIATE(float, int32_t)
-STABLE_RLHF_INSTANTIATE(double, int64_t)
-STABLE_RLHF_INSTANTIATE(double, int32_t)
-#undef STABLE_RLHF_INSTANTIATE
+namespace {
+
+template <typename T>
+void bind_type(pybind11::module_& m, const char* name) {
+    m.def(name,
+          [](std::uintptr_t score, std::uintptr_t cluster, bool narrow, int64_t n, int64_t num_clusters, int64_t k,
+             int num_threads, std::uintptr_t out) {
+              const T* const scores = reinterpret_cast<const T*>(score);
+              int64_t* const kept = reinterpret_cast<int64_t*>(out);
+              const auto run = [&](const auto* clusters) {
+                  return topk_by_cluster(scores, clusters, n, num_clusters, k, num_threads, kept);
+              };
+              return narrow ? run(reinterpret_cast<const int32_t*>(cluster))
+                            : run(reinterpret_cast<const int64_t*>(cluster));
+          },
+          pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace
+
+void bind_topk(pybind11::module_& m) {
+    bind_type<float>(m, "topk_by_cluster_f32");
+    bind_type<double>(m, "topk_by_cluster_f64");
+}
 
 }  // namespace stable_rlhf

@@ -1,10 +1,13 @@
 // Mean, spread and scaling of masked values, in float64.
+#include <pybind11/pybind11.h>
+
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "parallel.h"
-#include "sequence.h"
+#include "whiten.h"
 
 namespace stable_rlhf {
 namespace {
@@ -143,9 +146,34 @@ void masked_scale(const T* x, const uint8_t* mask, int64_t n, double mean, doubl
     });
 }
 
-template Moments masked_moments<float>(const float*, const uint8_t*, int64_t, int);
-template Moments masked_moments<double>(const double*, const uint8_t*, int64_t, int);
-template void masked_scale<float>(const float*, const uint8_t*, int64_t, double, double, bool, int, float*);
-template void masked_scale<double>(const double*, const uint8_t*, int64_t, double, double, bool, int, double*);
+namespace {
+
+template <typename T>
+void bind_type(pybind11::module_& m, const std::string& suffix) {
+    const auto array = [](std::uintptr_t address) { return reinterpret_cast<T*>(address); };
+    const auto bytes = [](std::uintptr_t address) { return reinterpret_cast<const uint8_t*>(address); };
+    m.def(("masked_moments_" + suffix).c_str(),
+          [=](std::uintptr_t x, std::uintptr_t mask, int64_t n, int num_threads) {
+              Moments made{};
+              {
+                  pybind11::gil_scoped_release without;
+                  made = masked_moments<T>(array(x), bytes(mask), n, num_threads);
+              }
+              return pybind11::make_tuple(made.count, made.mean, made.square);
+          });
+    m.def(("masked_scale_" + suffix).c_str(),
+          [=](std::uintptr_t x, std::uintptr_t mask, int64_t n, double mean, double variance, bool shift_mean,
+              int num_threads, std::uintptr_t out) {
+              masked_scale<T>(array(x), bytes(mask), n, mean, variance, shift_mean, num_threads, array(out));
+          },
+          pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace
+
+void bind_whiten(pybind11::module_& m) {
+    bind_type<float>(m, "f32");
+    bind_type<double>(m, "f64");
+}
 
 }  // namespace stable_rlhf

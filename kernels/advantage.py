@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from stable_rlhf.ops.advantage.reference import Arguments
+    from stable_rlhf.ops.advantage.reference import AdvantageCall
 
 TILE = 1024
 _counters: dict[tuple[str, int], Tensor] = {}
@@ -303,7 +303,7 @@ def _counter(device: torch.device) -> Tensor:
     return _counters[key]
 
 
-def advantage(call: Arguments, pairs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def advantage(call: AdvantageCall, pairs: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (0-d), scores [R], statistics [7] (csrc/advantage.h), gradients of the reward [R] and of expected [P].
 
     Args:

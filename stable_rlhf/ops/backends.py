@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cpu", "torch")
@@ -133,38 +132,6 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def needs_operator(value: Tensor, backend: str = "") -> bool:
-    """Whether a call has to go through a registered operator: torch.compile traces it, or the tensor is of a type that
-    stands for others (the references, backend "torch", take all of these but fake tensors as they are)."""
-    if torch.compiler.is_compiling():
-        return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():  # make_fx, jit.trace: they see operators alone
-        return True
-    kind = type(value)
-    return kind is not Tensor and kind is not nn.Parameter and (backend != "torch" or hasattr(value, "fake_mode"))
-
-
-@contextmanager
-def autograd_inside(device: torch.device) -> Iterator[None]:
-    """Autograd in the body of an operator, where PyTorch has switched it off; autocast is off."""
-    keys = torch._C.DispatchKey
-    autograd, views = keys.AutogradFunctionality, keys.ADInplaceOrView
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(autograd, False),
-        torch._C._SetExcludeDispatchKeyGuard(views, False),
-        torch.autocast(device.type, enabled=False),
-        torch.enable_grad(),
-    ):
-        yield
-
-
-def refuse_second_derivative(op: str) -> None:
-    """At the start of the backward pass of an operation whose gradients were made with its value: under create_graph
-    they would pass for constants."""
-    if torch.is_grad_enabled():  # once_differentiable costs more than the rest of such a backward pass
-        raise RuntimeError(f"{op}: no second derivatives; call backward without create_graph")
 
 
 def backend_report(device: torch.device | str | None = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops.backends import choice, cpu_isa, extension, implementation, needs_operator, register
+from stable_rlhf.ops.backends import choice, cpu_isa, extension, implementation, register
 from stable_rlhf.ops.checks import (
     FLOATS,
     INTEGERS,
@@ -28,7 +28,8 @@ from stable_rlhf.ops.checks import (
     first_true,
     statistics_dtype,
 )
-from stable_rlhf.ops.contrastive.unit_rows import group_name, resolve_group
+from stable_rlhf.ops.groups import group_name, resolve_group, stack_ranks
+from stable_rlhf.ops.operators import needs_operator
 
 _FINE = 0  # SequenceStatus of csrc/sequence.h
 
@@ -154,18 +155,11 @@ def _gae_cpu(
     kernel = module.gae_f64 if rewards.dtype == torch.float64 else module.gae_f32
     advantage, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     status = kernel(
-        rewards.data_ptr(),
-        values.data_ptr(),
-        limits.data_ptr(),
-        0 if last is None else last.data_ptr(),
-        limits.numel() - 1,
-        rewards.numel(),
-        gamma,
-        gamma * lam,
-        torch.get_num_threads(),
-        advantage.data_ptr(),
-        returns.data_ptr(),
-    )
+        reward=rewards.data_ptr(), value=values.data_ptr(), cu_seqlens=limits.data_ptr(),
+        bootstrap_value=0 if last is None else last.data_ptr(), num_sequences=limits.numel() - 1,
+        tokens=rewards.numel(), gamma=gamma, decay=gamma * lam, num_threads=torch.get_num_threads(),
+        advantage=advantage.data_ptr(), returns=returns.data_ptr(),
+    )  # fmt: skip
     if status != _FINE:  # find what to name; sound inputs whose sums overflow keep their infinities
         _gae_inputs(reward, value, bounds, bootstrap_value, check=True)
     return advantage, returns
@@ -249,13 +243,6 @@ def _(x, *rest):
     return x.new_empty(x.shape, dtype=statistics_dtype(x.dtype))
 
 
-def _gathered(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The moments of every rank, [ranks, 3], from those of this one: count, mean, sum of squared distances."""
-    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, moments.contiguous(), group=group)
-    return torch.stack(parts)
-
-
 def _merged(moments: Tensor) -> Tensor:
     """Count, mean and sum of squared distances of the union of parts, [3], from [parts, 3]."""
     count, mean, square = moments.unbind(1)
@@ -288,7 +275,7 @@ def _whiten_torch(
     mean = wide.sum() / count.clamp(min=1.0)
     square = torch.where(valid, wide - mean, zero).square().sum()
     moments = torch.stack([count, mean, square])
-    parts = moments[None] if group is None else _gathered(moments, group)
+    parts = moments[None] if group is None else stack_ranks(moments, group)
     if check_values(x.device):
         _check_whiten(x, mask, parts[:, 1])
     count, mean, square = _merged(parts)
@@ -319,7 +306,7 @@ def _whiten_cpu(
     threads = torch.get_num_threads()
     count, mean, square = getattr(module, f"masked_moments_{suffix}")(*arguments, threads)
     if group is not None:
-        parts = _gathered(torch.tensor([count, mean, square], dtype=torch.float64, device="cpu"), group)
+        parts = stack_ranks(torch.tensor([count, mean, square], dtype=torch.float64, device="cpu"), group)
         _check_whiten(x, mask, parts[:, 1])
         count, mean, square = _merged(parts).tolist()
     elif not math.isfinite(mean):
@@ -338,7 +325,7 @@ def _whiten_triton(
     values, valid = _whiten_inputs(x, mask)
     parts = kernels.masked_moments(values, valid)
     if group is not None:
-        parts = _gathered(_merged(parts), group)
+        parts = stack_ranks(_merged(parts), group)
     if check_values(x.device):
         _check_whiten(x, mask, parts[:, 1] if group is not None else parts[:, 1].sum()[None])
     return kernels.masked_scale(values, valid, parts, shift_mean, eps)
@@ -456,19 +443,11 @@ def _rewards_cpu(
     kernel = module.token_rewards_f64 if policy.dtype == torch.float64 else module.token_rewards_f32
     reward = torch.empty_like(policy)
     status = kernel(
-        policy.data_ptr(),
-        initial.data_ptr(),
-        scores.data_ptr(),
-        limits.data_ptr(),
-        limits.numel() - 1,
-        policy.numel(),
-        kl_coef,
-        int(estimator[1]),
-        clamp,
-        torch.get_num_threads(),
-        reward.data_ptr(),
-        cpu_isa(),
-    )
+        logprob=policy.data_ptr(), ref_logprob=initial.data_ptr(), score=scores.data_ptr(),
+        cu_seqlens=limits.data_ptr(), num_sequences=limits.numel() - 1, tokens=policy.numel(), kl_coef=kl_coef,
+        kl_estimator=int(estimator[1]), clamp=clamp, num_threads=torch.get_num_threads(), reward=reward.data_ptr(),
+        isa=cpu_isa(),
+    )  # fmt: skip
     if status != _FINE:  # find what to name; finite inputs whose difference overflows were clamped as they should be
         _rewards_inputs(logprob, ref_logprob, score, bounds, check=True)
     return reward

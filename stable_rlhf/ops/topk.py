@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch._library.fake_impl import allocate_size
 
-from stable_rlhf.ops.backends import choice, extension, implementation, needs_operator, register
+from stable_rlhf.ops.backends import choice, extension, implementation, register
 from stable_rlhf.ops.checks import FLOATS, INTEGERS, check_integer, check_tensor, first_true
+from stable_rlhf.ops.operators import needs_operator
 
 _MOST_ROWS = 1 << 31  # the kernels' row numbers have 32 bits; more rows go to PyTorch
 

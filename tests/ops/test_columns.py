@@ -53,7 +53,7 @@ def test_the_documented_bound_holds_for_every_row(tolerance, softcap, monkeypatc
         kept.append((found.columns.numel() * found.bounded.numel() + 4001 * found.dense.numel(), args[1].numel()))
         return found
 
-    monkeypatch.setattr("stable_rlhf.ops.policy.driver.select_columns", spy)
+    monkeypatch.setattr("stable_rlhf.ops.policy.fused.select_columns", spy)
     out, hidden, _ = gradients(call, grad_tolerance=tolerance)
     assert torch.equal(out.loss, exact.loss) and torch.equal(out.logprob, exact.logprob)
     # |c|: from the exact loss by autograd, row by row

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import backends, sequence, topk
+from stable_rlhf.ops import backends, operators, sequence, topk
 from stable_rlhf.ops.advantage import fused as advantage_fused
 from stable_rlhf.ops.advantage import loss as advantage_loss
 from stable_rlhf.ops.backends import extension
@@ -120,7 +120,7 @@ def calls(monkeypatch):
     """The calls of operators, where everything goes through them."""
     seen: list[tuple[CustomOpDef, tuple[object, ...]]] = []
     original = CustomOpDef.__call__
-    for module in (advantage_loss, advantage_fused, policy_loss, sequence, topk):
+    for module in (advantage_loss, advantage_fused, operators, policy_loss, sequence, topk):
         monkeypatch.setattr(module, "needs_operator", lambda *_: True)
     monkeypatch.setattr(CustomOpDef, "__call__", lambda op, *a: (seen.append((op, a)), original(op, *a))[1])
     return seen

@@ -185,13 +185,12 @@ def test_rows_are_read_and_written_up_to_their_end_and_no_further():
         whole = torch.full((1, vocabulary + 2), math.nan)
         from stable_rlhf.ops.policy import cpu
         from stable_rlhf.ops.policy.formula import RowState, gather_terms, select_rows
+        from stable_rlhf.ops.policy.types import PolicyCall
 
-        rows = select_rows(torch.tensor([0]), torch.tensor([2]), 1.0, vocabulary, torch.device("cpu"))
         config = PolicyLossConfig(rehearsal_coef=1.0)
-        terms = gather_terms(
-            rows, config, torch.float32, old_logprob=None, advantage=None, ref_logprob=None, row_weight=None,
-            policy_denominator=None, rehearsal_denominator=None,
-        )  # fmt: skip
+        call = PolicyCall(logits, None, None, torch.tensor([0]), 1.0, config, torch.tensor([2]))
+        rows = select_rows(call, vocabulary)
+        terms = gather_terms(rows, call, torch.float32)
         state = RowState.of(rows)
         cpu.policy(logits.detach(), whole[:, 1:-1], state, rows.kind, terms, config)
         expected = torch.softmax(logits.detach(), -1)

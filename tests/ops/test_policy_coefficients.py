@@ -7,6 +7,7 @@ import torch
 
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.policy import formula
+from stable_rlhf.ops.policy.types import PolicyCall
 
 CONFIGS = {
     "plain": PolicyLossConfig(),
@@ -26,10 +27,11 @@ def test_coefficients_are_the_derivatives_of_the_loss(name):
         key: torch.randn(60, generator=g, dtype=torch.float64)
         for key in ("old_logprob", "advantage", "ref_logprob", "row_weight")
     }
-    rows = formula.select_rows(target, kind, 1.0, 9, torch.device("cpu"))
-    terms = formula.gather_terms(
-        rows, CONFIGS[name], torch.float64, **per_row, policy_denominator=7.0, rehearsal_denominator=None
-    )
+    call = PolicyCall(
+        torch.zeros(60, 9), None, None, target, 1.0, CONFIGS[name], kind, **per_row, policy_denominator=7.0
+    )  # fmt: skip
+    rows = formula.select_rows(call, 9)
+    terms = formula.gather_terms(rows, call, torch.float64)
     logprob = terms.old_logprob + 0.5 * torch.randn(len(rows.kind), generator=g, dtype=torch.float64)
     logprob[:2] += torch.tensor([30.0, -30.0])  # past the clamp
     leaves = [logprob.requires_grad_(), torch.rand(len(rows.kind), dtype=torch.float64).requires_grad_()]

@@ -14,45 +14,45 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.ops.advantage import reference
-from stable_rlhf.ops.advantage.reference import Arguments
-from stable_rlhf.ops.backends import (
+from stable_rlhf.ops.advantage.reference import AdvantageCall
+from stable_rlhf.ops.backends import cpu_isa, extension, register
+from stable_rlhf.ops.checks import check_values
+from stable_rlhf.ops.operators import (
+    Form,
     autograd_inside,
-    cpu_isa,
-    extension,
     needs_operator,
     refuse_second_derivative,
-    register,
+    register_operator,
 )
-from stable_rlhf.ops.checks import check_values
 
 # loss 0-d; score [R]; statistics [7]; gradient [R] of the reward (of the score, where no loss is wanted) and [P] of
 # expected, empty where there is none
 Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def loss(call: Arguments, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def loss(call: AdvantageCall) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, differentiable in reward and expected; score [R]; statistics [7]), the last two detached."""
     if needs_operator(call.reward):
-        value, score, statistics, *_ = advantage_loss(*_flat(call), *_flat_pairs(call), backend)
+        value, score, statistics, *_ = advantage_loss(*_FORM.flat(call))
         return value, score.detach(), statistics.detach()
-    made = _make(call, backend, True)
+    made = _make(call, True)
     if _wants_gradient(call):
         return _AttachLoss.apply(call.reward, call.expected, made), made[1], made[2]
     return made[:3]
 
 
-def score(call: Arguments, backend: str) -> Tensor:
+def score(call: AdvantageCall) -> Tensor:
     """[R] a(x, y), differentiable in reward and expected."""
     if needs_operator(call.reward):
-        return advantage_score(*_flat(call), backend)[0]
-    made = _make(call, backend, False)
+        return advantage_score(*_FORM.flat(call))[0]
+    made = _make(call, False)
     if _wants_gradient(call):
         share = (call.num_policies - call.num_alternates) / call.num_policies
         return _AttachScore.apply(call.reward, call.expected, made, call.prompt, share)
     return made[1]
 
 
-def _wants_gradient(call: Arguments) -> bool:
+def _wants_gradient(call: AdvantageCall) -> bool:
     return torch.is_grad_enabled() and (
         call.reward.requires_grad or (call.expected is not None and call.expected.requires_grad)
     )
@@ -101,18 +101,18 @@ def _score_gradients(
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _make(call: Arguments, backend: str, pairs: bool) -> Made:
-    if backend == "triton":
+def _make(call: AdvantageCall, pairs: bool) -> Made:
+    if call.backend == "triton":
         from stable_rlhf.kernels.advantage import advantage
 
         if check_values(call.reward.device):
             reference.check(call)
         return advantage(call, pairs)
-    made = None if backend == "torch" else _launch_cpp(call, pairs)
+    made = None if call.backend == "torch" else _launch_cpp(call, pairs)
     return _by_reference(call, pairs) if made is None else made
 
 
-def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
+def _launch_cpp(call: AdvantageCall, pairs: bool) -> Made | None:
     """None when some value is out of range or not finite: the reference knows how to say which."""
     module = extension()
     assert module is not None
@@ -128,28 +128,30 @@ def _launch_cpp(call: Arguments, pairs: bool) -> Made | None:
             kept.append(value)
         return value.data_ptr()
 
-    def per_item(value: float | Tensor | None) -> tuple[int, float]:
-        return (address(value), 0.0) if isinstance(value, Tensor) else (0, value or 0.0)
+    def per_item(value: float | Tensor | None) -> float:
+        return address(value) if isinstance(value, Tensor) else value or 0.0
 
     value, score = torch.empty((), dtype=dtype, device="cpu"), torch.empty(responses, dtype=dtype, device="cpu")
     statistics, gradient = torch.empty(7, dtype=dtype, device="cpu"), torch.empty(responses, dtype=dtype, device="cpu")
     expected_gradient = torch.empty(prompts, dtype=dtype, device="cpu")
     kernel = module.advantage_f32 if dtype == torch.float32 else module.advantage_f64
     fine = kernel(
-        responses, prompts, call.pair_count if pairs else -1, call.num_policies, call.num_alternates,
-        0 if call.logprob is None else call.logprob.shape[0], address(call.reward), address(call.expected),
-        call.prompt_rule, address(call.prompt, torch.int64), address(call.pairs, torch.int64), call.margin is not None,
-        *per_item(call.margin), *per_item(call.rank_margin), *per_item(call.label_smoothing),
-        *per_item(call.pair_weight), address(call.logprob), address(call.alt_logprob),
-        address(call.cu_seqlens, torch.int64), call.length_normalized,
-        math.inf if call.max_weight is None else math.log(call.max_weight), value.data_ptr(), score.data_ptr(),
-        gradient.data_ptr(), expected_gradient.data_ptr(), statistics.data_ptr(), torch.get_num_threads(),
-        cpu_isa(),
+        responses=responses, prompts=prompts, pairs=call.pair_count if pairs else -1, policies=call.num_policies,
+        alternates=call.num_alternates, reward=address(call.reward), expected=address(call.expected),
+        prompt_rule=call.prompt_rule, prompt=address(call.prompt, torch.int64), pair=address(call.pairs, torch.int64),
+        bounds=call.margin is not None, margin=per_item(call.margin), rank_margin=per_item(call.rank_margin),
+        label_smoothing=per_item(call.label_smoothing), pair_weight=per_item(call.pair_weight),
+        tokens=0 if call.logprob is None else call.logprob.shape[0], logprob=address(call.logprob),
+        alt_logprob=address(call.alt_logprob), cu_seqlens=address(call.cu_seqlens, torch.int64),
+        length_normalized=call.length_normalized,
+        max_log_weight=math.inf if call.max_weight is None else math.log(call.max_weight), loss=value.data_ptr(),
+        score=score.data_ptr(), gradient=gradient.data_ptr(), expected_gradient=expected_gradient.data_ptr(),
+        statistics=statistics.data_ptr(), num_threads=torch.get_num_threads(), isa=cpu_isa(),
     )  # fmt: skip
     return (value, score, statistics, gradient, expected_gradient) if fine else None
 
 
-def _by_reference(call: Arguments, pairs: bool) -> Made:
+def _by_reference(call: AdvantageCall, pairs: bool) -> Made:
     """What a kernel makes; raises the error that names a wrong value."""
     reference.check(call)
     leaves = [call.reward.detach().requires_grad_()]
@@ -176,120 +178,58 @@ def _by_reference(call: Arguments, pairs: bool) -> Made:
 # -- registered operators ----------------------------------------------------------------------------------------------
 
 
-def _flat(call: Arguments) -> tuple[Any, ...]:
-    return (
-        call.reward, call.expected, call.prompt, call.prompt_rule, call.num_policies, call.num_alternates, call.logprob,
-        call.alt_logprob, call.cu_seqlens, call.length_normalized, call.max_weight,
-    )  # fmt: skip
+_FORM = Form(AdvantageCall)
 
 
-def _flat_pairs(call: Arguments) -> tuple[Any, ...]:
-    given = (call.margin, call.rank_margin, call.label_smoothing, call.pair_weight)
-    tensors = [value if isinstance(value, Tensor) else None for value in given]
-    numbers = [0.0 if value is None or isinstance(value, Tensor) else value for value in given]
-    return call.pairs, *tensors, call.margin is not None, numbers
-
-
-@torch.library.custom_op("stable_rlhf::advantage_loss", mutates_args=())
-def advantage_loss(
-    reward: Tensor,
-    expected: Tensor | None,
-    prompt: Tensor | None,
-    prompt_rule: int,
-    num_policies: int,
-    num_alternates: int,
-    logprob: Tensor | None,
-    alt_logprob: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length_normalized: bool,
-    max_weight: float | None,
-    pairs: Tensor | None,
-    margin: Tensor | None,
-    rank_margin: Tensor | None,
-    label_smoothing: Tensor | None,
-    pair_weight: Tensor | None,
-    bounds: bool,
-    numbers: list[float],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    by_pair = [
-        number if tensor is None else tensor
-        for number, tensor in zip(numbers, (margin, rank_margin, label_smoothing, pair_weight), strict=True)
-    ]
-    call = Arguments(
-        reward, expected, prompt, prompt_rule, num_policies, num_alternates, logprob, alt_logprob, cu_seqlens,
-        length_normalized, max_weight, pairs, by_pair[0] if bounds else None, *by_pair[1:],
-    )  # fmt: skip
-    return _make(call, backend, True)
-
-
-@advantage_loss.register_fake
-def _(reward, expected, *rest):
-    like = torch.empty_like(reward, memory_format=torch.contiguous_format)
-    prompts = 0 if expected is None else expected.shape[0]
-    return reward.new_empty(()), like, reward.new_empty(7), torch.empty_like(like), reward.new_empty(prompts)
+def _loss_shapes(call: AdvantageCall) -> Made:
+    like = torch.empty_like(call.reward, memory_format=torch.contiguous_format)
+    prompts = 0 if call.expected is None else call.expected.shape[0]
+    new = call.reward.new_empty
+    return new(()), like, new(7), torch.empty_like(like), new(prompts)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.has_expected, ctx.arguments = inputs[1] is not None, len(inputs)
+    ctx.has_expected = _FORM.restored(inputs).expected is not None
     ctx.save_for_backward(output[3], output[4])
 
 
 def _hand_over(ctx: Any, upstream: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("advantage_loss")
     if upstream is None:
-        return (None,) * ctx.arguments
-    reward, expected = ctx.saved_tensors
-    return reward * upstream, expected * upstream if ctx.has_expected else None, *[None] * (ctx.arguments - 2)
+        return tuple(_FORM.gradients({}))
+    reward, expected = (gradient * upstream for gradient in ctx.saved_tensors)
+    return tuple(_FORM.gradients({"reward": reward, "expected": expected if ctx.has_expected else None}))
 
 
+advantage_loss = register_operator("advantage_loss", _FORM, 5, lambda call: _make(call, True), _loss_shapes)
 advantage_loss.register_autograd(_hand_over, setup_context=_keep_gradient)
 
 
-@torch.library.custom_op("stable_rlhf::advantage_score", mutates_args=())
-def advantage_score(
-    reward: Tensor,
-    expected: Tensor | None,
-    prompt: Tensor | None,
-    prompt_rule: int,
-    num_policies: int,
-    num_alternates: int,
-    logprob: Tensor | None,
-    alt_logprob: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length_normalized: bool,
-    max_weight: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    call = Arguments(
-        reward, expected, prompt, prompt_rule, num_policies, num_alternates, logprob, alt_logprob, cu_seqlens,
-        length_normalized, max_weight,
-    )  # fmt: skip
-    _, score, _, slope, _ = _make(call, backend, False)
+def _score_and_slope(call: AdvantageCall) -> tuple[Tensor, Tensor]:
+    _, score, _, slope, _ = _make(call, False)
     return score, slope
-
-
-@advantage_score.register_fake
-def _(reward, *rest):
-    like = torch.empty_like(reward, memory_format=torch.contiguous_format)
-    return like, torch.empty_like(like)
 
 
 def _keep_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
-    _, expected, prompt, _, policies, alternates, *_ = inputs
-    ctx.share, ctx.prompts = (policies - alternates) / policies, None if expected is None else expected.shape[0]
-    ctx.save_for_backward(output[1], prompt)
+    call = _FORM.restored(inputs)
+    ctx.share = (call.num_policies - call.num_alternates) / call.num_policies
+    ctx.prompts = None if call.expected is None else call.expected.shape[0]
+    ctx.save_for_backward(output[1], call.prompt)
 
 
 def _spread(ctx: Any, upstream: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 12
+        return tuple(_FORM.gradients({}))
     slope, prompt = ctx.saved_tensors
-    return (*_score_gradients(upstream, slope, prompt, ctx.share, ctx.prompts), *[None] * 10)
+    reward, expected = _score_gradients(upstream, slope, prompt, ctx.share, ctx.prompts)
+    return tuple(_FORM.gradients({"reward": reward, "expected": expected}))
 
 
+advantage_score = register_operator(
+    "advantage_score", _FORM, 2, _score_and_slope, lambda call: (_loss_shapes(call)[1], _loss_shapes(call)[3])
+)
 advantage_score.register_autograd(_spread, setup_context=_keep_slope)
 
 register("advantage_loss", {"triton": loss, "cpu": loss, "torch": reference.loss})

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf.ops.advantage import fused, reference
-from stable_rlhf.ops.advantage.reference import GIVEN, HALVES, OF_PAIRS, SAME_INDEX, Arguments
-from stable_rlhf.ops.backends import choice, needs_operator
+from stable_rlhf.ops.advantage.reference import AdvantageCall, PromptRule
+from stable_rlhf.ops.backends import choice
 from stable_rlhf.ops.checks import (
     INTEGERS,
     check_choice,
@@ -20,6 +20,7 @@ from stable_rlhf.ops.checks import (
     check_tensor,
     statistics_dtype,
 )
+from stable_rlhf.ops.operators import needs_operator
 
 WEIGHT_MODES = ("length_normalized", "sequence")
 
@@ -129,16 +130,17 @@ def advantage_loss(
         raise ValueError(f"pairs: required for an odd number of responses ({responses})")
     else:
         count = responses // 2
-    rule = GIVEN
+    rule = PromptRule.GIVEN
     if expected is not None and prompt is None:
-        rule = HALVES if pairs is None else OF_PAIRS
+        rule = PromptRule.HALVES if pairs is None else PromptRule.OF_PAIRS
         if isinstance(expected, Tensor) and expected.ndim == 1 and expected.shape[0] != count:
             raise ValueError(f"expected: {expected.shape[0]} values for {count} pairs, and no prompt given")
         if 2 * count != responses:
             raise ValueError("prompt: required unless every response is in exactly one pair")
-    call = _arguments(
-        reward, expected, prompt, rule, num_policies, None, logprob, alt_logprob, cu_seqlens, weight_mode, max_weight,
-        pairs=pairs,
+    call = _checked(
+        "advantage_loss", reward, expected, prompt=prompt, prompt_rule=rule, num_policies=num_policies,
+        num_alternates=None, logprob=logprob, alt_logprob=alt_logprob, cu_seqlens=cu_seqlens, weight_mode=weight_mode,
+        max_weight=max_weight, pairs=pairs,
         margin=None if margin is None else _per("margin", margin, responses, reward),
         rank_margin=_per("rank_margin", rank_margin, count, reward),
         label_smoothing=_per("label_smoothing", label_smoothing, count, reward),
@@ -146,10 +148,9 @@ def advantage_loss(
     )  # fmt: skip
     if isinstance(call.label_smoothing, float) and not 0.0 <= call.label_smoothing <= 1.0:
         raise ValueError("label_smoothing: has values outside [0, 1]")
-    backend = choice("advantage_loss", reward.device)
-    if backend == "torch" and not needs_operator(reward, backend):
+    if call.backend == "torch" and not needs_operator(reward, "torch"):
         return AdvantageLossOutput(*reference.loss(call))
-    return AdvantageLossOutput(*fused.loss(call, backend))
+    return AdvantageLossOutput(*fused.loss(call))
 
 
 class AdvantageLoss(nn.Module):
@@ -223,14 +224,15 @@ def advantage_score(
     responses = _check_reward(reward)
     if expected is not None and prompt is None and isinstance(expected, Tensor) and expected.numel() != responses:
         raise ValueError(f"expected: {expected.numel()} values for {responses} responses, and no prompt given")
-    call = _arguments(
-        reward, expected, prompt, SAME_INDEX if prompt is None else GIVEN, num_policies, num_alternates, logprob,
-        alt_logprob, cu_seqlens, weight_mode, max_weight,
+    rule = PromptRule.SAME_INDEX if prompt is None else PromptRule.GIVEN
+    call = _checked(
+        "advantage_score", reward, expected, prompt=prompt, prompt_rule=rule, num_policies=num_policies,
+        num_alternates=num_alternates, logprob=logprob, alt_logprob=alt_logprob, cu_seqlens=cu_seqlens,
+        weight_mode=weight_mode, max_weight=max_weight,
     )  # fmt: skip
-    backend = choice("advantage_score", reward.device)
-    if backend == "torch" and not needs_operator(reward, backend):
+    if call.backend == "torch" and not needs_operator(reward, "torch"):
         return reference.score(call)
-    return fused.score(call, backend)
+    return fused.score(call)
 
 
 def _check_reward(reward: Tensor) -> int:
@@ -240,9 +242,11 @@ def _check_reward(reward: Tensor) -> int:
     return reward.shape[0]
 
 
-def _arguments(
+def _checked(
+    op: str,
     reward: Tensor,
     expected: Tensor | None,
+    *,
     prompt: Tensor | None,
     prompt_rule: int,
     num_policies: int | None,
@@ -253,7 +257,7 @@ def _arguments(
     weight_mode: str,
     max_weight: float | None,
     **by_pair: Any,
-) -> Arguments:
+) -> AdvantageCall:
     """Checks all that needs no tensor's values; those are looked at where they are read anyway."""
     device, dtype = reward.device, statistics_dtype(reward.dtype)
     if expected is not None:
@@ -309,9 +313,11 @@ def _arguments(
         raise ValueError(f"num_policies: N = {policies} is less than 1 or than the K = {num_alternates} alternates")
     if reward.dtype != dtype:
         reward = reward.to(dtype)
-    return Arguments(
-        reward, expected, prompt, prompt_rule, policies, num_alternates, logprob, alt_logprob, cu_seqlens,
-        weight_mode == "length_normalized", max_weight, **by_pair,
+    return AdvantageCall(
+        reward, expected, prompt=prompt, prompt_rule=prompt_rule, num_policies=policies, num_alternates=num_alternates,
+        logprob=logprob, alt_logprob=alt_logprob, cu_seqlens=cu_seqlens,
+        length_normalized=weight_mode == "length_normalized", max_weight=max_weight, backend=choice(op, device),
+        **by_pair,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from typing import NamedTuple
 
@@ -11,10 +12,17 @@ from torch import Tensor
 
 from stable_rlhf.ops.checks import check_cu_seqlens, check_finite, check_values, first_true
 
-GIVEN, HALVES, OF_PAIRS, SAME_INDEX = range(4)  # csrc/advantage.h, PromptRule
+
+class PromptRule(enum.IntEnum):
+    """Which prompt a response answers; csrc/advantage.h and kernels.advantage have the same numbers."""
+
+    GIVEN = 0  # by the call's `prompt`
+    HALVES = 1  # pair i has prompt i, its responses in the two halves
+    OF_PAIRS = 2  # pair i of the list has prompt i
+    SAME_INDEX = 3  # response i has prompt i
 
 
-class Arguments(NamedTuple):
+class AdvantageCall(NamedTuple):
     """A call whose shapes, types and devices have been checked; its values have not.
 
     reward and expected are both float32 or both float64; the other numbers may be of any floating type. Indices are
@@ -24,7 +32,7 @@ class Arguments(NamedTuple):
     reward: Tensor  # [R]
     expected: Tensor | None  # [P]
     prompt: Tensor | None  # [R]
-    prompt_rule: int  # GIVEN, or how the prompts follow where `expected` came without `prompt`
+    prompt_rule: int  # a PromptRule
     num_policies: int
     num_alternates: int
     logprob: Tensor | None  # [T]; None: every weight is 1
@@ -32,6 +40,7 @@ class Arguments(NamedTuple):
     cu_seqlens: Tensor | None  # [R + 1]
     length_normalized: bool
     max_weight: float | None
+    backend: str
     pairs: Tensor | None = None  # [M, 2]; None: first half against second
     margin: float | Tensor | None = None  # [R]
     rank_margin: float | Tensor = 0.0  # [M]
@@ -43,7 +52,7 @@ class Arguments(NamedTuple):
         return self.reward.numel() // 2 if self.pairs is None else self.pairs.shape[0]
 
 
-def check(call: Arguments) -> None:
+def check(call: AdvantageCall) -> None:
     """Raises the ValueError that names the first wrong value; reads the device."""
     check_finite("reward", call.reward.detach())
     if call.expected is not None:
@@ -52,7 +61,7 @@ def check(call: Arguments) -> None:
         _check_range("pairs", call.pairs, call.reward.numel())
     if call.prompt is not None and call.expected is not None:
         _check_range("prompt", call.prompt, call.expected.numel())
-    if call.prompt_rule == OF_PAIRS and pairs_of(call).unique().numel() != call.reward.numel():
+    if call.prompt_rule == PromptRule.OF_PAIRS and pairs_of(call).unique().numel() != call.reward.numel():
         raise ValueError("prompt: required unless every response is in exactly one pair")
     for name in ("margin", "rank_margin", "label_smoothing", "pair_weight"):
         value = getattr(call, name)
@@ -82,19 +91,19 @@ def _check_range(name: str, value: Tensor, limit: int) -> None:
         raise ValueError(f"{name}: {int(value.reshape(-1)[position])} is outside [0, {limit})")
 
 
-def pairs_of(call: Arguments) -> Tensor:
+def pairs_of(call: AdvantageCall) -> Tensor:
     """[M, 2] (chosen, rejected)."""
     if call.pairs is not None:
         return call.pairs
     return torch.arange(2 * call.pair_count, device=call.reward.device, dtype=torch.int64).reshape(2, -1).T
 
 
-def prompt_of(call: Arguments) -> Tensor:
+def prompt_of(call: AdvantageCall) -> Tensor:
     """[R], each response's index into expected."""
     if call.prompt is not None:
         return call.prompt
     responses, device = call.reward.numel(), call.reward.device
-    if call.prompt_rule == SAME_INDEX:
+    if call.prompt_rule == PromptRule.SAME_INDEX:
         return torch.arange(responses, device=device, dtype=torch.int64)
     pairs = pairs_of(call)
     numbers = torch.arange(pairs.shape[0], device=device, dtype=torch.int64)
@@ -103,7 +112,7 @@ def prompt_of(call: Arguments) -> Tensor:
 
 
 @torch.no_grad()
-def log_weights(call: Arguments) -> Tensor | None:
+def log_weights(call: AdvantageCall) -> Tensor | None:
     """log w_k [K, R], clamped, in float64; None without alternates.
 
     log w_k = sum_t (log pi(y_t) - log pi'_k(y_t)): differences first, for exp(sum log pi) alone underflows.
@@ -124,14 +133,14 @@ def log_weights(call: Arguments) -> Tensor | None:
     return weights
 
 
-def score(call: Arguments) -> Tensor:
+def score(call: AdvantageCall) -> Tensor:
     """[R] a(x, y), eq. 8; differentiable in reward and expected."""
     if check_values(call.reward.device):
         check(call)
     return _score(call, log_weights(call))
 
 
-def _score(call: Arguments, weights: Tensor | None) -> Tensor:
+def _score(call: AdvantageCall, weights: Tensor | None) -> Tensor:
     share = (call.num_policies - call.num_alternates) / call.num_policies
     if weights is None:
         value = call.reward if call.expected is None else call.reward - call.expected[prompt_of(call)]
@@ -140,7 +149,7 @@ def _score(call: Arguments, weights: Tensor | None) -> Tensor:
     return value if call.expected is None else value - share * call.expected[prompt_of(call)]
 
 
-def loss(call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def loss(call: AdvantageCall) -> tuple[Tensor, Tensor, Tensor]:
     """(loss 0-d, differentiable in reward and expected; score [R]; statistics [7], see csrc/advantage.h)."""
     if check_values(call.reward.device):
         check(call)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_rlhf.ops.backends import choice, refuse_second_derivative, register
+from stable_rlhf.ops.backends import choice, register
 from stable_rlhf.ops.checks import check_integer, check_positive
 from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
-from stable_rlhf.ops.policy import driver
+from stable_rlhf.ops.operators import loss_operation, requires_grad, shapes_of_gradients
+from stable_rlhf.ops.policy import fused
 from stable_rlhf.ops.policy.formula import Rows, Terms
-from stable_rlhf.ops.policy.fused import hand_over, keep
 from stable_rlhf.ops.policy.products import HeadProducts
-from stable_rlhf.ops.policy.types import REHEARSAL, PolicyLossConfig
+from stable_rlhf.ops.policy.types import Kind, PolicyLossConfig
 
 _LIKELIHOOD = PolicyLossConfig(rehearsal_coef=1.0)
 
@@ -66,11 +66,25 @@ def info_nce(
     everyone = ranks.gather(partners)
     if backend == "torch":
         return ranks.sum(_reference(rows, everyone, ranks, temperature))
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (rows, everyone)]
     # Half types are multiplied as they are where the device has an instruction for it.
     dtype = a.dtype if a.device.type == "cuda" else torch.float32
-    loss, *_ = _fused(rows, everyone, ranks.offset, temperature, dtype, workspace_bytes, backend, needs)
-    return ranks.sum(loss)
+    call = InfoNceCall(
+        rows, everyone, ranks.offset, temperature, dtype, workspace_bytes, backend, requires_grad(rows, everyone)
+    )
+    return ranks.sum(_fused(call)[0])
+
+
+class InfoNceCall(NamedTuple):
+    """One rank's part of the loss, from float32 rows of unit length."""
+
+    rows: Tensor  # [B, D]
+    everyone: Tensor  # [N, D], the partners of the rows of all ranks
+    offset: int  # of this rank's rows among them
+    temperature: float
+    dtype: torch.dtype  # of the products
+    workspace_bytes: int
+    backend: str
+    needs: tuple[bool, ...]  # whether a gradient is asked for, of rows and everyone
 
 
 def _reference(rows: Tensor, everyone: Tensor, ranks: Ranks, temperature: float) -> Tensor:
@@ -81,64 +95,45 @@ def _reference(rows: Tensor, everyone: Tensor, ranks: Ranks, temperature: float)
     return F.cross_entropy(logits, target, reduction="sum") / ranks.total
 
 
-@torch.library.custom_op("stable_rlhf::info_nce", mutates_args=())
-def _fused(
-    rows: Tensor,
-    everyone: Tensor,
-    offset: int,
-    temperature: float,
-    dtype: torch.dtype,
-    workspace_bytes: int,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's part of the loss, and its gradients by float32 unit rows [B, D] and [N, D]; products in `dtype`."""
+def _loss_and_gradients(call: InfoNceCall) -> tuple[Tensor, ...]:
+    rows, everyone, needs = call.rows, call.everyone, call.needs
     count, total = rows.shape[0], everyone.shape[0]
-    kernels, _ = driver.row_kernels(backend, "", total, rows.device)
-    half = dtype != torch.float32
+    kernels, _ = fused.row_kernels(call.backend, "", total, rows.device)
+    half = call.dtype != torch.float32
     numbers = torch.zeros(count, device=rows.device, dtype=torch.float32)
-    kind = torch.full((count,), REHEARSAL, dtype=torch.int8, device=rows.device)
-    target = torch.arange(offset, offset + count, device=rows.device, dtype=torch.int64)
-    likelihood = Rows(torch.Size((count,)), None, target, kind, 0, count, temperature)
+    kind = torch.full((count,), Kind.REHEARSAL, dtype=torch.int8, device=rows.device)
+    target = torch.arange(call.offset, call.offset + count, device=rows.device, dtype=torch.int64)
+    likelihood = Rows(torch.Size((count,)), None, target, kind, 0, count, call.temperature)
     # The gradient of a mean over many rows is too small for half types: there it is divided afterwards.
     denominator = torch.full((), 1.0 if half else float(total), device=rows.device, dtype=torch.float32)
     terms = Terms(numbers, numbers, None, None, torch.ones_like(denominator), denominator)
     with torch.autocast(rows.device.type, enabled=False):
         products = HeadProducts(
-            rows.to(dtype), everyone.to(dtype), None, torch.float32 if half else None, (needs[0], needs[1], False)
+            rows.to(call.dtype),
+            everyone.to(call.dtype),
+            None,
+            torch.float32 if half else None,
+            (needs[0], needs[1], False),
         )
         if any(needs):
-            state, made = driver.policy(
-                kernels, products, likelihood, terms, _LIKELIHOOD, workspace_bytes, compact=False
+            state, made = fused.policy(
+                kernels, products, likelihood, terms, _LIKELIHOOD, call.workspace_bytes, compact=False
             )
         else:
-            state, made = driver.statistics(kernels, products, likelihood, None, workspace_bytes), (None, None, None)
+            state, made = (
+                fused.statistics(kernels, products, likelihood, None, call.workspace_bytes),
+                (None, None, None),
+            )
     loss = (-state.logprob.sum(dtype=torch.float64) / total).float()
     gradients = (g.float().div_(total) if half and g is not None else g for g in made[:2])
     first, second = (rows.new_empty(0) if g is None else g for g in gradients)
     return loss, first, second
 
 
-@_fused.register_fake
-def _(rows, everyone, *rest):
-    needs = rest[-1]
-    made = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for x, need in zip((rows, everyone), needs, strict=True)
-    )
-    return rows.new_empty(()), *made
+def _shapes(call: InfoNceCall) -> tuple[Tensor, ...]:
+    return call.rows.new_empty(()), *shapes_of_gradients(call.needs, call.rows, call.everyone)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-1]
-    keep(ctx, output[1:])
-
-
-def _backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative("info_nce")
-    return (*hand_over(ctx, ctx.needs, upstream), *[None] * 6)
-
-
-_fused.register_autograd(_backward, setup_context=_setup)
+_fused = loss_operation("info_nce", InfoNceCall, ("rows", "everyone"), 3, body=_loss_and_gradients, shapes=_shapes)
 
 register("info_nce", {"torch": _reference, "cpu": _fused, "triton": _fused})

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops.backends import choice, cpu_isa, extension, refuse_second_derivative, register
+from stable_rlhf.ops.backends import choice, cpu_isa, extension, register
 from stable_rlhf.ops.checks import check_integer, check_positive, check_tensor
-from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, group_name, resolve_group, stack_ranks, unit_rows
-from stable_rlhf.ops.policy.fused import hand_over, keep
+from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
+from stable_rlhf.ops.groups import group_name, resolve_group, stack_ranks
+from stable_rlhf.ops.operators import loss_operation, requires_grad, shapes_of_gradients
 
 
 def swav_loss(
@@ -68,11 +69,26 @@ def swav_loss(
     a, b, prototypes = unit_rows(a, "a"), unit_rows(b, "b"), unit_rows(prototypes, "prototypes")
     if backend == "torch":
         return ranks.sum(_reference(a, b, prototypes, ranks, temperature, epsilon, iterations))
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (a, b, prototypes)]
-    loss, *_ = _fused(
-        a, b, prototypes, temperature, epsilon, iterations, ranks.total, backend, group_name(ranks.group), needs
-    )
-    return ranks.sum(loss)
+    call = SwavCall(
+        a, b, prototypes, temperature=temperature, epsilon=epsilon, iterations=iterations, total=ranks.total,
+        backend=backend, group=group_name(ranks.group), needs=requires_grad(a, b, prototypes),
+    )  # fmt: skip
+    return ranks.sum(_fused(call)[0])
+
+
+class SwavCall(NamedTuple):
+    """One rank's part of the loss, from float32 rows of unit length."""
+
+    a: Tensor  # [B, D]
+    b: Tensor  # [B, D]
+    prototypes: Tensor  # [K, D]
+    temperature: float
+    epsilon: float
+    iterations: int
+    total: int  # rows of all ranks
+    backend: str
+    group: str  # name of the process group
+    needs: tuple[bool, ...]  # whether a gradient is asked for, of a, b and prototypes
 
 
 def potentials(
@@ -131,27 +147,15 @@ def kernels_of(backend: str) -> Kernels:
     return Kernels(swav.log_sums, swav.loss)
 
 
-@torch.library.custom_op("stable_rlhf::swav_loss", mutates_args=())
-def _fused(
-    a: Tensor,
-    b: Tensor,
-    prototypes: Tensor,
-    temperature: float,
-    epsilon: float,
-    iterations: int,
-    total: int,
-    backend: str,
-    group: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's part of the loss, and its gradients by float32 rows [B, D] and prototypes [K, D] of unit length."""
-    kernels, views = kernels_of(backend), (a, b)
+def _loss_and_gradients(call: SwavCall) -> tuple[Tensor, ...]:
+    a, b, prototypes, needs = call.a, call.b, call.prototypes, call.needs
+    kernels, views = kernels_of(call.backend), (a, b)
     scores = a.new_empty(2, a.shape[0], prototypes.shape[0])
     with torch.autocast(a.device.type, enabled=False):
         for view, score in zip(views, scores, strict=True):
             torch.mm(view, prototypes.T, out=score)
-        v = potentials(scores, epsilon, iterations, resolve_group(group), kernels)
-        loss = kernels.loss(scores, v, 1.0 / epsilon, 1.0 / temperature, 0.5 / total, any(needs))
+        v = potentials(scores, call.epsilon, call.iterations, resolve_group(call.group), kernels)
+        loss = kernels.loss(scores, v, 1.0 / call.epsilon, 1.0 / call.temperature, 0.5 / call.total, any(needs))
         made = [
             torch.mm(score, prototypes) if need else a.new_empty(0)
             for score, need in zip(scores, needs[:2], strict=True)
@@ -160,50 +164,31 @@ def _fused(
             made.append(torch.mm(scores[0].T, a).addmm_(scores[1].T, b))
         else:
             made.append(a.new_empty(0))
-    return (loss / (2 * total)).float(), made[0], made[1], made[2]
+    return (loss / (2 * call.total)).float(), made[0], made[1], made[2]
 
 
-@_fused.register_fake
-def _(a, b, prototypes, *rest):
-    needs = rest[-1]
-    made = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for x, need in zip((a, b, prototypes), needs, strict=True)
-    )
-    return a.new_empty(()), *made
+def _shapes(call: SwavCall) -> tuple[Tensor, ...]:
+    return call.a.new_empty(()), *shapes_of_gradients(call.needs, call.a, call.b, call.prototypes)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-1]
-    keep(ctx, output[1:])
+_fused = loss_operation("swav_loss", SwavCall, ("a", "b", "prototypes"), 4, body=_loss_and_gradients, shapes=_shapes)
 
 
-def _backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative("swav_loss")
-    return (*hand_over(ctx, ctx.needs, upstream), *[None] * 7)
-
-
-_fused.register_autograd(_backward, setup_context=_setup)
-
-
-def _cpu_arguments(
-    scores: Tensor, potential: Tensor | None, inverse_epsilon: float
-) -> tuple[int, int, int, int, float]:
+def _cpu_fields(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> dict[str, Any]:
+    """What both calls of C++ take."""
     assert scores.is_contiguous() and scores.dtype == torch.float32
-    return (
-        scores.data_ptr(), scores.shape[1], scores.shape[2], 0 if potential is None else potential.data_ptr(),
-        inverse_epsilon,
-    )  # fmt: skip
+    return {
+        "scores": scores.data_ptr(), "rows": scores.shape[1], "prototypes": scores.shape[2],
+        "potential": 0 if potential is None else potential.data_ptr(), "inverse_epsilon": inverse_epsilon,
+        "num_threads": torch.get_num_threads(), "isa": cpu_isa(),
+    }  # fmt: skip
 
 
 def _log_sums_cpu(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> Tensor:
     module = extension()
     assert module is not None
     sums = torch.empty(2, scores.shape[2], dtype=torch.float32, device="cpu")
-    module.swav_log_sums(
-        *_cpu_arguments(scores, potential, inverse_epsilon), sums.data_ptr(), torch.get_num_threads(),
-        cpu_isa(),
-    )  # fmt: skip
+    module.swav_log_sums(**_cpu_fields(scores, potential, inverse_epsilon), log_sums=sums.data_ptr())
     return sums
 
 
@@ -218,8 +203,8 @@ def _loss_cpu(
     module = extension()
     assert module is not None
     total = module.swav_loss(
-        *_cpu_arguments(scores, potential, inverse_epsilon), inverse_temperature, scale, gradient,
-        torch.get_num_threads(), cpu_isa(),
+        **_cpu_fields(scores, potential, inverse_epsilon), inverse_temperature=inverse_temperature, scale=scale,
+        gradient=gradient,
     )  # fmt: skip
     return torch.tensor(total, dtype=torch.float64, device="cpu")
 

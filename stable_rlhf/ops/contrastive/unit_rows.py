@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stable_rlhf.ops.backends import transformed
 from stable_rlhf.ops.checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
+from stable_rlhf.ops.groups import stack_ranks
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:
@@ -138,23 +139,6 @@ class Ranks:
     def sum(self, mine: Tensor) -> Tensor:
         """The sum over the ranks, the same on each; the gradient goes back to each as it is."""
         return mine if self.group is None else _Sum.apply(mine, self.group)
-
-
-def group_name(group: object | None) -> str:
-    """The name by which an operator finds the process group; "" for None."""
-    return "" if group is None else str(group.group_name)  # type: ignore[attr-defined]
-
-
-def resolve_group(name: str) -> dist.ProcessGroup | None:
-    """The process group of a name that an operator was given; None for ""."""
-    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[arg-type]
-
-
-def stack_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...]: `mine` of every rank, without gradient."""
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, mine.contiguous(), group=group)
-    return torch.stack(parts)
 
 
 class _Gather(torch.autograd.Function):

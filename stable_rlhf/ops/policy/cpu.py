@@ -10,10 +10,9 @@ from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
 from stable_rlhf.ops.policy.formula import RowState, Terms
-from stable_rlhf.ops.policy.types import PolicyLossConfig
+from stable_rlhf.ops.policy.types import LOGITS_TYPES, PolicyLossConfig
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STATISTICS, _POLICY, _GIVEN = 0, 1, 2
+_STATISTICS, _POLICY, _GIVEN = 0, 1, 2  # RowsMode of csrc/policy.h
 
 
 def _address(value: Tensor | None) -> int:
@@ -28,7 +27,7 @@ def _call(
     assert logits.stride(1) == 1 and (gradient is None or gradient.stride(1) == 1)
     return int(
         module.rows(
-            mode=mode, type=_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=_address(gradient),
+            mode=mode, type=LOGITS_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=_address(gradient),
             logits_stride=logits.stride(0), gradient_stride=0 if gradient is None else gradient.stride(0),
             count=state.target.numel(), vocabulary=logits.shape[1], softcap=softcap or 0.0,
             num_threads=torch.get_num_threads(), isa=cpu_isa(),

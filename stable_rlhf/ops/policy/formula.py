@@ -29,8 +29,8 @@ from stable_rlhf.ops.checks import (
 )
 from stable_rlhf.ops.policy.types import (
     IGNORE,
-    POLICY,
-    REHEARSAL,
+    Kind,
+    PolicyCall,
     PolicyLossConfig,
     PolicyLossOutput,
     warn_k1,
@@ -45,7 +45,7 @@ class Rows:
     shape: torch.Size
     index: Tensor | None  # [A] into the flattened rows; None: all of them
     target: Tensor  # [A] int64
-    kind: Tensor  # [A] int8, POLICY or REHEARSAL
+    kind: Tensor  # [A] int8, Kind.POLICY or Kind.REHEARSAL
     policy_count: int
     rehearsal_count: int
     temperature: float | Tensor  # [A] when per row
@@ -76,23 +76,22 @@ class Rows:
         return torch.full(self.target.shape, 1.0 / self.temperature, dtype=torch.float32, device=self.target.device)
 
 
-def select_rows(
-    target: Tensor, kind: Tensor | None, temperature: float | Tensor, vocabulary: int, device: torch.device
-) -> Rows:
+def select_rows(call: PolicyCall, vocabulary: int) -> Rows:
     """Checks the values of target, kind and temperature and finds the active rows: one synchronisation.
 
     A row is active when its kind is not 0 and its target not -100.
     """
+    target, kind, device = call.target, call.kind, call.source.device
     flat = target.reshape(-1)
     active = flat != IGNORE
     unknown = torch.zeros_like(active)
     if kind is not None:
         check_tensor("kind", kind, shape=tuple(target.shape), device=device, dtypes=INTEGERS)
         kind = kind.reshape(-1)
-        unknown = (kind < 0) | (kind > REHEARSAL)
+        unknown = (kind < 0) | (kind > Kind.REHEARSAL)
         active = active & (kind != 0)
     outside = active & ((flat < 0) | (flat >= vocabulary))
-    policy = active if kind is None else active & (kind == POLICY)
+    policy = active if kind is None else active & (kind == Kind.POLICY)
     flags = torch.stack([active.sum(), policy.sum(), unknown.any().long(), outside.any().long()])
     count, policy_count, any_unknown, any_outside = flags.tolist()
     if any_unknown and kind is not None:
@@ -104,12 +103,12 @@ def select_rows(
     # A stable sort puts the active rows first and in order, and knows its length without asking the device.
     index = None if count == flat.numel() else torch.argsort(~active, stable=True)[:count]
     if kind is None:
-        kinds = torch.full((count,), POLICY, dtype=torch.int8, device=device)
+        kinds = torch.full((count,), Kind.POLICY, dtype=torch.int8, device=device)
     else:
         kinds = (kind if index is None else kind[index]).to(torch.int8)
     chosen = flat if index is None else flat[index]
     rows = Rows(target.shape, index, chosen, kinds, policy_count, count - policy_count, 1.0)
-    return replace(rows, temperature=_row_temperature(temperature, rows))
+    return replace(rows, temperature=_row_temperature(call.temperature, rows))
 
 
 def _row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
@@ -170,47 +169,36 @@ class Terms:
         )
 
 
-def gather_terms(
-    rows: Rows,
-    config: PolicyLossConfig,
-    dtype: torch.dtype,
-    *,
-    old_logprob: Tensor | None,
-    advantage: Tensor | None,
-    ref_logprob: Tensor | None,
-    row_weight: Tensor | None,
-    policy_denominator: float | Tensor | None,
-    rehearsal_denominator: float | Tensor | None,
-) -> Terms:
+def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     """The active rows of the per-row arguments, checked; `dtype` is that of the statistics."""
-    given = {"old_logprob": old_logprob, "advantage": advantage, "ref_logprob": ref_logprob}
+    config = call.config
     if config.kl_coef != 0.0 and config.kl_estimator == "k1":
         warn_k1()
-    found: dict[str, Tensor] = {}
-    policy = rows.kind == POLICY
-    for name, value in given.items():
-        taken = rows.take(name, value, dtype)
+    terms: dict[str, Tensor] = {}
+    policy = rows.kind == Kind.POLICY
+    for name in ("old_logprob", "advantage", "ref_logprob"):
+        taken = rows.take(name, getattr(call, name), dtype)
         if name == "ref_logprob" and config.kl_coef == 0.0:
             continue
         if taken is None and rows.policy_count:
             raise ValueError(f"{name}: required, there are {rows.policy_count} policy rows")
         if taken is None:
             taken = torch.zeros(rows.target.shape, dtype=dtype, device=rows.target.device)
-        found[name] = torch.where(policy, taken, 0.0)
+        terms[name] = torch.where(policy, taken, 0.0)
         if check_values(taken.device):
-            check_finite(name, found[name])
-    weight = rows.take("row_weight", row_weight, dtype)
+            check_finite(name, terms[name])
+    weight = rows.take("row_weight", call.row_weight, dtype)
     if weight is not None and check_values(weight.device):
         check_finite("row_weight", weight)
     denominators = [
         _denominator(name, value, count, dtype, rows.target.device)
         for name, value, count in (
-            ("policy_denominator", policy_denominator, rows.policy_count),
-            ("rehearsal_denominator", rehearsal_denominator, rows.rehearsal_count),
+            ("policy_denominator", call.policy_denominator, rows.policy_count),
+            ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count),
         )
     ]
     return Terms(
-        found["old_logprob"], found["advantage"], found.get("ref_logprob"), weight, denominators[0], denominators[1]
+        terms["old_logprob"], terms["advantage"], terms.get("ref_logprob"), weight, denominators[0], denominators[1]
     )
 
 
@@ -238,7 +226,7 @@ def row_losses(
     """Per row [A]: the policy term and the rehearsal term (each 0 for rows of the other kind), both with the row's
     weight; the clamped log-ratio; and whether the row is clipped."""
     clamp = config.log_ratio_clamp
-    policy = kind == POLICY
+    policy = kind == Kind.POLICY
     log_ratio = (logprob - terms.old_logprob).clamp(-clamp, clamp)
     ratio = log_ratio.exp()
     unclipped = ratio * terms.advantage
@@ -276,7 +264,7 @@ def coefficients(kind: Tensor, logprob: Tensor, terms: Terms, config: PolicyLoss
         apart = logprob - terms.ref_logprob
         steep = {"k1": torch.ones_like(apart), "k2": apart, "k3": -torch.expm1(-apart)}[config.kl_estimator]
         slope = slope + torch.where(apart.abs() <= clamp, config.kl_coef * steep, 0.0)
-    policy = kind == POLICY
+    policy = kind == Kind.POLICY
     by_logprob = torch.where(
         policy, slope / terms.policy_denominator, -config.rehearsal_coef / terms.rehearsal_denominator
     )
@@ -294,7 +282,7 @@ def total_loss(
     policy_mean = term.sum() / terms.policy_denominator
     rehearsal_mean = nll.sum() / terms.rehearsal_denominator
     with torch.no_grad():
-        policy, count = rows.kind == POLICY, max(rows.policy_count, 1)
+        policy, count = rows.kind == Kind.POLICY, max(rows.policy_count, 1)
         ratio = torch.where(policy, log_ratio.exp(), 0.0)
         metrics = {
             "policy_loss": policy_mean.detach(),
@@ -343,23 +331,27 @@ def row_statistics(
     return logprob, -(log_p.exp() * log_p).sum(-1)
 
 
-def linear_statistics(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Rows,
-    softcap: float | None,
-    entropy_grad: bool,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """`row_statistics` of the active rows' logits, chunk by chunk; hidden is [A, H]."""
+def statistics_of(call: PolicyCall, rows: Rows, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+    """`row_statistics` of the active rows, differentiable in source, weight and bias."""
+    if call.weight is None:
+        made = row_statistics(
+            rows.gather(call.source), rows.target, rows.temperature, call.config.softcap, entropy_grad
+        )
+    else:
+        made = _linear_statistics(call, call.weight, rows, entropy_grad)
+    check_statistics(*made, rows, call.origin)
+    return made
+
+
+def _linear_statistics(call: PolicyCall, weight: Tensor, rows: Rows, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk."""
+    hidden, bias, logits_dtype = rows.gather(call.source), call.bias, call.logits_dtype
     wide = logits_dtype not in (None, hidden.dtype)
     inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     statistics_bytes = statistics_dtype(hidden.dtype).itemsize
     # At the peak a chunk holds about five arrays of statistics beside its logits.
-    chunk = max(1, workspace_bytes // (weight.shape[0] * (5 * statistics_bytes + hidden.element_size())))
+    chunk = max(1, call.workspace_bytes // (weight.shape[0] * (5 * statistics_bytes + hidden.element_size())))
     count = hidden.shape[0]
 
     # Gradients of several chunks add up where the chunks' graphs join. Joining at a float32 copy of a 16-bit weight
@@ -375,7 +367,7 @@ def linear_statistics(
             else:
                 w, b = w.to(weight.dtype), None if b is None or bias is None else b.to(bias.dtype)
             logits = F.linear(h, w, b)
-        return row_statistics(logits, target, temperature, softcap, entropy_grad)
+        return row_statistics(logits, target, temperature, call.config.softcap, entropy_grad)
 
     step: Callable[..., tuple[Tensor, Tensor]] = statistics
     if needs_grad and count > chunk and not transformed():  # which take no checkpoints: every chunk is kept
@@ -390,3 +382,11 @@ def linear_statistics(
     if len(parts) == 1:
         return parts[0]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def loss_of(call: PolicyCall) -> PolicyLossOutput:
+    """The loss of a call, differentiable in source, weight and bias."""
+    rows = select_rows(call, call.width)
+    terms = gather_terms(rows, call, statistics_dtype(call.source.dtype))
+    logprob, entropy = statistics_of(call, rows, call.config.entropy_coef != 0.0)
+    return total_loss(rows, logprob, entropy, terms, call.config)

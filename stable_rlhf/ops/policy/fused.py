@@ -1,100 +1,199 @@
-"""The fused policy losses as PyTorch operators: `torch.compile` traces through them, autograd finds their gradients.
+"""The fused policy losses: chunks of rows through one bounded buffer, three products, one row kernel.
 
-Each forward makes the gradients along with the loss, because a token's gradient depends on its log-prob alone; the
-backward only scales them. Without any gradient asked for, only the statistics are made. The backend "torch" is the
-reference, whose sizes are data: as an operator it is there for `torch.compile`.
+    for each chunk of active rows:
+        logits = hidden W^T                        first product, into the buffer
+        row kernel: statistics, loss coefficient, gradient in place
+        hidden gradient = G W                      second product, rows with a gradient only
+        weight gradient += G^T hidden              third product, the same rows
+
+The same for every device; the row kernels are `cpu` (C++) and `kernels.policy` (Triton). Each forward makes the
+gradients along with the loss, because a token's gradient depends on its log-prob alone; the backward only scales them.
+Without any gradient asked for, only the statistics are made. The backend "torch" is the reference, whose sizes are
+data: as an operator it is there for `torch.compile`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stable_rlhf.ops.backends import autograd_inside, refuse_second_derivative
 from stable_rlhf.ops.checks import statistics_dtype
-from stable_rlhf.ops.policy import driver
+from stable_rlhf.ops.operators import (
+    Differentiable,
+    Form,
+    autograd_inside,
+    loss_operation,
+    refuse_second_derivative,
+    register_operator,
+    shapes_of_gradients,
+)
 from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
     Terms,
     check_statistics,
     gather_terms,
-    linear_statistics,
-    row_statistics,
+    loss_of,
     select_rows,
+    statistics_of,
     total_loss,
 )
-from stable_rlhf.ops.policy.products import HeadProducts
-from stable_rlhf.ops.policy.types import PolicyLossConfig, PolicyLossOutput
+from stable_rlhf.ops.policy.products import CHUNK_ROWS, HeadProducts, Selection, select_columns
+from stable_rlhf.ops.policy.split_vocabulary import SplitVocabulary
+from stable_rlhf.ops.policy.types import PolicyCall, PolicyLossConfig, PolicyLossOutput
 
 METRICS = ("policy_loss", "rehearsal_loss", "clip_fraction", "approx_kl", "max_ratio", "entropy")
 COUNTS = ("policy_tokens", "rehearsal_tokens")
+_INPUTS = ("source", "weight", "bias")  # fields of a call that get gradients
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden [A, H], weight, bias
 
 
-def pack_config(c: PolicyLossConfig) -> list[float]:
-    """A configuration as the numbers that an operator can take."""
-    return [
-        c.clip_low, c.clip_high, c.dual_clip or 0.0, c.kl_coef, float(c.kl_estimator[1]), c.entropy_coef,
-        c.rehearsal_coef, c.softcap or 0.0, c.log_ratio_clamp,
-    ]  # fmt: skip
-
-
-def _unpack_config(numbers: list[float]) -> PolicyLossConfig:
-    low, high, dual, kl, estimator, entropy, rehearsal, softcap, clamp = numbers
-    return PolicyLossConfig(
-        low, high, dual or None, kl, f"k{int(estimator)}", entropy, rehearsal, softcap or None, clamp
+def row_kernels(backend: str, group: str, width: int, device: torch.device) -> tuple[Any, int]:
+    """The row kernels of a backend, "cpu" or "triton", and the size of the vocabulary, of which `width` tokens are this
+    rank's when `group` names a process group."""
+    kernels = importlib.import_module(
+        "stable_rlhf.ops.policy.cpu" if backend == "cpu" else "stable_rlhf.kernels.policy"
     )
+    if not group:
+        return kernels, width
+    split = SplitVocabulary(kernels, group, width, device)
+    return split, split.vocabulary
 
 
-def _terms(
+def _chunks(count: int, most: int) -> Iterator[tuple[slice, bool]]:
+    """Chunks of equal size and at most `most` rows, each with whether it is the last."""
+    if count == 0:
+        return
+    number = math.ceil(count / most)
+    size = math.ceil(count / number)
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count)), begin + size >= count
+
+
+def _run(
+    kernels: Any,
+    products: HeadProducts,
+    count: int,
+    workspace_bytes: int,
+    work: Callable[[slice, Tensor, Tensor], Tensor | None],
+    select: Callable[[Tensor, Tensor], Iterator[Selection]] | None = None,
+) -> Gradients:
+    """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are;
+    `select(rows, gradient)`, block by block, which of their columns count."""
+    buffers = None
+    width = products.weight.shape[0]
+    if isinstance(kernels, SplitVocabulary):
+        width = kernels.widest
+        products.keep_hidden_wide()  # what is rounded before it is summed is rounded once a rank
+    most = max(1, workspace_bytes // (width * products.bytes_per_logit))
+    for part, last in _chunks(count, most):
+        if buffers is None:
+            buffers = products.buffers(part.stop - part.start)
+        rows = part.stop - part.start
+        logits, gradient = (buffer[:rows] for buffer in buffers)
+        products.logits(part, logits)
+        order = work(part, logits, gradient)
+        if not any(products.needs):
+            continue
+        if order is not None:
+            gradient = gradient[: order.numel()]
+        if select is None:
+            products.backward(part, gradient, order, last)
+            continue
+        places = torch.arange(rows, device=gradient.device, dtype=torch.int64) if order is None else order
+        if products.hidden_grad is not None:
+            products.hidden_grad[part] = 0.0
+        for selection in select(part.start + places, gradient):
+            products.backward_columns(part.start + places, gradient, selection)
+        if products.needs[2]:
+            products.add_bias(gradient)
+    products.finish()
+    if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
+        products.hidden_grad = kernels.sum(products.hidden_grad).to(products.dtype)
+    return products.hidden_grad, products.weight_grad, products.bias_grad
+
+
+def statistics(
+    kernels: Any, products: HeadProducts, rows: Rows, softcap: float | None, workspace_bytes: int
+) -> RowState:
+    """Log-prob, entropy, max and log_sum of the active rows; one product."""
+    state = RowState.of(rows)
+
+    def work(part: slice, logits: Tensor, gradient: Tensor) -> None:
+        kernels.statistics(logits, state.cut(part), softcap)
+
+    _run(kernels, products, rows.target.numel(), workspace_bytes, work)
+    return state
+
+
+def policy(
+    kernels: Any,
+    products: HeadProducts,
     rows: Rows,
+    terms: Terms,
     config: PolicyLossConfig,
-    per_row: list[Tensor | None],
-    denominators: list[Tensor | None],
-    numbers: list[float],
-    dtype: torch.dtype = torch.float32,
-) -> Terms:
-    old_logprob, advantage, ref_logprob, row_weight = per_row
-    given = [t if t is not None else None if n < 0.0 else n for t, n in zip(denominators, numbers, strict=True)]
-    return gather_terms(
-        rows, config, dtype, old_logprob=old_logprob, advantage=advantage, ref_logprob=ref_logprob,
-        row_weight=row_weight, policy_denominator=given[0], rehearsal_denominator=given[1],
-    )  # fmt: skip
+    workspace_bytes: int,
+    grad_tolerance: float = 0.0,
+    *,
+    compact: bool = True,
+) -> tuple[RowState, Gradients]:
+    """Statistics of the active rows and the gradients of the loss; three products, the last two over some columns only
+    when there is a tolerance. `compact`: rows may turn out to have no gradient, and are then left out."""
+    state = RowState.of(rows)
+
+    def work(part: slice, logits: Tensor, gradient: Tensor) -> Tensor | None:
+        order: Tensor | None = kernels.policy(
+            logits, gradient, state.cut(part), rows.kind[part], terms.cut(part), config, compact=compact
+        )
+        return order
+
+    def select(places: Tensor, gradient: Tensor) -> Iterator[Selection]:
+        # Rows that are alike in confidence need columns that are alike in number.
+        for block in torch.argsort(state.entropy[places], stable=True).split(CHUNK_ROWS):
+            rows_of_block = places[block]
+            scale = state.coefficient[rows_of_block].abs() * state.inverse_temperature[rows_of_block]
+            yield select_columns(gradient, block, scale, state.target[rows_of_block] - offset, grad_tolerance)
+
+    offset = kernels.offset if isinstance(kernels, SplitVocabulary) else 0
+    chosen = select if grad_tolerance > 0.0 else None
+    return state, _run(kernels, products, rows.target.numel(), workspace_bytes, work, chosen)
 
 
-def _outputs(
-    rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig, source: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_statistics(state.logprob, state.entropy, rows, source)
-    return _flat(total_loss(rows, state.logprob, state.entropy, terms, config))
+def given(
+    kernels: Any, products: HeadProducts, state: RowState, softcap: float | None, workspace_bytes: int
+) -> Gradients:
+    """Gradients for the coefficients in `state`, whose statistics are known; the logits are made again."""
+
+    def work(part: slice, logits: Tensor, gradient: Tensor) -> None:
+        kernels.given(logits, gradient, state.cut(part), softcap)
+
+    return _run(kernels, products, state.target.numel(), workspace_bytes, work)
 
 
-def _flat(out: PolicyLossOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        out.loss,
-        out.logprob,
-        out.entropy,
-        torch.stack([out.metrics[name] for name in METRICS]),
-        torch.stack([out.metrics[name] for name in COUNTS]),
-    )
+# -- the losses --------------------------------------------------------------------------------------------------------
 
 
-def _leaves(needs: list[bool], *inputs: Tensor | None) -> list[Tensor | None]:
-    """The inputs as leaves of a graph of their own."""
-    return [None if x is None else x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
+def _leaves(call: PolicyCall) -> PolicyCall:
+    """The call with its inputs as leaves of a graph of their own."""
+    inputs = [getattr(call, name) for name in _INPUTS]
+    leaves: list[Any] = [
+        None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, call.needs, strict=True)
+    ]
+    return call._replace(**dict(zip(_INPUTS, leaves, strict=True)))
 
 
-def _gradients(
-    outputs: list[Tensor], upstream: list[Tensor] | None, leaves: list[Tensor | None], needs: list[bool]
-) -> list[Tensor]:
-    """The gradient of each leaf, contiguous however the leaf lies; an empty tensor where none is asked for."""
-    asked = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
+def _gradients(outputs: list[Tensor], upstream: list[Tensor] | None, call: PolicyCall) -> list[Tensor]:
+    """The gradients of a call's inputs, contiguous however these lie; an empty tensor where none is asked for."""
+    leaves = [getattr(call, name) for name in _INPUTS]
+    asked = [leaf for leaf, need in zip(leaves, call.needs, strict=True) if need]
     made = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
-    first = next(x for x in leaves if x is not None)
-    return [next(made).contiguous() if need else (first if x is None else x).new_empty(0)
-            for x, need in zip(leaves, needs, strict=True)]  # fmt: skip
+    return [next(made).contiguous() if need else call.source.new_empty(0) for need in call.needs]
 
 
 def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -108,343 +207,169 @@ def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
     return whole
 
 
-def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if gradient is None else gradient
+def _or_empty(call: PolicyCall, rows: Rows, made: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    empty = call.source.new_empty
+    return (
+        _spread(rows, made[0], call.source),
+        empty(0) if made[1] is None else made[1],
+        empty(0) if made[2] is None else made[2],
+    )
 
 
-def _temperature(value: float, per_row: Tensor | None) -> float | Tensor:
-    return value if per_row is None else per_row
+def _flat(out: PolicyLossOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    metrics, counts = ([out.metrics[name] for name in names] for names in (METRICS, COUNTS))
+    return out.loss.detach(), out.logprob, out.entropy, torch.stack(metrics), torch.stack(counts)
 
 
-def keep(ctx: Any, gradients: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large as they are
-    ctx.save_for_backward(*gradients)
+def _products(call: PolicyCall, rows: Rows, weight: Tensor, needs: tuple[bool, ...]) -> HeadProducts:
+    return HeadProducts(rows.gather(call.source), weight, call.bias, call.logits_dtype, (needs[0], needs[1], needs[2]))
 
 
-def hand_over(ctx: Any, needs: list[bool], upstream: Tensor) -> list[Tensor | None]:
-    """The kept gradients times the upstream gradient: in place where nobody can ask for them again, so that autograd
-    takes them as they are and no copy is made."""
-    kept = ctx.saved_tensors  # once: checkpointing without re-entry hands each of them out a single time
-    found: list[Tensor | None] = [g if need else None for g, need in zip(kept, needs, strict=True)]
-    traced = torch.compiler.is_compiling() or any(type(g) is not Tensor for g in (*kept, upstream))
-    mapped = torch._C._are_functorch_transforms_active()  # by vmap: many upstream gradients at once
-    if traced or mapped or torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if g is None else g * upstream for g in found]
-    if upstream.device.type == "cuda":
-        from stable_rlhf.kernels.policy import scale_
-
-        return [None if g is None else scale_(g, upstream) for g in found]
-    if float(upstream) == 1.0:
-        return found
-    return [None if g is None else g.mul_(upstream) for g in found]
-
-
-# -- linear_policy_loss ------------------------------------------------------------------------------------------------
+def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
+    """Loss, log-probs, entropies, metrics, counts, and the gradients of the inputs."""
+    if call.backend == "torch":
+        with autograd_inside(call.source.device):
+            call = _leaves(call)
+            out = loss_of(call)
+            gradients = _gradients([out.loss], None, call)
+        return *_flat(out), *gradients
+    kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
+    rows = select_rows(call, vocabulary)
+    terms = gather_terms(rows, call, torch.float32)
+    make = _from_logits if call.weight is None else _from_hidden
+    state, made = make(kernels, call, rows, terms)
+    check_statistics(state.logprob, state.entropy, rows, call.origin)
+    return *_flat(total_loss(rows, state.logprob, state.entropy, terms, call.config)), *made
 
 
-@torch.library.custom_op("stable_rlhf::linear_policy_loss", mutates_args=())
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    kind: Tensor | None,
-    old_logprob: Tensor | None,
-    advantage: Tensor | None,
-    ref_logprob: Tensor | None,
-    row_weight: Tensor | None,
-    row_temperature: Tensor | None,
-    policy_denominator: Tensor | None,
-    rehearsal_denominator: Tensor | None,
-    temperature: float,
-    denominators: list[float],
-    config: list[float],
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
-    grad_tolerance: float,
-    backend: str,
-    group: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    settings = _unpack_config(config)
-    if backend == "torch":
-        return _linear_reference(
-            hidden, weight, bias, target, kind, [old_logprob, advantage, ref_logprob, row_weight],
-            _temperature(temperature, row_temperature), [policy_denominator, rehearsal_denominator], denominators,
-            settings, logits_dtype, workspace_bytes, needs,
-        )  # fmt: skip
-    kernels, vocabulary = driver.row_kernels(backend, group, weight.shape[0], hidden.device)
-    rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, hidden.device)
-    terms = _terms(
-        rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
-        [policy_denominator, rehearsal_denominator], denominators,
-    )  # fmt: skip
-    products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
-    if any(needs):
-        state, made = driver.policy(kernels, products, rows, terms, settings, workspace_bytes, grad_tolerance)
+def _from_hidden(
+    kernels: Any, call: PolicyCall, rows: Rows, terms: Terms
+) -> tuple[RowState, tuple[Tensor, Tensor, Tensor]]:
+    assert call.weight is not None
+    products = _products(call, rows, call.weight, call.needs)
+    made: Gradients = (None, None, None)
+    if any(call.needs):
+        state, made = policy(kernels, products, rows, terms, call.config, call.workspace_bytes, call.grad_tolerance)
     else:
-        state = driver.statistics(kernels, products, rows, settings.softcap, workspace_bytes)
-        made = (None, None, None)
-    return (
-        *_outputs(rows, state, terms, settings, "hidden, weight or bias"),
-        _spread(rows, made[0], hidden),
-        _or_empty(made[1], weight),
-        _or_empty(made[2], weight),
-    )
+        state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
+    return state, _or_empty(call, rows, made)
 
 
-def _linear_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    kind: Tensor | None,
-    per_row: list[Tensor | None],
-    temperature: float | Tensor,
-    denominators: list[Tensor | None],
-    numbers: list[float],
-    config: PolicyLossConfig,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = select_rows(target, kind, temperature, weight.shape[0], hidden.device)
-    terms = _terms(rows, config, per_row, denominators, numbers, statistics_dtype(hidden.dtype))
-    with autograd_inside(hidden.device):
-        h, w, b = _leaves(needs, hidden, weight, bias)
-        assert h is not None and w is not None
-        logprob, entropy = linear_statistics(
-            rows.gather(h), w, b, rows, config.softcap, config.entropy_coef != 0.0, logits_dtype, workspace_bytes
-        )
-        check_statistics(logprob, entropy, rows, "hidden, weight or bias")
-        out = total_loss(rows, logprob, entropy, terms, config)
-        gradients = _gradients([out.loss], None, [h, w, b], needs)
-    flat = _flat(out)
-    return flat[0].detach(), *flat[1:], gradients[0], gradients[1], gradients[2]
-
-
-@linear_policy_loss.register_fake
-def _(hidden, weight, bias, target, *rest):
-    needs = rest[-1]
-    per_row = target.new_empty(target.shape, dtype=statistics_dtype(hidden.dtype))
-    return (
-        per_row.new_empty(()),
-        per_row,
-        torch.empty_like(per_row),
-        per_row.new_empty(len(METRICS)),
-        target.new_empty(len(COUNTS)),
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0),
-        torch.empty_like(bias) if needs[2] else weight.new_empty(0),
-    )
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.needs = inputs[-1]
-    keep(ctx, output[-3:])
-
-
-def _linear_policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    refuse_second_derivative("linear_policy_loss")
-    return (*hand_over(ctx, ctx.needs, upstream), *[None] * 18)
-
-
-linear_policy_loss.register_autograd(_linear_policy_backward, setup_context=_keep_gradients)
-
-
-# -- policy_loss -------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("stable_rlhf::policy_loss", mutates_args=())
-def policy_loss(
-    logits: Tensor,
-    target: Tensor,
-    kind: Tensor | None,
-    old_logprob: Tensor | None,
-    advantage: Tensor | None,
-    ref_logprob: Tensor | None,
-    row_weight: Tensor | None,
-    row_temperature: Tensor | None,
-    policy_denominator: Tensor | None,
-    rehearsal_denominator: Tensor | None,
-    temperature: float,
-    denominators: list[float],
-    config: list[float],
-    backend: str,
-    group: str,
-    needs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    settings = _unpack_config(config)
-    kernels, vocabulary = None, logits.shape[-1]
-    if backend != "torch":
-        kernels, vocabulary = driver.row_kernels(backend, group, vocabulary, logits.device)
-    rows = select_rows(target, kind, _temperature(temperature, row_temperature), vocabulary, logits.device)
-    terms = _terms(
-        rows, settings, [old_logprob, advantage, ref_logprob, row_weight],
-        [policy_denominator, rehearsal_denominator], denominators, statistics_dtype(logits.dtype),
-    )  # fmt: skip
-    if kernels is None:
-        with autograd_inside(logits.device):
-            leaf = logits.detach().requires_grad_(needs)
-            entropic = settings.entropy_coef != 0.0
-            logprob, entropy = row_statistics(
-                rows.gather(leaf), rows.target, rows.temperature, settings.softcap, entropic
-            )
-            check_statistics(logprob, entropy, rows, "logits")
-            out = total_loss(rows, logprob, entropy, terms, settings)
-            (gradient,) = _gradients([out.loss], None, [leaf], [needs])
-        flat_out = _flat(out)
-        return flat_out[0].detach(), *flat_out[1:], gradient
+def _from_logits(
+    kernels: Any, call: PolicyCall, rows: Rows, terms: Terms
+) -> tuple[RowState, tuple[Tensor, Tensor, Tensor]]:
+    logits, config = call.source, call.config
     flat = logits.contiguous().view(-1, logits.shape[-1])
     state = RowState.of(rows)
     gradient = logits.new_empty(0)
-    if needs:
+    if call.needs[0]:
         new = torch.empty_like if rows.index is None else torch.zeros_like
         gradient = new(logits, memory_format=torch.contiguous_format)
-        kernels.policy(
-            flat, gradient.view(flat.shape), state, rows.kind, terms, settings, row=rows.index, compact=False
-        )
+        kernels.policy(flat, gradient.view(flat.shape), state, rows.kind, terms, config, row=rows.index, compact=False)
     else:
-        kernels.statistics(flat, state, settings.softcap, row=rows.index)
-    return (*_outputs(rows, state, terms, settings, "logits"), gradient)
+        kernels.statistics(flat, state, config.softcap, row=rows.index)
+    return state, (gradient, logits.new_empty(0), logits.new_empty(0))
 
 
-@policy_loss.register_fake
-def _(logits, target, *rest):
-    per_row = target.new_empty(target.shape, dtype=statistics_dtype(logits.dtype))
+def _loss_shapes(call: PolicyCall) -> tuple[Tensor, ...]:
+    per_row = call.target.new_empty(call.target.shape, dtype=statistics_dtype(call.source.dtype))
     return (
         per_row.new_empty(()),
         per_row,
         torch.empty_like(per_row),
         per_row.new_empty(len(METRICS)),
-        target.new_empty(len(COUNTS)),
-        torch.empty_like(logits, memory_format=torch.contiguous_format) if rest[-1] else logits.new_empty(0),
+        call.target.new_empty(len(COUNTS)),
+        *shapes_of_gradients(call.needs, call.source, call.weight, call.bias),
     )
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    keep(ctx, output[-1:])
+linear_policy_loss, policy_loss = (
+    loss_operation(name, PolicyCall, _INPUTS, 8, body=_loss_and_gradients, shapes=_loss_shapes)
+    for name in ("linear_policy_loss", "policy_loss")
+)
 
 
-def _policy_backward(ctx: Any, upstream: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    refuse_second_derivative("policy_loss")
-    return (*hand_over(ctx, [True], upstream), *[None] * 15)
+# -- log-probs ---------------------------------------------------------------------------------------------------------
 
 
-policy_loss.register_autograd(_policy_backward, setup_context=_keep_gradient)
+class LogprobBackward(NamedTuple):
+    """The backward pass of `linear_logprob`, which makes the logits again."""
+
+    logprob_grad: Tensor
+    entropy_grad: Tensor
+    entropy: Tensor
+    max: Tensor
+    log_sum: Tensor
+    call: PolicyCall
 
 
-# -- linear_logprob ----------------------------------------------------------------------------------------------------
+def _logprob(call: PolicyCall) -> tuple[Tensor, ...]:
+    """Log-probs, entropies, and what the backward pass needs of each row: max and log_sum."""
+    if call.backend == "torch":
+        rows = select_rows(call, call.width)
+        with torch.no_grad(), torch.autocast(call.source.device.type, enabled=False):
+            made = statistics_of(call, rows, True)
+        return *(rows.scatter(x) for x in made), *(made[0].new_zeros(call.target.shape) for _ in range(2))
+    assert call.weight is not None
+    kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
+    rows = select_rows(call, vocabulary)
+    products = _products(call, rows, call.weight, (False, False, False))
+    state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
+    check_statistics(state.logprob, state.entropy, rows, call.origin)
+    return tuple(rows.scatter(x) for x in (state.logprob, state.entropy, state.max, state.log_sum))
 
 
-@torch.library.custom_op("stable_rlhf::linear_logprob", mutates_args=())
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
-    backend: str,
-    group: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend == "torch":
-        rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            logprob, row_entropy = linear_statistics(
-                rows.gather(hidden), weight, bias, rows, softcap, True, logits_dtype, workspace_bytes
-            )
-        check_statistics(logprob, row_entropy, rows, "hidden, weight or bias")
-        given = (rows.scatter(x) for x in (logprob, row_entropy))
-        nothing = (logprob.new_zeros(target.shape) for _ in range(2))
-        return (*given, *nothing)  # type: ignore[return-value]
-    kernels, vocabulary = driver.row_kernels(backend, group, weight.shape[0], hidden.device)
-    rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
-    products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype)
-    state = driver.statistics(kernels, products, rows, softcap, workspace_bytes)
-    check_statistics(state.logprob, state.entropy, rows, "hidden, weight or bias")
-    return (
-        rows.scatter(state.logprob), rows.scatter(state.entropy), rows.scatter(state.max), rows.scatter(state.log_sum)
-    )  # fmt: skip
-
-
-@linear_logprob.register_fake
-def _(hidden, weight, bias, target, *rest):
-    return tuple(target.new_empty(target.shape, dtype=statistics_dtype(hidden.dtype)) for _ in range(4))
-
-
-@torch.library.custom_op("stable_rlhf::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward(
-    logprob_grad: Tensor,
-    entropy_grad: Tensor,
-    entropy: Tensor,
-    max: Tensor,
-    log_sum: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
-    backend: str,
-    group: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "torch":
-        rows = select_rows(target, None, _temperature(temperature, row_temperature), weight.shape[0], hidden.device)
-        upstream = [rows.take("upstream", g, logprob_grad.dtype) for g in (logprob_grad, entropy_grad)]
-        with autograd_inside(hidden.device):
-            h, w, b = _leaves(needs, hidden, weight, bias)
-            assert h is not None and w is not None
-            made = linear_statistics(rows.gather(h), w, b, rows, softcap, True, logits_dtype, workspace_bytes)
-            gradients = _gradients(list(made), [g for g in upstream if g is not None], [h, w, b], needs)
-        return gradients[0], gradients[1], gradients[2]
-    kernels, vocabulary = driver.row_kernels(backend, group, weight.shape[0], hidden.device)
-    rows = select_rows(target, None, _temperature(temperature, row_temperature), vocabulary, hidden.device)
-    products = HeadProducts(rows.gather(hidden), weight, bias, logits_dtype, (needs[0], needs[1], needs[2]))
+def _logprob_gradients(backward: LogprobBackward) -> tuple[Tensor, ...]:
+    call = backward.call
+    if call.backend == "torch":
+        rows = select_rows(call, call.width)
+        upstream = [rows.take("upstream", g, g.dtype) for g in (backward.logprob_grad, backward.entropy_grad)]
+        with autograd_inside(call.source.device):
+            call = _leaves(call)
+            outputs = statistics_of(call, rows, True)
+            return tuple(_gradients(list(outputs), [g for g in upstream if g is not None], call))
+    assert call.weight is not None
+    kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
+    rows = select_rows(call, vocabulary)
+    products = _products(call, rows, call.weight, call.needs)
     state = RowState.of(rows)
     known = {
-        "entropy": entropy, "max": max, "log_sum": log_sum, "coefficient": logprob_grad,
-        "entropy_coefficient": entropy_grad,
+        "entropy": backward.entropy, "max": backward.max, "log_sum": backward.log_sum,
+        "coefficient": backward.logprob_grad, "entropy_coefficient": backward.entropy_grad,
     }  # fmt: skip
     for name, value in known.items():
         taken = rows.take(name, value, torch.float32)
         assert taken is not None
         getattr(state, name).copy_(taken)
-    found = driver.given(kernels, products, state, softcap, workspace_bytes)
-    return _spread(rows, found[0], hidden), _or_empty(found[1], weight), _or_empty(found[2], weight)
+    made = given(kernels, products, state, call.config.softcap, call.workspace_bytes)
+    return _or_empty(call, rows, made)
 
 
-@linear_logprob_backward.register_fake
-def _(a, b, c, d, e, hidden, weight, bias, *rest):
-    needs = rest[-1]
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0),
-        torch.empty_like(bias) if needs[2] else weight.new_empty(0),
-    )
+def _logprob_shapes(call: PolicyCall) -> tuple[Tensor, ...]:
+    return tuple(call.target.new_empty(call.target.shape, dtype=statistics_dtype(call.source.dtype)) for _ in range(4))
 
 
-def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, bias, target, row_temperature, *ctx.constants = inputs
-    _logprob, entropy, max, log_sum = output
-    ctx.save_for_backward(entropy, max, log_sum, hidden, weight, bias, target, row_temperature)
+def _keep_statistics(ctx: Any, call: PolicyCall, made: tuple[Tensor, ...]) -> None:
+    tensors: dict[str, Any] = {name: x for name, x in call._asdict().items() if isinstance(x, Tensor)}
+    ctx.names, ctx.rest = list(tensors), call._replace(**dict.fromkeys(tensors))  # type: ignore[arg-type]
+    ctx.save_for_backward(*made[1:], *tensors.values())
 
 
-def _linear_logprob_backward(
-    ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_unused: Any
-) -> tuple[Tensor | None, ...]:
+def _logprob_backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_unused: Any) -> list[Tensor | None]:
     refuse_second_derivative("linear_logprob")
-    needs = ctx.constants[-1]
-    made = linear_logprob_backward(logprob_grad, entropy_grad, *ctx.saved_tensors, *ctx.constants)
-    return (*(g if need else None for g, need in zip(made, needs, strict=True)), *[None] * 9)
+    entropy, max, log_sum, *tensors = ctx.saved_tensors
+    call = ctx.rest._replace(**dict(zip(ctx.names, tensors, strict=True)))
+    backward = LogprobBackward(logprob_grad, entropy_grad, entropy, max, log_sum, call)
+    made = linear_logprob_backward(*_BACKWARD.flat(backward))  # which vmap calls once for each upstream gradient
+    return [g if need else None for g, need in zip(made, call.needs, strict=True)]
 
 
-linear_logprob.register_autograd(_linear_logprob_backward, setup_context=_keep_statistics)
+linear_logprob = Differentiable(
+    "linear_logprob", PolicyCall, _INPUTS, 4,
+    body=_logprob, shapes=_logprob_shapes, setup=_keep_statistics, backward=_logprob_backward,
+)  # fmt: skip
+_BACKWARD = Form(LogprobBackward)
+linear_logprob_backward = register_operator(
+    "linear_logprob_backward", _BACKWARD, 3, _logprob_gradients,
+    lambda b: tuple(shapes_of_gradients(b.call.needs, b.call.source, b.call.weight, b.call.bias)),
+)  # fmt: skip

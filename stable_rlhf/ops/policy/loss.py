@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_rlhf.ops.backends import choice, needs_operator, register
+from stable_rlhf.ops.backends import choice, register
 from stable_rlhf.ops.checks import (
     FLOATS,
     INTEGERS,
@@ -18,19 +18,12 @@ from stable_rlhf.ops.checks import (
     check_number,
     check_positive,
     check_tensor,
-    statistics_dtype,
 )
-from stable_rlhf.ops.contrastive.unit_rows import group_name
+from stable_rlhf.ops.groups import group_name
+from stable_rlhf.ops.operators import needs_operator, requires_grad
 from stable_rlhf.ops.policy import fused
-from stable_rlhf.ops.policy.formula import (
-    check_statistics,
-    gather_terms,
-    linear_statistics,
-    row_statistics,
-    select_rows,
-    total_loss,
-)
-from stable_rlhf.ops.policy.types import DEFAULT, PolicyLossConfig, PolicyLossOutput, check_softcap
+from stable_rlhf.ops.policy.formula import loss_of, select_rows, statistics_of
+from stable_rlhf.ops.policy.types import DEFAULT, PolicyCall, PolicyLossConfig, PolicyLossOutput, check_softcap
 
 
 def linear_policy_loss(
@@ -102,39 +95,18 @@ def linear_policy_loss(
     if not 0.0 <= grad_tolerance < 1.0:
         raise ValueError(f"grad_tolerance: {grad_tolerance} is outside [0, 1)")
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
-    per_row: dict[str, Any] = {
-        "old_logprob": old_logprob,
-        "advantage": advantage,
-        "ref_logprob": ref_logprob,
-        "row_weight": row_weight,
-    }
-    denominators: dict[str, Any] = {
-        "policy_denominator": policy_denominator,
-        "rehearsal_denominator": rehearsal_denominator,
-    }
-    temperature = _check_loss(target, temperature, config, {"kind": kind, **per_row}, denominators)
-    name = _backend_for("linear_policy_loss", hidden)
-    _check_process_group(process_group, name)
-    if name == "torch" and not needs_operator(hidden, name):
-        rows = select_rows(target, kind, temperature, weight.shape[0], hidden.device)
-        terms = gather_terms(rows, config, statistics_dtype(hidden.dtype), **per_row, **denominators)
-        logprob, entropy = linear_statistics(
-            rows.gather(hidden), weight, bias, rows, config.softcap, config.entropy_coef != 0.0, logits_dtype,
-            workspace_bytes,
-        )  # fmt: skip
-        check_statistics(logprob, entropy, rows, "hidden, weight or bias")
-        return total_loss(rows, logprob, entropy, terms, config)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    row_temperature, scalar = _split_temperature(temperature, target)
-    tensors, numbers = _split_denominators(denominators)
+    call = _checked_loss("linear_policy_loss", PolicyCall(
+        hidden, weight, bias, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
+        ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
+        rehearsal_denominator=rehearsal_denominator, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
+        grad_tolerance=grad_tolerance,
+    ), process_group)  # fmt: skip
+    if call.backend == "torch" and not needs_operator(hidden, call.backend):
+        return loss_of(call)
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
         unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
-        per_row["row_weight"] = unit * grad_scale
-    loss, logprob, entropy, metrics, counts, *_ = fused.linear_policy_loss(
-        hidden, weight, bias, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        fused.pack_config(config), logits_dtype, workspace_bytes, grad_tolerance, name, group_name(process_group),
-        _needs(hidden, weight, bias),
-    )  # fmt: skip
+        call = call._replace(row_weight=unit * grad_scale)
+    loss, logprob, entropy, metrics, counts, *_ = fused.linear_policy_loss(_autocast(call))
     if grad_scale != 1.0:
         loss = loss / grad_scale
         metrics = torch.cat([metrics[:2] / grad_scale, metrics[2:]])  # the two losses come first
@@ -164,33 +136,16 @@ def policy_loss(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: shape {tuple(logits.shape)} instead of [..., V]")
     check_tensor("target", target, shape=tuple(logits.shape[:-1]), device=logits.device, dtypes=(torch.int64,))
-    per_row: dict[str, Any] = {
-        "old_logprob": old_logprob,
-        "advantage": advantage,
-        "ref_logprob": ref_logprob,
-        "row_weight": row_weight,
-    }
-    denominators: dict[str, Any] = {
-        "policy_denominator": policy_denominator,
-        "rehearsal_denominator": rehearsal_denominator,
-    }
-    temperature = _check_loss(target, temperature, config, {"kind": kind, **per_row}, denominators)
-    name = _backend_for("policy_loss", logits)
-    _check_process_group(process_group, name)
-    if name == "torch" and not needs_operator(logits, name):
-        rows = select_rows(target, kind, temperature, logits.shape[-1], logits.device)
-        terms = gather_terms(rows, config, statistics_dtype(logits.dtype), **per_row, **denominators)
-        logprob, entropy = row_statistics(
-            rows.gather(logits), rows.target, rows.temperature, config.softcap, config.entropy_coef != 0.0
-        )
-        check_statistics(logprob, entropy, rows, "logits")
-        return total_loss(rows, logprob, entropy, terms, config)
-    row_temperature, scalar = _split_temperature(temperature, target)
-    tensors, numbers = _split_denominators(denominators)
-    loss, logprob, entropy, metrics, counts, _gradient = fused.policy_loss(
-        logits, target, kind, *per_row.values(), row_temperature, *tensors, scalar, numbers,
-        fused.pack_config(config), name, group_name(process_group), _needs(logits)[0],
-    )  # fmt: skip
+    call = _checked_loss("policy_loss", PolicyCall(
+        logits, None, None, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
+        ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
+        rehearsal_denominator=rehearsal_denominator,
+    ), process_group)  # fmt: skip
+    if call.backend == "torch" and not needs_operator(logits, call.backend):
+        return loss_of(call)
+    loss, logprob, entropy, metrics, counts, *_ = fused.policy_loss(
+        call._replace(needs=requires_grad(logits, None, None))
+    )
     return _output(loss, logprob, entropy, metrics, counts)
 
 
@@ -218,23 +173,15 @@ def linear_logprob(
     check_softcap(softcap)
     check_flag("entropy", entropy)
     _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
-    temperature = _check_temperature(temperature)
-    name = _backend_for("linear_logprob", hidden)
-    _check_process_group(process_group, name)
-    if name == "torch" and not needs_operator(hidden, name):
-        rows = select_rows(target, None, temperature, weight.shape[0], hidden.device)
-        logprob, row_entropy = linear_statistics(
-            rows.gather(hidden), weight, bias, rows, softcap, entropy, logits_dtype, workspace_bytes
-        )
-        check_statistics(logprob, row_entropy, rows, "hidden, weight or bias")
+    call = _ready("linear_logprob", PolicyCall(
+        hidden, weight, bias, target, temperature, DEFAULT if softcap is None else PolicyLossConfig(softcap=softcap),
+        logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
+    ), process_group)  # fmt: skip
+    if call.backend == "torch" and not needs_operator(hidden, call.backend):
+        rows = select_rows(call, call.width)
+        logprob, row_entropy = statistics_of(call, rows, entropy)
         return rows.scatter(logprob), rows.scatter(row_entropy) if entropy else None
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    row_temperature, scalar = _split_temperature(temperature, target)
-    logprob, row_entropy, *_ = fused.linear_logprob(
-        hidden, weight, bias, target, row_temperature, scalar, softcap, logits_dtype, workspace_bytes, name,
-        group_name(process_group),
-        _needs(hidden, weight, bias),
-    )  # fmt: skip
+    logprob, row_entropy, *_ = fused.linear_logprob(_autocast(call))
     return logprob, row_entropy if entropy else None
 
 
@@ -279,67 +226,52 @@ class PolicyHead(nn.Module):
         return linear_logprob(hidden, self.weight, target, bias=self.bias, **options)
 
 
-def _backend_for(op: str, value: Tensor) -> str:
-    """The backend of `op`; the fused ones keep statistics in float32, so float64 is PyTorch's."""
-    return "torch" if value.dtype == torch.float64 else choice(op, value.device)
-
-
-def _needs(*inputs: Tensor | None) -> list[bool]:
-    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(call: PolicyCall) -> PolicyCall:
     """Under autocast the operands in its type, as for any other product; the casts carry the gradients back."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    operands = [call.source, call.weight, call.bias]
+    device = call.source.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        operands = [None if x is None else x.to(dtype) for x in operands]
+    source, weight, bias = operands
+    assert source is not None
+    return call._replace(source=source, weight=weight, bias=bias, needs=requires_grad(*operands))
 
 
-def _check_temperature(temperature: float | Tensor) -> float | Tensor:
-    if isinstance(temperature, Tensor):
-        check_constant("temperature", temperature)
-        return check_tensor("temperature", temperature)
-    return check_positive("temperature", temperature)
-
-
-def _check_loss(
-    target: Tensor,
-    temperature: float | Tensor,
-    config: PolicyLossConfig,
-    per_row: dict[str, Any],
-    denominators: dict[str, Any],
-) -> float | Tensor:
-    """Checks all but the values in `per_row`, which are read where rows are chosen; gives the temperature."""
-    if not isinstance(config, PolicyLossConfig):
-        raise ValueError(f"config: expected a PolicyLossConfig, got {type(config).__name__}")
-    for name, value in per_row.items():
+def _checked_loss(op: str, call: PolicyCall, process_group: object | None) -> PolicyCall:
+    """The call of a loss with all checked but values of the per-row arguments, which are read where rows are chosen."""
+    if not isinstance(call.config, PolicyLossConfig):
+        raise ValueError(f"config: expected a PolicyLossConfig, got {type(call.config).__name__}")
+    for name in ("kind", "old_logprob", "advantage", "ref_logprob", "row_weight"):
+        value = getattr(call, name)
         if value is not None:
             dtypes = INTEGERS if name == "kind" else FLOATS
-            check_tensor(name, value, shape=tuple(target.shape), device=target.device, dtypes=dtypes)
-    check_constant("row_weight", per_row["row_weight"])
-    for name, value in denominators.items():
+            check_tensor(name, value, shape=tuple(call.target.shape), device=call.target.device, dtypes=dtypes)
+    check_constant("row_weight", call.row_weight)
+    denominators: dict[str, Any] = {}
+    for name in ("policy_denominator", "rehearsal_denominator"):
+        value = getattr(call, name)
         check_constant(name, value)
-        if value is not None and not isinstance(value, Tensor):
-            denominators[name] = check_not_negative(name, value)
-    return _check_temperature(temperature)
+        given = value is None or isinstance(value, Tensor)
+        denominators[name] = value if given else float(check_not_negative(name, value))
+    return _ready(op, call._replace(**denominators), process_group)
 
 
-def _split_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor | None, float]:
+def _ready(op: str, call: PolicyCall, process_group: object | None) -> PolicyCall:
+    """The call with its temperature checked, its backend and its process group; the fused backends keep statistics in
+    float32, so float64 is PyTorch's."""
+    temperature = call.temperature
     if not isinstance(temperature, Tensor):
-        return None, float(temperature)
-    if temperature.ndim == 0:
-        if torch.compiler.is_compiling():  # its value is not known there
-            return temperature.expand(target.shape), 1.0
-        return None, float(temperature)
-    return temperature, 1.0
-
-
-def _split_denominators(given: dict[str, float | Tensor | None]) -> tuple[list[Tensor | None], list[float]]:
-    """Denominators as tensors and as numbers, which operators take apart; a number below 0 stands for none."""
-    tensors = [value if isinstance(value, Tensor) else None for value in given.values()]
-    return tensors, [float(v) if v is not None and not isinstance(v, Tensor) else -1.0 for v in given.values()]
+        temperature = float(check_positive("temperature", temperature))
+    else:
+        check_constant("temperature", temperature)
+        check_tensor("temperature", temperature)
+        if temperature.ndim == 0:  # while compiling its value is not known
+            compiling = torch.compiler.is_compiling()
+            temperature = temperature.expand(call.target.shape) if compiling else float(temperature)
+    backend = "torch" if call.source.dtype == torch.float64 else choice(op, call.source.device)
+    _check_process_group(process_group, backend)
+    return call._replace(temperature=temperature, backend=backend, group=group_name(process_group))
 
 
 def _output(loss: Tensor, logprob: Tensor, entropy: Tensor, metrics: Tensor, counts: Tensor) -> PolicyLossOutput:
@@ -388,11 +320,6 @@ def _check_process_group(process_group: object | None, backend: str) -> None:
         raise NotImplementedError("process_group: not yet on the torch backend (float64, or no fused backend here)")
 
 
-_FUSED: dict[str, Any] = {
-    "linear_policy_loss": fused.linear_policy_loss,
-    "policy_loss": fused.policy_loss,
-    "linear_logprob": fused.linear_logprob,
-}
-for _name, _op in _FUSED.items():
-    reference = linear_statistics if _name != "policy_loss" else row_statistics
-    register(_name, {"triton": _op, "cpu": _op, "torch": reference})
+for _name in ("linear_policy_loss", "policy_loss", "linear_logprob"):
+    _fused = getattr(fused, _name)
+    register(_name, {"triton": _fused, "cpu": _fused, "torch": statistics_of if _name == "linear_logprob" else loss_of})

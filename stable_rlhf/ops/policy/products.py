@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
+from stable_rlhf.ops.policy.types import LOGITS_TYPES
 from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product
 
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN, which makes the 16-bit products, has no instructions for them. What
@@ -21,7 +23,6 @@ _ONEDNN_WITHOUT_FLOAT16 = _ONEDNN_WITHOUT_BFLOAT16 | {
 
 CHUNK_ROWS = 256  # fewer rows keep fewer columns, more rows make better products
 _STEPS = (1.0, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # thresholds, in units of the tolerance
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _held = threading.local()
 
@@ -323,7 +324,7 @@ def select_columns(gradient: Tensor, rows: Tensor, scale: Tensor, target: Tensor
 
 
 def _native(gradient: Tensor) -> bool:
-    return gradient.device.type == "cpu" and extension() is not None and gradient.dtype in _TYPES
+    return gradient.device.type == "cpu" and extension() is not None and gradient.dtype in LOGITS_TYPES
 
 
 def _peaks(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
@@ -331,7 +332,9 @@ def _peaks(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     if not _native(gradient):
         return (gradient[rows].float().abs() * inverse[:, None]).amax(0)
     peaks = torch.empty(gradient.shape[1], dtype=torch.float32, device="cpu")
-    _call(gradient, rows, inverse, None, peaks, None)
+    module = extension()
+    assert module is not None
+    module.column_peaks(**_fields(gradient, rows, inverse, peaks))
     return peaks
 
 
@@ -341,21 +344,23 @@ def _masses(gradient: Tensor, rows: Tensor, inverse: Tensor, peaks: Tensor, thre
         below = (peaks[:, None] < thresholds).float()  # [V, thresholds]
         return (gradient[rows].float().abs() @ below) * inverse[:, None]
     masses = torch.empty(rows.numel(), thresholds.numel(), dtype=torch.float32, device="cpu")
-    _call(gradient, rows, inverse, thresholds, peaks, masses)
+    module = extension()
+    assert module is not None
+    module.dropped_masses(
+        **_fields(gradient, rows, inverse, peaks), thresholds=thresholds.data_ptr(),
+        num_thresholds=thresholds.numel(), masses=masses.data_ptr(),
+    )  # fmt: skip
     return masses
 
 
-def _call(
-    gradient: Tensor, rows: Tensor, inverse: Tensor, thresholds: Tensor | None, peaks: Tensor, masses: Tensor | None
-) -> None:
-    module = extension()
-    assert module is not None
-    module.select_columns(
-        _TYPES[gradient.dtype], gradient.data_ptr(), rows.data_ptr(), gradient.stride(0), rows.numel(),
-        gradient.shape[1], inverse.data_ptr(),
-        0 if thresholds is None else thresholds.data_ptr(), 0 if thresholds is None else thresholds.numel(),
-        peaks.data_ptr(), 0 if masses is None else masses.data_ptr(), torch.get_num_threads(), cpu_isa(),
-    )  # fmt: skip
+def _fields(gradient: Tensor, rows: Tensor, inverse: Tensor, peaks: Tensor) -> dict[str, Any]:
+    """What both calls of C++ take."""
+    return {
+        "type": LOGITS_TYPES[gradient.dtype], "gradient": gradient.data_ptr(), "rows": rows.data_ptr(),
+        "stride": gradient.stride(0), "count": rows.numel(), "vocabulary": gradient.shape[1],
+        "inverse_scale": inverse.data_ptr(), "peaks": peaks.data_ptr(), "num_threads": torch.get_num_threads(),
+        "isa": cpu_isa(),
+    }  # fmt: skip
 
 
 def gather_columns(gradient: Tensor, selection: Selection) -> Tensor:
@@ -366,8 +371,8 @@ def gather_columns(gradient: Tensor, selection: Selection) -> Tensor:
     assert module is not None
     out = torch.empty(selection.bounded.numel(), selection.columns.numel(), dtype=gradient.dtype, device="cpu")
     module.gather_columns(
-        gradient.data_ptr(), gradient.stride(0), gradient.element_size(), selection.bounded.data_ptr(),
-        selection.bounded.numel(), selection.columns.data_ptr(), selection.columns.numel(), out.data_ptr(),
-        torch.get_num_threads(),
+        gradient=gradient.data_ptr(), stride=gradient.stride(0), bytes=gradient.element_size(),
+        rows=selection.bounded.data_ptr(), num_rows=selection.bounded.numel(), columns=selection.columns.data_ptr(),
+        num_columns=selection.columns.numel(), out=out.data_ptr(), num_threads=torch.get_num_threads(),
     )  # fmt: skip
     return out

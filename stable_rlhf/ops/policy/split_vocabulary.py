@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stable_rlhf.ops.groups import resolve_group
 from stable_rlhf.ops.policy.formula import RowState, Terms, coefficients
 from stable_rlhf.ops.policy.types import PolicyLossConfig
 
@@ -24,7 +25,7 @@ class SplitVocabulary:
 
     def __init__(self, kernels: ModuleType, name: str, width: int, device: torch.device) -> None:
         self.kernels = kernels
-        self.group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        self.group = resolve_group(name)
         widths = torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=device)
         widths[dist.get_rank(self.group)] = width
         dist.all_reduce(widths, group=self.group)

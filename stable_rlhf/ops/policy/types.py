@@ -1,19 +1,29 @@
-"""Constants, result and row kinds of the policy losses."""
+"""Constants, call, result and row kinds of the policy losses."""
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from stable_rlhf.ops.checks import check_choice, check_not_negative, check_number, check_positive
 
 IGNORE = -100
-POLICY, REHEARSAL = 1, 2
+LOGITS_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # LogitsType of csrc/policy.h
+
+
+class Kind(enum.IntEnum):
+    """What a row of a call is; csrc/policy.h and kernels.policy have the same numbers."""
+
+    IGNORED = 0
+    POLICY = 1
+    REHEARSAL = 2
 
 
 def check_softcap(softcap: float | None) -> None:
@@ -49,13 +59,16 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        for name in ("clip_low", "clip_high", "entropy_coef", "rehearsal_coef", "log_ratio_clamp"):
-            check_number(name, getattr(self, name))
+        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "rehearsal_coef", "log_ratio_clamp"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        for name in ("dual_clip", "softcap"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_number(name, getattr(self, name)))
         if not 0.0 <= self.clip_low <= 1.0:
             raise ValueError(f"clip_low: {self.clip_low} is outside [0, 1]")
         if not self.clip_high >= 0.0:
             raise ValueError(f"clip_high: {self.clip_high} is negative")
-        if self.dual_clip is not None and not check_number("dual_clip", self.dual_clip) > 1.0:
+        if self.dual_clip is not None and not self.dual_clip > 1.0:
             raise ValueError(f"dual_clip: {self.dual_clip} is not greater than 1")
         check_not_negative("kl_coef", self.kl_coef)
         for name in ("entropy_coef", "rehearsal_coef"):
@@ -67,6 +80,44 @@ class PolicyLossConfig:
 
 
 DEFAULT = PolicyLossConfig()
+
+
+class PolicyCall(NamedTuple):
+    """A call of the policy losses, or of `linear_logprob`, on its way to the kernels: its shapes, types and devices
+    have been checked, its values are where rows are chosen (`formula.select_rows`).
+
+    The arguments are those of `linear_policy_loss`; `linear_logprob` has none of those that only a loss has.
+    """
+
+    source: Tensor  # [..., H] hidden states; without a weight the logits [..., V] themselves
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+    target: Tensor  # [...]
+    temperature: float | Tensor  # [...] when per row
+    config: PolicyLossConfig
+    kind: Tensor | None = None  # [...], as are the next four
+    old_logprob: Tensor | None = None
+    advantage: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    row_weight: Tensor | None = None
+    policy_denominator: float | Tensor | None = None
+    rehearsal_denominator: float | Tensor | None = None
+    logits_dtype: torch.dtype | None = None
+    workspace_bytes: int = 1
+    grad_tolerance: float = 0.0
+    backend: str = "torch"
+    group: str = ""  # name of the process group that the vocabulary is split over
+    needs: tuple[bool, ...] = (False, False, False)  # whether a gradient is asked for, of source, weight and bias
+
+    @property
+    def width(self) -> int:
+        """The size of the vocabulary, or of this rank's slice."""
+        return self.source.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def origin(self) -> str:
+        """The arguments that a non-finite logit comes from."""
+        return "logits" if self.weight is None else "hidden, weight or bias"
 
 
 class PolicyLossOutput(NamedTuple):
