@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_op import CASES, cases, run
-from interpreter import INTERPRETED, not_interpreted, run_interpreted
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
+from helpers.every_op import CASES, cases, run
+from helpers.interpreter import INTERPRETED, not_interpreted, run_interpreted
 from stable_rlhf.ops import backends, operators, sequence, topk
 from stable_rlhf.ops.advantage import fused as advantage_fused
 from stable_rlhf.ops.advantage import loss as advantage_loss

@@ -6,11 +6,11 @@ import functools
 
 import pytest
 import torch
-from every_op import CASES, run
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import stable_rlhf.ops as ops
+from helpers.every_op import CASES, run
 from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")

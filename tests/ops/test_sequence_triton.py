@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
+from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_op import CASES, run
 from torch.autograd import forward_ad
 
 import stable_rlhf.ops as ops
+from helpers.every_op import CASES, run
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.contrastive.unit_rows import unit_rows
 

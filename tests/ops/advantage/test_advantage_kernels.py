@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
+from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 from stable_rlhf.ops.advantage import fused
 from stable_rlhf.ops.backends import extension
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 
 import stable_rlhf.ops as ops
+from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.contrastive import swav, unit_rows
 

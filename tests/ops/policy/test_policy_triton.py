@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
-from test_policy_loss import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, naive_row, relative
 
 import stable_rlhf.ops as ops
+from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
+from helpers.policy_cases import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, naive_row, relative
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.policy.formula import RowState, Terms

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_policy_loss import naive_row
 
 import stable_rlhf.ops as ops
+from helpers.policy_cases import naive_row
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.policy.formula import RowState
