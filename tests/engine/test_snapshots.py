@@ -15,6 +15,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from helpers.files import metric_lines
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -69,7 +70,7 @@ def trainers(tiny_model, tokenizer):
 def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict]]:
     """The saved weights, and what was logged (without the time it took)."""
     weights = {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = metric_lines(folder)
     return weights, [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
@@ -261,7 +262,7 @@ def test_a_snapshot_of_another_model_is_refused(stopped, tiny_model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "call", ["shards.save_file", "snapshots.save_file", "snapshots.shutil.copy", "snapshots._digest"]
+    "call", ["shards.save_file", "snapshots.save_file", "snapshots.shutil.copy", "snapshots.file_digest"]
 )
 @pytest.mark.parametrize("good", [0, 1, 2])
 def test_a_disk_that_is_full_while_a_snapshot_is_written(call, good, trainers, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.files import metric_lines
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
@@ -157,7 +157,7 @@ def test_a_scorer_trained_with_lora_scores_without_peft(tiny_model, tokenizer, t
     first = scorer.score(["Write backwards: xyz"], ["zyx"])
     arguments = ScorerArguments(learning_rate=1e-2, num_train_epochs=6, per_device_train_batch_size=2)
     train_scorer(scorer, rows, arguments, replace(LORA, zero_stage=stage), tmp_path, seed=0)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = metric_lines(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"]
     monkeypatch.setitem(sys.modules, "peft", None)
     again = AdvantageModel.from_pretrained(tmp_path)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from helpers.files import metric_lines
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -65,7 +65,7 @@ def train(make, tokenizer, tmp_path):
 
 
 def logged(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = metric_lines(folder)
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from helpers.files import metric_lines
 from stable_rlhf import ops
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
@@ -102,7 +102,7 @@ def test_ppo_with_rehearsal_changes_the_policy_and_neither_reference_nor_scorer(
     assert abs(result["curve"][1]["kl"]) > 1e-4
     for name in ("config.json", "model.safetensors", "tokenizer.json", "value_head.safetensors", "metrics.jsonl"):
         assert (tmp_path / name).is_file(), name
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = metric_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2] and lines == result["curve"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.cli import CONSOLE_SCRIPT, run
+from helpers.files import metric_lines
 from helpers.launch import environment
 
 SMALL = """
@@ -73,7 +74,7 @@ def test_a_study_compares_all_variants_and_seeds(done):
 def test_the_policy_without_a_critic_has_no_value_head(done):
     stage = done / "seeds" / "3" / "ppo-am-critic-free"
     assert (stage / "model.safetensors").is_file() and not (stage / "value_head.safetensors").exists()
-    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = metric_lines(stage)
     assert len(rows) == 4 and all(row["value_loss"] == 0 and "gold" in row for row in rows)
     assert (done / "seeds" / "3" / "ppo-rm" / "value_head.safetensors").is_file()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from helpers.files import metric_lines
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
@@ -307,7 +307,7 @@ def test_training_with_the_regression_brings_e_to_the_mean_reward(make, rows, to
         settings = replace(arguments, expected_coef=coefficient)
         result = train_scorer(model, batch, settings, EngineArguments(), folder, seed=0)
         after[coefficient] = expectation_error(model.eval(), batch)
-        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        curve = metric_lines(folder)
         assert len(curve) == result["steps"] == 60
         assert ("expected_error" in curve[0]) == (coefficient > 0)
         assert curve[-1]["loss"] == result["loss"] and curve[0]["loss"] > curve[-1]["loss"]

@@ -3,7 +3,6 @@ and the last checkpoint is whole: with the fault mended, the same command ends w
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.cli import small_ppo, small_scorer, small_sft, whole_snapshots
-from helpers.files import tiny_files, weights
+from helpers.files import metric_lines, tiny_files, weights
 
 pytestmark = pytest.mark.slow  # whole runs, a minute and more
 
@@ -163,7 +162,7 @@ def test_other_settings_never_cost_a_snapshot(cli, files, sft, tmp_path):
 
 
 def losses(stage: Path) -> list[float]:
-    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = metric_lines(stage)
     return [row[name] for row in rows for name in ("step", "loss", "learning_rate")]
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
+from helpers.files import metric_lines
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models.policy import PolicyModel
@@ -37,7 +36,7 @@ def same(packed: list[float], padded: list[float], first: int = 1) -> None:
 
 
 def losses(folder) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in metric_lines(folder)]
 
 
 def test_sft(tiny_model, tokenizer, tmp_path):
