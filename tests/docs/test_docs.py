@@ -106,7 +106,7 @@ def test_the_drawing_has_the_layers_that_the_linter_holds() -> None:
     assert drawn == [layer.split(" | ") for layer in held if layer != "__main__"]
 
 
-@pytest.mark.parametrize("name", ["architecture", "notes"])
+@pytest.mark.parametrize("name", ["architecture", "new_op", "notes"])
 def test_files_named_are_there(name: str) -> None:
     there = [f"/{path.relative_to(ROOT)}" for folder in ("stable_rlhf", "kernels", "csrc", "bench", "tests")
              for path in (ROOT / folder).rglob("*")]  # fmt: skip
