@@ -170,11 +170,11 @@ class _OwnParser(argparse.ArgumentParser):
 def _plain(message: str, given: Sequence[str], places: Mapping[str, str]) -> str:
     """jsonargparse's report of a wrong value in one line: which setting, what it takes, what it got."""
     key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.S)
-    wanted = [w for line in message.splitlines() for w in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", line)]
-    if not (key and value and wanted):
+    kinds = [w for line in message.splitlines() for w in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", line)]
+    if not (key and value and kinds):
         return _cut(" ".join(message.split()))
     words = []
-    for kind in wanted:
+    for kind in kinds:
         if kind.startswith("typing.Literal["):
             words.append("one of " + ", ".join(str(v) for v in ast.literal_eval(kind.removeprefix("typing.Literal"))))
         else:
@@ -234,19 +234,19 @@ def _describe(command: str) -> str:
 def normalise(argv: Sequence[str]) -> list[str]:
     """Hyphens or underscores in flag names, short names of common settings, one file or number where a list is wanted,
     and no ``--local_rank`` of a launcher."""
-    found: list[str] = []
+    arguments: list[str] = []
     name = equals = ""
     for argument in argv:
         if not argument.startswith("--") or argument == "--":
-            found.append(argument if equals else _as_list(name, argument))
+            arguments.append(argument if equals else _as_list(name, argument))
             name = ""
             continue
         name, equals, value = argument.partition("=")
         name = "--" + name[2:].replace("-", "_")
         name = _ALIASES.get(name, name)
         if name != "--local_rank":
-            found.append(name + equals + (_as_list(name, value) if equals else value))
-    return found
+            arguments.append(name + equals + (_as_list(name, value) if equals else value))
+    return arguments
 
 
 def _recipe_first(command: str, arguments: list[str], switches: Sequence[str]) -> list[str]:
@@ -275,10 +275,10 @@ def items(flag: str, given: Sequence[str] | None) -> list[str]:
     Raises:
         ValueError: what begins with [ is no list.
     """
-    found: list[str] = []
+    names: list[str] = []
     for part in given or ():
         if not part.lstrip().startswith("["):
-            found += [item for item in part.split(",") if item]
+            names += [item for item in part.split(",") if item]
             continue
         try:
             listed = yaml.load(part, yaml.BaseLoader)
@@ -287,8 +287,8 @@ def items(flag: str, given: Sequence[str] | None) -> list[str]:
         if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
             example = json.dumps([part])
             raise ValueError(f"{flag}: {part!r} is no list; a name that begins with [ stands in one: '{example}'")
-        found += listed
-    return found
+        names += listed
+    return names
 
 
 def _check_flag(parser: _Parser, flag: str, value: str) -> None:
@@ -329,6 +329,6 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace
             space = parser.parse_args(["--config", str(recipe), *settings])
     else:
         space = parser.parse_args(settings)
-    made = parser.instantiate(space)
+    settings_by_name = parser.instantiate(space)
     own.given = settings
-    return Recipe(**{name: made[name] for name in Recipe.__dataclass_fields__}), own
+    return Recipe(**{name: settings_by_name[name] for name in Recipe.__dataclass_fields__}), own

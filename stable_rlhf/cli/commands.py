@@ -295,14 +295,14 @@ def _launch(recipe: Recipe, own: argparse.Namespace) -> None:
 
 def _forwarded(given: Sequence[str]) -> list[str]:
     """Arguments of ``run``: the recipe, and its settings but those of ``launch``."""
-    kept: list[str] = []
+    of_run: list[str] = []
     arguments = iter(given[1:])  # the first is --config
     for argument in arguments:
         if not argument.startswith("--launch."):
-            kept.append(argument)
+            of_run.append(argument)
         elif "=" not in argument:
             next(arguments)
-    return kept
+    return of_run
 
 
 def _print_environment() -> None:

@@ -57,9 +57,9 @@ def commit() -> str | None:
     """The commit that this package was installed or is run from, where that is known; ``+changes`` beside it when
     files differ from it."""
     try:
-        found = json.loads(metadata.distribution("stable-rlhf").read_text("direct_url.json") or "{}")
-        if "vcs_info" in found:
-            return str(found["vcs_info"]["commit_id"])
+        source = json.loads(metadata.distribution("stable-rlhf").read_text("direct_url.json") or "{}")
+        if "vcs_info" in source:
+            return str(source["vcs_info"]["commit_id"])
     except (metadata.PackageNotFoundError, ValueError, KeyError):
         pass
     folder = Path(stable_rlhf.__file__).resolve().parents[1]

@@ -66,7 +66,7 @@ from stable_rlhf.models.loading import context_length, hidden_width, resolve_mod
 from stable_rlhf.models.lora import adapted_layers, add_lora
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
-from stable_rlhf.settings.recipe import EngineArguments, Recipe, changed
+from stable_rlhf.settings.recipe import EngineArguments, Recipe, with_settings
 
 GIB = 2**30
 _RESERVE, _FRAGMENTS = GIB, 0.05
@@ -111,8 +111,8 @@ class Moment:
 
     @property
     def total(self) -> int:
-        kept = sum(self.items.values())
-        return kept + _RESERVE + int(_FRAGMENTS * kept)
+        items = sum(self.items.values())
+        return items + _RESERVE + int(_FRAGMENTS * items)
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,10 @@ def model_sizes(
 def block_bytes(m: ModelSizes, rows: int, length: int, itemsize: int) -> int:
     """What autograd keeps of one block for its backward pass: see the module's formulas."""
     tokens, h = rows * length, m.hidden
-    kept = itemsize * (6 * h + 2 * m.key_width + (4 if m.gated else 2) * m.mlp_width) + (8 * h if m.gated else 0)
-    kept += itemsize * m.adapter_ranks + (itemsize + 1) * m.adapter_inputs
+    per_token = itemsize * (6 * h + 2 * m.key_width + (4 if m.gated else 2) * m.mlp_width) + (8 * h if m.gated else 0)
+    per_token += itemsize * m.adapter_ranks + (itemsize + 1) * m.adapter_inputs
     scores = rows * m.heads * length**2 * (itemsize + (4 if itemsize == 2 else 0)) if m.eager else 0
-    return tokens * kept + scores
+    return tokens * per_token + scores
 
 
 def activation_bytes(m: ModelSizes, rows: int, length: int, itemsize: int, checkpointing: bool) -> int:
@@ -255,10 +255,10 @@ def engine_bytes(m: ModelSizes, engine: EngineArguments, world_size: int) -> tup
     if engine.offload_optimizer and stage:
         host, optimiser = optimiser + share(4 * m.trained, 1), 0
     weights = share(e * m.in_engine, 3) + e * (m.parameters - m.in_engine) + (e * m.small if stage == 3 else 0)
-    found = {"weights": weights, "gradients": share(e * m.trained, 2), "optimiser": optimiser}
+    items = {"weights": weights, "gradients": share(e * m.trained, 2), "optimiser": optimiser}
     if engine.ema_decay:
-        found["average"] = share(4 * m.trained, 3)
-    return found, host
+        items["average"] = share(4 * m.trained, 3)
+    return items, host
 
 
 def _live(m: ModelSizes, itemsize: int) -> int:
@@ -324,8 +324,8 @@ def _training_moments(
     else:  # DeepSpeed's buckets of an all-reduce, which end with the tensor that makes them full
         temporary = 4 * min(m.trained, 500_000_000 + m.largest) if world_size > 1 else 0
     if not engine.offload_optimizer:
-        kept = {k: v for k, v in more.items() if k == "frozen"}
-        yield Moment(stage, "step", state | {"step": temporary, "communication": _buffers(m, engine)[0]} | kept)
+        frozen = {k: v for k, v in more.items() if k == "frozen"}
+        yield Moment(stage, "step", state | {"step": temporary, "communication": _buffers(m, engine)[0]} | frozen)
     if engine.zero_stage == 3:
         gathered = {"gathered": e * m.largest, "communication": _buffers(m, engine)[0]}
         yield Moment(stage, "saving", state | gathered | {k: v for k, v in more.items() if k == "frozen"})
@@ -352,17 +352,17 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
     moments.append(Moment("scorer", "loading", {"loading": _loading([scorer], engine, world_size)}))
     scoring = replace(engine, ema_decay=0.0)  # policies alone are averaged
-    read, before = min(data.max_length, scorer.context), {}
+    longest_pair, saved = min(data.max_length, scorer.context), {}
     if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
         mine = -(-scorer.trained // (world_size if engine.zero_stage == 3 else 1))
-        before = {"metarm": e * mine}
-        shifted = recipe.scorer.per_device_train_batch_size * recipe.iterate.responses_per_prompt
+        saved = {"metarm": e * mine}
+        responses = recipe.scorer.per_device_train_batch_size * recipe.iterate.responses_per_prompt
         items = engine_bytes(scorer, scoring, world_size)[0] | {
-            "activations": activation_bytes(scorer, shifted, read, e, engine.gradient_checkpointing),
+            "activations": activation_bytes(scorer, responses, longest_pair, e, engine.gradient_checkpointing),
             "communication": sum(_buffers(scorer, engine)), "metarm": 4 * mine,
         }  # fmt: skip
         moments.append(Moment("scorer", "ascent", items))
-    moments += _training_moments("scorer", scorer, scoring, world_size, pairs, read, **before)
+    moments += _training_moments("scorer", scorer, scoring, world_size, pairs, longest_pair, **saved)
     answering = _generation(policy, recipe.ppo.rollout_batch_size, rolled, e)
     in_shards = engine.zero_stage == 3 and not engine.ds3_gather_for_generation
     reader = _held([policy], engine, world_size) if in_shards else e * policy.parameters
@@ -484,16 +484,16 @@ def remedies(recipe: Recipe, *, world_size: int, devices_per_node: int, limit: i
         changes.append((f"{' and '.join(names)} {layers}", dict.fromkeys(names, layers)))
     if world_size > 1 or recipe.engine.zero_stage:
         changes.append(("twice the nodes", {}))
-    found: list[tuple[int, str]] = []
+    totals: list[tuple[int, str]] = []
     everything: dict[str, Any] = {}
     for words, values in changes:
         everything |= values
         ranks = world_size if values else 2 * world_size
-        left = estimate(changed(recipe, values), world_size=ranks, devices_per_node=devices_per_node).peak.total
-        if left < before:
-            found.append((left, words))
-    if len(found) > 1:
-        most = changed(recipe, everything)
-        left = estimate(most, world_size=world_size, devices_per_node=devices_per_node).peak.total
-        found = [*sorted(found), (left, "all of these on as many devices")]
-    return [f"{words}: {left / GIB:.1f} GiB" + (", which fits" if left <= limit else "") for left, words in found]
+        total = estimate(with_settings(recipe, values), world_size=ranks, devices_per_node=devices_per_node).peak.total
+        if total < before:
+            totals.append((total, words))
+    if len(totals) > 1:
+        most = with_settings(recipe, everything)
+        total = estimate(most, world_size=world_size, devices_per_node=devices_per_node).peak.total
+        totals = [*sorted(totals), (total, "all of these on as many devices")]
+    return [f"{words}: {total / GIB:.1f} GiB" + (", which fits" if total <= limit else "") for total, words in totals]

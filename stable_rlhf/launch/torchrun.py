@@ -125,12 +125,12 @@ def read_hostfile(path: str) -> list[Host]:
         text = line.split("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"([\w.\-:@]+)\s+slots=([1-9]\d*)", text)
-        if not found:
+        entry = re.fullmatch(r"([\w.\-:@]+)\s+slots=([1-9]\d*)", text)
+        if not entry:
             raise ValueError(f"hostfile {path!r}, line {number}: expected `ADDRESS slots=N`, got {text!r}")
-        if found[1] in hosts:
-            raise ValueError(f"hostfile {path!r}, line {number}: {found[1]} is there twice")
-        hosts[found[1]] = Host(found[1], int(found[2]))
+        if entry[1] in hosts:
+            raise ValueError(f"hostfile {path!r}, line {number}: {entry[1]} is there twice")
+        hosts[entry[1]] = Host(entry[1], int(entry[2]))
     if not hosts:
         raise ValueError(f"hostfile {path!r}: names no node")
     return list(hosts.values())
@@ -180,22 +180,22 @@ def device_bytes(launch: LaunchArguments) -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def memory_text(found: Estimate, limit: int | None) -> str:
+def memory_text(need: Estimate, limit: int | None) -> str:
     """The estimate as a table: a row for each kind of memory, a column for each moment of each stage, in GiB."""
-    rows = list(dict.fromkeys(name for moment in found.moments for name in moment.items))
-    table = [["GiB per device", *(f"{m.stage} {m.name}" for m in found.moments)]]
+    rows = list(dict.fromkeys(name for moment in need.moments for name in moment.items))
+    table = [["GiB per device", *(f"{m.stage} {m.name}" for m in need.moments)]]
     for name in rows:
-        table.append([name, *(_gib(m.items.get(name)) for m in found.moments)])
-    table.append(["reserve", *(_gib(m.total - sum(m.items.values())) for m in found.moments)])
-    table.append(["needed", *(_gib(m.total) for m in found.moments)])
+        table.append([name, *(_gib(m.items.get(name)) for m in need.moments)])
+    table.append(["reserve", *(_gib(m.total - sum(m.items.values())) for m in need.moments)])
+    table.append(["needed", *(_gib(m.total) for m in need.moments)])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in table]  # fmt: skip
-    for name, m in found.models.items():
+    for name, m in need.models.items():
         lines.append(f"{name}: {m.parameters:,} parameters, {m.trained:,} trained; from {m.source}")
-    host = f"{found.host_bytes / GIB:.1f} GiB"
+    host = f"{need.host_bytes / GIB:.1f} GiB"
     lines.append(f"host memory of a node: {host} while its processes read the models or hold an offloaded optimiser")
-    peak, have = found.peak, "unknown (--device-memory-gib says)" if limit is None else f"{limit / GIB:.1f} GiB"
+    peak, have = need.peak, "unknown (--device-memory-gib says)" if limit is None else f"{limit / GIB:.1f} GiB"
     lines.append(f"largest: {peak.stage}, {peak.name}: {peak.total / GIB:.1f} GiB; a device has {have}")
     return "\n".join(lines)
 
@@ -212,17 +212,17 @@ def dry_run(recipe: Recipe, plan: Plan) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's defaults are read below: no warning about no GPU
     print(commands_text(plan), "\n", sep="")
     devices = max((h.slots for h in plan.hosts), default=plan.devices_per_node)
-    found = estimate(recipe, world_size=plan.world_size, devices_per_node=devices)
+    need = estimate(recipe, world_size=plan.world_size, devices_per_node=devices)
     limit = device_bytes(plan.launch)
-    print(memory_text(found, limit))
-    if limit is None or found.peak.total <= limit:
+    print(memory_text(need, limit))
+    if limit is None or need.peak.total <= limit:
         return 0
-    short = (found.peak.total - limit) / GIB
-    message = f"{recipe.title}: every device is {short:.1f} GiB short in stage {found.peak.stage} ({found.peak.name})"
+    short = (need.peak.total - limit) / GIB
+    message = f"{recipe.title}: every device is {short:.1f} GiB short in stage {need.peak.stage} ({need.peak.name})"
     print(f"stable-rlhf: does not fit: {printable(message, lines=False)}", file=sys.stderr)
     changes = remedies(recipe, world_size=plan.world_size, devices_per_node=devices, limit=limit)
-    part = max(found.peak.items, key=found.peak.items.__getitem__)
-    lines = [f"its largest part is {part}, {found.peak.items[part] / GIB:.1f} GiB; what lowers the peak, and to what:"]
+    part = max(need.peak.items, key=need.peak.items.__getitem__)
+    lines = [f"its largest part is {part}, {need.peak.items[part] / GIB:.1f} GiB; what lowers the peak, and to what:"]
     lines += changes or ["no setting of this recipe"]
     print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
     return 3
@@ -311,12 +311,12 @@ def start_on(host: Host, command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start one node's command: here, or through ssh in the same folder with the variables that libraries read."""
     if is_local(host.name):
         return subprocess.Popen(command, start_new_session=True)
-    kept = {
+    variables = {
         k: v
         for k, v in os.environ.items()
         if k.startswith(_FORWARDED) and not SECRET_NAME.search(k) and not has_credentials(v)
     }
-    words = ["env", *(f"{k}={v}" for k, v in kept.items()), *command]
+    words = ["env", *(f"{k}={v}" for k, v in variables.items()), *command]
     remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
     # -tt: when this end goes away, so does the other.
     return subprocess.Popen(

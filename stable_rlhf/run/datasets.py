@@ -31,11 +31,11 @@ def locate(arguments: DataArguments, names: Sequence[str]) -> list[Path]:
 
 def digests(arguments: DataArguments, names: Sequence[str]) -> dict[str, str]:
     """A digest of each of these files, so that a changed file counts as a changed setting."""
-    found = {}
+    values = {}
     for name, path in zip(names, locate(arguments, names), strict=True):
         if path.is_file():  # what is missing, the reader reports
-            found[name] = file_digest(path, "sha256")[:16]
-    return found
+            values[name] = file_digest(path, "sha256")[:16]
+    return values
 
 
 def contents(arguments: DataArguments) -> dict[str, str]:
@@ -119,18 +119,18 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
 
     if not arguments.prompts:
         raise DataError("data.prompts: name at least one prompt file")
-    everything = read(arguments.prompts)
-    check_evaluation_sets(arguments, [p.row for p in everything])
+    every_prompt = read(arguments.prompts)
+    check_evaluation_sets(arguments, [p.row for p in every_prompt])
     if arguments.eval_main:
         main, forget = read(arguments.eval_main), read(arguments.eval_forget)
-        train = everything
+        train = every_prompt
     else:
-        wanted = set(arguments.forget_tasks)
-        kept = [p for p in everything if p.row.task in wanted]
-        others = [p for p in everything if p.row.task not in wanted]
-        forget, kept = _take(f"data.forget_tasks {sorted(wanted)}", kept, arguments.eval_prompts, seed)
-        main, others = _take(f"all but data.forget_tasks {sorted(wanted)}", others, arguments.eval_prompts, seed)
-        train = kept + others
+        tasks = set(arguments.forget_tasks)
+        of_tasks = [p for p in every_prompt if p.row.task in tasks]
+        others = [p for p in every_prompt if p.row.task not in tasks]
+        forget, of_tasks = _take(f"data.forget_tasks {sorted(tasks)}", of_tasks, arguments.eval_prompts, seed)
+        main, others = _take(f"all but data.forget_tasks {sorted(tasks)}", others, arguments.eval_prompts, seed)
+        train = of_tasks + others
     held = {prompt_key(p.row.prompt) for p in (*main, *forget)}
     clean = [p for p in train if prompt_key(p.row.prompt) not in held]
     if not clean:
@@ -151,13 +151,13 @@ def check_evaluation_sets(arguments: DataArguments, prompts: Sequence[PromptRow]
         raise DataError("data.eval_main and data.eval_forget: give both, or neither")
     if arguments.eval_main:
         return
-    wanted = set(arguments.forget_tasks)
-    if missing := wanted - {p.task for p in prompts}:
+    tasks = set(arguments.forget_tasks)
+    if missing := tasks - {p.task for p in prompts}:
         raise DataError(f"data.forget_tasks {sorted(missing)}: no prompt that fits has such a task")
-    count = sum(p.task in wanted for p in prompts)
+    count = sum(p.task in tasks for p in prompts)
     if not count or count == len(prompts):
         raise DataError(
-            f"data.forget_tasks {sorted(wanted)}: the prompts have {count} of these tasks and {len(prompts) - count} "
+            f"data.forget_tasks {sorted(tasks)}: the prompts have {count} of these tasks and {len(prompts) - count} "
             "others; both are needed for the two evaluation sets (or give data.eval_main and data.eval_forget)"
         )
 
@@ -180,15 +180,15 @@ def _cap_tasks(prompts: list[EncodedPrompt], most: int, seed: int) -> list[Encod
     groups: dict[str | None, list[EncodedPrompt]] = defaultdict(list)
     for prompt in prompts:
         groups[prompt.row.task].append(prompt)
-    kept: list[EncodedPrompt] = []
+    rest: list[EncodedPrompt] = []
     for group in groups.values():
         if len(group) > most:
             group = list({prompt_key(p.row.prompt): p for p in group}.values())  # a repeated prompt counts once
         if len(group) > most:
             chosen = {id(r) for r in _split("data.max_prompts_per_task", [p.row for p in group], [most], seed)[0]}
             group = [p for p in group if id(p.row) in chosen]
-        kept += group
-    return kept
+        rest += group
+    return rest
 
 
 def encode_demonstrations(
@@ -202,10 +202,10 @@ def encode_demonstrations(
         return encode(tokenizer, row.prompt, row.response, finished=finished, source=row.source)
 
     pairs = encode_rows("demonstrations", rows, one, on_bad_row)
-    kept = [(e, r) for r, e in pairs if e.response]
-    if len(kept) < len(pairs):
-        say(f"  {len(pairs) - len(kept)} of {len(pairs)} responses were cut off before their first token: left out")
-    return kept
+    examples = [(e, r) for r, e in pairs if e.response]
+    if len(examples) < len(pairs):
+        say(f"  {len(pairs) - len(examples)} of {len(pairs)} responses were cut off before their first token: left out")
+    return examples
 
 
 def load_demonstrations(
@@ -217,14 +217,14 @@ def load_demonstrations(
     count, limits = len(result.rows), (arguments.max_prompt_length, arguments.max_length)
     rows = [r for r in result.rows if not any(map(partial(surely_longer, tokenizer), (r.prompt, r.response), limits))]
     pairs = encode_demonstrations(rows, tokenizer, on_bad_row=arguments.on_bad_row)
-    kept = [
+    fitting = [
         (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
     ]
-    if not kept:
+    if not fitting:
         raise DataError(
             f"none of {count} demonstrations fits max_length {arguments.max_length} and max_prompt_length "
             f"{arguments.max_prompt_length}"
         )
-    if long := count - len(rows) + len(pairs) - len(kept):
+    if long := count - len(rows) + len(pairs) - len(fitting):
         say(f"  {long} of {count} demonstrations are too long: left out")
-    return [e for e, _ in kept], [r for _, r in kept]
+    return [e for e, _ in fitting], [r for _, r in fitting]

@@ -85,13 +85,13 @@ class Dependencies:
         names = [kind.settings, kind.alone if self.alone else kind.in_run, kind.also(self.recipe)]
         if self.alone:
             names.append("model_name_or_path")
-        found = dict(map(self._setting, " ".join(names).split())) | inputs
+        record = dict(map(self._setting, " ".join(names).split())) | inputs
         if self.alone:
             folders = {name: value for name, value in inputs.items() if isinstance(value, str)}
             if kind.policy and self.recipe.model_name_or_path is not None:
                 folders["model_name_or_path"] = self.recipe.model_name_or_path
-            found["made_from"] = {name: _made_with(folder) for name, folder in folders.items()}
-        return found
+            record["made_from"] = {name: _made_with(folder) for name, folder in folders.items()}
+        return record
 
     def _setting(self, name: str) -> tuple[str, Any]:
         record, _, setting = name.rpartition("=")

@@ -58,7 +58,7 @@ def _identity(folder: Path) -> tuple[Any, Any] | None:
 
 def _made_from(folder: Path) -> set[tuple[Any, Any]]:
     """The stages that went into a folder, and into those."""
-    found: set[tuple[Any, Any]] = set()
+    stages_before: set[tuple[Any, Any]] = set()
     waiting = [folder]
     while waiting:
         here = waiting.pop()
@@ -68,14 +68,14 @@ def _made_from(folder: Path) -> set[tuple[Any, Any]]:
                 (here.parent / name, (name, fingerprint)) for name, fingerprint in record.get("inputs", {}).items()
             ]
             settings = record.get("settings", {})
-            given = [(Path(settings[name]), made) for name, made in settings.get("made_from", {}).items() if made]
+            named = [(Path(settings[name]), made) for name, made in settings.get("made_from", {}).items() if made]
         except (AttributeError, KeyError, TypeError):
             continue
-        for path, identity in beside + [(path, (_stage_record(path).get("name"), made)) for path, made in given]:
-            if identity not in found:
-                found.add(identity)
+        for path, identity in beside + [(path, (_stage_record(path).get("name"), made)) for path, made in named]:
+            if identity not in stages_before:
+                stages_before.add(identity)
                 waiting.append(path)
-    return found
+    return stages_before
 
 
 def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
@@ -107,17 +107,17 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
         pairs = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row)
         tell_skipped("test pairs", pairs)
         rows = pairs.rows
-    found: Result = {}
+    figures: Result = {}
     for name, folder in scorers.items():
         say(f"  scorer {name}")
         scores = _test_scores(recipe, name, folder, rows) if rows else _kept_scores(name, folder)
-        found[name] = {
+        figures[name] = {
             **scorer_evaluation(
                 scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
             ),
             "rows": scores.get("rows"),
         }  # fmt: skip
-    return found
+    return figures
 
 
 def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
@@ -135,13 +135,13 @@ def _kept_scores(name: str, folder: str) -> dict[str, Any]:
     path = Path(folder) / "scores.json"
     if not path.is_file():
         raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
-    found = read_json(path, "chosen", "rejected", "tasks")
-    scores = found["chosen"], found["rejected"]
+    content = read_json(path, "chosen", "rejected", "tasks")
+    scores = content["chosen"], content["rejected"]
     if any(not isinstance(part, list) or not all(map(_finite, part)) for part in scores):
         raise DataError(f"{path}: 'chosen' and 'rejected' must be lists of finite numbers")
-    if not isinstance(found["tasks"], list) or {len(found["tasks"])} != set(map(len, scores)):
+    if not isinstance(content["tasks"], list) or {len(content["tasks"])} != set(map(len, scores)):
         raise DataError(f"{path}: 'chosen', 'rejected' and 'tasks' must be lists of one length")
-    return found
+    return content
 
 
 def _finite(value: Any) -> bool:
@@ -203,11 +203,11 @@ def run_evaluate(
             compared = partial(
                 against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl
             )
-            judged = on_first_rank(compared, ValueError)  # a judge that costs money is asked once
+            figures = on_first_rank(compared, ValueError)  # a judge that costs money is asked once
             if judge_scorer is not None and recipe.evaluate.judge == "scorer":
-                judged["judge"] = judge_of(judge_scorer, path)
-            verdicts = judged.pop("verdicts")
-            result["policies"][name][on] = judged
+                figures["judge"] = judge_of(judge_scorer, path)
+            verdicts = figures.pop("verdicts")
+            result["policies"][name][on] = figures
             records += [
                 {
                     "policy": name, "set": on, "prompt": row.prompt, "task": row.task, "response": r.text,

@@ -61,7 +61,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     shared = {name: value for name, value in settings.items() if name != "variants"}
     fingerprint = json_digest(shared)
     every = [part for summary in summaries for part in summary["policies"].values()]
-    found = results(
+    study = results(
         summaries,
         {
             "title": recipe.title,
@@ -75,10 +75,10 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
             "settings": settings,
         },
     )  # fmt: skip
-    page, pictures = make_page(found)
-    text = markdown(found)
+    page, pictures = make_page(study)
+    text = markdown(study)
     with signals.whole():
-        (folder / "results.json").write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "results.json").write_text(to_json(study, indent=1) + "\n", encoding="utf-8")
         (folder / "results.md").write_text(text, encoding="utf-8")
         write_html(folder / "report.html", page)
         write_pictures(pictures, folder / "pictures")
@@ -91,10 +91,10 @@ def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
     path = root / "validation" / "results.json"
     if not path.is_file():
         return None
-    known = read_json(path, "seeds", "settings", "fingerprint")
+    validation = read_json(path, "seeds", "settings", "fingerprint")
     return {
-        "seeds": known["seeds"], "variants": known["settings"].get("variants", []),
-        "same_settings": known["fingerprint"] == fingerprint,
+        "seeds": validation["seeds"], "variants": validation["settings"].get("variants", []),
+        "same_settings": validation["fingerprint"] == fingerprint,
     }  # fmt: skip
 
 

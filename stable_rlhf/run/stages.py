@@ -41,8 +41,8 @@ from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.train import train_scorer
-from stable_rlhf.settings.recipe import EngineArguments, EvaluateArguments, Recipe
-from stable_rlhf.settings.stages import PPOArguments, ScorerArguments, SelectArguments
+from stable_rlhf.settings.recipe import SAMPLE_PROMPTS, EngineArguments, EvaluateArguments, Recipe
+from stable_rlhf.settings.stages import HOT_TEMPERATURE, PPOArguments, ScorerArguments, SelectArguments
 from stable_rlhf.settings.variants import Variant
 from stable_rlhf.show.progress import is_main_process, say
 
@@ -90,11 +90,11 @@ def answer(
     a batch, so there each rank answers a share of the prompts."""
     world = 1 if isinstance(model, PolicyModel) else world_size()
     mine = list(range(rank() % world, len(prompts), world)) or [0]  # no rank may stay away from the others' forwards
-    found = generate(
+    rollouts = generate(
         model.causal_lm, tokenizer, [prompts[i].ids for i in mine], settings, seeds=[seeds[i] for i in mine],
         description=description,
     )  # fmt: skip
-    parts = gather_objects(found) if world > 1 else [found]
+    parts = gather_objects(rollouts) if world > 1 else [rollouts]
     return [parts[i % world][i // world] for i in range(len(prompts))]
 
 
@@ -169,17 +169,17 @@ def run_pairs(recipe: Recipe, world: Path, sft: Path, folder: Path) -> Result:
     rows = [prompts[i % len(prompts)] for i in range(w.comparisons)]
     alternates = [
         Alternate("SFT stopped early", load_policy(str(sft / "early"))),
-        Alternate(f"SFT at temperature {w.hot_temperature}", load_policy(str(sft)), w.hot_temperature),
+        Alternate(f"SFT at temperature {HOT_TEMPERATURE}", load_policy(str(sft)), HOT_TEMPERATURE),
     ]
-    found = collect_responses(
+    samples = collect_responses(
         rows, load_policy(str(sft)), alternates, tokenizer,
         max_new_tokens=recipe.ppo.max_new_tokens, seed=stream_seed(recipe.seed, "pairs"),
     )  # fmt: skip
-    labelled, counts = label_pairs(
-        found, stream_seed(recipe.seed, "annotator"), length_bonus=w.length_bonus, flip_share=w.wrong_labels
+    pairs, counts = label_pairs(
+        samples, stream_seed(recipe.seed, "annotator"), length_bonus=w.length_bonus, flip_share=w.wrong_labels
     )
     if is_main_process():
-        write_jsonl(folder / "pairs.jsonl.gz", labelled)
+        write_jsonl(folder / "pairs.jsonl.gz", pairs)
     barrier()
     return {"pairs": counts.pairs, "flipped": counts.flipped, "identical": counts.identical}
 
@@ -195,25 +195,25 @@ def run_scorer(
     arguments = recipe.scorer
     tokenizer = load_tokenizer(backbone)
     rows = load_preferences(recipe.data, recipe.seed)
-    chosen: list[Comparison] = rows.train if split == "train" else rows.judge
-    if not chosen:
+    comparisons: list[Comparison] = rows.train if split == "train" else rows.judge
+    if not comparisons:
         raise DataError("data.judge_fraction is 0, so there are no pairs to train a judge on")
     shards = in_shards(recipe.engine, backbone, arguments.num_trainable_layers)
     with loading_in_shards(recipe.engine) if shards else nullcontext():
         trunk = load_backbone(backbone, dtype=_dtype(recipe.engine))
     limits = min(recipe.data.max_length, context_length(trunk.config)), recipe.data.max_prompt_length
-    train, long = encode_comparisons(chosen, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
+    train, long = encode_comparisons(comparisons, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     counts: dict[str, int] = {}
     if arguments.denoise and split == "train":
         train, counts = _denoised(train, arguments, folder)
     test, long_test = encode_comparisons(rows.test, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     if long or long_test:
-        say(f"  {long + long_test} of {len(chosen) + len(rows.test)} comparisons are too long: left out")
-    shifted: list[list[Encoded]] = []
+        say(f"  {long + long_test} of {len(comparisons) + len(rows.test)} comparisons are too long: left out")
+    meta_responses: list[list[Encoded]] = []
     if arguments.meta_responses and split == "train":
-        found = read_responses(locate(recipe.data, [arguments.meta_responses]), on_bad_row=recipe.data.on_bad_row)
-        tell_skipped("unlabelled responses", found)
-        shifted = encode_responses(found.rows, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
+        responses = read_responses(locate(recipe.data, [arguments.meta_responses]), on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("unlabelled responses", responses)
+        meta_responses = encode_responses(responses.rows, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
     if alternates and any(r.row.logprobs is None for r in train) and policy is None:
         raise DataError("alt_logprobs without logprobs: give the policy to be tuned (--policy)")
@@ -234,7 +234,8 @@ def run_scorer(
     result: Result = dict(
         train_scorer(
             model, train, arguments, recipe.engine, folder, seed=stream_seed(recipe.seed, "scorer", split),
-            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache, meta_responses=shifted, test=test,
+            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache, meta_responses=meta_responses,
+            test=test,
         )
     )  # fmt: skip
     # Scores are taken from what was saved: what a user loads is what is measured.
@@ -258,8 +259,8 @@ def _denoised(
     rows: list[EncodedComparison], arguments: ScorerArguments, folder: Path
 ) -> tuple[list[EncodedComparison], dict[str, int]]:
     """The rows as ``scorer.denoise`` leaves them, and counts; ``denoise.jsonl.gz`` tells what became of every pair."""
-    found = denoise([item.row for item in rows], parse_bands("scorer.denoise", arguments.denoise))
-    say("  denoise: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in found.counts.items()))
+    outcome = denoise([item.row for item in rows], parse_bands("scorer.denoise", arguments.denoise))
+    say("  denoise: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in outcome.counts.items()))
     if is_main_process():
         write_jsonl(
             folder / "denoise.jsonl.gz",
@@ -268,12 +269,12 @@ def _denoised(
                     "prompt": item.row.prompt, "chosen": item.row.responses[better],
                     "rejected": item.row.responses[worse], "source": item.row.source, "denoise": decision,
                 }
-                for item, decisions in zip(rows, found.decisions, strict=True)
+                for item, decisions in zip(rows, outcome.decisions, strict=True)
                 for (better, worse), decision in zip(item.row.pairs, decisions, strict=True)
             ),
         )  # fmt: skip
-    kept = zip(rows, found.rows, strict=True)
-    return [replace(item, row=row) for item, row in kept if row is not None], found.counts
+    pairs = zip(rows, outcome.rows, strict=True)
+    return [replace(item, row=row) for item, row in pairs if row is not None], outcome.counts
 
 
 def _with_policys_view(
@@ -293,8 +294,8 @@ def _with_policys_view(
     settings = sampling_settings(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "expected", i) for i in range(len(rows))]
     prompts = [row.examples[0].ids[: row.examples[0].prompt_length] for row in rows]
-    sampled = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
-    return [replace(row, samples=(rollout.encoded,)) for row, rollout in zip(rows, sampled, strict=True)]
+    rollouts = generate(model.causal_lm, tokenizer, prompts, settings, seeds=seeds, description="policy samples")
+    return [replace(row, samples=(rollout.encoded,)) for row, rollout in zip(rows, rollouts, strict=True)]
 
 
 def _some(prompts: list[EncodedPrompt], count: int, seed: int) -> list[EncodedPrompt]:
@@ -307,8 +308,8 @@ def _some(prompts: list[EncodedPrompt], count: int, seed: int) -> list[EncodedPr
 def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
     """Several responses of a policy to some training prompts, unlabelled, for MetaRM."""
     tokenizer = load_tokenizer(policy)
-    everything = load_prompts(recipe.data, tokenizer, recipe.seed).train
-    prompts = _some(everything, recipe.iterate.prompts, stream_seed(recipe.seed, "iterate"))
+    every_prompt = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    prompts = _some(every_prompt, recipe.iterate.prompts, stream_seed(recipe.seed, "iterate"))
     k = recipe.iterate.responses_per_prompt
     seeds = [stream_seed(recipe.seed, "responses", i, j) for i in range(len(prompts)) for j in range(k)]
     model = load_reader(policy, recipe.engine)
@@ -318,10 +319,10 @@ def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
     sets = [rollouts[start : start + k] for start in range(0, len(rollouts), k)]
     rows = [
         {
-            "prompt": p.row.prompt, "task": p.row.task, "responses": [r.text for r in found],
-            "finished": [r.finished for r in found],
+            "prompt": p.row.prompt, "task": p.row.task, "responses": [r.text for r in responses],
+            "finished": [r.finished for r in responses],
         }
-        for p, found in zip(prompts, sets, strict=True)
+        for p, responses in zip(prompts, sets, strict=True)
     ]  # fmt: skip
     if is_main_process():
         write_jsonl(folder / RESPONSES, rows)
@@ -362,9 +363,9 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     release(model)
     outside = []
     if recipe.data.rehearsal:
-        read = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row)
-        tell_skipped("rehearsal data", read)
-        outside = read.rows
+        result = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("rehearsal data", result)
+        outside = result.rows
     selection = select_to_folder(
         candidates, scores, folder, embeddings_folder=folder.parent / "embeddings", outside=outside,
         seed=stream_seed(recipe.seed, "clusters") % 2**31, title=f"Rehearsal selection: {recipe.title}",
@@ -440,9 +441,9 @@ def run_ppo(
     if variant.rehearsal:
         if rehearsal is None:
             raise ValueError(f"variant {variant.name!r} needs rehearsal data (--rehearsal)")
-        read = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
-        tell_skipped("rehearsal data", read)
-        rows = read.rows
+        result = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("rehearsal data", result)
+        rows = result.rows
         pairs = encode_demonstrations(rows, tokenizer, on_bad_row=recipe.data.on_bad_row)
         old = [e for e, _ in pairs if len(e) <= recipe.data.max_length]
         if not old:
@@ -461,7 +462,7 @@ def run_ppo(
     )  # fmt: skip
     return trainer.train(
         prompts, folder, name=f"PPO {variant.name}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
-        guard_arguments=recipe.guard, gold=gold, samples=splits.main[: recipe.rollout.sample_prompts],
+        guard_arguments=recipe.guard, gold=gold, samples=splits.main[:SAMPLE_PROMPTS],
         sample_steps=recipe.rollout.sample_steps,
     )  # fmt: skip
 

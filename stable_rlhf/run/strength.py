@@ -143,17 +143,17 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max else None
 
 
-def _trained_and_judged(pairs: _Pairs, fold: int, folds: int) -> tuple[list[int], list[int]]:
-    """Places of the rows that the scorers of a fold train on, and of those they judge."""
-    everything = range(len(pairs.encoded))
+def _rows_to_train_and_vote_on(pairs: _Pairs, fold: int, folds: int) -> tuple[list[int], list[int]]:
+    """Places of the rows that the scorers of a fold train on, and of those they vote on."""
+    every_row = range(len(pairs.encoded))
     if folds == 1:
-        train, judged = [i for i in everything if pairs.fold[i] != _HELD_OUT], list(everything)
+        train, votes = [i for i in every_row if pairs.fold[i] != _HELD_OUT], list(every_row)
     else:
-        train = [i for i in everything if pairs.fold[i] not in (fold, _HELD_OUT)]
-        judged = [i for i in everything if pairs.fold[i] in (fold, _HELD_OUT)]
+        train = [i for i in every_row if pairs.fold[i] not in (fold, _HELD_OUT)]
+        votes = [i for i in every_row if pairs.fold[i] in (fold, _HELD_OUT)]
     if not train:
         raise DataError("strength: no training pair is left that fits data.max_length and data.max_prompt_length")
-    return train, judged
+    return train, votes
 
 
 def _vote(
@@ -161,7 +161,7 @@ def _vote(
 ) -> dict[str, Any]:
     """Train one reward model as ``train-scorer`` would, and let it judge."""
     arguments = recipe.scorer
-    trained, judged = _trained_and_judged(pairs, fold, recipe.strength.folds)
+    train, votes = _rows_to_train_and_vote_on(pairs, fold, recipe.strength.folds)
     model = AdvantageModel(
         load_backbone(backbone, dtype=_reading_dtype(recipe)), load_tokenizer(backbone),
         ScorerSettings(objective="rm"), num_trainable_layers=arguments.num_trainable_layers,
@@ -171,7 +171,7 @@ def _vote(
     cache.fill(model.trunk.to(device()), sequences, description="hidden states")
     result: dict[str, Any] = dict(
         train_scorer(
-            model, [pairs.encoded[i] for i in trained], arguments, recipe.engine, folder, seed=seed,
+            model, [pairs.encoded[i] for i in train], arguments, recipe.engine, folder, seed=seed,
             report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache,
         )
     )  # fmt: skip
@@ -179,13 +179,13 @@ def _vote(
     saved = AdvantageModel.from_pretrained(
         folder, dtype=_reading_dtype(recipe), num_trainable_layers=arguments.num_trainable_layers
     ).to(device())  # fmt: skip
-    scores = score_pairs(saved, [pairs.encoded[i] for i in judged], cache)
+    scores = score_pairs(saved, [pairs.encoded[i] for i in votes], cache)
     difference = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
     barrier()
     if is_main_process():
         for weights in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
             weights.unlink()  # only the votes count; M backbones would fill a disk
-    return result | _write_votes(pairs, judged, difference, len(trained), folder)
+    return result | _write_votes(pairs, votes, difference, len(train), folder)
 
 
 def _reading_dtype(recipe: Recipe) -> torch.dtype:
@@ -198,9 +198,9 @@ def _read_hidden(pairs: _Pairs, backbone: str, recipe: Recipe, folder: Path) -> 
     from safetensors.torch import save_file
 
     trunk = Trunk(load_backbone(backbone, dtype=_reading_dtype(recipe))).to(device()).eval()
-    everything = [e for item in pairs.encoded for e in item.examples]
-    mine = everything[rank() :: world_size()]
-    found = torch.empty(len(mine), trunk.hidden_size, dtype=torch.float32, device="cpu")
+    responses = [e for item in pairs.encoded for e in item.examples]
+    mine = responses[rank() :: world_size()]
+    hidden = torch.empty(len(mine), trunk.hidden_size, dtype=torch.float32, device="cpu")
     with progress("hidden states", total=sum(map(len, mine)), unit="tokens") as bar:
         for places in length_batches([len(e) for e in mine], trunk.batch_tokens):
             batch = [mine[i] for i in places]
@@ -208,10 +208,10 @@ def _read_hidden(pairs: _Pairs, backbone: str, recipe: Recipe, folder: Path) -> 
             last = last_positions(inputs["attention_mask"], [len(e) for e in batch])
             states = trunk(**inputs)  # [B, L, H]
             rows = torch.arange(len(batch), device=states.device, dtype=torch.int64)
-            found[places] = states[rows, last].float().cpu()
+            hidden[places] = states[rows, last].float().cpu()
             bar.advance(sum(map(len, batch)))
-    save_file({"hidden": found}, folder / f"hidden-{rank():05d}-of-{world_size():05d}.safetensors")
-    return {"responses": len(everything), "width": trunk.hidden_size}
+    save_file({"hidden": hidden}, folder / f"hidden-{rank():05d}-of-{world_size():05d}.safetensors")
+    return {"responses": len(responses), "width": trunk.hidden_size}
 
 
 def _vote_by_head(
@@ -222,12 +222,12 @@ def _vote_by_head(
     hidden = torch.empty(sum(map(len, shares)), shares[0].shape[1], dtype=torch.float32, device="cpu")
     for i, share in enumerate(shares):
         hidden[i :: len(shares)] = share
-    trained, judged = _trained_and_judged(pairs, fold, recipe.strength.folds)
+    train, votes = _rows_to_train_and_vote_on(pairs, fold, recipe.strength.folds)
     first = pairs.first
-    placed = [[(first[i] + b, first[i] + w) for b, w in pairs.encoded[i].row.pairs] for i in trained]
+    placed = [[(first[i] + b, first[i] + w) for b, w in pairs.encoded[i].row.pairs] for i in train]
     score = train_head(hidden, placed, recipe.scorer, recipe.engine, seed).tolist()
-    difference = [score[first[i] + b] - score[first[i] + w] for i in judged for b, w in pairs.encoded[i].row.pairs]
-    return _write_votes(pairs, judged, difference, len(trained), folder)
+    difference = [score[first[i] + b] - score[first[i] + w] for i in votes for b, w in pairs.encoded[i].row.pairs]
+    return _write_votes(pairs, votes, difference, len(train), folder)
 
 
 def train_head(
@@ -275,23 +275,23 @@ def train_head(
 
 
 def _write_votes(
-    pairs: _Pairs, judged: Sequence[int], difference: Sequence[float], trained: int, folder: Path
+    pairs: _Pairs, rows: Sequence[int], difference: Sequence[float], train_rows: int, folder: Path
 ) -> dict[str, Any]:
     """One scorer's score differences over all pairs, null where it does not judge."""
     votes = iter(difference)
-    chosen = set(judged)
-    found = [next(votes) if i in chosen else None for i, item in enumerate(pairs.encoded) for _ in item.row.pairs]
+    voted_on = set(rows)
+    values = [next(votes) if i in voted_on else None for i, item in enumerate(pairs.encoded) for _ in item.row.pairs]
     if is_main_process():
-        (folder / _DIFFERENCES).write_text(to_json(found) + "\n", encoding="utf-8")
-    return {"trained_on": trained, "judged": len(judged), "positive": sum(d > 0 for d in difference) / len(difference)}
+        (folder / _DIFFERENCES).write_text(to_json(values) + "\n", encoding="utf-8")
+    return {"trained_on": train_rows, "judged": len(rows), "positive": sum(d > 0 for d in difference) / len(difference)}
 
 
 def _read_votes(path: Path) -> list[float | None]:
     """What `_write_votes` wrote."""
     try:
-        found = json.loads(path.read_bytes())
-        if isinstance(found, list) and all(v is None or isinstance(v, float) for v in found):
-            return found
+        content = json.loads(path.read_bytes())
+        if isinstance(content, list) and all(v is None or isinstance(v, float) for v in content):
+            return content
         problem = "not a list of numbers"
     except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
@@ -339,13 +339,13 @@ def check_against(mean: np.ndarray, check: Sequence[float | None], prompts: Sequ
     statistics = {"spearman": _spearman} | ({"auc": _auc} if len(distinct) == 2 else {})
     result: dict[str, Any] = {"pairs": len(mu), "prompts": len(place), **dict.fromkeys(statistics)}
     if np.ptp(mu) > 0 and len(distinct) > 1 and len(place) > 1:
-        rng, drawn = np.random.default_rng(0), []
+        rng, resamples = np.random.default_rng(0), []
         for _ in range(_RESAMPLES):
             times = np.bincount(rng.integers(0, len(place), len(place)), minlength=len(place))
             rows = np.repeat(np.arange(len(mu)), times[group])
             if np.ptp(mu[rows]) > 0 and np.ptp(value[rows]) > 0:
-                drawn.append([statistic(mu[rows], value[rows]) for statistic in statistics.values()])
-        ends = np.quantile(drawn, [0.025, 0.975], axis=0).T
+                resamples.append([statistic(mu[rows], value[rows]) for statistic in statistics.values()])
+        ends = np.quantile(resamples, [0.025, 0.975], axis=0).T
         for (name, statistic), (low, high) in zip(statistics.items(), ends.tolist(), strict=True):
             result[name] = {"value": statistic(mu, value), "low": low, "high": high}
     if len(distinct) <= 10:

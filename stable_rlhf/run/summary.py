@@ -86,9 +86,9 @@ def evaluate_models(
     }
     if policies:
         assert baseline is not None
-        judged = evaluation.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
+        comparison = evaluation.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
         summary["policies"] = {
-            name: {**judged[name], "curve": evaluation.read_curve(path)} for name, path in policies.items()
+            name: {**comparison[name], "curve": evaluation.read_curve(path)} for name, path in policies.items()
         }
     summary["findings"] = findings(summary)
     write_report(summary, folder)
@@ -114,11 +114,11 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     from stable_rlhf.evaluate.report import make_report
 
     page, pictures = make_report(summary)
-    drawn = overview(summary)
+    picture = overview(summary)
     with whole():
         (folder / "summary.json").write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
         write_html(folder / "report.html", page)
-        (folder / "overview.png").write_bytes(drawn)
+        (folder / "overview.png").write_bytes(picture)
         write_pictures(pictures, folder / "pictures")
 
 
@@ -137,13 +137,13 @@ def versions() -> dict[str, str]:
         "stable-rlhf", "torch", "triton", "transformers", "deepspeed", "faiss-cpu", "sentence-transformers", "numpy",
         "scikit-learn",
     )  # fmt: skip
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def device_name() -> str:

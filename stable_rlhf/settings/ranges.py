@@ -99,8 +99,8 @@ def expand_paths(settings: Any) -> None:
 @cache
 def hints(settings: Any) -> dict[str, Any]:
     """The types of a settings class by field, with their ranges and marks."""
-    found = get_type_hints(settings, include_extras=True)
-    return {field.name: found[field.name] for field in fields(settings)}
+    types = get_type_hints(settings, include_extras=True)
+    return {field.name: types[field.name] for field in fields(settings)}
 
 
 def leaves(settings: Any, within: str = "") -> Iterator[tuple[str, Any]]:
@@ -209,8 +209,8 @@ def _unwritable(value: Any, name: str) -> str:
     return f"{name}: expected numbers, text, lists and mappings by name, got {_short(value)}"
 
 
-def _first(found: Iterator[str]) -> str:
-    return next(filter(None, found), "")
+def _first(problems: Iterator[str]) -> str:
+    return next(filter(None, problems), "")
 
 
 def _is_a(hint: Any, value: Any) -> bool:

@@ -16,7 +16,6 @@ from stable_rlhf.settings.ranges import (
     PathName,
     Port,
     Positive,
-    Rows,
     Seed,
     ShareBelowOne,
     TemperatureOrGreedy,
@@ -28,6 +27,7 @@ from stable_rlhf.settings.ranges import (
     expand_paths,
 )
 from stable_rlhf.settings.stages import (
+    HOT_TEMPERATURE,
     IterateArguments,
     PPOArguments,
     ScorerArguments,
@@ -40,6 +40,10 @@ from stable_rlhf.settings.variants import VARIANTS, Variant, VariantName
 
 if TYPE_CHECKING:
     import torch
+
+SAMPLE_PROMPTS = 4  # that PPO answers every ``rollout.sample_steps`` steps
+# Settings that there were, each with the value that it has for good.
+GONE = {"rollout.sample_prompts": SAMPLE_PROMPTS, "world.hot_temperature": HOT_TEMPERATURE}
 
 
 @dataclass
@@ -205,14 +209,12 @@ class RolloutArguments:
         server: Address of a vLLM server that samples, http://host:port (unset: the policy itself, by transformers).
         timeout: Seconds until an answer of that server must be whole, loading weights included; it is asked again three
             times.
-        sample_steps: Answer the same few evaluation prompts after every so many steps, in samples.jsonl (0: never).
-        sample_prompts: How many of them.
+        sample_steps: Answer the same four evaluation prompts after every so many steps, in samples.jsonl (0: never).
     """
 
     server: str | None = None
     timeout: Timeout = 600.0
     sample_steps: CountOrNone = 0
-    sample_prompts: Rows = 4
 
 
 @dataclass
@@ -351,10 +353,15 @@ class Recipe:
         return [VARIANTS[name] for name in self.variants]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All settings by section, with those that are gone: records of runs compare them."""
+        values = asdict(self)
+        for name, value in GONE.items():
+            section, last = name.split(".")
+            values[section][last] = value
+        return values
 
 
-def changed(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+def with_settings(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with other values of settings, which stand by their dotted names."""
     parts: dict[str, dict[str, Any]] = {"": {}}
     for name, value in values.items():

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from stable_rlhf.settings.recipe import GONE
+
 _LARGEST = 2**20  # bytes; recipes have a few thousand
 _MOST_NODES = 100_000  # with every alias written out
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
@@ -61,7 +63,7 @@ def read_recipe(path: str, known: Sequence[str]) -> dict[str, int]:
     lines = _lines(node)
     known = [name for name in known if name not in ("help", "config", "print_config")]
     settings, sections = set(known), {k.split(".")[0] for k in known if "." in k}
-    found: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for name, value in content.items():
         at = f"recipe {path!r}{_at(lines.get((str(name), '')))}"
         if name in sections and name not in settings - sections:
@@ -76,10 +78,10 @@ def read_recipe(path: str, known: Sequence[str]) -> dict[str, int]:
             at = f"recipe {path!r}{_at(line)}"
             if each not in settings:
                 raise ValueError(f"{at}: unknown setting {each!r}{suggestion([each], known)}")
-            if each in found:
-                raise ValueError(f"{at}: {each!r} is given twice (first in line {found[each]})")
-            found[each] = line or 0
-    return found
+            if each in line_of:
+                raise ValueError(f"{at}: {each!r} is given twice (first in line {line_of[each]})")
+            line_of[each] = line or 0
+    return line_of
 
 
 def check_value(flag: str, value: str) -> None:
@@ -114,6 +116,8 @@ def check_node(node: yaml.Node) -> Any:
 def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
     """The known name that was probably meant, in words, or nothing."""
     for name in unknown:
+        if name in GONE:
+            return f": it is gone and {GONE[name]} for good, leave it out"
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         if not near:  # perhaps the right name in the wrong section
             last = {k.rsplit(".", 1)[-1]: k for k in known}
@@ -150,12 +154,12 @@ def _at(line: int | None) -> str:
 
 def _lines(node: yaml.Node) -> dict[tuple[str, str], int]:
     """The line of every section and of every setting in it."""
-    found: dict[tuple[str, str], int] = {}
+    lines: dict[tuple[str, str], int] = {}
     for key, value in _items(node):
-        found[str(key.value), ""] = key.start_mark.line + 1
+        lines[str(key.value), ""] = key.start_mark.line + 1
         for inner, _ in _items(value):
-            found[str(key.value), str(inner.value)] = inner.start_mark.line + 1
-    return found
+            lines[str(key.value), str(inner.value)] = inner.start_mark.line + 1
+    return lines
 
 
 def _items(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:

@@ -28,6 +28,8 @@ from stable_rlhf.settings.ranges import (
     expand_paths,
 )
 
+HOT_TEMPERATURE = 1.1  # the second alternate policy of the skill world is SFT sampled at this temperature
+
 
 @dataclass
 class WorldArguments:
@@ -42,7 +44,6 @@ class WorldArguments:
         wrong_labels: Share of preferences that are flipped.
         length_bonus: What the simulated annotator adds to the utility per character: a spurious feature.
         early_share: The first alternate policy is SFT stopped after this share of its steps.
-        hot_temperature: The second alternate policy is SFT sampled at this temperature.
     """
 
     hidden_size: Width = 64
@@ -53,7 +54,6 @@ class WorldArguments:
     wrong_labels: Share = 0.08
     length_bonus: Coefficient = 0.15
     early_share: Share = 0.6
-    hot_temperature: Temperature = 1.1
 
 
 @dataclass

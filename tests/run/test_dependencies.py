@@ -9,7 +9,7 @@ import pytest
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.run import dependencies as kinds
 from stable_rlhf.run.dependencies import Dependencies, shifted_responses
-from stable_rlhf.settings.recipe import Recipe, changed
+from stable_rlhf.settings.recipe import Recipe, with_settings
 
 # As folders of November 2026 have it: in a run, and where a command runs the stage alone.
 RECORDED = {
@@ -34,6 +34,12 @@ RECORDED = {
         "data engine evaluate made_from model_name_or_path ppo scorer seed",
     ),
 }
+
+
+def test_settings_that_are_gone_stay_in_records():
+    assert (
+        Recipe().as_dict()["world"]["hot_temperature"] == 1.1 and Recipe().as_dict()["rollout"]["sample_prompts"] == 4
+    )
 
 
 def test_every_kind_of_stage_is_here():
@@ -61,9 +67,9 @@ def test_what_stages_depend_on_by_what_is_asked_for(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
     plain = Recipe()
     assert "contents" not in Dependencies(plain).of(kinds.SFT)["data"]  # of the skill world
-    own = changed(plain, {"data.data_dir": str(tmp_path), "data.prompts": ["a.jsonl"], "scorer.expected_coef": 0.5})
-    assert own.data.prompts == ["a.jsonl"] and plain.data.prompts == [] and not plain.scorer.expected_coef
-    own = changed(own, {"model_name_or_path": "m", "scorer.meta_responses": "a.jsonl"})
+    own = with_settings(plain, {"data.data_dir": str(tmp_path), "data.prompts": ["a.jsonl"], "model_name_or_path": "m"})
+    assert own.data.prompts == ["a.jsonl"] and plain.data.prompts == []
+    own = with_settings(own, {"scorer.expected_coef": 0.5, "scorer.meta_responses": "a.jsonl"})
     digest = Dependencies(own).of(kinds.SFT)["data"]["contents"]["a.jsonl"]
     found = Dependencies(own).of(kinds.SCORER, **shifted_responses(own))
     assert found["ppo"] == own.as_dict()["ppo"] and found["meta_responses"] == {"a.jsonl": digest}

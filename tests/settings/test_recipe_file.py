@@ -37,6 +37,7 @@ BAD = [
     ("? [a]\n: 2\n", ["line 1", "a name must be text"]),
     ("config: other.yaml\n", ["line 1: unknown setting 'config'"]),
     ("\nppo:\n  lam: 1\n  kl: 2\n", ["line 4: unknown setting 'ppo.kl'"]),
+    ("world:\n  hot_temperature: 1.1\n", ["line 2: unknown setting 'world.hot_temperature': it is gone and 1.1"]),
     ("- a\n", ["expected settings as `name: value`, found list"]),
     ("word", ["expected settings as `name: value`, found str"]),
     ("seed: 1\n\tppo: 2\n", ["line 2: not YAML"]),
