@@ -367,7 +367,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     in_shards = engine.zero_stage == 3 and not engine.ds3_gather_for_generation
     reader = _held([policy], engine, world_size) if in_shards else e * policy.parameters
     live = {"communication": _live(policy, e)} if in_shards else {}
-    rehearsal = any(v.rehearsal for v in recipe.chosen)
+    rehearsal = any(v.rehearsal for v in recipe.variant_rows)
     if rehearsal:
         items = {"weights": reader, "frozen": e * scorer.parameters, "generation": answering} | live
         moments.append(Moment("selection", "rollouts", items))

@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe, arguments: Sequence[str], hostfile: str | None = N
     devices = launch.devices_per_node or _devices()
     plan = Plan(hosts, len(hosts) or launch.nodes, devices, endpoint, launch, list(arguments), name,
                 recipe.checkpoint.grace_seconds)  # fmt: skip
-    if any(v.training == "ppo" for v in recipe.chosen):
+    if any(v.training == "ppo" for v in recipe.variant_rows):
         check_sizes(recipe.ppo, plan.world_size)
     return plan
 

@@ -45,11 +45,11 @@ def check_inputs(recipe: Recipe) -> None:
         read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
     check_reporters(recipe.report_to)
     check_key(recipe.evaluate)
-    if any(v.training == "rejection" for v in recipe.chosen):
+    if any(v.training == "rejection" for v in recipe.variant_rows):
         check_rounds(recipe.ppo)
-    if any(v.training == "ppo" for v in recipe.chosen):
+    if any(v.training == "ppo" for v in recipe.variant_rows):
         check_sizes(recipe.ppo)
-    if any(v.rehearsal for v in recipe.chosen):
+    if any(v.rehearsal for v in recipe.variant_rows):
         s = recipe.select
         find_embedding_model(s.embedding_model)
         try:
@@ -95,7 +95,7 @@ def check_policies(recipe: Recipe, alternates: int) -> None:
     given = recipe.scorer.num_policies
     if given is None or not alternates:
         return
-    needs = "at least" if given < alternates else "above" if any(v.scorer == "am" for v in recipe.chosen) else ""
+    needs = "at least" if given < alternates else "above" if any(v.scorer == "am" for v in recipe.variant_rows) else ""
     if given < alternates or (needs and given == alternates):
         raise ValueError(
             f"scorer.num_policies must be {needs} the {alternates} alternate policies of the pairs, got {given}"

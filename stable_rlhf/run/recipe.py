@@ -22,7 +22,7 @@ from stable_rlhf.run.inputs import check_inputs, check_model
 from stable_rlhf.run.strength import measure_strength
 from stable_rlhf.run.summary import summarise, write_report
 from stable_rlhf.settings.recipe import DataArguments, Recipe
-from stable_rlhf.settings.variants import Variant, rehearsed
+from stable_rlhf.settings.variants import Variant, scorers_that_select
 from stable_rlhf.show.progress import say
 
 
@@ -82,11 +82,14 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
 
     # 5. What is rehearsed, by the scores of each scorer whose policies rehearse.
-    selections = {objective: ground.selection(objective, scorers[objective]) for objective in rehearsed(recipe.chosen)}
+    selections = {
+        objective: ground.selection(objective, scorers[objective])
+        for objective in scorers_that_select(recipe.variant_rows)
+    }
 
     # 6. The policies, round after round.
     policies: dict[str, Stage] = {}
-    for variant in recipe.chosen:
+    for variant in recipe.variant_rows:
         selection = selections[variant.scorer] if variant.rehearsal else None
         last = policies[variant.name] = ground.policy_of(variant, variant.name, scorers[variant.scorer], selection)
         for number in range(2, recipe.iterate.rounds + 1):

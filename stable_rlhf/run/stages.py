@@ -58,7 +58,8 @@ def load_policy(
     over, where ``in_shards`` says so."""
     shards = engine is not None and in_shards(engine, path, num_trainable_layers)
     with loading_in_shards(engine, frozen=frozen) if engine and shards else nullcontext():
-        model = load_causal_lm(path, dtype=_dtype(engine))
+        # To train as well: DeepSpeed casts to 16 bits before it makes its float32 master weights.
+        model = load_causal_lm(path, dtype=engine.dtype if engine else torch.float32)
     return PolicyModel(model, num_trainable_layers=num_trainable_layers, value_head=value_head).to(device())
 
 
@@ -66,11 +67,6 @@ def in_shards(engine: EngineArguments, path: str, num_trainable_layers: int | No
     """Whether a model is divided over the ranks while it is loaded: under ZeRO-3, but for split backbones (no engine
     gathers their frozen lower blocks) and GGUF files (every rank reads those)."""
     return engine.zero_stage == 3 and num_trainable_layers is None and resolve_model(path)[1] is None
-
-
-def _dtype(engine: EngineArguments | None) -> torch.dtype:
-    # To train as well: DeepSpeed casts to 16 bits before it makes its float32 master weights.
-    return engine.dtype if engine is not None else torch.float32
 
 
 def load_reader(path: str, engine: EngineArguments, *, num_trainable_layers: int | None = None) -> Any:
@@ -135,7 +131,7 @@ def run_materialise(recipe: Recipe, folder: Path) -> Result:
     assert recipe.model_name_or_path is not None
     result: Result = {"model": recipe.model_name_or_path}
     if is_main_process():  # alone: a large model is not read once a process
-        model = load_causal_lm(recipe.model_name_or_path, dtype=_dtype(recipe.engine))
+        model = load_causal_lm(recipe.model_name_or_path, dtype=recipe.engine.dtype)
         model.save_pretrained(folder)
         load_tokenizer(recipe.model_name_or_path).save_pretrained(folder)
         result["parameters"] = sum(p.numel() for p in model.parameters())
@@ -200,7 +196,7 @@ def run_scorer(
         raise DataError("data.judge_fraction is 0, so there are no pairs to train a judge on")
     shards = in_shards(recipe.engine, backbone, arguments.num_trainable_layers)
     with loading_in_shards(recipe.engine) if shards else nullcontext():
-        trunk = load_backbone(backbone, dtype=_dtype(recipe.engine))
+        trunk = load_backbone(backbone, dtype=recipe.engine.dtype)
     limits = min(recipe.data.max_length, context_length(trunk.config)), recipe.data.max_prompt_length
     train, long = encode_comparisons(comparisons, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     counts: dict[str, int] = {}
@@ -241,7 +237,7 @@ def run_scorer(
     # Scores are taken from what was saved: what a user loads is what is measured.
     barrier()
     saved = AdvantageModel.from_pretrained(
-        folder, dtype=_dtype(recipe.engine), num_trainable_layers=arguments.num_trainable_layers
+        folder, dtype=recipe.engine.dtype, num_trainable_layers=arguments.num_trainable_layers
     ).to(device())  # fmt: skip
     scores = score_pairs(saved, test, cache)
     scores["rows"] = pairs_digest(test)
@@ -347,7 +343,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     settings = sampling_settings(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
     rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
-    scorer_model = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine)).to(device())
+    scorer_model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype).to(device())
     check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
     scores = scorer_model.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
     candidates: list[dict[str, Any]] = [
@@ -412,7 +408,7 @@ def run_ppo(
     arguments: PPOArguments = recipe.ppo
     layers = recipe.scorer.num_trainable_layers
     with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
-        scorer_model = AdvantageModel.from_pretrained(scorer, dtype=_dtype(recipe.engine), num_trainable_layers=layers)
+        scorer_model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype, num_trainable_layers=layers)
     check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
     of_scorer = scorer_model.settings
     if of_scorer.objective != variant.scorer:

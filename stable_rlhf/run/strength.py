@@ -147,23 +147,23 @@ def _rows_to_train_and_vote_on(pairs: _Pairs, fold: int, folds: int) -> tuple[li
     """Places of the rows that the scorers of a fold train on, and of those they vote on."""
     every_row = range(len(pairs.encoded))
     if folds == 1:
-        train, votes = [i for i in every_row if pairs.fold[i] != _HELD_OUT], list(every_row)
+        train_rows, vote_rows = [i for i in every_row if pairs.fold[i] != _HELD_OUT], list(every_row)
     else:
-        train = [i for i in every_row if pairs.fold[i] not in (fold, _HELD_OUT)]
-        votes = [i for i in every_row if pairs.fold[i] in (fold, _HELD_OUT)]
-    if not train:
+        train_rows = [i for i in every_row if pairs.fold[i] not in (fold, _HELD_OUT)]
+        vote_rows = [i for i in every_row if pairs.fold[i] in (fold, _HELD_OUT)]
+    if not train_rows:
         raise DataError("strength: no training pair is left that fits data.max_length and data.max_prompt_length")
-    return train, votes
+    return train_rows, vote_rows
 
 
 def _vote(
     pairs: _Pairs, recipe: Recipe, backbone: str, fold: int, seed: int, folder: Path, cache: FeatureCache
 ) -> dict[str, Any]:
-    """Train one reward model as ``train-scorer`` would, and let it judge."""
+    """Train one reward model as ``train-scorer`` would, and let it vote."""
     arguments = recipe.scorer
-    train, votes = _rows_to_train_and_vote_on(pairs, fold, recipe.strength.folds)
+    train_rows, vote_rows = _rows_to_train_and_vote_on(pairs, fold, recipe.strength.folds)
     model = AdvantageModel(
-        load_backbone(backbone, dtype=_reading_dtype(recipe)), load_tokenizer(backbone),
+        load_backbone(backbone, dtype=recipe.engine.dtype), load_tokenizer(backbone),
         ScorerSettings(objective="rm"), num_trainable_layers=arguments.num_trainable_layers,
         seed=stream_seed(seed, "heads"),
     )  # fmt: skip
@@ -171,25 +171,21 @@ def _vote(
     cache.fill(model.trunk.to(device()), sequences, description="hidden states")
     result: dict[str, Any] = dict(
         train_scorer(
-            model, [pairs.encoded[i] for i in train], arguments, recipe.engine, folder, seed=seed,
+            model, [pairs.encoded[i] for i in train_rows], arguments, recipe.engine, folder, seed=seed,
             report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache,
         )
     )  # fmt: skip
     barrier()
     saved = AdvantageModel.from_pretrained(
-        folder, dtype=_reading_dtype(recipe), num_trainable_layers=arguments.num_trainable_layers
+        folder, dtype=recipe.engine.dtype, num_trainable_layers=arguments.num_trainable_layers
     ).to(device())  # fmt: skip
-    scores = score_pairs(saved, [pairs.encoded[i] for i in votes], cache)
+    scores = score_pairs(saved, [pairs.encoded[i] for i in vote_rows], cache)
     difference = [c - r for c, r in zip(scores["chosen"], scores["rejected"], strict=True)]
     barrier()
     if is_main_process():
         for weights in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
             weights.unlink()  # only the votes count; M backbones would fill a disk
-    return result | _write_votes(pairs, votes, difference, len(train), folder)
-
-
-def _reading_dtype(recipe: Recipe) -> torch.dtype:
-    return recipe.engine.dtype
+    return result | _write_votes(pairs, vote_rows, difference, len(train_rows), folder)
 
 
 @torch.no_grad()
@@ -197,7 +193,7 @@ def _read_hidden(pairs: _Pairs, backbone: str, recipe: Recipe, folder: Path) -> 
     """The backbone's last hidden state at the last token of every response; each rank reads and writes its share."""
     from safetensors.torch import save_file
 
-    trunk = Trunk(load_backbone(backbone, dtype=_reading_dtype(recipe))).to(device()).eval()
+    trunk = Trunk(load_backbone(backbone, dtype=recipe.engine.dtype)).to(device()).eval()
     responses = [e for item in pairs.encoded for e in item.examples]
     mine = responses[rank() :: world_size()]
     hidden = torch.empty(len(mine), trunk.hidden_size, dtype=torch.float32, device="cpu")
@@ -217,17 +213,17 @@ def _read_hidden(pairs: _Pairs, backbone: str, recipe: Recipe, folder: Path) -> 
 def _vote_by_head(
     pairs: _Pairs, recipe: Recipe, hidden_folder: Path, fold: int, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Train one linear head on the hidden states, and let it judge. The same on every rank."""
+    """Train one linear head on the hidden states, and let it vote. The same on every rank."""
     shares = [read_tensors(path)["hidden"] for path in sorted(hidden_folder.glob("hidden-*.safetensors"))]
     hidden = torch.empty(sum(map(len, shares)), shares[0].shape[1], dtype=torch.float32, device="cpu")
     for i, share in enumerate(shares):
         hidden[i :: len(shares)] = share
-    train, votes = _rows_to_train_and_vote_on(pairs, fold, recipe.strength.folds)
+    train_rows, vote_rows = _rows_to_train_and_vote_on(pairs, fold, recipe.strength.folds)
     first = pairs.first
-    placed = [[(first[i] + b, first[i] + w) for b, w in pairs.encoded[i].row.pairs] for i in train]
+    placed = [[(first[i] + b, first[i] + w) for b, w in pairs.encoded[i].row.pairs] for i in train_rows]
     score = train_head(hidden, placed, recipe.scorer, recipe.engine, seed).tolist()
-    difference = [score[first[i] + b] - score[first[i] + w] for i in votes for b, w in pairs.encoded[i].row.pairs]
-    return _write_votes(pairs, votes, difference, len(train), folder)
+    difference = [score[first[i] + b] - score[first[i] + w] for i in vote_rows for b, w in pairs.encoded[i].row.pairs]
+    return _write_votes(pairs, vote_rows, difference, len(train_rows), folder)
 
 
 def train_head(
@@ -275,15 +271,19 @@ def train_head(
 
 
 def _write_votes(
-    pairs: _Pairs, rows: Sequence[int], difference: Sequence[float], train_rows: int, folder: Path
+    pairs: _Pairs, vote_rows: Sequence[int], difference: Sequence[float], trained_on: int, folder: Path
 ) -> dict[str, Any]:
-    """One scorer's score differences over all pairs, null where it does not judge."""
+    """One scorer's score differences over all pairs, null where it does not vote."""
     votes = iter(difference)
-    voted_on = set(rows)
+    voted_on = set(vote_rows)
     values = [next(votes) if i in voted_on else None for i, item in enumerate(pairs.encoded) for _ in item.row.pairs]
     if is_main_process():
         (folder / _DIFFERENCES).write_text(to_json(values) + "\n", encoding="utf-8")
-    return {"trained_on": train_rows, "judged": len(rows), "positive": sum(d > 0 for d in difference) / len(difference)}
+    return {
+        "trained_on": trained_on,
+        "judged": len(vote_rows),
+        "positive": sum(d > 0 for d in difference) / len(difference),
+    }
 
 
 def _read_votes(path: Path) -> list[float | None]:

@@ -348,7 +348,7 @@ class Recipe:
         expand_paths(self)
 
     @property
-    def chosen(self) -> list[Variant]:
+    def variant_rows(self) -> list[Variant]:
         """The rows of ``variants``."""
         return [VARIANTS[name] for name in self.variants]
 

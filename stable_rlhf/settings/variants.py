@@ -57,6 +57,6 @@ else:
     VariantName = Literal[tuple(VARIANTS)]
 
 
-def rehearsed(variants: Iterable[Variant]) -> list[str]:
+def scorers_that_select(variants: Iterable[Variant]) -> list[str]:
     """The scorers that choose rehearsal data for some of these variants."""
     return list(dict.fromkeys(v.scorer for v in variants if v.rehearsal))

@@ -67,6 +67,13 @@ def test_a_head_learning_rate_of_0_leaves_the_head_alone(plain, tiny_model, rate
     assert torch.equal(policy.value_head.weight, head) != moves
 
 
+def test_adams_coefficients_are_those_of_the_settings(plain, tiny_model):
+    arguments = EngineArguments(adam_beta1=0.8, adam_beta2=0.7)
+    engine = Engine(PolicyModel(tiny_model()), arguments, learning_rate=1e-3, total_steps=1)
+    assert {group["betas"] for group in engine.optimizer.param_groups} == {(0.8, 0.7)}
+    engine.close()
+
+
 def test_models_that_only_read_take_the_engines_type(tiny_model, tokenizer):
     scorer = AdvantageModel(tiny_model().base_model, tokenizer)
     whole = scorer.score(["Reverse abc"] * 2, ["cba", "abc"])

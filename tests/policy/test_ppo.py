@@ -335,6 +335,12 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(capsys):
         encode_prompts(rows, lambda row: [5] * len(row.prompt), 2)
 
 
+def test_the_clip_may_be_wider_above_than_below(make):
+    for high, clip in ((None, (0.1, 0.1)), (0.3, (0.1, 0.3))):
+        config = make(replace(ARGUMENTS, cliprange=0.1, cliprange_high=high)).loss_config
+        assert (config.clip_low, config.clip_high) == clip
+
+
 # -- which prompts PPO sees ----------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from stable_rlhf.run.bounds import check
 from stable_rlhf.run.inputs import check_model
 from stable_rlhf.scorer import metarm as meta
 from stable_rlhf.settings.recipe import EngineArguments, Recipe
-from stable_rlhf.settings.stages import SFTArguments
+from stable_rlhf.settings.stages import SelectArguments, SFTArguments
 
 
 @pytest.fixture
@@ -214,3 +214,10 @@ def test_scorers_that_learnt_from_samples_depend_on_how_they_are_drawn(recipe, m
         RunError, match=rf"stage {refused} was made with other settings \(ppo\.temperature: 1\.0 -> 0\.7\)"
     ):
         run.run_recipe(recipe)
+
+
+def test_the_encoder_gets_its_settings():
+    settings = stages.select_settings(
+        SelectArguments(embedding_batch_size=3, embedding_dtype="float16", normalize=False)
+    )
+    assert settings["embedding"] == {"normalize": False, "batch_size": 3, "dtype": "float16"}
