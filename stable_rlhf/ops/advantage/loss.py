@@ -23,6 +23,7 @@ from stable_rlhf.ops.checks import (
 from stable_rlhf.ops.operators import needs_operator
 
 WEIGHT_MODES = ("length_normalized", "sequence")
+_GIVEN, _HALVES, _OF_PAIRS, _SAME_INDEX = PromptRule
 
 
 class AdvantageLossOutput(NamedTuple):
@@ -130,9 +131,9 @@ def advantage_loss(
         raise ValueError(f"pairs: required for an odd number of responses ({responses})")
     else:
         count = responses // 2
-    rule = PromptRule.GIVEN
+    rule = _GIVEN
     if expected is not None and prompt is None:
-        rule = PromptRule.HALVES if pairs is None else PromptRule.OF_PAIRS
+        rule = _HALVES if pairs is None else _OF_PAIRS
         if isinstance(expected, Tensor) and expected.ndim == 1 and expected.shape[0] != count:
             raise ValueError(f"expected: {expected.shape[0]} values for {count} pairs, and no prompt given")
         if 2 * count != responses:
@@ -224,7 +225,7 @@ def advantage_score(
     responses = _check_reward(reward)
     if expected is not None and prompt is None and isinstance(expected, Tensor) and expected.numel() != responses:
         raise ValueError(f"expected: {expected.numel()} values for {responses} responses, and no prompt given")
-    rule = PromptRule.SAME_INDEX if prompt is None else PromptRule.GIVEN
+    rule = _SAME_INDEX if prompt is None else _GIVEN
     call = _checked(
         "advantage_score", reward, expected, prompt=prompt, prompt_rule=rule, num_policies=num_policies,
         num_alternates=num_alternates, logprob=logprob, alt_logprob=alt_logprob, cu_seqlens=cu_seqlens,
@@ -327,6 +328,8 @@ def _indices(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 def _per(name: str, value: float | Tensor, count: int, like: Tensor) -> float | Tensor:
     """`value` as a float for all, or as a tensor [count]."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     if isinstance(value, Tensor):
         check_constant(name, value)
         if value.ndim > 0:
