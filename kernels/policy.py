@@ -324,33 +324,33 @@ def _dropped(coefficient_ptr, entropy_coefficient_ptr, at, count):
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["coefficient_ptr", "entropy_coefficient_ptr"])
-def _order_kernel(coefficient_ptr, entropy_coefficient_ptr, order_ptr, found_ptr, count, BLOCK: tl.constexpr):
-    # One program: it counts the kept rows, lists those from place `found` on behind that place, and lets the gaps
+def _order_kernel(coefficient_ptr, entropy_coefficient_ptr, order_ptr, number_ptr, count, BLOCK: tl.constexpr):
+    # One program: it counts the kept rows, lists those from place `number` on behind that place, and lets the gaps
     # before it take from that list.
     lanes = tl.arange(0, BLOCK)
     kept_lane = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, count, BLOCK):
         _gap, kept = _dropped(coefficient_ptr, entropy_coefficient_ptr, begin + lanes, count)
         kept_lane += kept
-    found = tl.sum(kept_lane, 0)
-    tl.store(found_ptr, found)
+    number = tl.sum(kept_lane, 0)
+    tl.store(number_ptr, number)
     seen = tl.zeros((), tl.int32)
     for begin in range(0, count, BLOCK):
         at = begin + lanes
         _gap, kept = _dropped(coefficient_ptr, entropy_coefficient_ptr, at, count)
-        late = tl.where(at >= found, kept, 0)
-        place = found + seen + tl.cumsum(late, 0) - 1
+        late = tl.where(at >= number, kept, 0)
+        place = number + seen + tl.cumsum(late, 0) - 1
         tl.store(order_ptr + place, at.to(tl.int64), mask=late != 0)
         seen += tl.sum(late, 0)
     tl.debug_barrier()
     seen = tl.zeros((), tl.int32)
-    for begin in range(0, found, BLOCK):
+    for begin in range(0, number, BLOCK):
         at = begin + lanes
         gap, _kept = _dropped(coefficient_ptr, entropy_coefficient_ptr, at, count)
-        gap = tl.where(at < found, gap, 0)
-        place = found + seen + tl.cumsum(gap, 0) - 1
+        gap = tl.where(at < number, gap, 0)
+        place = number + seen + tl.cumsum(gap, 0) - 1
         late = tl.load(order_ptr + place, mask=gap != 0, other=0)
-        tl.store(order_ptr + at, tl.where(gap != 0, late, at.to(tl.int64)), mask=at < found)
+        tl.store(order_ptr + at, tl.where(gap != 0, late, at.to(tl.int64)), mask=at < number)
         seen += tl.sum(gap, 0)
 
 
@@ -465,11 +465,11 @@ def kept_rows(state: RowState) -> Tensor | None:
     """
     count = state.target.numel()
     order = torch.empty(count, dtype=torch.int64, device=state.target.device)
-    found = torch.empty((), dtype=torch.int32, device=state.target.device)
-    with torch.cuda.device_of(found):
-        _order_kernel[(1,)](state.coefficient, state.entropy_coefficient, order, found, count, BLOCK=1024, num_warps=4)
-    number = int(found)
-    return None if number == count else order[:number]
+    number = torch.empty((), dtype=torch.int32, device=state.target.device)
+    with torch.cuda.device_of(number):
+        _order_kernel[(1,)](state.coefficient, state.entropy_coefficient, order, number, count, BLOCK=1024, num_warps=4)
+    kept = int(number)
+    return None if kept == count else order[:kept]
 
 
 def policy(
@@ -505,8 +505,8 @@ def policy(
     if not compact:
         return None
     order = kept_rows(state)
-    found = count if order is None else order.numel()
-    _launch(found, logits, gradient, state, config.softcap, statistics=False, order=order)
+    number = count if order is None else order.numel()
+    _launch(number, logits, gradient, state, config.softcap, statistics=False, order=order)
     return order
 
 

@@ -75,8 +75,8 @@ def _digit_kernel(counts_ptr, prefix_ptr, wanted_ptr, k, SHIFT: tl.constexpr, BI
     up_to = tl.cumsum(counts, 0)
     larger = (tl.sum(counts, 0) - up_to).to(tl.int64)  # rows whose digit is larger
     here = (larger < wanted) & (wanted <= larger + counts)
-    found = tl.sum(tl.where(here, digit, 0), 0).to(tl.int64)
-    tl.store(prefix_ptr + cluster, prefix | (found << SHIFT))
+    chosen = tl.sum(tl.where(here, digit, 0), 0).to(tl.int64)
+    tl.store(prefix_ptr + cluster, prefix | (chosen << SHIFT))
     tl.store(wanted_ptr + cluster, wanted - tl.sum(tl.where(here, larger, 0), 0))
 
 

@@ -88,16 +88,16 @@ class Form:
 
     def flat(self, call: Any) -> list[Any]:
         """The arguments of an operator for `call`."""
-        made: list[Any] = []
+        flat: list[Any] = []
         for name, part in self.parts:
             value = getattr(call, name)
             if isinstance(part, Form):
-                made += part.flat(value)
+                flat += part.flat(value)
             elif part:
-                made += (value, None) if isinstance(value, Tensor) else (None, value)
+                flat += (value, None) if isinstance(value, Tensor) else (None, value)
             else:
-                made.append(value)
-        return made
+                flat.append(value)
+        return flat
 
     def restored(self, flat: Sequence[Any]) -> Any:
         """The call whose arguments they are."""
@@ -113,9 +113,9 @@ class Form:
             values[name] = value
         if issubclass(self.kind, tuple):
             return self.kind(**values)
-        made = object.__new__(self.kind)  # was checked when it was made
-        vars(made).update(values)
-        return made
+        restored = object.__new__(self.kind)  # was checked when it was made
+        vars(restored).update(values)
+        return restored
 
     def gradients(self, by_name: dict[str, Tensor | None]) -> list[Tensor | None]:
         """What an operator's backward returns: a gradient where there is one, None for all other arguments."""
@@ -168,9 +168,9 @@ class Differentiable:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, call: Any, *leaves: Tensor | None) -> tuple[Tensor, ...]:
-                made = body(call)
-                setup(ctx, call, made)
-                return made
+                outputs = body(call)
+                setup(ctx, call, outputs)
+                return outputs
 
             @staticmethod
             def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
@@ -194,10 +194,10 @@ def loss_operation(
     """A loss, the first of the results; the last of them are its gradients by the `inputs`, of which the call's `needs`
     says where they are made. An empty tensor stands for one that is not."""
 
-    def setup(ctx: Any, call: Any, made: tuple[Tensor, ...]) -> None:
+    def setup(ctx: Any, call: Any, outputs: tuple[Tensor, ...]) -> None:
         ctx.needs = call.needs
         ctx.set_materialize_grads(False)  # zeros for the gradients' own gradients would be as large as they are
-        ctx.save_for_backward(*made[-len(inputs) :])
+        ctx.save_for_backward(*outputs[-len(inputs) :])
 
     def backward(ctx: Any, upstream: Tensor, *_unused: Any) -> list[Tensor | None]:
         refuse_second_derivative(name)

@@ -87,8 +87,10 @@ def gae(
         last = None if bootstrap_value is None else bootstrap_value.detach()
         return _gae_operator(reward.detach(), value.detach(), bounds, gamma, lam, last, backend)
     with torch.no_grad():
-        made: tuple[Tensor, Tensor] = implementation("gae", backend)(reward, value, bounds, gamma, lam, bootstrap_value)
-    return made
+        results: tuple[Tensor, Tensor] = implementation("gae", backend)(
+            reward, value, bounds, gamma, lam, bootstrap_value
+        )
+    return results
 
 
 @torch.library.custom_op("stable_rlhf::gae", mutates_args=())
@@ -101,14 +103,14 @@ def _gae_operator(
     bootstrap_value: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor] = implementation("gae", backend)(reward, value, bounds, gamma, lam, bootstrap_value)
-    return made
+    results: tuple[Tensor, Tensor] = implementation("gae", backend)(reward, value, bounds, gamma, lam, bootstrap_value)
+    return results
 
 
 @_gae_operator.register_fake
 def _(reward, value, *rest):
-    made = reward.new_empty(reward.shape, dtype=statistics_dtype(reward.dtype, value.dtype))
-    return made, torch.empty_like(made)
+    advantage = reward.new_empty(reward.shape, dtype=statistics_dtype(reward.dtype, value.dtype))
+    return advantage, torch.empty_like(advantage)
 
 
 def _gae_inputs(

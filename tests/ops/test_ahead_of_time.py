@@ -183,7 +183,7 @@ def test_small_policy_kernels(name, tmp_path, record_property):
     from stable_rlhf.kernels import policy
 
     kernel = getattr(policy, name)
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"count": "i32", "order_ptr": "*i64", "found_ptr": "*i32"}
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | {"count": "i32", "order_ptr": "*i64", "number_ptr": "*i32"}
     types = {argument: types[argument] for argument in kernel.arg_names if argument != "BLOCK"}
     used, _ = resources(kernel, types, {"BLOCK": 1024}, 90, 4, tmp_path)
     record_property("resources", used)

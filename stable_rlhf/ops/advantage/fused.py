@@ -27,7 +27,7 @@ from stable_rlhf.ops.operators import (
 
 # loss 0-d; score [R]; statistics [7]; gradient [R] of the reward (of the score, where no loss is wanted) and [P] of
 # expected, empty where there is none
-Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def loss(call: AdvantageCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,21 +35,21 @@ def loss(call: AdvantageCall) -> tuple[Tensor, Tensor, Tensor]:
     if needs_operator(call.reward):
         value, score, statistics, *_ = advantage_loss(*_FORM.flat(call))
         return value, score.detach(), statistics.detach()
-    made = _make(call, True)
+    results = _make(call, True)
     if _wants_gradient(call):
-        return _AttachLoss.apply(call.reward, call.expected, made), made[1], made[2]
-    return made[:3]
+        return _AttachLoss.apply(call.reward, call.expected, results), results[1], results[2]
+    return results[:3]
 
 
 def score(call: AdvantageCall) -> Tensor:
     """[R] a(x, y), differentiable in reward and expected."""
     if needs_operator(call.reward):
         return advantage_score(*_FORM.flat(call))[0]
-    made = _make(call, False)
+    results = _make(call, False)
     if _wants_gradient(call):
         share = (call.num_policies - call.num_alternates) / call.num_policies
-        return _AttachScore.apply(call.reward, call.expected, made, call.prompt, share)
-    return made[1]
+        return _AttachScore.apply(call.reward, call.expected, results, call.prompt, share)
+    return results[1]
 
 
 def _wants_gradient(call: AdvantageCall) -> bool:
@@ -62,9 +62,9 @@ class _AttachLoss(torch.autograd.Function):
     """Gives a loss the gradients that were made with it."""
 
     @staticmethod
-    def forward(ctx: Any, reward: Tensor, expected: Tensor | None, made: Made) -> Tensor:
-        ctx.save_for_backward(made[3], None if expected is None else made[4])
-        return made[0]
+    def forward(ctx: Any, reward: Tensor, expected: Tensor | None, results: Results) -> Tensor:
+        ctx.save_for_backward(results[3], None if expected is None else results[4])
+        return results[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,11 +76,11 @@ class _AttachLoss(torch.autograd.Function):
 class _AttachScore(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, reward: Tensor, expected: Tensor | None, made: Made, prompt: Tensor | None, share: float
+        ctx: Any, reward: Tensor, expected: Tensor | None, results: Results, prompt: Tensor | None, share: float
     ) -> Tensor:
-        ctx.save_for_backward(made[3], prompt)
+        ctx.save_for_backward(results[3], prompt)
         ctx.share, ctx.prompts = share, None if expected is None else expected.shape[0]
-        return made[1]
+        return results[1]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,18 +101,18 @@ def _score_gradients(
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
-def _make(call: AdvantageCall, pairs: bool) -> Made:
+def _make(call: AdvantageCall, pairs: bool) -> Results:
     if call.backend == "triton":
         from stable_rlhf.kernels.advantage import advantage
 
         if check_values(call.reward.device):
             reference.check(call)
         return advantage(call, pairs)
-    made = None if call.backend == "torch" else _launch_cpp(call, pairs)
-    return _by_reference(call, pairs) if made is None else made
+    results = None if call.backend == "torch" else _launch_cpp(call, pairs)
+    return _by_reference(call, pairs) if results is None else results
 
 
-def _launch_cpp(call: AdvantageCall, pairs: bool) -> Made | None:
+def _launch_cpp(call: AdvantageCall, pairs: bool) -> Results | None:
     """None when some value is out of range or not finite: the reference knows how to say which."""
     module = extension()
     assert module is not None
@@ -152,7 +152,7 @@ def _launch_cpp(call: AdvantageCall, pairs: bool) -> Made | None:
     return (value, score, statistics, gradient, expected_gradient) if fine else None
 
 
-def _by_reference(call: AdvantageCall, pairs: bool) -> Made:
+def _by_reference(call: AdvantageCall, pairs: bool) -> Results:
     """What a kernel makes; raises the error that names a wrong value."""
     reference.check(call)
     leaves = [call.reward.detach().requires_grad_()]
@@ -182,7 +182,7 @@ def _by_reference(call: AdvantageCall, pairs: bool) -> Made:
 _FORM = Form(AdvantageCall)
 
 
-def _loss_shapes(call: AdvantageCall) -> Made:
+def _loss_shapes(call: AdvantageCall) -> Results:
     like = torch.empty_like(call.reward, memory_format=torch.contiguous_format)
     prompts = 0 if call.expected is None else call.expected.shape[0]
     new = call.reward.new_empty

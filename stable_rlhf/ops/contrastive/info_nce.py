@@ -116,17 +116,17 @@ def _loss_and_gradients(call: InfoNceCall) -> tuple[Tensor, ...]:
             (needs[0], needs[1], False),
         )
         if any(needs):
-            state, made = fused.policy(
+            state, gradients = fused.policy(
                 kernels, products, likelihood, terms, _LIKELIHOOD, call.workspace_bytes, compact=False
             )
         else:
-            state, made = (
+            state, gradients = (
                 fused.statistics(kernels, products, likelihood, None, call.workspace_bytes),
                 (None, None, None),
             )
     loss = (-state.logprob.sum(dtype=torch.float64) / total).float()
-    gradients = (g.float().div_(total) if half and g is not None else g for g in made[:2])
-    first, second = (rows.new_empty(0) if g is None else g for g in gradients)
+    whole = (g.float().div_(total) if half and g is not None else g for g in gradients[:2])
+    first, second = (rows.new_empty(0) if g is None else g for g in whole)
     return loss, first, second
 
 

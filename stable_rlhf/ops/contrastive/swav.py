@@ -156,15 +156,15 @@ def _loss_and_gradients(call: SwavCall) -> tuple[Tensor, ...]:
             torch.mm(view, prototypes.T, out=score)
         v = potentials(scores, call.epsilon, call.iterations, resolve_group(call.group), kernels)
         loss = kernels.loss(scores, v, 1.0 / call.epsilon, 1.0 / call.temperature, 0.5 / call.total, any(needs))
-        made = [
+        gradients = [
             torch.mm(score, prototypes) if need else a.new_empty(0)
             for score, need in zip(scores, needs[:2], strict=True)
         ]
         if needs[2]:
-            made.append(torch.mm(scores[0].T, a).addmm_(scores[1].T, b))
+            gradients.append(torch.mm(scores[0].T, a).addmm_(scores[1].T, b))
         else:
-            made.append(a.new_empty(0))
-    return (loss / (2 * call.total)).float(), made[0], made[1], made[2]
+            gradients.append(a.new_empty(0))
+    return (loss / (2 * call.total)).float(), gradients[0], gradients[1], gradients[2]
 
 
 def _shapes(call: SwavCall) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ def policy(
         )
     }
     kind = kind.contiguous()
-    found = _call(
+    number = _call(
         _POLICY, logits, gradient, state, config.softcap,
         row=_address(row), kind=kind.data_ptr(), kept=_address(kept), clip_low=config.clip_low,
         clip_high=config.clip_high, dual_clip=config.dual_clip or 0.0, kl_coef=config.kl_coef,
@@ -94,7 +94,7 @@ def policy(
         rehearsal_scale=config.rehearsal_coef / float(terms.rehearsal_denominator),
         **{name: _address(value) for name, value in float32.items()},
     )  # fmt: skip
-    return None if kept is None or found == count else kept[:found]
+    return None if kept is None or number == count else kept[:number]
 
 
 def given(

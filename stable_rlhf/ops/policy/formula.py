@@ -116,11 +116,11 @@ def _row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
         temperature = float(temperature)
     if not isinstance(temperature, Tensor):
         return check_positive("temperature", temperature)
-    taken = rows.take("temperature", temperature, temperature.dtype)
-    assert taken is not None
-    if check_values(taken.device) and not bool(((taken >= 1e-30) & (taken <= 1e30)).all()):
+    values = rows.take("temperature", temperature, temperature.dtype)
+    assert values is not None
+    if check_values(values.device) and not bool(((values >= 1e-30) & (values <= 1e30)).all()):
         raise ValueError("temperature: has values that are not positive numbers from 1e-30 to 1e30")
-    return taken
+    return values
 
 
 @dataclass
@@ -177,15 +177,15 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     terms: dict[str, Tensor] = {}
     policy = rows.kind == Kind.POLICY
     for name in ("old_logprob", "advantage", "ref_logprob"):
-        taken = rows.take(name, getattr(call, name), dtype)
+        values = rows.take(name, getattr(call, name), dtype)
         if name == "ref_logprob" and config.kl_coef == 0.0:
             continue
-        if taken is None and rows.policy_count:
+        if values is None and rows.policy_count:
             raise ValueError(f"{name}: required, there are {rows.policy_count} policy rows")
-        if taken is None:
-            taken = torch.zeros(rows.target.shape, dtype=dtype, device=rows.target.device)
-        terms[name] = torch.where(policy, taken, 0.0)
-        if check_values(taken.device):
+        if values is None:
+            values = torch.zeros(rows.target.shape, dtype=dtype, device=rows.target.device)
+        terms[name] = torch.where(policy, values, 0.0)
+        if check_values(values.device):
             check_finite(name, terms[name])
     weight = rows.take("row_weight", call.row_weight, dtype)
     if weight is not None and check_values(weight.device):
@@ -334,13 +334,13 @@ def row_statistics(
 def statistics_of(call: PolicyCall, rows: Rows, entropy_grad: bool) -> tuple[Tensor, Tensor]:
     """`row_statistics` of the active rows, differentiable in source, weight and bias."""
     if call.weight is None:
-        made = row_statistics(
+        statistics = row_statistics(
             rows.gather(call.source), rows.target, rows.temperature, call.config.softcap, entropy_grad
         )
     else:
-        made = _linear_statistics(call, call.weight, rows, entropy_grad)
-    check_statistics(*made, rows, call.origin)
-    return made
+        statistics = _linear_statistics(call, call.weight, rows, entropy_grad)
+    check_statistics(*statistics, rows, call.origin)
+    return statistics
 
 
 def _linear_statistics(call: PolicyCall, weight: Tensor, rows: Rows, entropy_grad: bool) -> tuple[Tensor, Tensor]:

@@ -192,8 +192,8 @@ def _gradients(outputs: list[Tensor], upstream: list[Tensor] | None, call: Polic
     """The gradients of a call's inputs, contiguous however these lie; an empty tensor where none is asked for."""
     leaves = [getattr(call, name) for name in _INPUTS]
     asked = [leaf for leaf, need in zip(leaves, call.needs, strict=True) if need]
-    made = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
-    return [next(made).contiguous() if need else call.source.new_empty(0) for need in call.needs]
+    gradients = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
+    return [next(gradients).contiguous() if need else call.source.new_empty(0) for need in call.needs]
 
 
 def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -207,12 +207,12 @@ def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
     return whole
 
 
-def _or_empty(call: PolicyCall, rows: Rows, made: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+def _or_empty(call: PolicyCall, rows: Rows, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     empty = call.source.new_empty
     return (
-        _spread(rows, made[0], call.source),
-        empty(0) if made[1] is None else made[1],
-        empty(0) if made[2] is None else made[2],
+        _spread(rows, gradients[0], call.source),
+        empty(0) if gradients[1] is None else gradients[1],
+        empty(0) if gradients[2] is None else gradients[2],
     )
 
 
@@ -231,15 +231,15 @@ def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
         with autograd_inside(call.source.device):
             call = _leaves(call)
             out = loss_of(call)
-            gradients = _gradients([out.loss], None, call)
-        return *_flat(out), *gradients
+            by_autograd = _gradients([out.loss], None, call)
+        return *_flat(out), *by_autograd
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
     rows = select_rows(call, vocabulary)
     terms = gather_terms(rows, call, torch.float32)
     make = _from_logits if call.weight is None else _from_hidden
-    state, made = make(kernels, call, rows, terms)
+    state, gradients = make(kernels, call, rows, terms)
     check_statistics(state.logprob, state.entropy, rows, call.origin)
-    return *_flat(total_loss(rows, state.logprob, state.entropy, terms, call.config)), *made
+    return *_flat(total_loss(rows, state.logprob, state.entropy, terms, call.config)), *gradients
 
 
 def _from_hidden(
@@ -247,12 +247,14 @@ def _from_hidden(
 ) -> tuple[RowState, tuple[Tensor, Tensor, Tensor]]:
     assert call.weight is not None
     products = _products(call, rows, call.weight, call.needs)
-    made: Gradients = (None, None, None)
+    gradients: Gradients = (None, None, None)
     if any(call.needs):
-        state, made = policy(kernels, products, rows, terms, call.config, call.workspace_bytes, call.grad_tolerance)
+        state, gradients = policy(
+            kernels, products, rows, terms, call.config, call.workspace_bytes, call.grad_tolerance
+        )
     else:
         state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
-    return state, _or_empty(call, rows, made)
+    return state, _or_empty(call, rows, gradients)
 
 
 def _from_logits(
@@ -308,8 +310,8 @@ def _logprob(call: PolicyCall) -> tuple[Tensor, ...]:
     if call.backend == "torch":
         rows = select_rows(call, call.width)
         with torch.no_grad(), torch.autocast(call.source.device.type, enabled=False):
-            made = statistics_of(call, rows, True)
-        return *(rows.scatter(x) for x in made), *(made[0].new_zeros(call.target.shape) for _ in range(2))
+            both = statistics_of(call, rows, True)
+        return *(rows.scatter(x) for x in both), *(both[0].new_zeros(call.target.shape) for _ in range(2))
     assert call.weight is not None
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
     rows = select_rows(call, vocabulary)
@@ -338,21 +340,21 @@ def _logprob_gradients(backward: LogprobBackward) -> tuple[Tensor, ...]:
         "coefficient": backward.logprob_grad, "entropy_coefficient": backward.entropy_grad,
     }  # fmt: skip
     for name, value in known.items():
-        taken = rows.take(name, value, torch.float32)
-        assert taken is not None
-        getattr(state, name).copy_(taken)
-    made = given(kernels, products, state, call.config.softcap, call.workspace_bytes)
-    return _or_empty(call, rows, made)
+        values = rows.take(name, value, torch.float32)
+        assert values is not None
+        getattr(state, name).copy_(values)
+    gradients = given(kernels, products, state, call.config.softcap, call.workspace_bytes)
+    return _or_empty(call, rows, gradients)
 
 
 def _logprob_shapes(call: PolicyCall) -> tuple[Tensor, ...]:
     return tuple(call.target.new_empty(call.target.shape, dtype=statistics_dtype(call.source.dtype)) for _ in range(4))
 
 
-def _keep_statistics(ctx: Any, call: PolicyCall, made: tuple[Tensor, ...]) -> None:
+def _keep_statistics(ctx: Any, call: PolicyCall, outputs: tuple[Tensor, ...]) -> None:
     tensors: dict[str, Any] = {name: x for name, x in call._asdict().items() if isinstance(x, Tensor)}
     ctx.names, ctx.rest = list(tensors), call._replace(**dict.fromkeys(tensors))  # type: ignore[arg-type]
-    ctx.save_for_backward(*made[1:], *tensors.values())
+    ctx.save_for_backward(*outputs[1:], *tensors.values())
 
 
 def _logprob_backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_unused: Any) -> list[Tensor | None]:
@@ -360,8 +362,8 @@ def _logprob_backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_un
     entropy, max, log_sum, *tensors = ctx.saved_tensors
     call = ctx.rest._replace(**dict(zip(ctx.names, tensors, strict=True)))
     backward = LogprobBackward(logprob_grad, entropy_grad, entropy, max, log_sum, call)
-    made = linear_logprob_backward(*_BACKWARD.flat(backward))  # which vmap calls once for each upstream gradient
-    return [g if need else None for g, need in zip(made, call.needs, strict=True)]
+    gradients = linear_logprob_backward(*_BACKWARD.flat(backward))  # which vmap calls once for each upstream gradient
+    return [g if need else None for g, need in zip(gradients, call.needs, strict=True)]
 
 
 linear_logprob = Differentiable(

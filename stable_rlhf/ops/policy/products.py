@@ -167,11 +167,13 @@ class HeadProducts:
         places = rows[selection.bounded]
         if self.needs[0]:
             assert self.hidden_grad is not None
-            made = self._product(few, self.weight.index_select(0, selection.columns).to(wide), self.hidden_grad.dtype)
-            self.hidden_grad.index_copy_(0, places, made.to(self.hidden_grad.dtype))
+            product = self._product(
+                few, self.weight.index_select(0, selection.columns).to(wide), self.hidden_grad.dtype
+            )
+            self.hidden_grad.index_copy_(0, places, product.to(self.hidden_grad.dtype))
         if self.needs[1]:
-            made = self._product(few.t(), self.hidden.index_select(0, places).to(wide), torch.float32)
-            self._weight_sum().index_add_(0, selection.columns, made)
+            product = self._product(few.t(), self.hidden.index_select(0, places).to(wide), torch.float32)
+            self._weight_sum().index_add_(0, selection.columns, product)
         if selection.dense.numel():
             self._waiting.append((gradient.index_select(0, selection.dense), rows[selection.dense]))
             if sum(len(places) for _, places in self._waiting) >= CHUNK_ROWS:
@@ -185,8 +187,8 @@ class HeadProducts:
         self._waiting = []
         if self.needs[0]:
             assert self.hidden_grad is not None
-            made = self._through_weight(gradient, self.hidden_grad.dtype)
-            self.hidden_grad.index_copy_(0, places, made.to(self.hidden_grad.dtype))
+            product = self._through_weight(gradient, self.hidden_grad.dtype)
+            self.hidden_grad.index_copy_(0, places, product.to(self.hidden_grad.dtype))
         if self.needs[1]:
             x = self.hidden.index_select(0, places).to(gradient.dtype)
             total = self._weight_sum()
@@ -207,18 +209,18 @@ class HeadProducts:
         """a b, in float32 and unrounded where `dtype` is float32, else in the type of a and b."""
         if dtype == a.dtype or dtype != torch.float32:
             return torch.mm(a, b)
-        made = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-        add_product(a, b, made, fresh=True)
-        return made
+        product = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+        add_product(a, b, product, fresh=True)
+        return product
 
     def _through_weight(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """gradient W, in float32 where `dtype` is or the products are sliced."""
         if not self.sliced:
             return self._product(gradient, self.weight, dtype)
-        made = torch.zeros(gradient.shape[0], self.weight.shape[1], dtype=torch.float32, device="cpu")
+        product = torch.zeros(gradient.shape[0], self.weight.shape[1], dtype=torch.float32, device="cpu")
         for columns in self._slices():
-            made.addmm_(gradient[:, columns], self._wide(columns))
-        return made
+            product.addmm_(gradient[:, columns], self._wide(columns))
+        return product
 
     def add_bias(self, gradient: Tensor) -> None:
         """Adds a chunk's gradient rows to the bias's gradient."""
@@ -234,11 +236,11 @@ class HeadProducts:
             else:
                 add_product(gradient, self.weight, out, fresh=True)
             return
-        made = self._through_weight(gradient, out.dtype)
+        product = self._through_weight(gradient, out.dtype)
         if order is None:
-            out.copy_(made)
+            out.copy_(product)
         else:
-            out.zero_().index_copy_(0, order, made.to(out.dtype))
+            out.zero_().index_copy_(0, order, product.to(out.dtype))
 
     def _add_weight(self, x: Tensor, gradient: Tensor, first: bool, last: bool) -> None:
         weight = self.weight

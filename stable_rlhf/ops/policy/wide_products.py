@@ -62,15 +62,15 @@ def _blas(dtype: torch.dtype) -> Callable[..., None] | None:
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         # Of the library that is loaded, and of what it depends on; nothing is loaded anew.
-        found: Callable[..., None] = getattr(ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY), _GEMMS[dtype])
+        gemm: Callable[..., None] = getattr(ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY), _GEMMS[dtype])
     except (OSError, AttributeError):
         return None
     integer, number, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-    found.restype = None  # type: ignore[attr-defined]
-    found.argtypes = [  # type: ignore[attr-defined]
+    gemm.restype = None  # type: ignore[attr-defined]
+    gemm.argtypes = [  # type: ignore[attr-defined]
         *[integer] * 6, number, pointer, integer, pointer, integer, number, pointer, integer,
     ]  # fmt: skip
-    return found if _works(found, dtype) else None
+    return gemm if _works(gemm, dtype) else None
 
 
 def _works(gemm: Callable[..., None], dtype: torch.dtype) -> bool:
