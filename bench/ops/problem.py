@@ -16,8 +16,9 @@ from torch import Tensor
 import stable_rlhf.ops as ops
 from bench.common import Step
 from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ops.policy.types import Kind
 
-POLICY, REHEARSAL = 1, 2
+POLICY, REHEARSAL = int(Kind.POLICY), int(Kind.REHEARSAL)
 
 
 @dataclass(frozen=True)

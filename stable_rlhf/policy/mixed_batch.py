@@ -14,9 +14,10 @@ from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import response_span, view
 from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ops.policy.types import Kind
 from stable_rlhf.policy.experience import Experience
 
-IGNORED, POLICY, REHEARSAL = 0, 1, 2
+IGNORED, POLICY, REHEARSAL = map(int, Kind)
 
 
 @dataclass
