@@ -15,7 +15,6 @@ from bench.compare import FASTER, NOISE, SAME, SLOWER, Change
 
 # The pages with marked parts: a short table there, all of them here.
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-MARKED = pages.marked("bench")
 COMMAND = "make bench-readme"
 # What takes long on a CPU is a preset of its own, kept in the same file.
 LONG = {

@@ -49,9 +49,9 @@ def _pairs(chosen: ArrayLike, rejected: ArrayLike) -> tuple[Floats, Floats]:
     return _two(chosen, rejected, ("chosen", "rejected"))
 
 
-def _tasks(tasks: Sequence[str | None], size: int, name: str = "tasks") -> list[str]:
+def _tasks(tasks: Sequence[str | None], size: int) -> list[str]:
     if len(tasks) != size:
-        raise ValueError(f"{name} has {len(tasks)} entries but there are {size} scores")
+        raise ValueError(f"tasks has {len(tasks)} entries but there are {size} scores")
     return [NO_TASK if task is None else str(task) for task in tasks]
 
 
@@ -61,13 +61,13 @@ def _bins(bins: int) -> int:
     return int(bins)
 
 
-def wilson(successes: float, total: int, level: float = LEVEL) -> Interval:
+def wilson(successes: float, total: int) -> Interval:
     """Wilson score interval of a proportion; ``successes`` may be fractional (ties counted half only make it wider)."""
     if total < 1:
         raise ValueError(f"total must be at least 1, got {total}")
     if not 0 <= successes <= total:
         raise ValueError(f"successes must lie in 0..{total}, got {successes}")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     p = successes / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * np.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
@@ -79,14 +79,14 @@ def wilson(successes: float, total: int, level: float = LEVEL) -> Interval:
     }
 
 
-def win_minus_lose(win: float, lose: float, total: int, level: float = LEVEL) -> Interval:
+def win_minus_lose(win: float, lose: float, total: int) -> Interval:
     """Interval of win − lose, two shares of the *same* ``total`` comparisons: variance (w + l − (w − l)²)/n."""
     if total < 1:
         raise ValueError(f"total must be at least 1, got {total}")
     difference = win - lose
     # One added win and one added lose keep the width positive when every comparison is a tie (as the Wald+2 interval).
     w, l_, n = (win * total + 0.5) / (total + 1), (lose * total + 0.5) / (total + 1), total + 1
-    half = NormalDist().inv_cdf(0.5 + level / 2) * float(np.sqrt(max(w + l_ - (w - l_) ** 2, 0.0) / n))
+    half = NormalDist().inv_cdf(0.5 + LEVEL / 2) * float(np.sqrt(max(w + l_ - (w - l_) ** 2, 0.0) / n))
     return {"value": difference, "low": max(-1.0, difference - half), "high": min(1.0, difference + half)}
 
 
@@ -115,8 +115,8 @@ def _weights(n: int, resamples: int, seed: int, strata: Sequence[str] | None) ->
     rows = max(1, _CHUNK // n)
     for begin in range(0, resamples, rows):
         count = min(rows, resamples - begin)
-        drawn = order[(start + np.floor(rng.random((count, n)) * size)).astype(np.int64)]
-        flat = (drawn + np.arange(count)[:, None] * n).ravel()
+        draws = order[(start + np.floor(rng.random((count, n)) * size)).astype(np.int64)]
+        flat = (draws + np.arange(count)[:, None] * n).ravel()
         yield np.bincount(flat, minlength=count * n).reshape(count, n).astype(np.float64)
 
 
@@ -126,7 +126,6 @@ def bootstrap(
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     strata: Sequence[str] | None = None,
     low: float = -np.inf,
     high: float = np.inf,
@@ -143,9 +142,9 @@ def bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     value = float(statistic(np.ones((1, n)))[0])
-    drawn = np.concatenate([statistic(block) for block in _weights(n, resamples, seed, strata)])
-    tail = (1 - level) / 2
-    q_low, q_high = (float(q) for q in np.quantile(drawn, [tail, 1 - tail]))
+    values = np.concatenate([statistic(block) for block in _weights(n, resamples, seed, strata)])
+    tail = (1 - LEVEL) / 2
+    q_low, q_high = (float(q) for q in np.quantile(values, [tail, 1 - tail]))
     return {
         "value": value,
         "low": min(value, max(low, 2 * value - q_high)),
@@ -243,11 +242,11 @@ def ece_if_calibrated(
     member[np.arange(c.size), index] = 1.0
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // c.size)
-    drawn = []
+    by_block = []
     for begin in range(0, resamples, rows):
         right = rng.random((min(rows, resamples - begin), c.size)) < confidence
-        drawn.append(np.abs((right - confidence) @ member).sum(axis=1) / c.size)
-    return np.concatenate(drawn)
+        by_block.append(np.abs((right - confidence) @ member).sum(axis=1) / c.size)
+    return np.concatenate(by_block)
 
 
 def ece_interval(

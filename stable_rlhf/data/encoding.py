@@ -117,6 +117,20 @@ def surely_longer(tokenizer: Any, prompt: Prompt, limit: int) -> bool:
     return False
 
 
+def surely_too_long(
+    tokenizer: Any, prompt: Prompt, responses: Sequence[str], max_length: int, max_prompt_length: int
+) -> bool:
+    """:func:`surely_longer` for a prompt or one of its responses, before they are encoded."""
+    return surely_longer(tokenizer, prompt, max_prompt_length) or any(
+        surely_longer(tokenizer, response, max_length) for response in responses
+    )
+
+
+def fit(examples: Sequence[Encoded], max_length: int, max_prompt_length: int) -> bool:
+    """Whether the responses to one prompt, encoded, all have so many tokens at most with it."""
+    return examples[0].prompt_length <= max_prompt_length and max(map(len, examples)) <= max_length
+
+
 Row = TypeVar("Row")
 Made = TypeVar("Made")
 

@@ -43,6 +43,11 @@ def kind_of(value: Any) -> str:
     return _JSON_NAMES.get(type(value), "a number")
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a JSON value is a number, and one that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def short(value: Any) -> str:
     """``repr`` for a message of one line."""
     text = repr(value[:100] if isinstance(value, str) else value)

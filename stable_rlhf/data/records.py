@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -105,3 +106,8 @@ class PromptRow:
 def as_messages(prompt: Prompt) -> list[Message]:
     """The prompt as chat messages: a plain text becomes one user turn, a chat is returned as it is."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """The prompt to read: a plain text as it is, a chat as one "role: content" line a message."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

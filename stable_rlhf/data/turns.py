@@ -84,8 +84,8 @@ class StopStrings:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         text = _cut(text, self.plain)
         if self.hidden:
-            shown: str = self.tokenizer.decode(ids, skip_special_tokens=False)
-            if (until := _cut(shown, self.hidden)) != shown:
+            with_special: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+            if (until := _cut(with_special, self.hidden)) != with_special:
                 longest_first = sorted(self._special, key=len, reverse=True)
                 text = text[: len(re.sub("|".join(map(re.escape, longest_first)), "", until))]
         return text

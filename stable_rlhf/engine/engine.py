@@ -18,7 +18,7 @@ from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.engine.frozen import HEADS, release
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.shards import load_pieces, save_pieces
-from stable_rlhf.engine.weights import Average, Whole, gathered, gathered_once, save_model, whole
+from stable_rlhf.engine.weights import Average, Whole, gathered_once, save_model, whole
 from stable_rlhf.models.lora import adapters_off, add_lora
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ranks import device, gather_objects, rank, sum_over_ranks, world_size
@@ -283,10 +283,6 @@ class Engine:
         """Global norm of the last optimiser step's gradient, before clipping."""
         norm = self.deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else self._norm
-
-    def whole_weights(self) -> Any:
-        """Context in which ``module`` holds its full weights on every rank (ZeRO-3 gathers; otherwise nothing)."""
-        return gathered(list(self.module.parameters()))
 
     @property
     def gathers_for_generation(self) -> Callable[[], AbstractContextManager[None]] | None:

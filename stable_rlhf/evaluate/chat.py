@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stable_rlhf.data.records import as_text
 from stable_rlhf.evaluate.judge import Verdicts
 from stable_rlhf.metrics import cohen_kappa
 from stable_rlhf.show.progress import progress
@@ -93,18 +94,18 @@ class ChatJudge:
                 "/chat/completions", [self._body(*ask) for ask in asks], lambda _, answer: _reply(answer),
                 at_once=self._workers, advance=bar.advance,
             )  # fmt: skip
-        read = [read_verdict(reply) for reply in replies]
-        if asks and all(verdict is None for verdict in read):
+        opinions = [read_verdict(reply) for reply in replies]
+        if asks and all(verdict is None for verdict in opinions):
             first_reply = self._server.shown(replies[0][-_SHOWN:])
             raise self._server.error(
                 f"no reply of {self._model!r} ends with [[A]], [[B]] or [[tie]]; the first: {first_reply!r}"
             )
-        shown = [verdict or 0 for verdict in read]
-        first, second = shown[: len(differ)], [-verdict for verdict in shown[len(differ) :]]
+        votes = [verdict or 0 for verdict in opinions]
+        first, second = votes[: len(differ)], [-verdict for verdict in votes[len(differ) :]]
         values = [0] * len(prompts)
         for place, one, other in zip(differ, first, second, strict=True):
             values[place] = one if one == other else 0
-        decided = [verdict for verdict in shown if verdict]
+        decided = [verdict for verdict in votes if verdict]
         return Verdicts(
             values,
             {
@@ -112,13 +113,12 @@ class ChatJudge:
                 "order_agreement": sum(map(int.__eq__, first, second)) / len(differ) if differ else None,
                 "order_kappa": cohen_kappa(first, second) if differ else None,
                 "first_position": decided.count(1) / len(decided) if decided else None,
-                "unreadable": sum(verdict is None for verdict in read),
+                "unreadable": sum(verdict is None for verdict in opinions),
             },
         )
 
     def _body(self, prompt: Prompt, first: str, second: str) -> dict[str, Any]:
-        text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        content = INSTRUCTION.format(prompt=text, first=first, second=second)
+        content = INSTRUCTION.format(prompt=as_text(prompt), first=first, second=second)
         return {"model": self._model, "messages": [{"role": "user", "content": content}], **self._request}
 
 

@@ -207,14 +207,14 @@ def task_densities(scorers: dict[str, Any]) -> bytes:
 
 def per_task(scorers: dict[str, Any]) -> bytes:
     """Mean and deviation of the score for each task, and the mean in units of the scorer's own deviation (Fig. 4)."""
-    names, shown = scorer_names(scorers), _shared_tasks(scorers)
+    names, labels = scorer_names(scorers), _shared_tasks(scorers)
     paint = colours(names)
-    place, width = np.arange(len(shown)), 0.8 / len(names)
+    place, width = np.arange(len(labels)), 0.8 / len(names)
     with picture(1, rows=3, size=(9, 7), sharex=True) as (figure, axes):
         for k, key in enumerate(names):
             tasks = scorers[key]["tasks"]
-            means = np.array([tasks[name]["mean"] for name in shown])
-            stds = np.array([tasks[name]["std"] for name in shown])
+            means = np.array([tasks[name]["mean"] for name in labels])
+            stds = np.array([tasks[name]["std"] for name in labels])
             relative = (means - means.mean()) / max(float(stds.mean()), 1e-12)
             for ax, heights in zip(axes[:, 0], (means, stds, relative), strict=True):
                 at = place + (k - (len(names) - 1) / 2) * width
@@ -230,11 +230,13 @@ def per_task(scorers: dict[str, Any]) -> bytes:
             ax.axhline(0, color=INK, linewidth=0.8)
             ax.grid(axis="x", visible=False)
         last = axes[-1, 0]
-        if len(shown) <= MAX_TASK_LABELS:
-            last.set_xticks(place, [plain(name, 16) for name in shown], rotation=35, ha="right", rotation_mode="anchor")
+        if len(labels) <= MAX_TASK_LABELS:
+            last.set_xticks(
+                place, [plain(name, 16) for name in labels], rotation=35, ha="right", rotation_mode="anchor"
+            )
         else:
             last.set_xticks([])
-            last.set_xlabel(f"{len(shown)} tasks, ordered by the mean of the first scorer")
+            last.set_xlabel(f"{len(labels)} tasks, ordered by the mean of the first scorer")
         legend_below(figure, axes[0, 0], min(len(names), MAX_COLUMNS))
         return png(figure)
 

@@ -198,8 +198,8 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
             ),
         ]
         for what, claim, words in claims:
-            gap, ours, theirs = over_tasks(what)
-            detail = f"{words} {ours:.3f} for AM and {theirs:.3f} for RM; AM − RM {_number(gap)}."
+            gap, am_value, rm_value = over_tasks(what)
+            detail = f"{words} {am_value:.3f} for AM and {rm_value:.3f} for RM; AM − RM {_number(gap)}."
             results.append({"claim": claim, "held": opposite(above(gap)), "detail": detail})
     return results
 

@@ -57,8 +57,9 @@ class PairJudge(Protocol):
 class GoldJudge:
     """An exact judge: ``score(prompt, response, task) -> float`` knows the truth, so its mean is itself a result."""
 
-    def __init__(self, score: Callable[[Prompt, str, str | None], float], name: str = "gold") -> None:
-        self.name = name
+    name = "gold"
+
+    def __init__(self, score: Callable[[Prompt, str, str | None], float]) -> None:
         self._score = score
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str], tasks: Sequence[str | None]) -> list[float]:
@@ -125,11 +126,11 @@ def compare(
         verdicts, about = comparison.values, about | comparison.about
     else:
         margin = float(getattr(judge, "tie_margin", 0.0) if tie_margin is None else tie_margin)
-        mine, theirs = judge.scores(prompts, responses, tasks), judge.scores(prompts, reference, tasks)
-        verdicts = score_verdicts(mine, theirs, margin).tolist()
+        scores, reference_scores = judge.scores(prompts, responses, tasks), judge.scores(prompts, reference, tasks)
+        verdicts = score_verdicts(scores, reference_scores, margin).tolist()
         about["tie_margin"] = margin
         if isinstance(judge, GoldJudge):
-            about |= {"gold": float(np.mean(mine)), "sft_gold": float(np.mean(theirs))}
+            about |= {"gold": float(np.mean(scores)), "sft_gold": float(np.mean(reference_scores))}
     return {
         **outcome_shares(verdicts),
         **about,

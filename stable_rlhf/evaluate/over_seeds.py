@@ -207,16 +207,17 @@ _SHARES = ("_win", "_lose", "_tie", "accuracy", "ece", "ece_equal_mass", "after_
 COMPARED = ("main_win", "main_lose", "main_gold_gain", "forget_win", "forget_lose", "forget_gold_gain", "main_kl")
 
 
-def comparisons(policies: Mapping[str, Mapping[str, Sequence[float]]], baseline: str = "rm") -> list[dict[str, Any]]:
-    """Every variant minus ``baseline``, seed by seed, in the figures of the policy table."""
-    if baseline not in policies:
+def comparisons(policies: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
+    """Every variant minus RM-PPO, seed by seed, in the figures of the policy table."""
+    rm_ppo = policies.get("rm")
+    if rm_ppo is None:
         return []
     return [
-        {"variant": name, "minus": baseline, "figure": key, **paired_difference(part[key], policies[baseline][key])}
+        {"variant": name, "minus": "rm", "figure": key, **paired_difference(part[key], rm_ppo[key])}
         for name, part in policies.items()
-        if name not in (baseline, SFT)
+        if name not in ("rm", SFT)
         for key in COMPARED
-        if key in part and key in policies[baseline]
+        if key in part and key in rm_ppo
     ]
 
 
@@ -245,8 +246,8 @@ def claims(
         if first is None or second is None:
             return
         gap = seed_mean(np.asarray(first) - target * np.asarray(second))
-        got = _interval(paired_ratio(first, second))
-        detail = f"{_show(first)} against {_show(second)}; ratio {got}, target at most {target:g}."
+        ratio = _interval(paired_ratio(first, second))
+        detail = f"{_show(first)} against {_show(second)}; ratio {ratio}, target at most {target:g}."
         add(claim, opposite(above(gap)), detail)
 
     def higher(values: Sequence[Values | None], claim: str, *, by: float = 0.0) -> None:

@@ -59,15 +59,15 @@ def tables(results: Results) -> list[Table]:
     sections: list[Table] = []
 
     def of(title: str, group: Mapping[str, Any], names: Mapping[str, str], figures: Mapping[str, Any]) -> None:
-        shown = {key: figure for key, figure in figures.items() if any(key in part for part in group.values())}
+        columns = {key: figure for key, figure in figures.items() if any(key in part for part in group.values())}
         rows = [
             (
                 names.get(name, name),
-                [_cell(part.get(key), factor, digits) for key, (_, factor, digits) in shown.items()],
+                [_cell(part.get(key), factor, digits) for key, (_, factor, digits) in columns.items()],
             )
             for name, part in group.items()
         ]
-        sections.append((title, [heading for heading, _, _ in shown.values()], rows))
+        sections.append((title, [heading for heading, _, _ in columns.values()], rows))
 
     of("Policy against SFT", results["means"]["policies"], NAMES, POLICY_FIGURES)
     differences: dict[str, dict[str, Any]] = {}
@@ -216,26 +216,26 @@ def frontier(results: Results) -> bytes:
 
 def outcomes(results: Results) -> bytes:
     """Every seed's figure of each variant, their mean and its interval, for what the claims speak of."""
-    wanted = ["main_win", "main_gold_gain", "forget_lose", "forget_gold_gain"]
+    keys = ["main_win", "main_gold_gain", "forget_lose", "forget_gold_gain"]
     group = results["means"]["policies"]
-    return _dots(results, "policies", "variant", NAMES, [k for k in wanted if any(k in p for p in group.values())],
+    return _dots(results, "policies", "variant", NAMES, [k for k in keys if any(k in p for p in group.values())],
                  POLICY_FIGURES)  # fmt: skip
 
 
 def scorers(results: Results) -> bytes:
     """The same of the scorers, the seeds' pairs joined by lines."""
-    wanted = ["accuracy", "ece", "ece_after_temperature", "task_mean_spread"]
-    return _dots(results, "scorers", "scorer", SCORER_NAMES, wanted, SCORER_FIGURES, joined=True)
+    keys = ["accuracy", "ece", "ece_after_temperature", "task_mean_spread"]
+    return _dots(results, "scorers", "scorer", SCORER_NAMES, keys, SCORER_FIGURES, joined=True)
 
 
 def _dots(
     results: Results, group: str, who: str, names: Mapping[str, str], keys: Sequence[str], headings: Mapping[str, Any],
     *, joined: bool = False,
 ) -> bytes:  # fmt: skip
-    shown = results["means"][group]
-    paint = {**colours(shown), "sft": INK}
-    places = {name: place for place, name in enumerate(shown)}
-    with picture(2, rows=(len(keys) + 1) // 2, size=(9, 1 + (1.1 + 0.28 * len(shown)) * ((len(keys) + 1) // 2)),
+    means = results["means"][group]
+    paint = {**colours(means), "sft": INK}
+    places = {name: place for place, name in enumerate(means)}
+    with picture(2, rows=(len(keys) + 1) // 2, size=(9, 1 + (1.1 + 0.28 * len(means)) * ((len(keys) + 1) // 2)),
                  sharey=True) as (figure, axes):  # fmt: skip
         for ax, key in zip(axes.ravel(), keys, strict=False):
             heading, factor, _ = headings[key]
@@ -247,7 +247,7 @@ def _dots(
                 x, y = zip(*points, strict=True)
                 style = "-" if joined else "none"
                 ax.plot(x, y, linestyle=style, color=FAINT, linewidth=0.8, marker="o", markersize=3.5, zorder=1)
-            for name, part in shown.items():
+            for name, part in means.items():
                 if key not in part:
                     continue
                 value, low, high = (part[key][end] for end in ("value", "low", "high"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stable_rlhf.data.records import as_text
 from stable_rlhf.evaluate import figures
 from stable_rlhf.evaluate.findings import (
     SCORER_NAMES,
@@ -15,7 +16,7 @@ from stable_rlhf.evaluate.findings import (
 )
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.rehearsal import figures as selection_figures
-from stable_rlhf.show.page import Picture, conversation, render
+from stable_rlhf.show.page import Picture, render, shortened
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -32,8 +33,8 @@ def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return NONE if value is None else f"{100 * value:.{digits}f}"
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
 
 
 def _bounds(low: float, high: float) -> str:
@@ -139,14 +140,14 @@ def _paper_policy_rows() -> Rows:
 
 def _tokens(scorers: dict[str, Any], policies: dict[str, Any]) -> str:
     """Training tokens of every scorer and policy that says so, a scorer under ``training``."""
-    seen = []
+    counts = []
     for names, group in ((scorer_names(scorers), scorers), (variant_names(policies), policies)):
         for key, name in names.items():
             part = group[key]
             count = part.get("tokens_seen", (part.get("training") or {}).get("tokens_seen"))
             if count is not None:
-                seen.append(f"{name} {int(count):,}")
-    return ", ".join(seen)
+                counts.append(f"{name} {int(count):,}")
+    return ", ".join(counts)
 
 
 def _judges(policies: dict[str, Any]) -> list[str]:
@@ -199,8 +200,8 @@ def summary_table(summary: dict[str, Any]) -> Group:
         table.add_row()
         table.add_row(Text(title), *map(Text, columns[:TERMINAL_COLUMNS]), style="bold")
         for name, cells in rows:
-            shown = ["\n".join(filter(None, (value, _dash(ci)))) for value, ci in cells[:TERMINAL_COLUMNS]]
-            table.add_row(Text(name), *map(Text, shown))
+            texts = ["\n".join(filter(None, (value, _dash(ci)))) for value, ci in cells[:TERMINAL_COLUMNS]]
+            table.add_row(Text(name), *map(Text, texts))
         for name, cells in published:
             table.add_row(Text(f"paper: {name}"), *(Text(value) for value, _ in cells[:TERMINAL_COLUMNS]), style="dim")
 
@@ -414,7 +415,7 @@ def _examples(selection: dict[str, Any]) -> list[dict[str, Any]]:
                 "kept": row["kept"],
                 "score": _number(score),
                 "tasks": ", ".join(f"{name} ({count})" for name, count in tasks) or NONE,
-                "example": conversation(row["example"], EXAMPLE_CHARACTERS),
+                "example": shortened(as_text(row["example"]), EXAMPLE_CHARACTERS),
             }
         )
     return rows

@@ -48,9 +48,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def load_causal_lm(
-    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, heads: bool = True
-) -> Any:
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, heads: bool = True) -> Any:
     """A transformers causal language model with plain (dequantised) weights of type ``dtype``, and flash-attn where it
     can run. Without ``heads`` only its decoder is what the checkpoint has (:func:`.checked.load_whole`)."""
     from transformers import AutoModelForCausalLM
@@ -66,7 +64,7 @@ def load_causal_lm(
         extra = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     model = load_whole(
         AutoModelForCausalLM, location, f"model {name!r}", heads=heads, dtype=dtype,
-        trust_remote_code=trust_remote_code, use_safetensors=True if not gguf_file else None, **extra,
+        use_safetensors=True if not gguf_file else None, **extra,
     )  # fmt: skip
     if gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now: a saved copy must load as such

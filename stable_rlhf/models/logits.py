@@ -50,8 +50,8 @@ def logit_map(causal_lm: Any) -> LogitMap:
     z = torch.tensor(_POINTS, dtype=torch.float64, device="cpu").repeat(-(-head.out_features // len(_POINTS)))
     z = z[: max(head.out_features, len(_POINTS))][None, None]  # [1, 1, V]: a mask or a bias of single tokens would show
     try:
-        given = _with_given_head_output(causal_lm, place, z.clone())  # some change it in place
-        logits = given(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), use_cache=False).logits.double()
+        stand_in = _with_given_head_output(causal_lm, place, z.clone())  # some change it in place
+        logits = stand_in(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), use_cache=False).logits.double()
         slope, bound = (float(logits[0, 0, _POINTS.index(at)]) for at in (_TINY, _HUGE))
         scale = round(slope / _TINY, 12)  # without the model's own rounding: not 0.9999999999999996
         measured = LogitMap(scale, None if bound > 0.5 * scale * _HUGE else round(bound / scale, 12))

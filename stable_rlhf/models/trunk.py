@@ -112,10 +112,10 @@ def _check_split(backbone: Any, lower: Any, upper: Any) -> None:
             module.training = False
         for config, _ in attention:
             config._attn_implementation = "eager"  # flash-attn cannot run where a model is made, on the CPU
-        wanted = backbone(**inputs, use_cache=False).last_hidden_state
+        expected = backbone(**inputs, use_cache=False).last_hidden_state
         inputs["inputs_embeds"] = lower(**inputs, use_cache=False).last_hidden_state
         del inputs["input_ids"]
-        error = (upper(**inputs, use_cache=False).last_hidden_state - wanted).float().norm() / wanted.float().norm()
+        error = (upper(**inputs, use_cache=False).last_hidden_state - expected).float().norm() / expected.float().norm()
     except Exception as problem:  # any: it is the model's own code
         raise ValueError(_cannot_split(backbone, f"its blocks do not run in two parts: {problem}")) from problem
     finally:
@@ -123,7 +123,7 @@ def _check_split(backbone: Any, lower: Any, upper: Any) -> None:
             module.training = training
         for config, implementation in attention:
             config._attn_implementation = implementation
-    if not error <= max(1e-4, 4 * torch.finfo(wanted.dtype).eps):
+    if not error <= max(1e-4, 4 * torch.finfo(expected.dtype).eps):
         raise ValueError(_cannot_split(backbone, f"its blocks in two parts compute something else ({error:.1%} off)"))
 
 

@@ -22,7 +22,7 @@ class KLController:
             error = kl / self.target - 1
             self.value *= 1 + _GAIN * max(-_MOST, min(_MOST, error))
 
-    def lower_target(self, factor: float = 0.5) -> None:
-        """Ask for less KL from now on."""
+    def lower_target(self) -> None:
+        """Ask for half the KL from now on."""
         if self.target is not None:
-            self.target *= factor
+            self.target *= 0.5

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.data.records import as_text
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.policy.guard import StabilityGuard
-from stable_rlhf.show.page import Picture, conversation, render, write_html
+from stable_rlhf.show.page import Picture, render, shortened, write_html
 from stable_rlhf.show.pictures import FAINT, INK, picture, png
 from stable_rlhf.show.progress import is_main_process, say
 
@@ -112,13 +113,13 @@ def _by_prompt(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to each prompt in the order of the steps, thinned out to a few."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in samples:
-        found.setdefault(conversation(row["prompt"], _CHARACTERS), []).append(row)
+        found.setdefault(shortened(as_text(row["prompt"]), _CHARACTERS), []).append(row)
     shown = []
     for prompt, rows in found.items():
         places = {round(i * (len(rows) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)}
         answers = [
             {
-                "step": row["step"], "response": conversation(row["response"], _CHARACTERS),
+                "step": row["step"], "response": shortened(row["response"], _CHARACTERS),
                 "score": f"{row['score']:.2f}", "end": "" if row["finished"] else " (cut off)",
             }
             for row in (rows[i] for i in sorted(places))

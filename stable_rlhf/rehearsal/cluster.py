@@ -71,8 +71,8 @@ def _check_finite(embeddings: np.ndarray, squared: np.ndarray) -> None:
     raise ValueError(f"embeddings: row {bad[0]} is too long, its squared length overflows float32")
 
 
-def _first_distinct(rows: kmeans.Rows, wanted: int) -> np.ndarray:
-    """Places of the first rows of which no two are equal, at most `wanted`; early, unless rows repeat a lot."""
+def _first_distinct(rows: kmeans.Rows, most: int) -> np.ndarray:
+    """Places of the first rows of which no two are equal, at most `most`; early, unless rows repeat a lot."""
     seen: set[bytes] = set()
     places: list[int] = []
     for start in range(0, len(rows), kmeans.BLOCK_ROWS):
@@ -85,7 +85,7 @@ def _first_distinct(rows: kmeans.Rows, wanted: int) -> np.ndarray:
             if key not in seen:
                 seen.add(key)
                 places.append(start + index)
-                if len(places) == wanted:
+                if len(places) == most:
                     return np.array(places)
     return np.array(places)
 

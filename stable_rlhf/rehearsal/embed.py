@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from stable_rlhf.data.records import as_text
+
 DEFAULT_EMBEDDING_MODEL = "princeton-nlp/sup-simcse-roberta-base"
 POOLINGS = ("auto", "mean", "cls", "pooler")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
@@ -89,7 +91,7 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     turns = [message for message in prompt if message["role"] != "system"] or list(prompt)
     if len(turns) == 1:
         return str(turns[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in turns)
+    return as_text(turns)
 
 
 def _plain_pooling(model: str, pooling: str) -> str:

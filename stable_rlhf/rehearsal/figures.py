@@ -43,8 +43,8 @@ def selection_map(selection: dict[str, Any]) -> bytes:
         ax.scatter([], [], s=48, color=FAINT, edgecolors=INK, linewidths=0.9, label="kept for rehearsal")
         ax.set(xlabel=f"prompts by meaning: {how}", xticks=[], yticks=[])
         ax.grid(visible=False)
-        shown = f"{int(kept.sum()):,} of {len(points):,} candidates shown are kept"
-        ax.set_title(f"{shown}; {len(numbers)} clusters, the largest {min(_NAMED, len(numbers))} numbered")
+        share = f"{int(kept.sum()):,} of {len(points):,} candidates shown are kept"
+        ax.set_title(f"{share}; {len(numbers)} clusters, the largest {min(_NAMED, len(numbers))} numbered")
         legend_below(figure, ax, 2)
         return png(figure)
 
@@ -92,25 +92,25 @@ def criteria_histograms(values: dict[str, np.ndarray], kept: np.ndarray) -> byte
 def coverage(tasks: dict[str, dict[str, int]]) -> bytes:
     """Candidates and kept rows of each labelled skill, most frequent first."""
     names = sorted(tasks, key=lambda name: (-tasks[name]["candidates"], name))
-    shown = names[:MAX_LABELS]
-    place = np.arange(len(shown))
-    with picture(1, size=(9, 1.2 + 0.24 * len(shown))) as (figure, axes):
+    largest = names[:MAX_LABELS]
+    place = np.arange(len(largest))
+    with picture(1, size=(9, 1.2 + 0.24 * len(largest))) as (figure, axes):
         ax = axes[0, 0]
-        ax.barh(place, [tasks[n]["candidates"] for n in shown], height=0.8, color=FAINT, label="candidates")
-        ax.barh(place, [tasks[n]["kept"] for n in shown], height=0.8, color=KEPT, label="kept")
-        for at, name in zip(place, shown, strict=True):
+        ax.barh(place, [tasks[n]["candidates"] for n in largest], height=0.8, color=FAINT, label="candidates")
+        ax.barh(place, [tasks[n]["kept"] for n in largest], height=0.8, color=KEPT, label="kept")
+        for at, name in zip(place, largest, strict=True):
             ax.text(
                 tasks[name]["candidates"] * 1.02, at, f"{tasks[name]['kept']} of {tasks[name]['candidates']}",
                 va="center", fontsize=8,
             )  # fmt: skip
-        ax.set_yticks(place, [plain(name, 30) for name in shown])
-        most = max(tasks[name]["candidates"] for name in shown)
+        ax.set_yticks(place, [plain(name, 30) for name in largest])
+        most = max(tasks[name]["candidates"] for name in largest)
         uneven = most > 100
         if uneven:
             ax.set_xscale("symlog", linthresh=1)
         ax.set_xlim(0, most * (4 if uneven else 1.15))
-        ax.set(ylim=(len(shown) - 0.4, -0.6), xlabel="rows (logarithmic)" if uneven else "rows")
-        more = f", the {len(shown)} most frequent shown" if len(names) > len(shown) else ""
+        ax.set(ylim=(len(largest) - 0.4, -0.6), xlabel="rows (logarithmic)" if uneven else "rows")
+        more = f", the {len(largest)} most frequent shown" if len(names) > len(largest) else ""
         ax.set_title(f"{sum(t['kept'] > 0 for t in tasks.values())} of {len(names)} skills have a kept row{more}")
         ax.grid(axis="y", visible=False)
         legend_below(figure, ax, 2)

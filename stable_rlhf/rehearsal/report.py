@@ -37,9 +37,9 @@ def _with_map(selection: Selection, embeddings: np.ndarray, seed: int) -> dict[s
     generator = np.random.default_rng(seed)
     kept = np.zeros(n, dtype=bool)
     kept[selection.indices] = True
-    shown = generator.permutation(selection.indices)[: MAP_POINTS // 2]
-    rest = generator.permutation(np.flatnonzero(~kept))[: MAP_POINTS - len(shown)]
-    places = np.sort(np.concatenate([shown, rest]))
+    sample_of_kept = generator.permutation(selection.indices)[: MAP_POINTS // 2]
+    rest = generator.permutation(np.flatnonzero(~kept))[: MAP_POINTS - len(sample_of_kept)]
+    places = np.sort(np.concatenate([sample_of_kept, rest]))
     xy = neighbour_map(embeddings, places, seed=seed)
     labels = selection.clusters.assignment
     points = [[float(x), float(y), int(labels[i]), int(kept[i])] for (x, y), i in zip(xy, places, strict=True)]

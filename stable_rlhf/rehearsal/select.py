@@ -140,9 +140,9 @@ def _criteria_values(candidates: Sequence[Candidate], scores: Any) -> dict[str, 
     return values
 
 
-def check_criteria(argument: str, given: Mapping[str, float]) -> None:
+def check_criteria(argument: str, numbers: Mapping[str, float]) -> None:
     """Raise a ValueError for a criterion that does not exist or a number that is not finite."""
-    for name, number in given.items():
+    for name, number in numbers.items():
         if name not in CRITERIA:
             near = difflib.get_close_matches(name, CRITERIA, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(CRITERIA)}"
@@ -300,17 +300,18 @@ def _cluster_stats(
 ) -> list[dict[str, Any]]:
     """`Selection.cluster_stats`; kept: bool [n], ranks: int64 [n], 1 for the best of its cluster."""
     stats = []
-    members = np.split(np.argsort(clusters.assignment, kind="stable"), np.cumsum(clusters.sizes)[:-1])
-    for inside in members:
-        stay = inside[kept[inside]]
+    by_cluster = np.split(np.argsort(clusters.assignment, kind="stable"), np.cumsum(clusters.sizes)[:-1])
+    for members in by_cluster:
+        best = members[kept[members]]
+        example = candidates[best[ranks[best].argmin()]].text if len(best) else ""
         stats.append(
             {
-                "size": len(inside),
-                "kept": len(stay),
-                "example": candidates[stay[ranks[stay].argmin()]].text[:EXAMPLE_CHARACTERS] if len(stay) else "",
-                "mean_score": float(score[inside].mean()) if len(inside) else None,
-                "kept_mean_score": float(score[stay].mean()) if len(stay) else None,
-                "tasks": dict(sorted(Counter(candidates[i].task for i in inside).items())),
+                "size": len(members),
+                "kept": len(best),
+                "example": example[:EXAMPLE_CHARACTERS],
+                "mean_score": float(score[members].mean()) if len(members) else None,
+                "kept_mean_score": float(score[best].mean()) if len(best) else None,
+                "tasks": dict(sorted(Counter(candidates[i].task for i in members).items())),
             }
         )
     return stats

@@ -156,9 +156,9 @@ def embed_to_folder(
                     )  # fmt: skip
                 if len(missing) < len(shards):
                     say(f"  embeddings: {len(shards) - len(missing)} of {len(shards)} shards were done before")
-                mine = missing[ranks.rank :: ranks.size]
-                with progress("embedding", total=sum(len(shards[k]) for k in mine), unit="texts") as bar:
-                    for k in mine:
+                own_shards = missing[ranks.rank :: ranks.size]
+                with progress("embedding", total=sum(len(shards[k]) for k in own_shards), unit="texts") as bar:
+                    for k in own_shards:
                         assert encoder is not None
                         _write_shard(folder, k, _encoded(encoder, texts, shards[k], dtype, bar))
             with ranks.together():

@@ -61,13 +61,13 @@ class VLLMRollouts:
         """One response per prompt, each drawn with its own seed."""
         if settings.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
             raise ValueError("seeds: one integer a prompt is needed when temperature > 0")
-        asked = [
+        bodies = [
             self._body(prompt, seed, settings)
             for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True)
         ]
         with progress("rollouts", total=len(prompts), unit="responses") as bar:
             return self._server.ask_all(
-                "/v1/completions", asked, lambda place, answer: self._rollout(prompts[place], answer, settings),
+                "/v1/completions", bodies, lambda place, answer: self._rollout(prompts[place], answer, settings),
                 at_once=_AT_ONCE, advance=bar.advance, limit=(1 << 20) + _TOKEN_BYTES * settings.max_new_tokens,
             )  # fmt: skip
 

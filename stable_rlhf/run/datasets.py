@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_rlhf.data.digest import file_digest
-from stable_rlhf.data.encoding import Encoded, encode, encode_prompt, encode_rows, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_prompt, encode_rows, fit, surely_longer, surely_too_long
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
@@ -214,12 +213,10 @@ def load_demonstrations(
     """Read and encode prompt/response files; rows that are too long are left out and counted."""
     result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
     tell_skipped("demonstrations", result)
-    count, limits = len(result.rows), (arguments.max_prompt_length, arguments.max_length)
-    rows = [r for r in result.rows if not any(map(partial(surely_longer, tokenizer), (r.prompt, r.response), limits))]
+    count, limits = len(result.rows), (arguments.max_length, arguments.max_prompt_length)
+    rows = [r for r in result.rows if not surely_too_long(tokenizer, r.prompt, [r.response], *limits)]
     pairs = encode_demonstrations(rows, tokenizer, on_bad_row=arguments.on_bad_row)
-    fitting = [
-        (e, r) for e, r in pairs if len(e) <= arguments.max_length and e.prompt_length <= arguments.max_prompt_length
-    ]
+    fitting = [(e, r) for e, r in pairs if fit([e], *limits)]
     if not fitting:
         raise DataError(
             f"none of {count} demonstrations fits max_length {arguments.max_length} and max_prompt_length "

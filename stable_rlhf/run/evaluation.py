@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.encoding import encode_prompt, encode_rows
-from stable_rlhf.data.jsonl import read_json, write_jsonl
+from stable_rlhf.data.jsonl import is_finite, read_json, write_jsonl
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_comparisons, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError
@@ -137,15 +136,11 @@ def _kept_scores(name: str, folder: str) -> dict[str, Any]:
         raise ValueError(f"scorer {name!r}: {path} does not exist; give preference files to score (--test-pairs FILE)")
     content = read_json(path, "chosen", "rejected", "tasks")
     scores = content["chosen"], content["rejected"]
-    if any(not isinstance(part, list) or not all(map(_finite, part)) for part in scores):
+    if any(not isinstance(part, list) or not all(map(is_finite, part)) for part in scores):
         raise DataError(f"{path}: 'chosen' and 'rejected' must be lists of finite numbers")
     if not isinstance(content["tasks"], list) or {len(content["tasks"])} != set(map(len, scores)):
         raise DataError(f"{path}: 'chosen', 'rejected' and 'tasks' must be lists of one length")
     return content
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_curve(folder: str) -> list[dict[str, float]]:

@@ -23,7 +23,7 @@ from stable_rlhf import ops
 from stable_rlhf.data.encoding import last_positions
 from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import comparison_row
-from stable_rlhf.data.records import Comparison, DataError, PairStrength
+from stable_rlhf.data.records import Comparison, DataError, PairStrength, as_text
 from stable_rlhf.data.splits import prompt_key, split_rows
 from stable_rlhf.engine.engine import cosine
 from stable_rlhf.engine.order import count_steps, shuffled_steps, stream_seed
@@ -372,10 +372,7 @@ def _auc(mu: np.ndarray, value: np.ndarray) -> float:
 
 
 def _to_read(row: Comparison, pair: tuple[int, int], strength: PairStrength) -> dict[str, Any]:
-    prompt = (
-        row.prompt if isinstance(row.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in row.prompt)
-    )
     return {
-        "mean": strength.mean, "std": strength.std, "task": row.task, "source": row.source, "prompt": prompt,
-        "chosen": row.responses[pair[0]], "rejected": row.responses[pair[1]],
+        "mean": strength.mean, "std": strength.std, "task": row.task, "source": row.source,
+        "prompt": as_text(row.prompt), "chosen": row.responses[pair[0]], "rejected": row.responses[pair[1]],
     }  # fmt: skip

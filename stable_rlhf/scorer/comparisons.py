@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.digest import json_digest
-from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_rows, fit, surely_too_long
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.metrics import calibration, pair_accuracy
 from stable_rlhf.models.features import FeatureCache
@@ -40,17 +40,13 @@ def encode_comparisons(
     same: list[Comparison] = []
 
     def one(row: Comparison) -> list[Encoded] | None:
-        if surely_longer(tokenizer, row.prompt, max_prompt_length):
-            return None
-        if any(surely_longer(tokenizer, response, max_length) for response in row.responses):
+        if surely_too_long(tokenizer, row.prompt, row.responses, max_length, max_prompt_length):
             return None
         return [encode(tokenizer, row.prompt, r, source=row.source) for r in row.responses]
 
     encoded = encode_rows("comparisons", rows, one, on_bad_row)
     for row, examples in encoded:
-        if examples is None:
-            continue
-        if max(map(len, examples)) > max_length or examples[0].prompt_length > max_prompt_length:
+        if examples is None or not fit(examples, max_length, max_prompt_length):
             continue
         if any(examples[better] == examples[worse] for better, worse in row.pairs):
             same.append(row)

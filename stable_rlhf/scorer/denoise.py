@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from stable_rlhf.data.jsonl import is_finite
 from stable_rlhf.data.records import Comparison, DataError, PairStrength
 
 _FLAGS = ("flip", "drop", "soft_labels", "adaptive_margin")
@@ -84,10 +85,10 @@ def _band(name: str, entry: Mapping[str, Any]) -> Band:
         raise ValueError(f"{name}: give one of below, above, between, lowest, highest and quantiles, got {dict(entry)}")
     ((kind, value),) = limits.items()
     by_rank = kind in ("lowest", "highest", "quantiles")
-    count, wanted = (2, "two numbers, [low, high]") if kind in ("between", "quantiles") else (1, "a number")
+    count, expected = (2, "two numbers, [low, high]") if kind in ("between", "quantiles") else (1, "a number")
     numbers = value if count == 2 else [value]
-    if not isinstance(numbers, list | tuple) or len(numbers) != count or not all(map(_finite, numbers)):
-        raise ValueError(f"{name}: {kind} takes {wanted}, got {value!r}")
+    if not isinstance(numbers, list | tuple) or len(numbers) != count or not all(map(is_finite, numbers)):
+        raise ValueError(f"{name}: {kind} takes {expected}, got {value!r}")
     low, high = {
         "below": (-math.inf, numbers[0]), "lowest": (-math.inf, numbers[0]), "above": (numbers[0], math.inf),
         "highest": (1 - numbers[0], math.inf),
@@ -100,7 +101,7 @@ def _band(name: str, entry: Mapping[str, Any]) -> Band:
         if not isinstance(actions.get(key, False), bool):
             raise ValueError(f"{name}: {key} is true or false, got {actions[key]!r}")
     alpha = actions.get("label_smoothing")
-    if alpha is not None and not (_finite(alpha) and 0 <= alpha <= 1):
+    if alpha is not None and not (is_finite(alpha) and 0 <= alpha <= 1):
         raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {alpha!r}")
     band = Band(low, high, by_rank, **actions)
     done = [key for key in actions if actions[key] is not None and actions[key] is not False]
@@ -111,10 +112,6 @@ def _band(name: str, entry: Mapping[str, Any]) -> Band:
     if band.soft_labels and alpha is not None:
         raise ValueError(f"{name}: soft_labels takes alpha from the strength, label_smoothing gives it; give one")
     return band
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def denoise(rows: Sequence[Comparison], bands: Sequence[Band]) -> Denoised:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stable_rlhf.data.encoding import Encoded, encode, encode_rows, surely_longer
+from stable_rlhf.data.encoding import Encoded, encode, encode_rows, fit, surely_too_long
 from stable_rlhf.data.records import DataError, ResponseSet
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.order import shuffled_steps, stream_seed
@@ -75,10 +75,7 @@ def encode_responses(
         ]
 
     short = [
-        row
-        for row in rows
-        if not surely_longer(tokenizer, row.prompt, max_prompt_length)
-        and not any(surely_longer(tokenizer, r, max_length) for r in row.responses)
+        row for row in rows if not surely_too_long(tokenizer, row.prompt, row.responses, max_length, max_prompt_length)
     ]
     everything = [encoded for _, encoded in encode_rows("unlabelled responses", short, one, on_bad_row)]
     scored = [[e for e in row if e.response] for row in everything]
@@ -88,7 +85,7 @@ def encode_responses(
             f"  unlabelled responses: {lost} were cut off before their first token: left out, and with them "
             f"{len(scored) - len(fitting)} rows of fewer than two others"
         )
-    kept = [e for e in fitting if max(map(len, e)) <= max_length and e[0].prompt_length <= max_prompt_length]
+    kept = [row for row in fitting if fit(row, max_length, max_prompt_length)]
     if not kept:
         raise DataError(
             f"scorer.meta_responses: none of {len(rows)} rows fits max_length {max_length} and max_prompt_length "

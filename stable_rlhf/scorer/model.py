@@ -207,9 +207,11 @@ class AdvantageModel(nn.Module):
         prefer_flash_attention(backbone, dtype)
         model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)
         heads = read_tensors(folder / _HEADS_FILE)
-        wanted = {k: list(v.shape) for k, v in model.state_dict().items() if k.split(".")[0].endswith("_head")}
-        if (given := {k: list(v.shape) for k, v in heads.items()}) != wanted:
-            raise ValueError(f"{folder / _HEADS_FILE}: has {given}, where these settings and this model want {wanted}")
+        expected = {k: list(v.shape) for k, v in model.state_dict().items() if k.split(".")[0].endswith("_head")}
+        if (shapes := {k: list(v.shape) for k, v in heads.items()}) != expected:
+            raise ValueError(
+                f"{folder / _HEADS_FILE}: has {shapes}, where these settings and this model want {expected}"
+            )
         model.load_state_dict(heads, strict=False)
         return model.eval()
 

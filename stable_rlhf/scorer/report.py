@@ -60,8 +60,8 @@ def _interval(interval: dict[str, float] | None) -> str:
     return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]" if interval else "not defined"
 
 
-def notable_tables(summary: dict[str, Any], width: int = 40) -> list[Any]:
-    """A rich table for the weakest, the most ambiguous and the strongest pairs; texts are cut to ``width``."""
+def notable_tables(summary: dict[str, Any]) -> list[Any]:
+    """A rich table for the weakest, the most ambiguous and the strongest pairs; texts are cut."""
     from rich.table import Table
     from rich.text import Text
 
@@ -75,14 +75,10 @@ def notable_tables(summary: dict[str, Any], width: int = 40) -> list[Any]:
         table.add_column("where", no_wrap=True)
         for row in rows:
             # Text, not str: what stands in brackets in the data is no markup.
-            texts = [Text(_line(row[key], width)) for key in ("prompt", "chosen", "rejected")]
+            texts = [Text(plain(row[key], 40).replace(r"\$", "$")) for key in ("prompt", "chosen", "rejected")]
             table.add_row(f"{row['mean']:.2f}", f"{row['std']:.2f}", *texts, Text(Path(row["source"]).name))
         tables.append(table)
     return tables
-
-
-def _line(text: str, width: int) -> str:
-    return plain(text, width).replace(r"\$", "$")
 
 
 _WRONG = "#D55E00"
@@ -103,9 +99,9 @@ def strength_picture(
         # 0 is an edge, so that no bar stands for both kinds of pairs.
         width = (high - low) / 40 or 1.0
         edges = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)
-        shown = np.clip(mu, edges[0], np.nextafter(edges[-1], edges[0]))
-        for part, colour, label in ((shown < 0, _WRONG, "μ < 0"), (shown >= 0, KEPT, "μ ≥ 0")):
-            left.hist(shown[part], edges, color=colour, label=f"{label}: {100 * part.mean():.1f} %")
+        clipped = np.clip(mu, edges[0], np.nextafter(edges[-1], edges[0]))
+        for part, colour, label in ((clipped < 0, _WRONG, "μ < 0"), (clipped >= 0, KEPT, "μ ≥ 0")):
+            left.hist(clipped[part], edges, color=colour, label=f"{label}: {100 * part.mean():.1f} %")
         left.set(xlabel="strength μ: mean of r(chosen) − r(rejected)", ylabel="pairs")
         left.set_title("How sure the scorers are")
         left.legend(loc="upper right")

@@ -60,7 +60,7 @@ def notable_pairs(mean: ArrayLike, count: int) -> dict[str, list[int]]:
     return {name: np.argsort(key, kind="stable")[:count].tolist() for name, key in orders.items()}
 
 
-def strength_summary(mean: ArrayLike, std: ArrayLike, bins: int = 20) -> dict[str, Any]:
+def strength_summary(mean: ArrayLike, std: ArrayLike) -> dict[str, Any]:
     """Figures about a measured data set, ready for JSON."""
     mu, sigma = np.asarray(mean, dtype=np.float64), np.asarray(std, dtype=np.float64)
     if not len(mu):
@@ -71,5 +71,5 @@ def strength_summary(mean: ArrayLike, std: ArrayLike, bins: int = 20) -> dict[st
         "deviation": float(sigma.mean()),
         "below_zero": float((mu < 0).mean()),
         "quantiles": {f"{q:g}": float(np.quantile(mu, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
-        "curve": deviation_curve(mu, sigma, bins),
+        "curve": deviation_curve(mu, sigma),
     }

@@ -44,10 +44,3 @@ def write_html(path: Path, page: str) -> None:
 
 def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def conversation(value: Any, limit: int) -> str:
-    """A prompt or response as text, whether a string or chat messages, shortened."""
-    if isinstance(value, list):
-        value = "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in value)
-    return shortened(str(value), limit)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from stable_rlhf.show.page import shortened
+
 INK, FAINT = "#222222", "#B8B8B8"
 KEPT = "#009E73"
 DPI = 150  # 9 inches wide: 1350 px, shown at 900
@@ -51,7 +53,7 @@ def png(figure: Any, dpi: int = DPI) -> bytes:
 def plain(text: str, limit: int = 22) -> str:
     """A label from the data: one line, shortened, and never read as TeX."""
     line = " ".join(str(text).split())
-    return (line if len(line) <= limit else line[: limit - 1] + "…").replace("$", r"\$")
+    return shortened(line, limit).replace("$", r"\$")
 
 
 def legend_below(figure: Any, axes: Any, columns: int) -> None:

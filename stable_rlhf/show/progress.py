@@ -34,8 +34,8 @@ def console(**settings: Any) -> Any:
     from rich.segment import Segment
 
     class Printable(Console):
-        def render(self, *given: Any, **options: Any) -> Any:
-            for segment in super().render(*given, **options):
+        def render(self, *args: Any, **options: Any) -> Any:
+            for segment in super().render(*args, **options):
                 yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     return Printable(**settings)

@@ -79,11 +79,11 @@ def check_address(setting: str, address: str) -> None:
         ValueError: names the setting and what is wrong, and shows no credentials.
     """
     scheme, separator, rest = address.partition("://")
-    shown = printable(f"{scheme}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else address, lines=False)
+    redacted = printable(f"{scheme}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else address, lines=False)
     if "@" in rest:
         raise ValueError(
-            f"{setting}: {shown!r} holds credentials, and settings are written into every record of a run: leave them "
-            "out of the address"
+            f"{setting}: {redacted!r} holds credentials, and settings are written into every record of a run: leave "
+            "them out of the address"
         )
     try:
         parts = urllib.parse.urlsplit(address)
@@ -93,7 +93,7 @@ def check_address(setting: str, address: str) -> None:
     if not good or not re.fullmatch(r"[!-~]+", address) or parts.query or parts.fragment:
         raise ValueError(
             f"{setting} must be an address without query, http://host:port or http://host:port/path (https:// as "
-            f"well), got {shown!r}"
+            f"well), got {redacted!r}"
         )
 
 
@@ -153,7 +153,7 @@ class Server:
         return ServerError(f"{self.name}: {problem}")
 
     def ask(
-        self, path: str, body: Mapping[str, Any] | None = None, read: Callable[[Any], T] = lambda found: found, *,
+        self, path: str, body: Mapping[str, Any] | None = None, read: Callable[[Any], T] = lambda answer: answer, *,
         limit: int = ANSWER_BYTES, hints: Mapping[int, str] | None = None, stop: threading.Event | None = None,
     ) -> T:  # fmt: skip
         """POST ``body`` (GET without one), and what ``read`` makes of the answer's JSON ({} when it has none).
@@ -207,14 +207,14 @@ class Server:
         place besides."""
         stop = threading.Event()
         with ThreadPoolExecutor(at_once) as pool:
-            asked = {
+            futures = {
                 pool.submit(self.ask, path, body, partial(read, place), limit=limit, stop=stop): place
                 for place, body in enumerate(bodies)
             }
             results: dict[int, T] = {}
             try:
-                for done in as_completed(asked):
-                    results[asked[done]] = done.result()
+                for done in as_completed(futures):
+                    results[futures[done]] = done.result()
                     advance()
             except BaseException:
                 stop.set()

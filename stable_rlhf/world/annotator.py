@@ -103,13 +103,13 @@ def label_pairs(
         raise ValueError(f"pairs_per_prompt must be at least 1, got {pairs_per_prompt}")
     rng = random.Random(seed)
     pairs: list[dict[str, Any]] = []
-    read = identical = without_pair = 0
-    for read, row in enumerate(rows, 1):
+    count = identical = without_pair = 0
+    for count, row in enumerate(rows, 1):
         prompt, responses = row["prompt"], row["responses"]
         logprobs = {name: row[name] for name in ("logprobs", "alt_logprobs") if row.get(name) is not None}
         for name, values in logprobs.items():
             if len(values) != len(responses):
-                raise ValueError(f"row {read}: {name} has {len(values)} entries for {len(responses)} responses")
+                raise ValueError(f"row {count}: {name} has {len(values)} entries for {len(responses)} responses")
         first_of = {response: index for index, response in reversed(list(enumerate(responses)))}
         kept = sorted(first_of.values())
         identical += len(responses) - len(kept)
@@ -134,7 +134,7 @@ def label_pairs(
             pair |= {name: {"chosen": v[chosen], "rejected": v[rejected]} for name, v in logprobs.items()}
             pairs.append(pair)
     counts = LabelCounts(
-        rows=read,
+        rows=count,
         identical=identical,
         without_pair=without_pair,
         pairs=len(pairs),

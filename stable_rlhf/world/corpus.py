@@ -137,9 +137,9 @@ def _draw(task: str, taken: set[str], rng: random.Random) -> tuple[str, str]:
 
 def _counts(total: int, shares: Mapping[str, float]) -> dict[str, int]:
     """``total`` by shares that sum to 1, rounded on the running sum so that the counts sum to the total exactly."""
-    counts, running, given = {}, 0.0, 0
+    counts, running, assigned = {}, 0.0, 0
     for name, share in shares.items():
         running += share * total
-        counts[name] = round(running) - given
-        given += counts[name]
+        counts[name] = round(running) - assigned
+        assigned += counts[name]
     return counts

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import plots, render, run
+from bench import pages, plots, render, run
 from bench.case import COPY, OURS, RESULTS, Case, Contender, Line, Prepared, Settings, read_lines, write_lines
 from bench.common import ROOT, measure, quantile
 from bench.compare import FASTER, GONE, NOISE, SAME, SLOWER, compare, slug
@@ -211,7 +211,7 @@ def test_pages_show_what_the_results_hold():
     marked = {}
     for path in render.PAGES:
         page = path.read_text(encoding="utf-8")
-        marked[path.name] = [match["name"] for match in render.MARKED.finditer(page)]
+        marked[path.name] = [match["name"] for match in pages.marked("bench").finditer(page)]
         assert render.rendered(page, read_lines(command.README_LINES)) == page, "run: python -m bench report --readme"
     assert marked["README.md"] == ["speed"]
     assert marked["benchmarks.md"] == [

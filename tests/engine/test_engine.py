@@ -12,6 +12,7 @@ from stable_rlhf.engine import engine as engine_module
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.frozen import read_only
 from stable_rlhf.engine.process import start
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.scorer import AdvantageModel
 from stable_rlhf.settings.recipe import EngineArguments
@@ -125,7 +126,7 @@ def steps(model, settings: dict, kinds: str, skip: bool) -> tuple[list[bool], li
     engine.train()
 
     def weights() -> torch.Tensor:
-        with engine.whole_weights():
+        with gathered(list(engine.module.parameters())):
             return torch.cat([p.detach().float().flatten() for p in policy.parameters()]).clone()
 
     moved, found = [], [weights()]

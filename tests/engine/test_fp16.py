@@ -15,6 +15,7 @@ from helpers.launch import run_worker
 from helpers.workers.fp16_worker import Run
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.experience import Experience
@@ -172,7 +173,7 @@ class Ascent:
         self.meta = MetaRM(self.engine, self.model, shifted, arguments, FeatureCache(), steps=9, seed=0)
 
     def weights(self) -> torch.Tensor:
-        with self.engine.whole_weights():
+        with gathered(list(self.engine.module.parameters())):
             return torch.cat([p.detach().float().flatten() for p in self.model.parameters()]).clone()
 
     def step(self, number: int) -> tuple[bool, float, dict]:

@@ -15,6 +15,7 @@ from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.policy.kl import KLController
@@ -262,7 +263,7 @@ def test_updates_that_are_not_finite_can_be_skipped(stage, make, prompts, tmp_pa
     def plant(experiences):
         estimate(experiences)
         calls.append(1)
-        with trainer.engine.whole_weights():
+        with gathered(list(trainer.engine.module.parameters())):
             seen.append([p.detach().clone() for p in trainer.policy.parameters()])
         if len(calls) == 2:
             experiences[0].returns = torch.full_like(experiences[0].returns, math.inf)

@@ -16,6 +16,7 @@ from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.run.bounds import check
 from stable_rlhf.run.stages import run_scorer
@@ -153,7 +154,7 @@ def test_weights_come_back_from_a_loss_that_is_not_finite(make, shifted, monkeyp
     meta = MetaRM(engine, model, shifted, TRAINING, FeatureCache(), steps=3, seed=0)
 
     def weights() -> torch.Tensor:
-        with engine.whole_weights():
+        with gathered(list(engine.module.parameters())):
             return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
     before = weights()

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.process import start
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
@@ -65,7 +66,7 @@ class Run:
         return moved
 
     def weights(self) -> torch.Tensor:
-        with self.engine.whole_weights():
+        with gathered(list(self.engine.module.parameters())):
             return torch.cat([p.detach().float().flatten() for p in self.policy.parameters()]).clone()
 
     def state(self) -> dict[str, Any]:

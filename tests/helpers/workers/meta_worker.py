@@ -21,6 +21,7 @@ from stable_rlhf.data.records import Comparison
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.engine.process import start
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
@@ -150,7 +151,7 @@ def trained(tokenizer, rows, shifted, micro: int, engine_arguments: EngineArgume
     meta = MetaRM(engine, model, shifted, arguments, FeatureCache(), steps=STEPS, seed=5)
 
     def weights() -> list[torch.Tensor]:
-        with engine.whole_weights():
+        with gathered(list(engine.module.parameters())):
             return [p.detach().float().clone() for p in model.parameters()]
 
     figures, kept, changed = [], [], 0

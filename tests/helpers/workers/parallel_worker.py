@@ -20,6 +20,7 @@ from stable_rlhf.engine.order import micro_steps, shuffled_steps
 from stable_rlhf.engine.process import start
 from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.policy.experience import Experience
@@ -136,7 +137,7 @@ def ppo_losses(
     # Sampling from the trained (under ZeRO-3: partitioned) weights, then one more update through the restored hooks.
     prompts = [EncodedPrompt(PromptRow(""), list(e.encoded.ids[: e.encoded.prompt_length])) for e in experiences]
     rollouts = trainer.sample([prompts[p] for p in places], 9, places)
-    with trainer.engine.whole_weights():
+    with gathered(list(trainer.engine.module.parameters())):
         plain = generate(
             policy.causal_lm, tokenizer, [prompts[0].ids], GenerationSettings(4, temperature=0)
         ) if stage != 3 else []  # fmt: skip
@@ -208,7 +209,7 @@ def nonfinite(stage: int, tokenizer) -> list[float]:
     engine.train()
 
     def weights() -> torch.Tensor:
-        with engine.whole_weights():
+        with gathered(list(engine.module.parameters())):
             return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
 
     found, before = [], weights()
