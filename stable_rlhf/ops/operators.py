@@ -36,7 +36,8 @@ def needs_operator(value: Tensor, backend: str = "") -> bool:
 
 @contextmanager
 def autograd_inside(device: torch.device) -> Iterator[None]:
-    """Autograd in the body of an operator, where PyTorch has switched it off; autocast is off."""
+    """Autograd in the body of an operator, where PyTorch has switched it off; autocast is off. What this graph saves is
+    its own: a caller's hooks, such as those of checkpoint, count what is saved outside."""
     keys = torch._C.DispatchKey
     autograd, views = keys.AutogradFunctionality, keys.ADInplaceOrView
     with (
@@ -44,6 +45,7 @@ def autograd_inside(device: torch.device) -> Iterator[None]:
         torch._C._SetExcludeDispatchKeyGuard(views, False),
         torch.autocast(device.type, enabled=False),
         torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
         yield
 

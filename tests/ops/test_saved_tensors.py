@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import pytest
 import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_debug_enabled,
+)
 
 import stable_rlhf.ops as ops
 from helpers.every_op import CASES, run
@@ -52,3 +58,26 @@ def test_checkpoint(name, backend, use_reentrant):
     with ops.backend(backend):
         want = run(case)
         assert_same(run(case, again), want[: case.losses] + want[-len(case.leaves) :])
+
+
+@pytest.mark.parametrize("policy", ["PREFER_RECOMPUTE", "MUST_SAVE"])
+def test_selective_checkpoint(name, backend, policy):
+    """Modes under which operators stand for the operations, in a region whose saved tensors are recomputed."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy[policy])
+    _test_region(name, backend, functools.partial(checkpoint, use_reentrant=False, context_fn=contexts))
+
+
+def test_checkpoint_in_debug_mode(name, backend, monkeypatch):
+    # The mode leaves this logger as pytest hooks into one, which then cannot format the mode's own records.
+    monkeypatch.setattr(logging.getLogger("LoggingTensor"), "propagate", True)
+    with set_checkpoint_debug_enabled(True):
+        _test_region(name, backend, functools.partial(checkpoint, use_reentrant=False))
+
+
+def _test_region(name, backend, region):
+    case = CASES[name]
+    with ops.backend(backend):
+        want = run(case)
+        got = run(case, functools.partial(region, lambda *x: case.call(*x)[: case.losses]))
+        for x, y in zip(got, want[: case.losses] + want[-len(case.leaves) :], strict=True):
+            torch.testing.assert_close(x, y)
