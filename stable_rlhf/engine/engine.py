@@ -86,6 +86,7 @@ class Engine:
         min_lr_ratio: float = 1.0,
         micro_batch_size: int = 1,
         gradient_accumulation_steps: int = 1,
+        skip_nonfinite: bool = False,
     ) -> None:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
@@ -159,7 +160,7 @@ class Engine:
         self._norm = float("nan")
         averages = arguments.ema_decay and isinstance(module, PolicyModel)  # nothing would read a scorer's
         self.average = Average(dict(named), arguments.ema_decay) if averages else None
-        self.skip_nonfinite = False
+        self.skip_nonfinite = skip_nonfinite
         self._dropping, self._overflowing = False, False
         self.overflowed, self.overflowed_steps = False, 0  # whether the last step was, and how many so far
         self._scaler: Any = None

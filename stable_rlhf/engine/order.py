@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,7 +35,7 @@ def shuffled_steps(rows: int, global_batch: int, steps: int, seed: int) -> Itera
         queue = queue[global_batch:]
 
 
-def micro_steps(rows: list[Row], per_device: int, rank: int, world_size: int) -> list[list[Row]]:
+def micro_steps(rows: Sequence[Row], per_device: int, rank: int, world_size: int) -> list[Sequence[Row]]:
     """This rank's share of each micro-step. Two ranks with b rows see the same micro-steps as one rank with 2b."""
     width = per_device * world_size
     if len(rows) % width:

@@ -26,12 +26,15 @@ from stable_rlhf.engine.process import stop_asked
 from stable_rlhf.engine.run_folder import SNAPSHOTS
 from stable_rlhf.engine.signals import Stopped, defer
 from stable_rlhf.engine.tracking import METRICS
-from stable_rlhf.ranks import barrier, gather_objects, rank, together, world_size
+from stable_rlhf.ranks import barrier, on_first_rank, rank, together, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import is_main_process, say
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
+# Which stage of a run's folder has gone on from a snapshot that the settings name: it is for that one alone, and the
+# stages after it, which have the same settings, look for their own.
+_went_on: dict[tuple[Path, str], str] = {}
 
 
 class Kept(NamedTuple):
@@ -77,14 +80,10 @@ class Snapshots:
                 ``kept`` is another number there.
         """
         defer(True)  # from here on a signal waits for the end of a step: `save` looks
-        found = gather_objects(self._newest() if is_main_process() else None)[0]
-        if isinstance(found, str):
-            raise ValueError(found)
-        if self.arguments.resume_from_checkpoint != "none":
-            self.arguments.resume_from_checkpoint = "auto"  # a named one is for one stage, not for those after it
-        if found is None:
+        newest = on_first_rank(self._newest, ValueError)
+        if newest is None:
             return 0, {}
-        path, record = found
+        path, record = newest
         known = record.get("kept", {"rows a step": record.get("rows")})  # snapshots of old have these alone
         for what, number, remedy in self.kept:
             if (before := known.get(what, number)) != number:
@@ -114,6 +113,10 @@ class Snapshots:
         say(f"  going on after step {record['step']}")
         return int(record["step"]), record["state"]
 
+    def due(self, step: int) -> bool:
+        """Whether the settings ask for a snapshot after ``step``."""
+        return self.arguments.save_steps > 0 and step % self.arguments.save_steps == 0
+
     def save(self, step: int, state: dict[str, Any], *, last: int) -> None:
         """Write a snapshot after ``step`` when one is due, or a signal asks for the end; ``last`` is the stage's last
         step, which needs none.
@@ -124,11 +127,10 @@ class Snapshots:
             OSError: it could not be written on some rank; nothing of it is left, and the ones before it are.
             Stopped: a signal came, to this rank or to another; the snapshot is written.
         """
-        every = self.arguments.save_steps
         if step >= last:
             return
         stop = stop_asked()
-        if stop or (every and step % every == 0):
+        if stop or self.due(step):
             self._write(step, state)
         if stop:
             raise Stopped(stop, f"stage {self.stage} is saved after step {step}")
@@ -188,24 +190,26 @@ class Snapshots:
         """Finished snapshots, the newest first."""
         return sorted((p for p in self.folder.glob("step-*") if p.suffix != ".tmp"), reverse=True)
 
-    def _newest(self) -> tuple[Path, dict[str, Any]] | str | None:
-        """The snapshot to go on from, None without one, or what is wrong with the one asked for."""
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The snapshot to go on from, None without one; ValueError: what is wrong with the one asked for."""
         for leftover in self.folder.glob("step-*.tmp"):
             shutil.rmtree(leftover)
         wanted = self.arguments.resume_from_checkpoint
         if wanted == "none":
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        if wanted != "auto":
+        run = self.folder.parent.parent.resolve()
+        if wanted != "auto" and _went_on.get((run, wanted), self.stage) == self.stage:
             path = Path(wanted)
             record = _read(path)
             if isinstance(record, str):
-                return f"checkpoint.resume_from_checkpoint: {record}"
+                raise ValueError(f"checkpoint.resume_from_checkpoint: {record}")
             if record["stage"] != self.stage:
-                return (
+                raise ValueError(
                     f"checkpoint.resume_from_checkpoint: checkpoint {wanted!r} is of stage {record['stage']}, and the "
                     f"first that has something to train is {self.stage}"
                 )
+            _went_on[run, wanted] = self.stage
             return path, record
         for path in self._all():
             record = _read(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from stable_rlhf.data.encoding import Encoded, response_targets
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
 
+_Row = TypeVar("_Row")
 Policy = Callable[..., dict[str, Any]]  # a PolicyModel, or an engine around one
 
 
@@ -34,9 +35,9 @@ def response_span(example: Encoded) -> slice:
     return slice(example.prompt_length - 1, example.prompt_length - 1 + len(example.response))
 
 
-def chunks(examples: Sequence[Encoded], per_batch: int) -> Iterator[Sequence[Encoded]]:
+def chunks(rows: Sequence[_Row], per_batch: int) -> Iterator[Sequence[_Row]]:
     """Batches in the order given, not sorted by length: under ZeRO-3 every rank runs the same number of forwards."""
-    return (examples[start : start + per_batch] for start in range(0, len(examples), per_batch))
+    return (rows[start : start + per_batch] for start in range(0, len(rows), per_batch))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded
 
 
-@dataclass
+@dataclass(frozen=True)
 class Experience:
     """One rollout with all that an update needs; per-token tensors are float32 [response tokens] on the CPU.
 
-    ``old_logprob`` is the trainer's own, ``rollout_logprob`` what the rollout engine said when it drew the token."""
+    ``score`` is the scorer's until advantages are made; then it is what they were made of, and ``raw_score`` the
+    scorer's. ``old_logprob`` is the trainer's own, ``rollout_logprob`` what the rollout engine said when it drew the
+    token."""
 
     encoded: Encoded
     score: float
@@ -29,6 +31,7 @@ class Experience:
     features: Tensor | None = None
     advantage: Tensor | None = None
     returns: Tensor | None = None
+    raw_score: float = math.nan
 
 
 class RunningMoments:
@@ -58,7 +61,7 @@ class RunningMoments:
         return (score - self.mean) / max(self.std, 1e-4)
 
 
-def add_advantages(
+def with_advantages(
     experiences: Sequence[Experience],
     *,
     kl_coef: float,
@@ -68,8 +71,8 @@ def add_advantages(
     whiten: bool = True,
     group: Any = None,
     device: torch.device | str = "cpu",
-) -> None:
-    """Fill in ``advantage`` and ``returns``.
+) -> list[Experience]:
+    """The same experiences, with ``advantage`` and ``returns``.
 
     Reward of a token: −β · (log π_old − log π_init); the score is added at the response's last token (EOS when the
     response has one), never after it. Advantages by GAE, whitened over all ranks' valid tokens; returns are not.
@@ -90,8 +93,8 @@ def add_advantages(
     advantage, returns = ops.gae(reward, value, cu_seqlens, gamma=gamma, lam=lam)
     if whiten:
         advantage = ops.masked_whiten(advantage.to(device), group=group).cpu()
-    for experience, a, r in zip(experiences, advantage.split(lengths), returns.split(lengths), strict=True):
-        experience.advantage, experience.returns = a, r
+    parts = zip(experiences, advantage.split(lengths), returns.split(lengths), strict=True)
+    return [replace(experience, advantage=a, returns=r) for experience, a, r in parts]
 
 
 def logprob_gap(experiences: Sequence[Experience]) -> Tensor:
@@ -101,12 +104,16 @@ def logprob_gap(experiences: Sequence[Experience]) -> Tensor:
     return torch.cat(known) if known else torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
-def correct_for_rollouts(experiences: Sequence[Experience], clip: float) -> None:
-    """Multiply each token's advantage by min(π_trainer / π_rollout, ``clip``).
+def corrected_for_rollouts(experiences: Sequence[Experience], clip: float) -> list[Experience]:
+    """The same experiences, each token's advantage times min(π_trainer / π_rollout, ``clip``).
 
     Importance sampling, truncated (Ionides 2008): the tokens were drawn by the rollout engine, whose distribution is
     not quite the one that PPO's ratio starts from. The weights are constants; returns are left as they are."""
-    for e in experiences:
-        if e.rollout_logprob is not None:
-            assert e.advantage is not None
-            e.advantage = e.advantage * (e.old_logprob - e.rollout_logprob).exp().clamp_max(clip)
+
+    def corrected(e: Experience) -> Experience:
+        if e.rollout_logprob is None:
+            return e
+        assert e.advantage is not None
+        return replace(e, advantage=e.advantage * (e.old_logprob - e.rollout_logprob).exp().clamp_max(clip))
+
+    return [corrected(e) for e in experiences]

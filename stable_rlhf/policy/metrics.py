@@ -10,14 +10,15 @@ from stable_rlhf.rollout.local import Rollout
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], experiences: Sequence[Experience], scores: Sequence[float], golds: Sequence[float] = ()
+    rollouts: Sequence[Rollout], experiences: Sequence[Experience], golds: Sequence[float] = ()
 ) -> dict[str, float]:
-    """Figures of this step's responses; ``scores`` are those before any normalising, ``golds`` the true ones if known.
+    """Figures of this step's responses, by the scorer's own scores; ``golds``: the true ones, if known.
 
     ``kl``: mean over responses of Σ_t log π − log π_init, nats. ``score_length_correlation``: Pearson's, 0 where
     either is constant. ``logprob_gap`` and ``logprob_gap_max``: mean and largest |log π_trainer − log π_rollout| over
     tokens. ``seen``: tokens of prompts and responses.
     """
+    scores = [e.raw_score for e in experiences]
     lengths = [len(e.encoded.response) for e in experiences]
     kl = [float((e.old_logprob - e.ref_logprob).sum()) for e in experiences]
     gap = logprob_gap(experiences).abs()
@@ -32,7 +33,7 @@ def rollout_metrics(
     score_std = max(0.0, squares / n - (score / n) ** 2) ** 0.5
     length_std = max(0.0, length_squares / n - (length / n) ** 2) ** 0.5
     together = both / n - score / n * length / n
-    found = {
+    metrics = {
         "score": score / n,
         "score_std": score_std,
         "kl": kl_sum / n,
@@ -43,4 +44,4 @@ def rollout_metrics(
         "logprob_gap_max": largest,
         "seen": seen,
     }
-    return found | {"gold": gold / n} if golds else found
+    return metrics | {"gold": gold / n} if golds else metrics

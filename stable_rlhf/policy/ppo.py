@@ -1,24 +1,22 @@
 """PPO with Selective Rehearsal (Eq. 2 and 9), from top to bottom.
 
 for every step:
-    sample responses with the policy              generate, or a vLLM server that gets its weights first
-    score them                                    AdvantageModel (or reward model)
-    rewards: score at the end, KL at each token   ppo.rewards
+    sample responses with the policy              rollout/: generate, or a vLLM server that gets its weights first
+    observe them                                  the scorer's score; policy, reference and critic at every token
+    rewards: score at the end, KL at each token   experience.py
     advantages                                    GAE, whitened over all ranks, corrected for another rollout engine;
                                                   critic-free: the score itself
     for every mini-batch:
-        one mixed batch: rollouts + rehearsal     ppo.update
+        one mixed batch: rollouts + rehearsal     mixed_batch.py
         one loss, one backward, one step
-    watch the figures, adapt the KL coefficient   guard, ppo.kl
+    watch the figures, adapt the KL coefficient   guard.py, kl.py
 """
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,26 +29,28 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.frozen import read_only, release
+from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.engine.snapshots import Kept, Snapshots
+from stable_rlhf.engine.snapshots import Kept
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
-from stable_rlhf.models.views import response_span, view
+from stable_rlhf.models.views import chunks, response_span, view
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.policy.experience import Experience, RunningMoments, add_advantages, correct_for_rollouts
+from stable_rlhf.policy.experience import Experience, RunningMoments, corrected_for_rollouts, with_advantages
 from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.policy.kl import KLController
 from stable_rlhf.policy.metrics import rollout_metrics
 from stable_rlhf.policy.mixed_batch import mix, mixed_loss
 from stable_rlhf.policy.page import write_page
+from stable_rlhf.policy.scores import less_penalty, refuse_nonfinite, scores_or_nan
 from stable_rlhf.policy.sft import save_policy
-from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, rank, sum_over_ranks, world_size
+from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, on_first_rank, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.show.progress import is_main_process, progress
+from stable_rlhf.show.progress import is_main_process
 
 
 def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
@@ -71,6 +71,7 @@ class PPOTrainer:
     ``reference``: the initial policy, where it is another than the one that training begins with, or a copy cannot be
     taken (a policy loaded in shards, without LoRA).
     ``rollouts``: where responses come from; None: the policy itself.
+    ``guard``: when to warn, to leave out an update and to stop; None: the defaults.
     """
 
     def __init__(
@@ -85,16 +86,22 @@ class PPOTrainer:
         rehearsal: Sequence[Encoded] = (),
         moving_average: bool = False,
         rollouts: RolloutEngine | None = None,
+        guard: GuardArguments | None = None,
         seed: int = 0,
     ) -> None:
         check_sizes(arguments)
         self.tokenizer, self.policy, self.arguments = tokenizer, policy, arguments
         # A copy, taken before the engine shards the policy, unless the adapters of LoRA can be switched off.
-        initial = reference or (None if engine_arguments.lora_r else policy.reference())
+        copy = reference or (None if engine_arguments.lora_r else policy.reference())
         self.rehearsal, self.seed = list(rehearsal), seed
         self.moments = RunningMoments() if moving_average else None
         self.kl = KLController(arguments.kl_coef, arguments.kl_target)
-        self.max_update_kl: float | None = None
+        self.limits = guard or GuardArguments()
+        self.guard = StabilityGuard(self.limits, self.kl.lower_target)
+        shares = micro_steps(
+            list(range(arguments.rollout_batch_size)), arguments.per_device_train_batch_size, rank(), world_size()
+        )
+        self.places = [place for share in shares for place in share]  # this rank's, in the global batch
         self.accumulation = arguments.rollout_batch_size // (
             arguments.num_mini_batches * arguments.per_device_train_batch_size * world_size()
         )
@@ -105,9 +112,9 @@ class PPOTrainer:
             head_learning_rate=arguments.head_learning_rate,
             total_steps=arguments.total_steps * arguments.num_ppo_epochs * arguments.num_mini_batches,
             warmup_ratio=arguments.warmup_ratio, micro_batch_size=arguments.per_device_train_batch_size,
-            gradient_accumulation_steps=self.accumulation,
+            gradient_accumulation_steps=self.accumulation, skip_nonfinite=self.limits.on_nonfinite == "skip",
         )  # fmt: skip
-        self.reference = self.engine.without_adapters if initial is None else read_only(initial, engine_arguments)
+        self.reference = self.engine.without_adapters if copy is None else read_only(copy, engine_arguments)
         self.scorer = read_only(scorer, engine_arguments)
         self.rollouts = rollouts or LocalRollouts(policy.causal_lm, tokenizer, self.engine.gathers_for_generation)
         self.sampling = GenerationSettings(
@@ -123,6 +130,64 @@ class PPOTrainer:
             rehearsal_coef=arguments.rehearsal_coef if self.rehearsal else 0.0,
         )
 
+    def train(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        folder: Path,
+        *,
+        name: str = "PPO",
+        report_to: Sequence[str] = (),
+        checkpoint: CheckpointArguments | None = None,
+        gold: Callable[[PromptRow, str], float] | None = None,
+        samples: Sequence[EncodedPrompt] = (),
+        sample_steps: int = 0,
+    ) -> dict[str, Any]:
+        """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
+        the policy. Every ``sample_steps`` steps (0: never) ``samples`` are answered and kept."""
+        a, sample_steps = self.arguments, sample_steps if samples else 0
+        settings = {"ppo": asdict(a), "guard": asdict(self.limits), "seed": self.seed, "ranks": world_size()}
+        batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
+        with Loop(
+            name, batches, self.engine, folder, steps=a.total_steps, report_to=report_to, checkpoint=checkpoint,
+            kept=self._kept(), settings=settings,
+        ) as loop:  # fmt: skip
+            if loop.done:
+                self._resume(loop)
+            page = partial(write_page, folder, name, settings, loop.tracker, self.guard, total_steps=a.total_steps)
+            for step, rows in loop:
+                self.publish(folder, step)
+                if sample_steps and step % sample_steps == 0:
+                    self.show(samples, step, loop.tracker)
+                asked = [prompts[rows[place]] for place in self.places]
+                rollouts = self.sample(asked, step)
+                experiences = self.with_advantages(self.observe(rollouts))
+                metrics = self.update(experiences, step)
+
+                golds = [gold(p.row, r.text) for p, r in zip(asked, rollouts, strict=True)] if gold else []
+                metrics |= rollout_metrics(rollouts, experiences, golds)
+                loop.tokens += metrics.pop("seen")
+                metrics |= {"kl_coef": self.kl.value, "seconds": loop.seconds}
+                self.kl.update(metrics["kl"])
+                try:
+                    self.watch(asked, experiences, metrics, step)
+                except KLTooHigh as error:
+                    loop.log(step, metrics)
+                    stopped = self.save_stopped(folder)
+                    page()
+                    raise KLTooHigh(f"{error}. The policy of that step is in {str(stopped)!r}") from None
+                note = f"score {metrics['score']:.3f} kl {metrics['kl']:.3f}"
+                if loop.end(step, metrics, self.state(), note=note):
+                    page()
+            if sample_steps:
+                self.publish(folder, a.total_steps)
+                self.show(samples, a.total_steps, loop.tracker)
+            save_policy(self.engine, self.policy, self.tokenizer, folder)
+            page()
+        self.engine.close()
+        release(self.reference)
+        release(self.scorer)
+        return {"steps": a.total_steps, "tokens_seen": loop.tokens, "curve": loop.tracker.history}
+
     # -- rollouts ------------------------------------------------------------------------------------------------------
 
     def publish(self, folder: Path, step: int) -> None:
@@ -131,66 +196,51 @@ class PPOTrainer:
             return
         path = folder / "rollout-weights" / str(step)  # another name each time: a loader may remember what it has read
         self.engine.save_model(path)
-        problem = None
-        if is_main_process():
+
+        def load() -> None:
             try:
                 self.rollouts.load(path)
-            except ValueError as error:
-                problem = str(error)
-            shutil.rmtree(path.parent)
-        problem = gather_objects(problem)[0]  # and nobody samples before the weights are there
-        if problem:
-            raise ValueError(problem)
+            finally:
+                shutil.rmtree(path.parent)
 
-    def sample(self, prompts: Sequence[EncodedPrompt], step: int, places: Sequence[int]) -> list[Rollout]:
-        """One response per prompt; ``places`` are the prompts' places in the global batch, which seed their draws."""
-        seeds = [stream_seed(self.seed, "rollout", step, place) for place in places]
+        on_first_rank(load, ValueError)  # and nobody samples before the weights are there
+
+    def sample(self, prompts: Sequence[EncodedPrompt], step: int) -> list[Rollout]:
+        """One response to each prompt of this rank; a prompt's place in the global batch seeds its draws."""
+        seeds = [stream_seed(self.seed, "rollout", step, place) for place in self.places]
         return self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
 
     @torch.no_grad()
-    def judge(self, rollouts: Sequence[Rollout]) -> list[Experience]:
+    def observe(self, rollouts: Sequence[Rollout]) -> list[Experience]:
         """Score rollouts and attach the policy's, the reference's and the critic's view of every token."""
-        per_device = self.arguments.per_device_train_batch_size
-        experiences: list[Experience] = []
         self.engine.eval()
-        # Fixed chunks, not length-sorted ones: under ZeRO-3 every rank must run the same number of forwards.
-        for start in range(0, len(rollouts), per_device):
-            chunk = [r.encoded for r in rollouts[start : start + per_device]]
-            sequences = [e.ids for e in chunk]
-            features = self.policy.trunk.features(sequences) if self.policy.trunk.lower is not None else None
-            inputs, target = view(self.policy.trunk, chunk, features)
-            now = self.engine(inputs, target, temperature=self.arguments.temperature)
-            initial = self.reference(inputs, target, temperature=self.arguments.temperature)
-            scored = inputs if self.shares_features else None
-            scores = self._scores(chunk, scored)
-            for i, (example, rollout) in enumerate(zip(chunk, rollouts[start:], strict=False)):
-                where = response_span(example)
-                score = scores[i] - (0.0 if rollout.finished else self.arguments.missing_eos_penalty)
-                experiences.append(
-                    Experience(
-                        example,
-                        score,
-                        old_logprob=now["logprob"][i, where].cpu(),
-                        ref_logprob=initial["logprob"][i, where].cpu(),
-                        value=(
-                            now["value"][i, where].cpu()
-                            if "value" in now
-                            else torch.zeros(len(example.response), dtype=torch.float32, device="cpu")
-                        ),
-                        rollout_logprob=(
-                            torch.tensor(rollout.logprobs, dtype=torch.float32, device="cpu")
-                            if rollout.logprobs is not None
-                            else None
-                        ),
-                        features=features[i] if features is not None else None,
-                    )
+        parts = [self._observed(chunk) for chunk in chunks(rollouts, self.arguments.per_device_train_batch_size)]
+        experiences = [experience for part in parts for experience in part]
+        refuse_nonfinite([e.score for e in experiences], rollouts)
+        return experiences
+
+    def _observed(self, rollouts: Sequence[Rollout]) -> list[Experience]:
+        trunk, temperature = self.policy.trunk, self.arguments.temperature
+        examples = [r.encoded for r in rollouts]
+        features = trunk.features([e.ids for e in examples]) if trunk.lower is not None else None
+        seen = view(trunk, examples, features)
+        policy, reference = self.engine(*seen, temperature=temperature), self.reference(*seen, temperature=temperature)
+        scores = self._scores(examples, seen.inputs if self.shares_features else None)
+        scores = less_penalty(scores, rollouts, self.arguments.missing_eos_penalty)
+        experiences: list[Experience] = []
+        for i, (example, rollout) in enumerate(zip(examples, rollouts, strict=True)):
+            where, known = response_span(example), rollout.logprobs
+            no_value = torch.zeros(len(example.response), dtype=torch.float32, device="cpu")
+            experiences.append(
+                Experience(
+                    example,
+                    scores[i],
+                    old_logprob=policy["logprob"][i, where].cpu(),
+                    ref_logprob=reference["logprob"][i, where].cpu(),
+                    value=policy["value"][i, where].cpu() if "value" in policy else no_value,
+                    rollout_logprob=None if known is None else torch.tensor(known, dtype=torch.float32, device="cpu"),
+                    features=features[i] if features is not None else None,
                 )
-        bad = [i for i, e in enumerate(experiences) if not math.isfinite(e.score)]
-        if sum_over_ranks([len(bad)])[0]:  # on every rank: none waits for one that stopped
-            whose = f"to the response {rollouts[bad[0]].text[:60]!r}" if bad else "on another rank"
-            raise ValueError(
-                f"the scorer gave a score that is not finite {whose}; the policy's weights are those of the step "
-                "before. Are the scorer's own weights finite?"
             )
         return experiences
 
@@ -201,56 +251,41 @@ class PPOTrainer:
             # The policy's inputs are right-padded.
             last = torch.tensor([len(e) - 1 for e in chunk], device=device, dtype=torch.int64)
             prompt_last = torch.tensor([e.prompt_length - 1 for e in chunk], device=device, dtype=torch.int64)
-        reward, expected = self.scorer(prepared, last, prompt_last)
-        finite = torch.isfinite(reward) if expected is None else torch.isfinite(reward) & torch.isfinite(expected)
-        if not finite.all():  # the operation would stop this rank alone: `judge` stops all
-            return torch.where(finite, reward, math.nan).tolist()
-        return self.scorer.advantage(reward, expected).tolist()
+        return scores_or_nan(self.scorer, *self.scorer(prepared, last, prompt_last))
 
-    def estimate(self, experiences: Sequence[Experience]) -> None:
-        """Normalise scores when a moving average is kept, then rewards, advantages and returns."""
+    def with_advantages(self, experiences: Sequence[Experience]) -> list[Experience]:
+        """The same with rewards, advantages and returns, from scores that are normalised where a moving average is
+        kept."""
+        experiences = [replace(e, raw_score=e.score) for e in experiences]
         if self.moments is not None:
-            scores = [e.score for e in experiences]
+            scores = [e.raw_score for e in experiences]
             self.moments.update(*sum_over_ranks([len(scores), sum(scores), sum(s * s for s in scores)]))
-            for experience in experiences:
-                experience.score = self.moments.normalise(experience.score)
+            experiences = [replace(e, score=self.moments.normalise(e.raw_score)) for e in experiences]
         a = self.arguments
         group = torch.distributed.group.WORLD if world_size() > 1 else None
         # Without a critic every value is 0. Undiscounted GAE then gives each token the score, less the KL penalty from
         # that token on; an Advantage Model's score is an advantage already (Eq. 8), nothing is left to subtract.
         gamma, lam = (a.gamma, a.lam) if self.policy.value_head is not None else (1.0, 1.0)
-        add_advantages(
+        experiences = with_advantages(
             experiences, kl_coef=self.kl.value, kl_estimator=a.kl_estimator, gamma=gamma, lam=lam,
             whiten=a.whiten_advantages, group=group, device=self.policy.trunk.device,
         )  # fmt: skip
         if a.rollout_importance_clip is not None:
-            correct_for_rollouts(experiences, a.rollout_importance_clip)
-
-    def show(self, prompts: Sequence[EncodedPrompt], step: int, tracker: Tracker) -> None:
-        """Answer fixed prompts, with the same draws every time, and keep the answers and their scores."""
-        seeds = [stream_seed(self.seed, "samples", i) for i in range(len(prompts))]
-        rollouts = self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
-        rows = [
-            {
-                "prompt": prompt.row.prompt, "task": prompt.row.task, "response": rollout.text,
-                "score": experience.score, "length": len(rollout.encoded.response), "finished": rollout.finished,
-            }
-            for prompt, rollout, experience in zip(prompts, rollouts, self.judge(rollouts), strict=True)
-        ]  # fmt: skip
-        tracker.sample(step, rows)
+            experiences = corrected_for_rollouts(experiences, a.rollout_importance_clip)
+        return experiences
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
     def update(self, experiences: Sequence[Experience], step: int) -> dict[str, float]:
         """All passes over this rank's rollouts; metrics are means over the updates that were made, of global values."""
         totals: dict[str, float] = {}
-        made, skipped, largest = 0, 0, 0.0
+        updates, skipped, largest = 0, 0, 0.0
         self.engine.train()
-        for groups, old in self._mini_batches(experiences, step):
-            metrics, moved, too_far = self._optimise(groups, old)
+        for micros, rehearsal in self._mini_batches(experiences, step):
+            metrics, moved, too_far = self._optimise(micros, rehearsal)
             largest = max(largest, metrics.pop("max_log_ratio"))
             if moved:
-                made += 1
+                updates += 1
                 metrics["gradient_norm"] = self.engine.gradient_norm
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + value
@@ -258,8 +293,8 @@ class PPOTrainer:
                 skipped += not self.engine.overflowed  # an overflow of fp16 is no fault, and has a metric of its own
             if too_far:
                 break
-        found = {name: value / made for name, value in totals.items()}
-        return found | {"skipped_updates": float(skipped), "max_log_ratio": largest}
+        means = {name: total / updates for name, total in totals.items()}
+        return means | {"skipped_updates": float(skipped), "max_log_ratio": largest}
 
     def _mini_batches(
         self, experiences: Sequence[Experience], step: int
@@ -269,8 +304,7 @@ class PPOTrainer:
         A mini-batch is a block of consecutive rows of the step's batch, whose prompts are in random order; each pass
         takes the blocks in another order. So every cut into ranks and micro-steps has the same ones, and each rank its
         share of each."""
-        per_device = self.arguments.per_device_train_batch_size
-        micro = [experiences[s : s + per_device] for s in range(0, len(experiences), per_device)]
+        micros = list(chunks(experiences, self.arguments.per_device_train_batch_size))
         for epoch in range(self.arguments.num_ppo_epochs):
             seed = stream_seed(self.seed, "mini-batches", step, epoch)
             blocks, within = (  # the order within one is of no account but for rounding
@@ -280,27 +314,27 @@ class PPOTrainer:
                 for count in (self.arguments.num_mini_batches, self.accumulation)
             )
             for number, block in enumerate(blocks):
-                old = self._rehearsal(step, epoch, number)
-                width = len(old) // self.accumulation
+                rehearsal = self._rehearsal(step, epoch, number)
+                width = len(rehearsal) // self.accumulation
                 yield (
-                    [micro[block * self.accumulation + i] for i in within],
-                    [old[i * width : (i + 1) * width] for i in range(self.accumulation)],
+                    [micros[block * self.accumulation + i] for i in within],
+                    [rehearsal[i * width : (i + 1) * width] for i in range(self.accumulation)],
                 )
 
     def _optimise(
-        self, groups: Sequence[Sequence[Experience]], old: Sequence[Sequence[Encoded]]
+        self, micros: Sequence[Sequence[Experience]], rehearsal: Sequence[Sequence[Encoded]]
     ) -> tuple[dict[str, float], bool, bool]:
         """One optimiser step; returns its metrics, whether the weights moved, and whether the policy was too far."""
         a, world = self.arguments, world_size()
-        tokens = sum_over_ranks([sum(len(e.encoded.response) for group in groups for e in group)])[0]
-        everyone = [e for row in old for e in row]
-        counts = {"mean": sum(len(e.response) for e in everyone), "sum": len(everyone)}
+        tokens = sum_over_ranks([sum(len(e.encoded.response) for micro in micros for e in micro)])[0]
+        lengths = [len(e.response) for part in rehearsal for e in part]
+        counts = {"mean": sum(lengths), "sum": len(lengths)}
         metrics: dict[str, float] = {}
         largest, moved, too_far = 0.0, True, False
-        for i, (group, row) in enumerate(zip(groups, old, strict=True)):
-            ours = row[rank() * len(row) // world : (rank() + 1) * len(row) // world]
+        for i, (micro, rehearsed) in enumerate(zip(micros, rehearsal, strict=True)):
+            share = rehearsed[rank() * len(rehearsed) // world : (rank() + 1) * len(rehearsed) // world]
             loss, parts = mixed_loss(
-                self.engine, mix(self.policy, group, ours, self.cache), self.loss_config,
+                self.engine, mix(self.policy, micro, share, self.cache), self.loss_config,
                 temperature=a.temperature, cliprange_value=a.cliprange_value, vf_coef=a.vf_coef,
                 policy_denominator=tokens, rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
                 grad_scale=self.engine.loss_scale,
@@ -308,12 +342,12 @@ class PPOTrainer:
             largest = max(largest, float(parts.pop("max_log_ratio")))
             for name, part in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(part)
-            if i == len(groups) - 1 and self.max_update_kl is not None:
-                too_far = not sum_over_ranks([metrics["approx_kl"]])[0] <= self.max_update_kl  # NaN is too far
+            if i == len(micros) - 1 and self.limits.max_update_kl is not None:
+                too_far = not sum_over_ranks([metrics["approx_kl"]])[0] <= self.limits.max_update_kl  # NaN is too far
             self.engine.backward(loss, drop=too_far)
             moved = self.engine.step()
-        found = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))
-        return found | {"max_log_ratio": max_over_ranks([largest])[0]}, moved, too_far
+        metrics = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))
+        return metrics | {"max_log_ratio": max_over_ranks([largest])[0]}, moved, too_far
 
     @property
     def rehearsal_rows(self) -> int:
@@ -324,114 +358,77 @@ class PPOTrainer:
 
     def _rehearsal(self, step: int, epoch: int, number: int) -> list[Encoded]:
         """The rehearsal sequences of one optimiser step, over all ranks (every rank draws the same list)."""
-        draws, found = self.rehearsal_rows // self.drawn_together, list[Encoded]()
+        draws, sequences = self.rehearsal_rows // self.drawn_together, list[Encoded]()
         for draw in range(number * draws, (number + 1) * draws):
             seed, size = stream_seed(self.seed, "rehearsal", step, epoch, draw), (self.drawn_together,)
             generator = torch.Generator(device="cpu").manual_seed(seed)
             rows = torch.randint(len(self.rehearsal), size, generator=generator, dtype=torch.int64, device="cpu")
-            found += [self.rehearsal[i] for i in rows.tolist()]
-        return found
+            sequences += [self.rehearsal[i] for i in rows.tolist()]
+        return sequences
 
-    # -- the run -------------------------------------------------------------------------------------------------------
+    # -- around the algorithm ------------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        folder: Path,
-        *,
-        name: str = "PPO",
-        report_to: Sequence[str] = (),
-        checkpoint: CheckpointArguments | None = None,
-        guard_arguments: GuardArguments | None = None,
-        gold: Callable[[PromptRow, str], float] | None = None,
-        samples: Sequence[EncodedPrompt] = (),
-        sample_steps: int = 0,
-    ) -> dict[str, Any]:
-        """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
-        the policy. Every ``sample_steps`` steps (0: never) ``samples`` are answered and kept."""
-        a, same = self.arguments, list[Kept]()
-        if self.rehearsal:
-            remedy = "choose per_device_rehearsal_batch_size in proportion to per_device_train_batch_size"
-            same = [Kept("rehearsal sequences an update", self.rehearsal_rows, remedy)]
-        snapshots = Snapshots(folder, self.engine, checkpoint, same)
-        limits = guard_arguments or GuardArguments()
-        guard = StabilityGuard(limits, self.kl.lower_target)
-        self.engine.skip_nonfinite, self.max_update_kl = limits.on_nonfinite == "skip", limits.max_update_kl
-        done, carried = snapshots.restore()
-        settings = {"ppo": asdict(a), "guard": asdict(limits), "seed": self.seed, "ranks": world_size()}
-        tracker, tokens = Tracker(folder, report_to, after=done, settings=settings), carried.get("tokens", 0.0)
-        if done:
-            self.kl.value, self.kl.target = carried["kl"]
-            self.drawn_together = carried.get("drawn_together", self.drawn_together)
-            guard.restore(carried["guard"], tracker.history)
-            if self.moments is not None:
-                self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]
-        page = partial(write_page, folder, name, settings, tracker, guard, total_steps=a.total_steps)
-        batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
-        with progress(name, total=a.total_steps, unit="steps") as bar:
-            bar.advance(done)
-            for step, indices in enumerate(batches):
-                if step < done:
-                    continue
-                began = time.monotonic()
-                self.publish(folder, step)
-                if samples and sample_steps and step % sample_steps == 0:
-                    self.show(samples, step, tracker)
-                shares = micro_steps(list(range(len(indices))), a.per_device_train_batch_size, rank(), world_size())
-                places = [place for share in shares for place in share]
-                mine = [prompts[indices[place]] for place in places]
-                rollouts = self.sample(mine, step, places)
-                experiences = self.judge(rollouts)
-                scores = [e.score for e in experiences]
-                self.estimate(experiences)
-                metrics = self.update(experiences, step)
-                golds = [gold(p.row, r.text) for p, r in zip(mine, rollouts, strict=True)] if gold else []
-                metrics |= rollout_metrics(rollouts, experiences, scores, golds)
-                tokens += metrics.pop("seen")
-                metrics |= {
-                    "tokens": tokens, "kl_coef": self.kl.value, "learning_rate": self.engine.learning_rate,
-                    "seconds": time.monotonic() - began,
-                } | self.engine.scaling_metrics()  # fmt: skip
-                self.kl.update(metrics["kl"])
-                tracker.log(step + 1, metrics)
-                by_task = [(at, p.row.task, s) for at, p, s in zip(places, mine, scores, strict=True) if p.row.task]
-                try:
-                    guard.look(step + 1, metrics, [row[1:] for row in sorted(chain(*gather_objects(by_task)))])
-                except KLTooHigh as error:
-                    kept = self._save_stopped(folder)
-                    page()
-                    raise KLTooHigh(f"{error}. The policy of that step is in {str(kept)!r}") from None
-                bar.advance(note=f"score {metrics['score']:.3f} kl {metrics['kl']:.3f}")
-                moments = self.moments
-                carried = {
-                    "tokens": tokens, "moments": [moments.count, moments.mean, moments.m2] if moments else None,
-                    "kl": [self.kl.value, self.kl.target], "guard": guard.state(),
-                    "drawn_together": self.drawn_together,
-                }  # fmt: skip
-                snapshots.save(step + 1, carried, last=a.total_steps)
-                if snapshots.arguments.save_steps and (step + 1) % snapshots.arguments.save_steps == 0:
-                    page()
-        if samples and sample_steps:
-            self.publish(folder, a.total_steps)
-            self.show(samples, a.total_steps, tracker)
-        save_policy(self.engine, self.policy, self.tokenizer, folder)
-        page()
-        tracker.close()
-        self.engine.close()
-        release(self.reference)
-        release(self.scorer)
-        return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
+    def watch(
+        self, prompts: Sequence[EncodedPrompt], experiences: Sequence[Experience], metrics: dict[str, float], step: int
+    ) -> None:
+        """Show the guard the step's figures, and each task's scores in the order of the global batch.
 
-    def _save_stopped(self, folder: Path) -> Path:
+        Raises:
+            KLTooHigh: see :meth:`StabilityGuard.look`; on every rank.
+        """
+        scores = [
+            (place, prompt.row.task, e.raw_score)
+            for place, prompt, e in zip(self.places, prompts, experiences, strict=True)
+            if prompt.row.task
+        ]
+        self.guard.look(step + 1, metrics, [row[1:] for row in sorted(chain(*gather_objects(scores)))])
+
+    def show(self, prompts: Sequence[EncodedPrompt], step: int, tracker: Tracker) -> None:
+        """Answer fixed prompts, with the same draws every time, and keep the answers and their scores."""
+        seeds = [stream_seed(self.seed, "samples", i) for i in range(len(prompts))]
+        rollouts = self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
+        rows = [
+            {
+                "prompt": prompt.row.prompt, "task": prompt.row.task, "response": rollout.text,
+                "score": experience.score, "length": len(rollout.encoded.response), "finished": rollout.finished,
+            }
+            for prompt, rollout, experience in zip(prompts, rollouts, self.observe(rollouts), strict=True)
+        ]  # fmt: skip
+        tracker.sample(step, rows)
+
+    def state(self) -> dict[str, Any]:
+        """What goes on from step to step beside the weights, ready for JSON."""
+        moments = self.moments
+        return {
+            "moments": [moments.count, moments.mean, moments.m2] if moments else None,
+            "kl": [self.kl.value, self.kl.target], "guard": self.guard.state(), "drawn_together": self.drawn_together,
+        }  # fmt: skip
+
+    def _resume(self, loop: Loop) -> None:
+        """Take up what :meth:`state` gave."""
+        carried = loop.carried
+        self.kl.value, self.kl.target = carried["kl"]
+        self.drawn_together = carried.get("drawn_together", self.drawn_together)
+        self.guard.restore(carried["guard"], loop.tracker.history)
+        if self.moments is not None:
+            self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]
+
+    def _kept(self) -> list[Kept]:
+        if not self.rehearsal:
+            return []
+        remedy = "choose per_device_rehearsal_batch_size in proportion to per_device_train_batch_size"
+        return [Kept("rehearsal sequences an update", self.rehearsal_rows, remedy)]
+
+    def save_stopped(self, folder: Path) -> Path:
         """Save the policy of a stage that the guard stops, beside the stage's folder: the next attempt may begin that
         one again. It takes the place of the one before when it is whole."""
-        kept = folder.with_name(folder.name.removesuffix(".tmp") + "-stopped")
-        working = kept.with_name(kept.name + ".tmp")
+        stopped = folder.with_name(folder.name.removesuffix(".tmp") + "-stopped")
+        working = stopped.with_name(stopped.name + ".tmp")
         if is_main_process():
             shutil.rmtree(working, ignore_errors=True)
         save_policy(self.engine, self.policy, self.tokenizer, working)
         if is_main_process():
-            shutil.rmtree(kept, ignore_errors=True)
-            working.rename(kept)
+            shutil.rmtree(stopped, ignore_errors=True)
+            working.rename(stopped)
         barrier()  # the error that follows ends all processes
-        return kept
+        return stopped

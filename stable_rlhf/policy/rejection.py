@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,17 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.frozen import read_only, release
+from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.engine.snapshots import Snapshots
-from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.policy import PolicyModel
-from stable_rlhf.models.views import summed_log_ratio, view
+from stable_rlhf.models.views import Policy, chunks, summed_log_ratio, view
+from stable_rlhf.policy.scores import less_penalty, refuse_nonfinite, scores_or_nan
 from stable_rlhf.policy.sft import nll_step, save_policy
 from stable_rlhf.ranks import gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments
-from stable_rlhf.show.progress import progress
 
 
 def keep(scores: Sequence[float], samples: int, threshold: float | None) -> list[int]:
@@ -69,92 +67,75 @@ def train_rejection(
     round on what is kept."""
     a, world = arguments, world_size()
     per_round = check_rounds(a)
-    initial = reference or (None if engine_arguments.lora_r else policy.reference())
+    copy = reference or (None if engine_arguments.lora_r else policy.reference())
     per_device = a.per_device_train_batch_size
     most = a.rollout_batch_size if a.rejection_threshold is not None else per_round * world
     engine = Engine(
         policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
         micro_batch_size=per_device, gradient_accumulation_steps=math.ceil(most / (per_device * world)),
     )  # fmt: skip
-    before = engine.without_adapters if initial is None else read_only(initial, engine_arguments)
+    frozen = engine.without_adapters if copy is None else read_only(copy, engine_arguments)
     scorer = read_only(scorer, engine_arguments)
     settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p, tuple(a.stop))
-    snapshots = Snapshots(folder, engine, checkpoint)
-    done, carried = snapshots.restore()
-    tracker, tokens = Tracker(folder, report_to, after=done), carried.get("tokens", 0.0)
-    rounds = shuffled_steps(len(prompts), per_round * world, a.total_steps, stream_seed(seed, "prompts"))
-    with progress("rejection sampling", total=a.total_steps, unit="rounds") as bar:
-        bar.advance(done)
-        for step, indices in enumerate(rounds):
-            if step < done:
-                continue
-            began = time.monotonic()
-            places = micro_steps(list(range(len(indices))), per_round, rank(), world)[0]
-            mine = [prompts[indices[p]] for p in places for _ in range(a.rejection_samples)]
+    batches = shuffled_steps(len(prompts), per_round * world, a.total_steps, stream_seed(seed, "prompts"))
+    places = micro_steps(list(range(per_round * world)), per_round, rank(), world)[0]  # this rank's, in every batch
+    with Loop(
+        "rejection sampling", batches, engine, folder, steps=a.total_steps, report_to=report_to, checkpoint=checkpoint
+    ) as loop:  # fmt: skip
+        for step, rows in loop:
+            asked = [prompts[rows[p]] for p in places for _ in range(a.rejection_samples)]
             seeds = [stream_seed(seed, "rollout", step, p, k) for p in places for k in range(a.rejection_samples)]
             rollouts: list[Rollout] = generate(
-                policy.causal_lm, tokenizer, [p.ids for p in mine], settings, seeds=seeds,
+                policy.causal_lm, tokenizer, [p.ids for p in asked], settings, seeds=seeds,
                 gather=engine.gathers_for_generation,
             )  # fmt: skip
             examples = [r.encoded for r in rollouts]
-            scores = [
-                score - (0.0 if r.finished else a.missing_eos_penalty)
-                for score, r in zip(_scores(scorer, rollouts, per_device), rollouts, strict=True)
-            ]
-            kl = _kl(policy, before, engine, examples, per_device, a.temperature)
+            scores = less_penalty(_scores(scorer, rollouts, per_device), rollouts, a.missing_eos_penalty)
+            kl = _kl(policy, frozen, engine, examples, per_device, a.temperature)
             kept = [examples[i] for i in keep(scores, a.rejection_samples, a.rejection_threshold)]
             loss = _imitate(engine, policy, [e for part in gather_objects(kept) for e in part], per_device)
-            golds = [gold(p.row, r.text) for p, r in zip(mine, rollouts, strict=True)] if gold else []
+            golds = [gold(p.row, r.text) for p, r in zip(asked, rollouts, strict=True)] if gold else []
             n, score, golden, kl_sum, length, kept_count, seen = sum_over_ranks(
-                [len(mine), sum(scores), sum(golds), kl, sum(len(e.response) for e in examples), len(kept),
+                [len(asked), sum(scores), sum(golds), kl, sum(len(e.response) for e in examples), len(kept),
                  sum(map(len, examples))]
             )  # fmt: skip
-            tokens += seen
+            loop.tokens += seen
             metrics = {
                 "loss": loss, "score": score / n, "kl": kl_sum / n, "length": length / n, "kept": kept_count / n,
-                "tokens": tokens, "learning_rate": engine.learning_rate, "seconds": time.monotonic() - began,
+                "seconds": loop.seconds,
             }  # fmt: skip
             if gold:
                 metrics["gold"] = golden / n
-            tracker.log(step + 1, metrics)
-            bar.advance(note=f"score {score / n:.3f}")
-            snapshots.save(step + 1, {"tokens": tokens}, last=a.total_steps)
-    save_policy(engine, policy, tokenizer, folder)
-    tracker.close()
+            loop.end(step, metrics, note=f"score {score / n:.3f}")
+        save_policy(engine, policy, tokenizer, folder)
     engine.close()
-    release(before)
+    release(frozen)
     release(scorer)
-    return {"steps": a.total_steps, "tokens_seen": tokens, "curve": tracker.history}
+    return {"steps": a.total_steps, "tokens_seen": loop.tokens, "curve": loop.tracker.history}
 
 
 @torch.no_grad()
 def _scores(scorer: Any, rollouts: Sequence[Rollout], per_device: int) -> list[float]:
-    # Fixed chunks, not length-sorted ones: under ZeRO-3 every rank must run the same number of forwards.
-    chunks = [rollouts[start : start + per_device] for start in range(0, len(rollouts), per_device)]
-    seen = [scorer(*scorer.prepare([r.encoded for r in chunk])) for chunk in chunks]
-    parts = [torch.cat(part) for part in zip(*seen, strict=True) if part[0] is not None]  # r, and e where there is one
-    finite = torch.stack([torch.isfinite(part) for part in parts]).all(0).tolist()
-    bad = [r.text for r, good in zip(rollouts, finite, strict=True) if not good]
-    if sum_over_ranks([len(bad)])[0]:  # on every rank: none waits for one that stopped
-        whose = f"to the response {bad[0][:60]!r}" if bad else "on another rank"
-        raise ValueError(f"the scorer gave a score that is not finite {whose}. Are the scorer's own weights finite?")
-    scores: list[float] = scorer.advantage(parts[0], parts[1] if len(parts) > 1 else None).tolist()
+    parts = [scorer(*scorer.prepare(chunk)) for chunk in chunks([r.encoded for r in rollouts], per_device)]
+    reward = torch.cat([reward for reward, _ in parts])
+    expected = torch.cat([expected for _, expected in parts]) if parts[0][1] is not None else None
+    scores = scores_or_nan(scorer, reward, expected)
+    refuse_nonfinite(scores, rollouts)
     return scores
 
 
 def _kl(
-    policy: PolicyModel, reference: Callable[..., Any], engine: Engine, examples: Sequence[Encoded], per_device: int,
+    policy: PolicyModel, reference: Policy, engine: Engine, examples: Sequence[Encoded], per_device: int,
     temperature: float,
 ) -> float:  # fmt: skip
     """Sum over responses of log π(y) − log π_init(y)."""
-    total = 0.0
     engine.eval()
-    with torch.no_grad():
-        for start in range(0, len(examples), per_device):
-            seen = view(policy.trunk, examples[start : start + per_device])
-            total += summed_log_ratio(engine, reference, seen, temperature=temperature)
+    ratios = [
+        summed_log_ratio(engine, reference, view(policy.trunk, chunk), temperature=temperature)
+        for chunk in chunks(examples, per_device)
+    ]
     engine.train()
-    return total
+    return sum(ratios)
 
 
 def _imitate(engine: Engine, policy: PolicyModel, kept: Sequence[Encoded], per_device: int) -> float:

@@ -10,9 +10,9 @@ import torch
 
 from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps
-from stable_rlhf.engine.snapshots import Snapshots, rows_a_step
-from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.engine.snapshots import rows_a_step
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
@@ -21,7 +21,7 @@ from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import SFTArguments
-from stable_rlhf.show.progress import is_main_process, progress
+from stable_rlhf.show.progress import is_main_process
 
 _NLL = PolicyLossConfig(rehearsal_coef=1.0)  # an SFT token is a rehearsal token of weight one
 AVERAGE = "ema"  # folder of the averaged policy inside the policy's
@@ -73,31 +73,25 @@ def train_sft(
         micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()
-    snapshots = Snapshots(folder, engine, checkpoint, [rows_a_step(global_batch)])
-    done, carried = snapshots.restore()
-    tracker, cache = Tracker(folder, report_to, after=done), FeatureCache()
-    # All of them now: computed batch by batch, a resumed stage would have them from other batches.
-    cache.fill(policy.trunk, [e.ids for e in examples], description="hidden states")
+    batches = shuffled_steps(len(examples), global_batch, steps, seed)
     early = max(1, round(early_share * steps)) if early_share is not None else 0
-    tokens, loss = carried.get("tokens", 0.0), 0.0
-    with progress("SFT", total=steps, unit="steps") as bar:
-        bar.advance(done)
-        for step, indices in enumerate(shuffled_steps(len(examples), global_batch, steps, seed), start=1):
-            if step <= done:
-                continue
-            rows = [[examples[i] for i in m] for m in micro_steps(indices, per_device, rank(), world_size())]
-            loss = nll_step(engine, policy, rows, cache)
-            tokens += sum(len(examples[i]) for i in indices)
-            metrics = {"loss": loss, "learning_rate": engine.learning_rate, "tokens": tokens}
-            tracker.log(step, metrics | engine.scaling_metrics())
-            bar.advance(note=f"loss {loss:.3f}")
-            if step == early:
+    loss, cache = 0.0, FeatureCache()
+    with Loop(
+        "SFT", batches, engine, folder, steps=steps, report_to=report_to, checkpoint=checkpoint,
+        kept=[rows_a_step(global_batch)],
+    ) as loop:  # fmt: skip
+        # All of them now: computed batch by batch, a resumed stage would have them from other batches.
+        cache.fill(policy.trunk, [e.ids for e in examples], description="hidden states")
+        for step, rows in loop:
+            micros = [[examples[i] for i in m] for m in micro_steps(rows, per_device, rank(), world_size())]
+            loss = nll_step(engine, policy, micros, cache)
+            loop.tokens += sum(len(examples[i]) for i in rows)
+            if step + 1 == early:
                 save_policy(engine, policy, tokenizer, folder / "early")
-            snapshots.save(step, {"tokens": tokens}, last=steps)
-    save_policy(engine, policy, tokenizer, folder)
-    tracker.close()
+            loop.end(step, {"loss": loss}, note=f"loss {loss:.3f}")
+        save_policy(engine, policy, tokenizer, folder)
     engine.close()
-    return {"steps": steps, "loss": loss, "tokens_seen": tokens}
+    return {"steps": steps, "loss": loss, "tokens_seen": loop.tokens}
 
 
 def save_policy(engine: Engine, policy: PolicyModel, tokenizer: Any, folder: Path) -> None:

@@ -433,16 +433,15 @@ def run_ppo(
             model, tokenizer, scorer_model, prompts, arguments, recipe.engine, folder,
             seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold, reference=reference_model,
         )  # fmt: skip
-    old = []
+    rehearsed: list[Encoded] = []
     if variant.rehearsal:
         if rehearsal is None:
             raise ValueError(f"variant {variant.name!r} needs rehearsal data (--rehearsal)")
-        result = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
-        tell_skipped("rehearsal data", result)
-        rows = result.rows
-        pairs = encode_demonstrations(rows, tokenizer, on_bad_row=recipe.data.on_bad_row)
-        old = [e for e, _ in pairs if len(e) <= recipe.data.max_length]
-        if not old:
+        read = read_demonstrations(rehearsal, on_bad_row=recipe.data.on_bad_row)
+        tell_skipped("rehearsal data", read)
+        pairs = encode_demonstrations(read.rows, tokenizer, on_bad_row=recipe.data.on_bad_row)
+        rehearsed = [e for e, _ in pairs if len(e) <= recipe.data.max_length]
+        if not rehearsed:
             raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")
         if not arguments.rehearsal_prompts_in_ppo:
             reserved = {e.ids[: e.prompt_length] for e, _ in pairs}
@@ -452,13 +451,13 @@ def run_ppo(
                     "ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO"
                 )
     trainer = PPOTrainer(
-        model, tokenizer, scorer_model, arguments, recipe.engine, reference=reference_model, rehearsal=old,
-        moving_average=variant.moving_average, seed=seed,
-        rollouts=_server(recipe, tokenizer, model),
+        model, tokenizer, scorer_model, arguments, recipe.engine, reference=reference_model, rehearsal=rehearsed,
+        moving_average=variant.moving_average, rollouts=_server(recipe, tokenizer, model), guard=recipe.guard,
+        seed=seed,
     )  # fmt: skip
     return trainer.train(
         prompts, folder, name=f"PPO {variant.name}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
-        guard_arguments=recipe.guard, gold=gold, samples=splits.main[:SAMPLE_PROMPTS],
+        gold=gold, samples=splits.main[:SAMPLE_PROMPTS],
         sample_steps=recipe.rollout.sample_steps,
     )  # fmt: skip
 

@@ -16,9 +16,9 @@ from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.frozen import HEADS
+from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.engine.snapshots import Kept, Snapshots, rows_a_step
-from stable_rlhf.engine.tracking import Tracker
+from stable_rlhf.engine.snapshots import Kept, rows_a_step
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
@@ -28,7 +28,7 @@ from stable_rlhf.scorer.metarm import MetaRM
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import ScorerArguments
-from stable_rlhf.show.progress import is_main_process, progress, say
+from stable_rlhf.show.progress import is_main_process, say
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ def scorer_loss(
 
 
 def _packed_logprobs(batch: Sequence[EncodedComparison], device: torch.device) -> dict[str, Tensor]:
-    ours, theirs, lengths = [], [], [0]
+    logprobs, alternates, lengths = [], [], [0]
     for item in batch:
         assert item.logprobs is not None and item.row.alt_logprobs is not None
-        ours += item.logprobs
+        logprobs += item.logprobs
         # each [K, tokens]
-        theirs += [torch.tensor(them, dtype=torch.float32, device="cpu") for them in item.row.alt_logprobs]
+        alternates += [torch.tensor(of, dtype=torch.float32, device="cpu") for of in item.row.alt_logprobs]
         lengths += [len(e.response) for e in item.examples]
     return {
-        "logprob": torch.cat(ours).to(device),
-        "alt_logprob": torch.cat(theirs, dim=1).to(device),
+        "logprob": torch.cat(logprobs).to(device),
+        "alt_logprob": torch.cat(alternates, dim=1).to(device),
         "cu_seqlens": torch.tensor(lengths, device=device, dtype=torch.int64).cumsum(0),
     }
 
@@ -208,65 +208,59 @@ def train_scorer(
     if term:
         remedy = "keep scorer.per_device_train_batch_size x ranks"
         kept.append(Kept("comparisons a micro-step, each other's negatives", per_device * world_size(), remedy))
-    snapshots = Snapshots(folder, engine, checkpoint, kept)
-    done, carried = snapshots.restore()
-    tracker = Tracker(folder, report_to, after=done)
-    tokens = carried.get("tokens", 0)
     title = "reward model" if model.settings.objective == "rm" else "Advantage Model"
-    with progress(title, total=steps, unit="steps") as bar:
-        bar.advance(done)
-        for step, indices in enumerate(shuffled_steps(len(train), global_batch, steps, seed), start=1):
-            if step <= done:
-                continue
+    batches = shuffled_steps(len(train), global_batch, steps, seed)
+    loss = float("nan")
+    with Loop(
+        title, batches, engine, folder, steps=steps, report_to=report_to, checkpoint=checkpoint, kept=kept
+    ) as loop:  # fmt: skip
+        for step, rows in loop:
             sums = dict.fromkeys(_SUMS, 0.0)
-            moved: AbstractContextManager[dict[str, float]] = meta.ascended(step) if meta else nullcontext({})
+            moved: AbstractContextManager[dict[str, float]] = meta.ascended(step + 1) if meta else nullcontext({})
             with moved as ascent:
                 for micro, places in enumerate(shares):
                     if micro:
                         engine.step()  # ends the one before; the last one ends outside, where the weights are back
-                    batch = [train[indices[place]] for place in places]
-                    contrast = term.views(step, places, [len(item.examples) for item in batch]) if term else None
-                    loss, output, terms = scorer_loss(engine, model, batch, arguments, cache, global_batch, contrast)
-                    engine.backward(loss)
+                    batch = [train[rows[place]] for place in places]
+                    contrast = term.views(step + 1, places, [len(item.examples) for item in batch]) if term else None
+                    part, output, terms = scorer_loss(engine, model, batch, arguments, cache, global_batch, contrast)
+                    engine.backward(part)
                     pairs = sum(len(r.row.pairs) for r in batch)
-                    found: dict[str, Any] = {
-                        "pairs": pairs, "loss": loss, "correct": output.accuracy * pairs,
+                    summands: dict[str, Any] = {
+                        "pairs": pairs, "loss": part, "correct": output.accuracy * pairs,
                         "effective_sample_size": output.effective_sample_size,
                         "sign_flip_share": output.sign_flip_share, **terms,
                     }  # fmt: skip
-                    for name, value in found.items():
+                    for name, value in summands.items():
                         sums[name] += float(value.detach() if isinstance(value, Tensor) else value)
             engine.step()
             sums = dict(zip(sums, sum_over_ranks(sums.values()), strict=True))
-            micros = world_size() * arguments.gradient_accumulation_steps
-            tokens += sum(len(e) for i in indices for e in train[i].examples)
-            metrics = {
-                "loss": sums["loss"],
-                "accuracy": sums["correct"] / sums["pairs"],
-                "learning_rate": engine.learning_rate,
-                "tokens": tokens,
-            }
+            loss = sums["loss"]
+            metrics = {"loss": loss, "accuracy": sums["correct"] / sums["pairs"]} | ascent
             if model.settings.num_alternates:
+                micros = world_size() * arguments.gradient_accumulation_steps
                 metrics |= {name: sums[name] / micros for name in ("effective_sample_size", "sign_flip_share")}
             if arguments.expected_coef and model.settings.objective == "am":
                 metrics["expected_error"] = sums["expected_error"]
             if term:
                 metrics["contrastive_loss"] = sums["contrastive_loss"]
-            metrics |= ascent
-            if test and (step % arguments.eval_steps == 0 or step == steps):
+            if test and ((step + 1) % arguments.eval_steps == 0 or step + 1 == steps):
                 # All pairs on every rank, so that under ZeRO-3 all ranks gather the same layers in step.
                 metrics |= eval_metrics(score_pairs(model, test, cache), arguments.bins)
             if on_step is not None:
-                on_step(step)
-            tracker.log(step, metrics | engine.scaling_metrics())
-            bar.advance(note=f"loss {sums['loss']:.3f}")
-            snapshots.save(step, {"tokens": tokens}, last=steps)
+                on_step(step + 1)
+            loop.tokens += sum(len(e) for i in rows for e in train[i].examples)
+            loop.end(step, metrics, note=f"loss {loss:.3f}")
+        _save(engine, model, folder)
+    engine.close()
+    return {"steps": steps, "tokens_seen": loop.tokens, "loss": loss}
+
+
+def _save(engine: Engine, model: AdvantageModel, folder: Path) -> None:
+    """The backbone as transformers loads it, and the heads beside it."""
     engine.save_model(folder)
     heads = [m for name, m in model.named_children() if name in HEADS]
     with gathered([p for head in heads for p in head.parameters()]):
         if is_main_process():
             model.save_heads(folder)
     barrier()
-    tracker.close()
-    engine.close()
-    return {"steps": steps, "tokens_seen": float(tokens), "loss": sums["loss"]}

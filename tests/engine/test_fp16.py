@@ -144,7 +144,7 @@ def test_ppo_counts_overflows_and_its_guard_is_silent(fp16, tiny_model, tokenize
     trainer = PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(fp16=True))
     known = torch.full((3,), -3.0)
     experiences = [Experience(Encoded((5, 6, 7 + i, 8, 9), 2), 0.1 * i, known, known, torch.zeros(3)) for i in range(4)]
-    trainer.estimate(experiences)
+    experiences = trainer.with_advantages(experiences)
     for scale, overflows in ((2.0**40, 2), (2.0**10, 0)):
         trainer.engine._scaler.cur_scale, trainer.engine.overflowed_steps = scale, 0
         trainer.engine._take_scale()

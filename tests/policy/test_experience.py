@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from stable_rlhf.data.encoding import Encoded
-from stable_rlhf.policy.experience import Experience, RunningMoments, add_advantages, correct_for_rollouts, logprob_gap
+from stable_rlhf.policy.experience import (
+    Experience,
+    RunningMoments,
+    corrected_for_rollouts,
+    logprob_gap,
+    with_advantages,
+)
 from stable_rlhf.policy.kl import KLController
 
 LENGTHS = (5, 1, 8, 3, 1)
@@ -44,10 +52,8 @@ def per_token(experience: Experience, kl_coef: float) -> list[float]:
 
 def rewards_seen(experiences: list[Experience], **settings) -> list[list[float]]:
     """With V = 0 and lambda = 0 an advantage is its token's reward."""
-    for experience in experiences:
-        experience.value = torch.zeros_like(experience.value)
-    add_advantages(experiences, gamma=1.0, lam=0.0, whiten=False, **settings)
-    return [e.advantage.tolist() for e in experiences]
+    experiences = [replace(e, value=torch.zeros_like(e.value)) for e in experiences]
+    return [e.advantage.tolist() for e in with_advantages(experiences, gamma=1.0, lam=0.0, whiten=False, **settings)]
 
 
 def test_the_score_lands_on_the_last_response_token_and_nowhere_else():
@@ -74,9 +80,7 @@ def test_a_token_the_policy_has_come_to_prefer_is_penalised():
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_the_other_estimators_never_pay_for_divergence(estimator):
-    experiences = rollouts()
-    for experience in experiences:
-        experience.score = 0.0
+    experiences = [replace(e, score=0.0) for e in rollouts()]
     for experience, reward in zip(
         experiences, rewards_seen(experiences, kl_coef=0.3, kl_estimator=estimator), strict=True
     ):
@@ -88,8 +92,7 @@ def test_the_other_estimators_never_pay_for_divergence(estimator):
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
 def test_advantages_and_returns_equal_a_plain_loop_per_sequence(gamma, lam):
-    experiences = rollouts()
-    add_advantages(experiences, kl_coef=0.2, gamma=gamma, lam=lam, whiten=False)
+    experiences = with_advantages(rollouts(), kl_coef=0.2, gamma=gamma, lam=lam, whiten=False)
     for experience in experiences:
         value = experience.value.tolist()
         wanted = gae(per_token(experience, 0.2), value, gamma, lam)
@@ -99,9 +102,8 @@ def test_advantages_and_returns_equal_a_plain_loop_per_sequence(gamma, lam):
 
 
 def test_advantages_are_whitened_over_all_sequences_together_and_returns_are_not():
-    plain, white = rollouts(), rollouts()
-    add_advantages(plain, kl_coef=0.2, whiten=False)
-    add_advantages(white, kl_coef=0.2, whiten=True)
+    plain = with_advantages(rollouts(), kl_coef=0.2, whiten=False)
+    white = with_advantages(rollouts(), kl_coef=0.2, whiten=True)
     before = torch.cat([e.advantage for e in plain]).double()
     after = torch.cat([e.advantage for e in white]).double()
     assert float(after.mean()) == pytest.approx(0, abs=1e-6)
@@ -114,8 +116,7 @@ def test_advantages_are_whitened_over_all_sequences_together_and_returns_are_not
 
 
 def test_a_response_of_one_token_gets_score_minus_penalty_minus_value():
-    experiences = rollouts(lengths=(1, 1, 1))
-    add_advantages(experiences, kl_coef=0.4, gamma=0.9, lam=0.8, whiten=False)
+    experiences = with_advantages(rollouts(lengths=(1, 1, 1)), kl_coef=0.4, gamma=0.9, lam=0.8, whiten=False)
     for e in experiences:
         reward = e.score - 0.4 * float(e.old_logprob[0] - e.ref_logprob[0])
         assert float(e.advantage) == pytest.approx(reward - float(e.value), abs=1e-5)
@@ -123,18 +124,15 @@ def test_a_response_of_one_token_gets_score_minus_penalty_minus_value():
 
 
 def test_a_single_token_in_the_whole_batch_is_whitened_to_zero():
-    (experience,) = rollouts(lengths=(1,))
-    add_advantages([experience], kl_coef=0.1)
+    (experience,) = with_advantages(rollouts(lengths=(1,)), kl_coef=0.1)
     assert float(experience.advantage) == 0
     assert float(experience.returns) != 0
 
 
 def test_results_keep_the_order_and_lengths_of_the_rollouts():
-    experiences = rollouts()
-    add_advantages(experiences, kl_coef=0.1)
+    experiences = with_advantages(rollouts(), kl_coef=0.1)
     assert [len(e.advantage) for e in experiences] == [len(e.returns) for e in experiences] == list(LENGTHS)
-    backwards = rollouts()[::-1]
-    add_advantages(backwards, kl_coef=0.1)
+    backwards = with_advantages(rollouts()[::-1], kl_coef=0.1)
     for one, other in zip(experiences, reversed(backwards), strict=True):
         torch.testing.assert_close(one.advantage, other.advantage, rtol=0, atol=1e-6)
 
@@ -204,8 +202,10 @@ def test_without_a_target_the_coefficient_stays():
 
 def test_the_gap_is_the_trainers_logprob_less_the_engines():
     experiences = rollouts()
-    for experience in experiences[:-1]:  # one is not known
-        experience.rollout_logprob = experience.old_logprob - torch.linspace(-1, 2, len(experience.old_logprob))
+    known = [
+        replace(e, rollout_logprob=e.old_logprob - torch.linspace(-1, 2, len(e.old_logprob))) for e in experiences[:-1]
+    ]
+    experiences = [*known, experiences[-1]]
     gap = logprob_gap(experiences)
     assert gap.shape == (sum(LENGTHS[:-1]),) and float(gap.min()) == pytest.approx(-1)
     assert float(gap[: LENGTHS[0]].max()) == pytest.approx(2)
@@ -213,12 +213,11 @@ def test_the_gap_is_the_trainers_logprob_less_the_engines():
 
 
 def test_advantages_are_weighted_by_the_truncated_ratio_and_returns_are_not():
-    plain, corrected = rollouts(), rollouts()
-    for experiences in (plain, corrected):
-        add_advantages(experiences, kl_coef=0.1)
-    for experience in corrected[:-1]:
-        experience.rollout_logprob = experience.old_logprob - torch.linspace(-1, 200, len(experience.old_logprob))
-    correct_for_rollouts(corrected, clip=2.0)
+    plain = with_advantages(rollouts(), kl_coef=0.1)
+    known = [
+        replace(e, rollout_logprob=e.old_logprob - torch.linspace(-1, 200, len(e.old_logprob))) for e in plain[:-1]
+    ]
+    corrected = corrected_for_rollouts([*known, plain[-1]], clip=2.0)
     for before, after in zip(plain[:-1], corrected[:-1], strict=True):
         gap = (after.old_logprob - after.rollout_logprob).double()
         assert after.advantage.tolist() == pytest.approx((before.advantage * gap.exp().clamp(max=2.0)).tolist())

@@ -126,10 +126,10 @@ PPO = PPOArguments(
 def make(tiny_model, tokenizer, one_process):
     made = []
 
-    def build(arguments=PPO, stage=0) -> PPOTrainer:
+    def build(arguments=PPO, stage=0, guard=None) -> PPOTrainer:
         scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"))
         policy = PolicyModel(tiny_model(), value_head=True)
-        made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage)))
+        made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), guard=guard))
         return made[-1]
 
     yield build
@@ -152,7 +152,7 @@ def test_a_run_that_stops_keeps_the_policy_of_that_moment_whatever_comes_after(m
     root, kept = tmp_path / "run", tmp_path / "run" / "ppo-rm-stopped"
 
     def attempt(folder):
-        return make().train(prompts, folder, guard_arguments=GuardArguments(max_kl=-1e9, on_kl="stop"))
+        return make(guard=GuardArguments(max_kl=-1e9, on_kl="stop")).train(prompts, folder)
 
     for _ in range(2):
         with pytest.raises(KLTooHigh, match=re.escape(f"The policy of that step is in {str(kept)!r}")):
@@ -168,13 +168,13 @@ def test_a_run_that_stops_keeps_the_policy_of_that_moment_whatever_comes_after(m
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(planted, trainer, prompts, tmp_path, monkeypatch):
     """Planted in the critic's returns, as a reward that went wrong would."""
     before = [p.detach().clone() for p in trainer.policy.parameters()]
-    estimate = trainer.estimate
+    with_advantages = trainer.with_advantages
 
     def plant(experiences):
-        estimate(experiences)
-        experiences[0].returns = torch.full_like(experiences[0].returns, planted)
+        first, *others = with_advantages(experiences)
+        return [replace(first, returns=torch.full_like(first.returns, planted)), *others]
 
-    monkeypatch.setattr(trainer, "estimate", plant)
+    monkeypatch.setattr(trainer, "with_advantages", plant)
     with pytest.raises(FloatingPointError, match=r"loss is not finite \(rank 0: (nan|inf)\); the weights are those"):
         trainer.train(prompts, tmp_path)
     assert all(torch.equal(p, b) for p, b in zip(trainer.policy.parameters(), before, strict=True))
@@ -257,19 +257,20 @@ def test_the_target_is_lowered_with_each_warning_and_no_more():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_updates_that_are_not_finite_can_be_skipped(stage, make, prompts, tmp_path, monkeypatch, capsys):
     """The second of three steps has an infinite return: its updates are left out, those of the others are made."""
-    trainer = make(stage=stage)
-    estimate, calls, seen = trainer.estimate, [], []
+    trainer = make(stage=stage, guard=GuardArguments(on_nonfinite="skip"))
+    with_advantages, calls, seen = trainer.with_advantages, [], []
 
     def plant(experiences):
-        estimate(experiences)
+        first, *others = with_advantages(experiences)
         calls.append(1)
         with gathered(list(trainer.engine.module.parameters())):
             seen.append([p.detach().clone() for p in trainer.policy.parameters()])
         if len(calls) == 2:
-            experiences[0].returns = torch.full_like(experiences[0].returns, math.inf)
+            first = replace(first, returns=torch.full_like(first.returns, math.inf))
+        return [first, *others]
 
-    monkeypatch.setattr(trainer, "estimate", plant)
-    curve = trainer.train(prompts, tmp_path, guard_arguments=GuardArguments(on_nonfinite="skip"))["curve"]
+    monkeypatch.setattr(trainer, "with_advantages", plant)
+    curve = trainer.train(prompts, tmp_path)["curve"]
     assert [row["skipped_updates"] for row in curve] == [0, 1, 0] and "loss" not in curve[1]
     assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
@@ -281,11 +282,11 @@ def test_updates_that_are_not_finite_can_be_skipped(stage, make, prompts, tmp_pa
 def test_a_policy_that_runs_away_within_a_step_leaves_out_the_rest_of_it(make, prompts, tmp_path):
     arguments = replace(PPO, total_steps=1, num_ppo_epochs=6, num_mini_batches=2)
     free = make(arguments).train(prompts, tmp_path / "free")["curve"][0]
-    held = make(arguments)
+    held = make(arguments, guard=GuardArguments(max_update_kl=1e-3))
     steps = []
     step = held.engine.step
     held.engine.step = lambda: steps.append(step()) or steps[-1]
-    row = held.train(prompts, tmp_path / "held", guard_arguments=GuardArguments(max_update_kl=1e-3))["curve"][0]
+    row = held.train(prompts, tmp_path / "held")["curve"][0]
     assert free["skipped_updates"] == 0 and free["approx_kl"] > 1e-3  # so that there is something to hold
     assert row["skipped_updates"] == 1 and steps[-1] is False and all(steps[:-1]) and len(steps) < 12
     assert row["approx_kl"] <= 1e-3 and row["max_log_ratio"] < free["max_log_ratio"]
@@ -298,8 +299,8 @@ def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts
     shown = prompts[:2]
 
     def run(folder):
-        return make(arguments).train(
-            prompts, folder, checkpoint=every, guard_arguments=limits, samples=shown, sample_steps=2
+        return make(arguments, guard=limits).train(
+            prompts, folder, checkpoint=every, samples=shown, sample_steps=2
         )["curve"]  # fmt: skip
 
     whole = run(tmp_path / "whole")

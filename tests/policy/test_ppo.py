@@ -170,11 +170,11 @@ def test_gold_scores_are_logged_and_unseen_by_the_policy(make, prompts, tmp_path
 
 @pytest.mark.parametrize("layers", [None, 1])
 @pytest.mark.parametrize("objective", ["am", "rm"])
-def test_rollouts_are_judged_by_the_scorer_the_policy_and_the_reference(make, tokenizer, objective, layers):
+def test_rollouts_are_observed_by_the_scorer_the_policy_and_the_reference(make, tokenizer, objective, layers):
     trainer = make(replace(ARGUMENTS, temperature=0.5), objective=objective, layers=layers, scorer_seed=0)
     assert trainer.shares_features == (layers is not None)
     rollouts = as_rollouts(tokenizer)
-    experiences = trainer.judge(rollouts)
+    experiences = trainer.observe(rollouts)
     scores = trainer.scorer.score_encoded([r.encoded for r in rollouts]).tolist()
     assert [e.score for e in experiences] == pytest.approx(scores, abs=1e-5) and len(set(scores)) == 4
     logprobs = response_logprobs(trainer.reference, [r.encoded for r in rollouts], temperature=0.5)
@@ -187,23 +187,25 @@ def test_rollouts_are_judged_by_the_scorer_the_policy_and_the_reference(make, to
 
 def test_the_penalty_is_subtracted_from_unfinished_rollouts_only(make, tokenizer):
     rollouts = as_rollouts(tokenizer)
-    plain = [e.score for e in make().judge(rollouts)]
-    punished = [e.score for e in make(replace(ARGUMENTS, missing_eos_penalty=2.5)).judge(rollouts)]
+    plain = [e.score for e in make().observe(rollouts)]
+    punished = [e.score for e in make(replace(ARGUMENTS, missing_eos_penalty=2.5)).observe(rollouts)]
     assert [a - b for a, b in zip(plain, punished, strict=True)] == pytest.approx([0, 0, 2.5, 2.5], abs=1e-6)
 
 
 def test_the_moving_average_changes_scores_by_normalising_them_only(make, tokenizer):
     rollouts = as_rollouts(tokenizer)
     plain, moving = make(objective="rm"), make(objective="rm", moving_average=True)
-    raw, seen = [e.score for e in plain.judge(rollouts)], []
+    raw, seen = [e.score for e in plain.observe(rollouts)], []
     for part in (slice(0, 3), slice(3, 4), slice(0, 4)):
         seen += raw[part]
         mean = sum(seen) / len(seen)
         std = (sum((s - mean) ** 2 for s in seen) / len(seen)) ** 0.5
-        ours, theirs = plain.judge(rollouts[part]), moving.judge(rollouts[part])
-        assert [e.score for e in theirs] == pytest.approx(raw[part], abs=1e-5)  # judging does not normalise
-        plain.estimate(ours)
-        moving.estimate(theirs)
+        ours, observed = plain.observe(rollouts[part]), moving.observe(rollouts[part])
+        ours, theirs = plain.with_advantages(ours), moving.with_advantages(observed)
+        # Observing does not normalise, and what was observed is left as it was.
+        assert [e.score for e in observed] == pytest.approx(raw[part], abs=1e-5)
+        assert all(e.advantage is None for e in observed)
+        assert [e.raw_score for e in theirs] == [e.score for e in observed]
         assert [e.score for e in ours] == pytest.approx(raw[part], abs=1e-5)
         assert [e.score for e in theirs] == pytest.approx([(s - mean) / std for s in raw[part]], abs=1e-4)
         for one, other in zip(ours, theirs, strict=True):
@@ -230,7 +232,7 @@ def test_a_score_that_is_not_finite_is_an_error(make, tokenizer, objective, valu
     with torch.no_grad():
         trainer.scorer.reward_head.bias.fill_(value)
     with pytest.raises(ValueError, match="finite"):
-        trainer.judge(as_rollouts(tokenizer))
+        trainer.observe(as_rollouts(tokenizer))
 
 
 # -- several GPUs --------------------------------------------------------------------------------------------------
@@ -253,8 +255,8 @@ class PretendedGPU(TorchFunctionMode):
 
 def test_ranks_exchange_advantages_where_nccl_can_sum_them(make, tokenizer, monkeypatch):
     trainer, all_gather = make(), dist.all_gather
-    experiences, alone = (trainer.judge(as_rollouts(tokenizer)) for _ in range(2))
-    trainer.estimate(alone)
+    experiences, alone = (trainer.observe(as_rollouts(tokenizer)) for _ in range(2))
+    alone = trainer.with_advantages(alone)
     asked = []
 
     def nccl(parts, mine, group=None):
@@ -267,7 +269,7 @@ def test_ranks_exchange_advantages_where_nccl_can_sum_them(make, tokenizer, monk
     monkeypatch.setattr("stable_rlhf.policy.ppo.world_size", lambda: 2)
     monkeypatch.setattr(type(trainer.policy.trunk), "device", torch.device("cuda"))
     with PretendedGPU(), ops.backend("torch"):  # the C++ one takes CPU tensors alone
-        trainer.estimate(experiences)
+        experiences = trainer.with_advantages(experiences)
     assert len(asked) == 1
     for one, other in zip(experiences, alone, strict=True):
         assert type(one.advantage) is type(one.returns) is torch.Tensor
@@ -319,8 +321,7 @@ def test_the_rehearsal_loss_is_a_mean_over_tokens_or_a_sum_over_each_sequence(ma
     drawn = trainer._rehearsal(5, 0, 0)
     total = sum(nll(trainer, e) for e in drawn)
     assert len({len(e.response) for e in drawn}) > 1
-    experiences = trainer.judge(as_rollouts(tokenizer))
-    trainer.estimate(experiences)
+    experiences = trainer.with_advantages(trainer.observe(as_rollouts(tokenizer)))
     metrics = trainer.update(experiences, step=5)
     denominator = len(drawn) if reduction == "sum" else sum(len(e.response) for e in drawn)
     assert metrics["rehearsal_loss"] == pytest.approx(total / denominator, abs=1e-4)
@@ -417,17 +418,16 @@ def test_a_variant_without_what_it_needs_is_an_error(run_ppo):
 def test_without_a_critic_the_score_is_every_tokens_advantage(make, tokenizer, prompts, tmp_path):
     arguments = replace(ARGUMENTS, kl_coef=0.3, gamma=0.5, lam=0.5, whiten_advantages=False)
     trainer = make(arguments, critic=False)
-    experiences = trainer.judge(as_rollouts(tokenizer))
-    for experience in experiences:  # as after some updates, so that there is a KL penalty
-        experience.ref_logprob = experience.ref_logprob - 0.1 * torch.arange(1, len(experience.ref_logprob) + 1)
-    trainer.estimate(experiences)
+    experiences = trainer.with_advantages([  # as after some updates, so that there is a KL penalty
+        replace(e, ref_logprob=e.ref_logprob - 0.1 * torch.arange(1, len(e.ref_logprob) + 1))
+        for e in trainer.observe(as_rollouts(tokenizer))
+    ])  # fmt: skip
     for experience in experiences:
         penalty = 0.3 * (experience.old_logprob - experience.ref_logprob)
         to_go = penalty.flip(0).cumsum(0).flip(0)  # γ and λ of GAE play no part
         torch.testing.assert_close(experience.advantage, experience.score - to_go)
     whitened = make(replace(arguments, whiten_advantages=True, kl_coef=0.0), critic=False)
-    experiences = whitened.judge(as_rollouts(tokenizer))
-    whitened.estimate(experiences)
+    experiences = whitened.with_advantages(whitened.observe(as_rollouts(tokenizer)))
     every = torch.cat([e.advantage for e in experiences])
     assert float(every.mean()) == pytest.approx(0, abs=1e-5) and float(every.std()) == pytest.approx(1, abs=0.1)
     for experience in experiences:

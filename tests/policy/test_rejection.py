@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from stable_rlhf import ranks
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -162,16 +163,15 @@ def test_a_score_that_is_not_finite_stops_every_rank(tiny_model, tokenizer, monk
     rollouts = [Rollout(encode(tokenizer, t, t[:3]), t[:3], True) for t in TEXTS]
     good = scorer.score_encoded([r.encoded for r in rollouts]).tolist()
     assert rejection._scores(scorer, rollouts, 2) == pytest.approx(good, abs=1e-5)
-    monkeypatch.setattr(rejection, "sum_over_ranks", lambda values: [sum(values) + 1])
-    with pytest.raises(ValueError, match="not finite on another rank"):
-        rejection._scores(scorer, rollouts, 2)
     told = []
-    monkeypatch.setattr(rejection, "sum_over_ranks", lambda values: told.append(values) or values)
+    monkeypatch.setattr(ranks, "gather_objects", lambda value: told.append(value) or [value, "not finite elsewhere"])
+    with pytest.raises(ValueError, match="not finite elsewhere"):
+        rejection._scores(scorer, rollouts, 2)
     with torch.no_grad():
         (scorer.reward_head if objective == "rm" else scorer.expected_head).bias.fill_(math.inf)
     with pytest.raises(ValueError, match="not finite to the response 'Rev'"):
         rejection._scores(scorer, rollouts, 2)
-    assert told == [[3]]
+    assert told[0] is None and "'Rev'" in told[1]
 
 
 def test_a_response_that_was_cut_off_is_chosen_and_logged_by_its_score_less_the_penalty(

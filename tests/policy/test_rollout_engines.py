@@ -92,8 +92,14 @@ def test_a_planted_gap_is_measured_and_corrected(make, tokenizer, prompts, tmp_p
         trainer.rollouts = Shifted(trainer.policy.causal_lm, tokenizer)
         trainer.rollouts.shift = shift
         seen = []
-        estimate = trainer.estimate
-        trainer.estimate = lambda experiences: (estimate(experiences), seen.extend(e.advantage for e in experiences))
+        with_advantages = trainer.with_advantages
+
+        def watched(experiences):
+            found = with_advantages(experiences)
+            seen.extend(e.advantage for e in found)
+            return found
+
+        trainer.with_advantages = watched
         (row,) = trainer.train(prompts, tmp_path / name)["curve"]
         return row, torch.cat(seen)
 
@@ -121,13 +127,13 @@ def test_the_nucleus_counts_as_a_gap(make, prompts, tmp_path):
 
 def test_a_response_cut_at_a_stop_string_is_finished_and_unpunished(make, tokenizer, prompts, tmp_path):
     arguments = replace(ARGUMENTS, missing_eos_penalty=100.0, total_steps=1)
-    free = make(arguments).sample(prompts, 0, range(4))
+    free = make(arguments).sample(prompts, 0)
     stop = next(r.text[0] for r in free if r.text)
     trainer = make(replace(arguments, stop=[stop]))
-    rollouts = trainer.sample(prompts, 0, range(4))
+    rollouts = trainer.sample(prompts, 0)
     cut = [r for r, before in zip(rollouts, free, strict=True) if stop in before.text]
     assert cut and all(r.finished and r.encoded.response[-1] != tokenizer.eos_token_id for r in cut)
-    for rollout, experience in zip(rollouts, trainer.judge(rollouts), strict=True):
+    for rollout, experience in zip(rollouts, trainer.observe(rollouts), strict=True):
         assert experience.encoded == rollout.encoded  # what was cut off is nothing that the trainer sees
         assert len(experience.old_logprob) == len(rollout.encoded.response) == len(rollout.logprobs)
         assert (experience.score > -50) == rollout.finished

@@ -95,8 +95,7 @@ def test_ppo_with_rehearsal(tiny_model, tokenizer):
             experiences = [
                 Experience(e, s, old_logprob=a, ref_logprob=b, value=v) for e, s, a, b, v in recorded
             ]  # fmt: skip
-            trainer.estimate(experiences)
-            metrics = trainer.update(experiences, step)
+            metrics = trainer.update(trainer.with_advantages(experiences), step)
             found += [metrics[n] for n in ("loss", "value_loss", "rehearsal_loss", "gradient_norm", "entropy")]
         trainer.engine.close()
         return found

@@ -129,20 +129,18 @@ def ppo_losses(
     places = [p for share in micro_steps(list(range(16)), micro, rank(), world_size()) for p in share]
     losses, norms = [], []
     for step in range(updates):
-        mine = [Experience(**vars(experiences[p])) for p in places]
-        trainer.estimate(mine)
-        metrics = trainer.update(mine, step)
+        mine = [experiences[p] for p in places]
+        metrics = trainer.update(trainer.with_advantages(mine), step)
         losses.append(metrics["loss"])
         norms.append(metrics["gradient_norm"])
     # Sampling from the trained (under ZeRO-3: partitioned) weights, then one more update through the restored hooks.
     prompts = [EncodedPrompt(PromptRow(""), list(e.encoded.ids[: e.encoded.prompt_length])) for e in experiences]
-    rollouts = trainer.sample([prompts[p] for p in places], 9, places)
+    rollouts = trainer.sample([prompts[p] for p in places], 9)
     with gathered(list(trainer.engine.module.parameters())):
         plain = generate(
             policy.causal_lm, tokenizer, [prompts[0].ids], GenerationSettings(4, temperature=0)
         ) if stage != 3 else []  # fmt: skip
-    mine = [Experience(**vars(experiences[p])) for p in places]
-    trainer.estimate(mine)
+    mine = trainer.with_advantages([experiences[p] for p in places])
     losses.append(trainer.update(mine, updates)["loss"])
     assert stage == 3 or plain
     drawn = torch.full((16, 64), -1, dtype=torch.float64)
