@@ -33,9 +33,16 @@ def end_of_turn(tokenizer: Any) -> int:
 def ends_of_turn(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     """Every token that ends a sampled response: that of :func:`end_of_turn` first, then the tokenizer's EOS and what
     the model's generation configuration names."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = own.tolist() if hasattr(own, "tolist") else own
     named = [tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])]
     return tuple(dict.fromkeys([end_of_turn(tokenizer), *(int(token) for token in named if token is not None)]))
+
+
+def ends_in_text(model: Any, stop: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every text that ends a sampled response: ``stop``, then what the model's generation configuration names."""
+    own = getattr(getattr(model, "generation_config", None), "stop_strings", None) or ()
+    return tuple(dict.fromkeys([*stop, *([own] if isinstance(own, str) else own)]))
 
 
 def _template_end(tokenizer: Any) -> int | None:

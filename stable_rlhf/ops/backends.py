@@ -26,6 +26,8 @@ _forced: ContextVar[str | None] = ContextVar("stable_rlhf_ops_backend", default=
 def backend(name: str) -> Iterator[None]:
     """Forces the implementation of every operation called inside the block, in this thread.
 
+    Enter it outside the compiled function: torch.compile does not trace the block itself.
+
     Args:
         name: "triton" (CUDA tensors, or any tensors where `TRITON_INTERPRET=1`), "cpu" (C++) or "torch".
 

@@ -9,6 +9,7 @@ lies under a mask may be anything, NaN included.
 
 from __future__ import annotations
 
+import math
 import os
 from numbers import Integral, Real
 
@@ -43,6 +44,8 @@ def check_tensor(
     if value.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: type {str(value.dtype).removeprefix('torch.')} is not one of {wanted}")
+    if value.is_nested:  # with a dense layout too, and its shape cannot be asked for
+        raise ValueError(f"{name}: a nested tensor instead of a dense one; pad it")
     if value.layout is not torch.strided:
         kind = str(value.layout).removeprefix("torch.")
         raise ValueError(f"{name}: layout {kind} instead of a dense tensor; call to_dense() or pad it")
@@ -82,7 +85,8 @@ def check_number(name: str, value: object) -> float:
         return value
     if isinstance(value, Tensor):
         check_constant(name, value)
-        if value.numel() != 1 or value.dtype not in FLOATS + INTEGERS or value.is_meta:
+        check_tensor(name, value, dtypes=(value.dtype,))
+        if value.numel() != 1 or value.dtype not in FLOATS + INTEGERS:
             kind = str(value.dtype).removeprefix("torch.")
             raise ValueError(f"{name}: a tensor of shape {tuple(value.shape)} and type {kind} instead of a number")
         return float(value)
@@ -105,6 +109,16 @@ def check_not_negative(name: str, value: object) -> float:
         raise ValueError(f"{name}: {number} is negative")
     if not number <= 1e30:
         raise ValueError(f"{name}: {number} is not a number from 0 to 1e30")
+    return number
+
+
+def check_bounded(name: str, value: object) -> float:
+    """Of either sign, within what float32 holds with room for sums and products."""
+    number = check_number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: non-finite value {number}")
+    if not abs(number) <= 1e30:
+        raise ValueError(f"{name}: {number} is not a number from -1e30 to 1e30")
     return number
 
 

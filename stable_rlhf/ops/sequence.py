@@ -376,6 +376,7 @@ def token_rewards(
     kl_coef, clamp = check_not_negative("kl_coef", kl_coef), check_number("clamp", clamp)
     if not clamp > 0:
         raise ValueError(f"clamp: {clamp} is not positive")
+    clamp = min(clamp, 1e30)  # what float32 holds; the same as no bound
     settings = bounds, kl_coef, kl_estimator, clamp
     backend = choice("token_rewards", device)
     if needs_operator(logprob, backend):

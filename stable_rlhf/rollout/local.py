@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.encoding import Encoded, pad_sequences
-from stable_rlhf.data.turns import StopStrings, ends_of_turn
+from stable_rlhf.data.turns import StopStrings, ends_in_text, ends_of_turn
 from stable_rlhf.models.loading import context_length
 from stable_rlhf.models.trunk import length_batches
 from stable_rlhf.settings.ranges import PositiveShare, TemperatureOrGreedy, Tokens, check_settings
@@ -204,6 +204,7 @@ def generate(
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     turn_ends, pad = ends_of_turn(tokenizer, causal_lm), tokenizer.pad_token_id
+    stop = ends_in_text(causal_lm, settings.stop)
     if pad is None or pad >= embedding.num_embeddings:  # added after training: it is masked, so any id will do
         pad = 0
     config = GenerationConfig(
@@ -231,8 +232,8 @@ def generate(
                     assert seeds is not None
                     uniforms = _uniforms([seeds[i] for i in rows], settings.max_new_tokens, device)
                     sampler = _SampleByUniforms(uniforms, width, settings)
-                if settings.stop:
-                    stopper = _StopAtStrings(tokenizer, settings.stop, width, len(rows))
+                if stop:
+                    stopper = _StopAtStrings(tokenizer, stop, width, len(rows))
                 output = causal_lm.generate(
                     input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config,
                     logits_processor=LogitsProcessorList([sampler] if sampler else []),
@@ -247,7 +248,7 @@ def generate(
                     response = new[: min(ends, default=len(new))]
                     rollouts[i] = Rollout(
                         Encoded((*prompts[i], *response), len(prompts[i])),
-                        response_text(tokenizer, response, settings.stop, turn_ends),
+                        response_text(tokenizer, response, stop, turn_ends),
                         finished=bool(ends),
                         logprobs=tuple(logprobs[row][: len(response)]) if logprobs else None,
                     )

@@ -10,6 +10,7 @@ that trainer and server both see. Processed log-probs are those of the distribut
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class VLLMRollouts:
         url: Of the server, http://host:port; the first model that it lists is the policy.
         tokenizer: The policy's; token ids go over the wire in both directions.
         ends: Tokens that end a response, of :func:`ends_of_turn`; None: those that the tokenizer knows of.
+        stop: Texts that end one besides the settings' own, of :func:`ends_in_text`.
         timeout: Seconds that one response, or loading the weights, may take.
         vocabulary: Token ids that the policy has; None: those of the tokenizer.
         retries: Tries again, the first after ``pause`` seconds, where the server is busy or does not answer.
@@ -43,11 +45,11 @@ class VLLMRollouts:
     holds_a_copy = True
 
     def __init__(
-        self, url: str, tokenizer: Any, *, ends: Sequence[int] | None = None, timeout: float = 600.0,
-        vocabulary: int | None = None, retries: int = 3, pause: float = 1.0,
+        self, url: str, tokenizer: Any, *, ends: Sequence[int] | None = None, stop: Sequence[str] = (),
+        timeout: float = 600.0, vocabulary: int | None = None, retries: int = 3, pause: float = 1.0,
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
-        self.ends = ends_of_turn(tokenizer) if ends is None else tuple(ends)
+        self.ends, self.stop = ends_of_turn(tokenizer) if ends is None else tuple(ends), tuple(stop)
         self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
         self._server = Server(
             "vLLM server", url, setting="rollout.server", timeout=timeout, timeout_setting="rollout.timeout",
@@ -61,6 +63,7 @@ class VLLMRollouts:
         """One response per prompt, each drawn with its own seed."""
         if settings.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
             raise ValueError("seeds: one integer a prompt is needed when temperature > 0")
+        settings = replace(settings, stop=tuple(dict.fromkeys([*settings.stop, *self.stop])))
         bodies = [
             self._body(prompt, seed, settings)
             for prompt, seed in zip(prompts, seeds or [0] * len(prompts), strict=True)

@@ -15,7 +15,7 @@ from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_demonstrations, read_prompts, read_responses, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, PromptRow
-from stable_rlhf.data.turns import end_of_turn, ends_of_turn
+from stable_rlhf.data.turns import end_of_turn, ends_in_text, ends_of_turn
 from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.features import FeatureCache
@@ -467,7 +467,8 @@ def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts 
         return None
     return VLLMRollouts(
         recipe.rollout.server, tokenizer, ends=ends_of_turn(tokenizer, model.causal_lm),
-        timeout=recipe.rollout.timeout, vocabulary=model.causal_lm.get_input_embeddings().num_embeddings,
+        stop=ends_in_text(model.causal_lm), timeout=recipe.rollout.timeout,
+        vocabulary=model.causal_lm.get_input_embeddings().num_embeddings,
     )  # fmt: skip
 
 

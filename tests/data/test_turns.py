@@ -64,7 +64,7 @@ def test_a_template_closes_an_answer_with_a_token(tokenizer, close, end, special
 
 def test_ends_are_the_templates_the_tokenizers_and_the_models(tokenizer, gemma):
     close = gemma.convert_tokens_to_ids("<end_of_turn>")
-    for named, more in ((None, []), (2, []), (7, [7]), ([2, 9, 8], [9, 8])):
+    for named, more in ((None, []), (2, []), (7, [7]), ([2, 9, 8], [9, 8]), (torch.tensor([2, 9]), [9])):
         model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
         assert ends_of_turn(tokenizer, model) == (2, *more)
         assert ends_of_turn(gemma, model) == (close, 2, *more)

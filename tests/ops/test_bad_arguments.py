@@ -37,6 +37,7 @@ NOT_NUMBERS = ["1", True, None, [1.0], 1j, math.nan, torch.ones(2), torch.ones((
 TOO_SMALL = [0.0, -1.0, 1e-300, math.inf, 10**400]
 NOT_POSITIVE = [*NOT_NUMBERS, *TOO_SMALL]
 NOT_COUNTS = [1.5, 2.0, True, "3", None, -1, 2**63, math.nan, torch.ones(2)]
+NESTED = torch.nested.nested_tensor([torch.ones(1)])
 CONSTANT = [torch.ones((), requires_grad=True)]
 BAD: list[tuple[str, str, list[Any]]] = [
     *((op, "temperature", [*NOT_POSITIVE, *CONSTANT, torch.tensor([1.0, 1.0, math.nan, 1.0]), torch.ones(4, 1)])
@@ -45,6 +46,9 @@ BAD: list[tuple[str, str, list[Any]]] = [
     *((op, "config", [{}, None, "k3", PolicyLossConfig]) for op in ("linear_policy_loss", "policy_loss")),
     *((op, name, [-1.0, math.nan, "2", True, *CONSTANT, torch.ones(3), 0.0, torch.zeros(())])
       for op in ("linear_policy_loss", "policy_loss") for name in ("policy_denominator",)),
+    *((op, name, [torch.ones(1).to_sparse(), torch.ones((), device="meta"), NESTED])
+      for op in ("linear_policy_loss", "policy_loss") for name in ("policy_denominator", "rehearsal_denominator")),
+    *(("advantage_loss", name, [1e300, -1e300, 1e39]) for name in ("margin", "rank_margin", "pair_weight")),
     *((op, "row_weight", ["1", 1.0, torch.ones(4, requires_grad=True), torch.full((4,), math.nan)])
       for op in ("linear_policy_loss", "policy_loss")),
     ("linear_policy_loss", "grad_tolerance", [v for v in NOT_NUMBERS if v is not None] + [1.0, -0.1]),
@@ -109,6 +113,7 @@ def test_tensors_of_another_kind(op, name, backend):
         "string": "x",
         "quantized": torch.quantize_per_tensor(good.float(), 0.1, 0, torch.quint8),
         "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged).to(good.dtype),
+        "nested and strided": torch.nested.nested_tensor([good]),
     }
     if good.is_floating_point():
         bad["negated"] = torch.complex(good.float(), good.float()).conj().imag
@@ -138,6 +143,11 @@ def test_settings(name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{name}:"):
             PolicyLossConfig(**{name: value})
+
+
+def test_a_bound_beyond_float32_is_none(backend):
+    values = {**GOOD["token_rewards"], "kl_estimator": "k3"}
+    assert torch.equal(ops.token_rewards(**values, clamp=1e300), ops.token_rewards(**values, clamp=1e30))
 
 
 def test_what_is_masked_is_not_read(backend):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.vllm_stub import serving
-from stable_rlhf.data.turns import ends_of_turn
+from stable_rlhf.data.turns import ends_in_text, ends_of_turn
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, _StopAtStrings, response_text
 from stable_rlhf.rollout.vllm import VLLMRollouts
 
@@ -104,7 +104,7 @@ def test_a_prompt_that_holds_eos_is_not_a_finished_response(rollouts, tokenizer)
     assert rollout.finished == (tokenizer.eos_token_id in rollout.encoded.response)
 
 
-@pytest.mark.parametrize("named", ["a number", "a list", "the template"])
+@pytest.mark.parametrize("named", ["a number", "a list", "the template", "a text"])
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_every_end_that_model_or_template_has_ends_a_response(engine, named, tiny_model, tokenizer):
     model, settings = tiny_model(), GenerationSettings(8, temperature=0.0)
@@ -116,12 +116,16 @@ def test_every_end_that_model_or_template_has_ends_a_response(engine, named, tin
         text = tokenizer.decode([end])
         tokenizer.add_tokens([text])
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + text + "{% endfor %}"
+    elif named == "a text":
+        model.generation_config.stop_strings = tokenizer.decode([end])
     else:
         model.generation_config.eos_token_id = [eos, end] if named == "a list" else end
     with serving(model, tokenizer) as server:
         rollouts = LocalRollouts(model, tokenizer)
         if engine == "vllm":
-            rollouts = VLLMRollouts(server.url, tokenizer, ends=ends_of_turn(tokenizer, copy.deepcopy(model)))
+            rollouts = VLLMRollouts(
+                server.url, tokenizer, ends=ends_of_turn(tokenizer, model), stop=ends_in_text(model)
+            )
         found = rollouts.sample(PROMPTS, settings)
     for before, after in zip(free, found, strict=True):
         tokens = before.encoded.response

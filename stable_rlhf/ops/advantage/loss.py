@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,9 @@ from stable_rlhf.ops.advantage import fused, reference
 from stable_rlhf.ops.advantage.reference import AdvantageCall, PromptRule
 from stable_rlhf.ops.backends import choice
 from stable_rlhf.ops.checks import (
+    FLOATS,
     INTEGERS,
+    check_bounded,
     check_choice,
     check_constant,
     check_integer,
@@ -328,15 +329,13 @@ def _indices(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 def _per(name: str, value: float | Tensor, count: int, like: Tensor) -> float | Tensor:
     """`value` as a float for all, or as a tensor [count]."""
-    if type(value) is float and -math.inf < value < math.inf:
+    if type(value) is float and -1e30 <= value <= 1e30:
         return value
     if isinstance(value, Tensor):
         check_constant(name, value)
+        check_tensor(name, value, dtypes=FLOATS + INTEGERS)
         if value.ndim > 0:
             return check_tensor(name, value, shape=(count,), device=like.device).detach()
         if torch.compiler.is_compiling():  # its value is not known there
             return value.detach().expand(count)
-    value = float(check_number(name, value))
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: non-finite value {value}")
-    return value
+    return float(check_bounded(name, value))

@@ -69,7 +69,8 @@ def linear_policy_loss(
         bias: [V] or None.
         row_weight: [...] factor on each row's whole term; None: 1.
         temperature: from 1e-30 to 1e30, a float or one for each row [...]; a constant, like row_weight and the
-            denominators: tensors that require a gradient are refused. Log-probs and advantages are data, and detached.
+            denominators: tensors that require a gradient are refused. old_logprob, advantage and ref_logprob are
+            constants too: they are detached, and get no gradient.
         policy_denominator, rehearsal_denominator: what the sum over each kind is divided by, a positive float or 0-d
             tensor; None: the number of such rows in this call.
         grad_tolerance: tau; 0 is exact. Otherwise, chunk by chunk, vocabulary columns that hold next to nothing are
@@ -252,6 +253,8 @@ def _checked_loss(op: str, call: PolicyCall, process_group: object | None) -> Po
     for name in ("policy_denominator", "rehearsal_denominator"):
         value = getattr(call, name)
         check_constant(name, value)
+        if isinstance(value, Tensor):
+            check_tensor(name, value, dtypes=FLOATS + INTEGERS)
         given = value is None or isinstance(value, Tensor)
         denominators[name] = value if given else float(check_not_negative(name, value))
     return _ready(op, call._replace(**denominators), process_group)
