@@ -111,7 +111,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
     except RecursionError:
         bad(f"nested more than {MAX_DEPTH} deep")
     except ValueError as error:  # a number of thousands of digits
-        bad(f"not JSON that can be read: {error}")
+        bad(f"not JSON that can be read: {str(error).partition('; use sys.')[0]}")
     if not isinstance(value, dict):
         whole = "; the file must hold one object a line, not one array" if isinstance(value, list) else ""
         bad(f"expected a JSON object, found {kind_of(value)}{whole}")
