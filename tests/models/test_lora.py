@@ -117,8 +117,8 @@ def test_ppo_with_rehearsal_refers_to_the_policy_without_its_adapters(
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert {n.split(".")[0] for n in trained} == {"trunk", "value_head"}
     seen = []
-    judge = trainer.judge
-    trainer.judge = lambda rollouts: seen.append((rollouts, judge(rollouts))) or seen[-1][1]
+    observe = trainer.observe
+    trainer.observe = lambda rollouts: seen.append((rollouts, observe(rollouts))) or seen[-1][1]
     curve = trainer.train(prompts, tmp_path)["curve"]
     assert curve[0]["kl"] == pytest.approx(0, abs=1e-5) and abs(curve[1]["kl"]) > 1e-4
     assert curve[0]["rehearsal_loss"] > 0.5 and curve[0]["gradient_norm"] > 0
