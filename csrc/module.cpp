@@ -1,4 +1,5 @@
 // The Python module stable_rlhf._C. Arrays arrive as addresses; the Python side keeps the tensors alive and checks them.
+// Each bind_NAME is at the end of NAME.cpp.
 #include <pybind11/pybind11.h>
 
 #include "isa.h"

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operation; each file gives one Python function on tensors."""
+"""Triton kernels, a file an operation or family; plain functions on tensors launch them."""

@@ -1,1 +1,3 @@
-"""What the method does, measured: each study is `python -m bench.studies.NAME`; none imports an operation's timings."""
+"""What the method does, measured: each study is `python -m bench.studies.NAME`, `workers` is their helper.
+
+None imports an operation's timings."""

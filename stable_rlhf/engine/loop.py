@@ -23,6 +23,8 @@ from stable_rlhf.show.progress import Bar
 class Loop:
     """Making one restores the newest snapshot and opens the metrics; leaving the ``with`` closes what it opened.
 
+    ``step`` counts the steps done before this one; metrics and snapshots carry ``step + 1``.
+
     ``done``: the steps that were done before; ``carried``: what the snapshot kept of the trainer's own numbers;
     ``tokens``: those seen so far, which the trainer counts up.
 

@@ -1,7 +1,7 @@
 """Snapshots inside a stage: a killed stage goes on from its last good one, to the same bits as if nothing had happened.
 
 Everything random in the trainers follows from the seed and the step, so a snapshot holds weights, optimiser and
-schedule (pieces.py), torch's generators of every rank, the metrics so far, and the few numbers a trainer carries from
+schedule (shards.py), torch's generators of every rank, the metrics so far, and the few numbers a trainer carries from
 step to step. It is written under another name, checked off file by file in a manifest, and renamed: what has its name
 is whole, and the newest whole one is the one to go on from. All ranks write it, or none has: a rank that cannot (a full
 disk) is an error on all of them, and the snapshots before it stay.

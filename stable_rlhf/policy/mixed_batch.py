@@ -45,7 +45,7 @@ def mix(
         features += cache.get(policy.trunk, [e.ids for e in rehearsal]) or []
     inputs, target = view(policy.trunk, examples, features)
     kind = torch.where(target >= 0, POLICY, IGNORED)
-    kind[len(experiences) :] *= REHEARSAL
+    kind[len(experiences) :][target[len(experiences) :] >= 0] = REHEARSAL
     rows = torch.zeros(4, *target.shape, dtype=torch.float32, device="cpu")
     for i, e in enumerate(experiences):
         assert e.advantage is not None and e.returns is not None

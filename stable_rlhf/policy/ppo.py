@@ -5,11 +5,11 @@ for every step:
     observe them                                  the scorer's score; policy, reference and critic at every token
     rewards: score at the end, KL at each token   experience.py
     advantages                                    GAE, whitened over all ranks, corrected for another rollout engine;
-                                                  critic-free: the score itself
+                                                  critic-free: the score less the KL penalty to come
     for every mini-batch:
         one mixed batch: rollouts + rehearsal     mixed_batch.py
         one loss, one backward, one step
-    watch the figures, adapt the KL coefficient   guard.py, kl.py
+    adapt the KL coefficient, watch the figures   kl.py, guard.py
 """
 
 from __future__ import annotations
@@ -144,14 +144,15 @@ class PPOTrainer:
     ) -> dict[str, Any]:
         """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
         the policy. Every ``sample_steps`` steps (0: never) ``samples`` are answered and kept."""
-        a, sample_steps = self.arguments, sample_steps if samples else 0
+        a = self.arguments
+        sample_steps = sample_steps if samples else 0
         settings = {"ppo": asdict(a), "guard": asdict(self.limits), "seed": self.seed, "ranks": world_size()}
         batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
         with Loop(
             name, batches, self.engine, folder, steps=a.total_steps, report_to=report_to, checkpoint=checkpoint,
             kept=self._kept(), settings=settings,
         ) as loop:  # fmt: skip
-            if loop.done:
+            if loop.done:  # the loop has restored the engine; these numbers are ours
                 self._resume(loop)
             page = partial(write_page, folder, name, settings, loop.tracker, self.guard, total_steps=a.total_steps)
             for step, rows in loop:

@@ -1,7 +1,8 @@
 """What the result of each stage depends on, said once: for whole runs, and for commands that run one stage alone.
 
 A run's records hold it, and a finished stage is found again only where it is the same: a line changed here makes every
-folder written before one "made with other settings".
+folder written before one "made with other settings". Not recorded are `guard`, `rollout` and a variant's row: a
+finished policy stays when they change.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ SCORER = StageKind(
 )  # fmt: skip
 SELECTION = StageKind("selection", "seed engine data ppo select")
 SELECTION_OF_FILES = StageKind("selection", "seed data select", policy=False)
+# Of rejection sampling too, whose folder is `ppo-rejection`.
 PPO = StageKind("ppo", "seed engine data ppo", alone="scorer evaluate")
 RESPONSES = StageKind("responses", "seed engine data ppo iterate")
 EVALUATION = StageKind("evaluation", "seed data evaluate", in_run="variants", alone="engine scorer ppo")

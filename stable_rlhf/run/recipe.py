@@ -15,8 +15,7 @@ from stable_rlhf.engine.process import start
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier
-from stable_rlhf.run import dependencies as kinds
-from stable_rlhf.run import evaluation, stages
+from stable_rlhf.run import dependencies, evaluation, stages
 from stable_rlhf.run.dependencies import Dependencies, shifted_responses
 from stable_rlhf.run.inputs import check_inputs, check_model
 from stable_rlhf.run.strength import measure_strength
@@ -34,22 +33,22 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         # times slower than one, waiting for each other.
         torch.set_num_threads(1)
     root = Path(recipe.output_dir)
-    # A folder that is there comes first: another run may be at work in it. A new one waits until it will be used.
+    # A folder that is there is locked before the inputs are checked; a new one is made only after they pass.
     run = RunDirectory(root, recipe.checkpoint) if root.exists() else None
-    finished = (root / kinds.EVALUATION.name).exists()
+    finished = (root / dependencies.EVALUATION.name).exists()
     if not finished:
         check_inputs(recipe)
     run = run or RunDirectory(root, recipe.checkpoint)
-    given, depends = recipe, Dependencies(recipe)
+    given, depends = recipe, Dependencies(recipe)  # records hold what was given, not the paths that stages add
 
     # 1. A model to begin with, and in the skill world the data.
     world: Stage | None = None
     if recipe.model_name_or_path is None:
-        world = run.stage(kinds.WORLD.name, depends.of(kinds.WORLD), partial(stages.run_world, recipe))
+        world = run.stage(dependencies.WORLD.name, depends.of(dependencies.WORLD), partial(stages.run_world, recipe))
         recipe = replace(recipe, data=world_data(recipe.data, world.folder))
         inputs, policy = [world], str(world.folder / "model")
     else:
-        kind = kinds.INITIAL_POLICY
+        kind = dependencies.INITIAL_POLICY
         model = run.stage(kind.name, depends.of(kind), partial(stages.run_materialise, recipe))
         inputs, policy = [model], str(model.folder)
     if not finished:
@@ -59,17 +58,17 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.demonstrations:
         early = recipe.world.early_share if world else None
         work = partial(stages.run_sft, recipe, policy, early_share=early)
-        sft = run.stage(kinds.SFT.name, depends.of(kinds.SFT, early=early), work, inputs)
+        sft = run.stage(dependencies.SFT.name, depends.of(dependencies.SFT, early=early), work, inputs)
         inputs, policy = [sft], str(sft.folder)
 
     # 3. Pairs, in the skill world sampled; to be denoised they are measured.
     if world:
         work = partial(stages.run_pairs, recipe, world.folder, Path(policy))
-        pairs = run.stage(kinds.PAIRS.name, depends.of(kinds.PAIRS), work, inputs)
+        pairs = run.stage(dependencies.PAIRS.name, depends.of(dependencies.PAIRS), work, inputs)
         recipe, inputs = _with_pairs(recipe, pairs), [*inputs, pairs]
     backbone = recipe.scorer_model_name_or_path or policy
     if recipe.scorer.denoise:
-        settings = depends.of(kinds.STRENGTH, **shifted_responses(recipe))
+        settings = depends.of(dependencies.STRENGTH, **shifted_responses(recipe))
         strength = measure_strength(recipe, run, backbone, settings, inputs)
         recipe, inputs = _with_pairs(recipe, strength), [*inputs, strength]
 
@@ -95,7 +94,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         for number in range(2, recipe.iterate.rounds + 1):
             name = f"{variant.name}-round-{number}"
             work = partial(stages.run_responses, recipe, str(last.folder))
-            responses = run.stage(kinds.RESPONSES.named(name), depends.of(kinds.RESPONSES), work, [last])
+            responses = run.stage(dependencies.RESPONSES.named(name), depends.of(dependencies.RESPONSES), work, [last])
             scorers[name] = ground.scorer(name, variant.scorer, cache, before=last, responses=responses)
             last = policies[name] = ground.policy_of(variant, name, scorers[name], selection, before=last)
 
@@ -103,7 +102,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     folders = {name: str(stage.folder) for name, stage in policies.items()}
     work = partial(evaluation.run_evaluate, recipe, policy, folders, str(judge.folder) if judge else None)
     sources = [*inputs, *policies.values(), *([judge] if judge else [])]
-    comparison = run.stage(kinds.EVALUATION.name, depends.of(kinds.EVALUATION), work, sources)
+    comparison = run.stage(dependencies.EVALUATION.name, depends.of(dependencies.EVALUATION), work, sources)
     summary = summarise(given, run, scorers, list(selections.values()), policies, comparison)
     write_report(summary, run.root)
     say(f"report: {run.root / 'report.html'}")
@@ -128,19 +127,19 @@ class _Ground:
     ) -> Stage:  # fmt: skip
         """``before``: the policy of the round before, and its ``responses``, which the scorer learns to tell apart."""
         recipe, policy = self.recipe, str(before.folder) if before else self.policy
-        settings = self.depends.of(kinds.SCORER, **shifted_responses(recipe))
+        settings = self.depends.of(dependencies.SCORER, **shifted_responses(recipe))
         if responses:
             shifted = str((responses.folder / stages.RESPONSES).resolve())
             recipe = replace(recipe, scorer=replace(recipe.scorer, meta_responses=shifted))
         work = partial(stages.run_scorer, recipe, objective, self.backbone, policy, cache=cache, split=split)
         sources = [*self.inputs, *([responses] if responses else [])]
-        return self.run.stage(kinds.SCORER.named(name), settings, work, sources)
+        return self.run.stage(dependencies.SCORER.named(name), settings, work, sources)
 
     def selection(self, objective: str, scorer: Stage) -> Stage:
-        # Folders had this name when the Advantage Model alone could choose.
-        name = kinds.SELECTION.name if objective == "am" else kinds.SELECTION.named(objective)
+        # The Advantage Model's keeps the plain name, so that older folders are found.
+        name = dependencies.SELECTION.name if objective == "am" else dependencies.SELECTION.named(objective)
         work = partial(stages.run_select, self.recipe, self.policy, str(scorer.folder), needed=True)
-        return self.run.stage(name, self.depends.of(kinds.SELECTION), work, [*self.inputs, scorer])
+        return self.run.stage(name, self.depends.of(dependencies.SELECTION), work, [*self.inputs, scorer])
 
     def policy_of(
         self, variant: Variant, name: str, scorer: Stage, selection: Stage | None, *, before: Stage | None = None
@@ -150,7 +149,7 @@ class _Ground:
         policy, reference = (str(before.folder), self.policy) if before else (self.policy, None)
         work = partial(stages.run_ppo, self.recipe, variant, policy, str(scorer.folder), rehearsal, reference=reference)
         sources = [*self.inputs, *filter(None, (selection, before)), scorer]
-        return self.run.stage(kinds.PPO.named(name), self.depends.of(kinds.PPO), work, sources)
+        return self.run.stage(dependencies.PPO.named(name), self.depends.of(dependencies.PPO), work, sources)
 
 
 def world_data(data: DataArguments, folder: Path) -> DataArguments:

@@ -17,7 +17,7 @@ class Variant:
         colour: As pictures have it.
         scorer: Reward model (``rm``) or Advantage Model (``am``); with rehearsal it scores the candidates as well.
         training: ``ppo``, or ``rejection`` sampling.
-        advantages: ``gae`` with a critic, or the ``score`` itself without one.
+        advantages: ``gae`` with a critic, or without one the ``score``, less the KL penalty to come.
         rehearsal: Whether selected responses of the initial policy are rehearsed.
         moving_average: Whether scores are normalised by their moving average.
     """

@@ -8,8 +8,8 @@
 
 The same for every device; the row kernels are `cpu` (C++) and `kernels.policy` (Triton). Each forward makes the
 gradients along with the loss, because a token's gradient depends on its log-prob alone; the backward only scales them.
-Without any gradient asked for, only the statistics are made. The backend "torch" is the reference, whose sizes are
-data: as an operator it is there for `torch.compile`.
+Without any gradient asked for, only the statistics are made. The backend "torch" is the reference: under
+`torch.compile` it runs inside the operator too, because how many rows are active depends on values.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def linear_policy_loss(
 
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
-        NotImplementedError: an option this version does not have yet.
+        NotImplementedError: `logits_dtype` for this type, or `process_group` on the backend "torch".
         RuntimeError: the backend forced by `backend(name)` does not exist or cannot run.
     """
     grad_scale = check_positive("grad_scale", grad_scale)

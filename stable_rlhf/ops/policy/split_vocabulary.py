@@ -20,7 +20,8 @@ from stable_rlhf.ops.policy.types import PolicyLossConfig
 class SplitVocabulary:
     """The row kernels of one rank, with statistics over the whole vocabulary.
 
-    Stands in for the module `kernels`. Every rank calls with the same rows and chunks.
+    Stands in for a module of row kernels (`ops.policy.cpu`, `kernels.policy`). Every rank calls with the same rows and
+    chunks.
     """
 
     def __init__(self, kernels: ModuleType, name: str, width: int, device: torch.device) -> None:

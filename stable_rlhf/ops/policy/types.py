@@ -103,7 +103,7 @@ class PolicyCall(NamedTuple):
     policy_denominator: float | Tensor | None = None
     rehearsal_denominator: float | Tensor | None = None
     logits_dtype: torch.dtype | None = None
-    workspace_bytes: int = 1
+    workspace_bytes: int = 1  # not read from logits, which need no workspace
     grad_tolerance: float = 0.0
     backend: str = "torch"
     group: str = ""  # name of the process group that the vocabulary is split over

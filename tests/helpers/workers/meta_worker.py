@@ -1,6 +1,6 @@
 """MetaRM's two steps under each ZeRO stage, beside an explicit version in plain autograd; rank 0 writes what differs.
 
-Run by test_meta_training.py under one and two ranks. Arguments: output file, micro-batch per rank, ZeRO stages.
+Run by test_metarm_training.py under one and two ranks. Arguments: output file, micro-batch per rank, ZeRO stages.
 """
 
 from __future__ import annotations
