@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +14,16 @@ import torch.distributed as dist
 from stable_rlhf.show.progress import is_main_process, mark
 
 _T = TypeVar("_T")
+
+# What gloo, NCCL and the store say where another process has gone.
+_LOST = re.compile(
+    r"closed by (remote )?peer|onnection reset|Broken pipe|remote process exited|Socket Timeout|Timed out wait"
+)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def rank() -> int:

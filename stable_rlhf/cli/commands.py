@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,12 +30,8 @@ if TYPE_CHECKING:
 # small steps ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+
 # What gloo and NCCL say to a rank whose peer is gone.
-_LOST = re.compile(
-    r"closed by (remote )?peer|onnection reset|Broken pipe|remote process exited|Socket Timeout|Timed out wait"
-)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``stable-rlhf``."""
     with signals.ended_by_one_line():
@@ -79,7 +74,9 @@ def _main(argv: Sequence[str] | None) -> None:
             fail(f"{error}; output_dir is {recipe.output_dir!r}", hint=hint)
         if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, SafetensorError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
-        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        from stable_rlhf.ranks import is_lost_rank
+
+        if is_lost_rank(error):
             if number := signals.received():  # so has the other one, and it was quicker
                 raise signals.Stopped(number) from None
             fail("another rank has ended, so this one cannot go on; what it said, or the launcher, tells why",

@@ -62,7 +62,7 @@ import torch
 from torch import nn
 
 from stable_rlhf.engine.frozen import zero_defaults
-from stable_rlhf.models.loading import context_length, hidden_width, resolve_model, text_config, text_decoder
+from stable_rlhf.models.loading import context_length, hidden_width, load_config, text_config, text_decoder
 from stable_rlhf.models.lora import adapted_layers, add_lora
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import Trunk
@@ -138,10 +138,8 @@ def read_config(name: str, shape: dict[str, Any]) -> tuple[Any, str]:
     """
     from transformers import AutoConfig
 
-    location, gguf_file = resolve_model(name)
-    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoConfig.from_pretrained(location, local_files_only=True, **extra), f"the config of {name}"
+        return load_config(name, local_files_only=True), f"the config of {name}"
     except (OSError, ValueError):
         pass
     if shape:
@@ -152,7 +150,7 @@ def read_config(name: str, shape: dict[str, Any]) -> tuple[Any, str]:
         except ValueError as error:
             raise ValueError(f"model_shape.model_type {kind!r}: transformers knows no such model") from error
     try:
-        return AutoConfig.from_pretrained(location, **extra), f"the hub's config of {name}"
+        return load_config(name), f"the hub's config of {name}"
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model {name!r}: its config is neither on this machine nor to be had from the hub, so its memory cannot "

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_rlhf.ranks import is_lost_rank
+
+# Unset, transformers asks on the terminal whether a repository's own code shall run, and runs it after a "y".
+OWN_CODE_ALONE = {"trust_remote_code": False}
+
 
 @contextmanager
 def loading(what: str, location: str | Path) -> Iterator[None]:
@@ -24,6 +29,8 @@ def loading(what: str, location: str | Path) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         raise  # of the machine, not of the files
     except Exception as error:  # any: libraries read what others wrote, and fail in their own ways
+        if is_lost_rank(error):
+            raise  # a model in shards is read by all ranks, and another one has ended
         reason = broken_file(location) or f"{_kind(error)}{' '.join(str(error).split())}"
         raise ValueError(f"{what}: {_missing(location)}it cannot be loaded: {reason}") from error
 
@@ -75,6 +82,7 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
+    options = {**OWN_CODE_ALONE, **options}
     checked = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with loading(what, location):
         if is_deepspeed_zero3_enabled():

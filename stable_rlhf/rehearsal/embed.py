@@ -122,6 +122,8 @@ def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype
     from sentence_transformers.util import is_sentence_transformer_model
     from transformers.utils import logging as hf_logging
 
+    from stable_rlhf.models.checked import OWN_CODE_ALONE
+
     local = Path(model).is_dir()
     kwargs = {"dtype": dtype}  # unset, a checkpoint stored in bf16 would run in bf16 anywhere
     quiet = not progress and hf_logging.is_progress_bar_enabled()
@@ -135,7 +137,8 @@ def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype
         else:
             how = _plain_pooling(model, pooling)
             logger.info("%s has no sentence-transformers modules: pooling=%s", model, how)
-            shared: dict[str, Any] = {"model_kwargs": {**kwargs, "local_files_only": local}}
+            shared: dict[str, Any] = {"model_kwargs": {**kwargs, "local_files_only": local, **OWN_CODE_ALONE}}
+            shared |= {"config_kwargs": OWN_CODE_ALONE, "processor_kwargs": OWN_CODE_ALONE}
             if how == "pooler":
                 # Unpadded batches have no [CLS] column for the pooler to read.
                 modules = [

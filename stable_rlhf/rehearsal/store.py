@@ -212,8 +212,10 @@ def _revision(name: str) -> str:
         return f"files:{digest.hexdigest()}"
     from transformers import AutoConfig
 
+    from stable_rlhf.models.checked import OWN_CODE_ALONE
+
     try:
-        return str(AutoConfig.from_pretrained(name)._commit_hash)
+        return str(AutoConfig.from_pretrained(name, **OWN_CODE_ALONE)._commit_hash)
     except OSError as error:
         raise cannot_load(name, error) from error
 

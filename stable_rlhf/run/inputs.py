@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.tracking import check_reporters
-from stable_rlhf.models.loading import context_length, load_tokenizer, resolve_model
+from stable_rlhf.models.loading import context_length, load_config, load_tokenizer
 from stable_rlhf.policy.ppo import check_sizes
 from stable_rlhf.policy.rejection import check_rounds
 from stable_rlhf.rehearsal.cluster import check_clustering
@@ -121,13 +120,13 @@ def check_model(recipe: Recipe, folder: str) -> None:
         ValueError: a number of trainable layers that it has not, prompts and responses longer than its context, a
             scorer's backbone that reads other tokens.
     """
-    policy = _config(folder)
+    policy = load_config(folder)
     backbone = recipe.scorer_model_name_or_path
-    scorer = policy if backbone is None else _config(backbone)
+    scorer = policy if backbone is None else load_config(backbone)
     for name, config, layers in (
         ("ppo", policy, recipe.ppo.num_trainable_layers), ("scorer", scorer, recipe.scorer.num_trainable_layers),
     ):  # fmt: skip
-        blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        blocks = getattr(config.get_textload_config(decoder=True), "num_hidden_layers", None)
         if layers is not None and blocks is not None and layers >= blocks:
             words = f"between 1 and {blocks - 1}" if blocks > 1 else "unset"
             raise ValueError(
@@ -145,10 +144,3 @@ def check_model(recipe: Recipe, folder: str) -> None:
                 f"a prompt of {longest} tokens and ppo.max_new_tokens {new} do not fit the model's context of {context}"
                 ": lower data.max_prompt_length or ppo.max_new_tokens"
             )
-
-
-def _config(model: str) -> Any:
-    from transformers import AutoConfig
-
-    location, gguf_file = resolve_model(model)
-    return AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))

@@ -30,7 +30,7 @@ from stable_rlhf.engine.order import count_steps, shuffled_steps, stream_seed
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.models.checked import read_tensors
 from stable_rlhf.models.features import FeatureCache
-from stable_rlhf.models.loading import context_length, load_backbone, load_tokenizer, resolve_model
+from stable_rlhf.models.loading import context_length, load_backbone, load_config, load_tokenizer
 from stable_rlhf.models.trunk import Trunk, length_batches
 from stable_rlhf.ranks import barrier, device, rank, world_size
 from stable_rlhf.run.datasets import read_preferences, split_preferences
@@ -101,11 +101,7 @@ def measure_strength(
 
 
 def _load(recipe: Recipe, backbone: str) -> _Pairs:
-    from transformers import AutoConfig
-
-    tokenizer = load_tokenizer(backbone)
-    location, gguf_file = resolve_model(backbone)
-    config = AutoConfig.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {}))
+    tokenizer, config = load_tokenizer(backbone), load_config(backbone)
     rows = read_preferences(recipe.data, recipe.seed)
     train = split_preferences(recipe.data, rows, recipe.seed).train
     folds = recipe.strength.folds

@@ -176,11 +176,12 @@ def small_scorer(server: Server, files: Path) -> Path:
     return files / "out" / "scorer-am"
 
 
-def whole_snapshots(stage: Path) -> list[str]:
-    """Names of the snapshots in a stage's working folder, each checked against its manifest; no other file is there."""
+def whole_snapshots(stage: Path, *, killed: bool = False) -> list[str]:
+    """Names of the snapshots in a stage's working folder, each checked against its manifest; no other file is there,
+    but for what a kill leaves of one that was being written or deleted."""
     from stable_rlhf.engine.snapshots import _read
 
-    found = sorted((stage / "checkpoints").iterdir())
+    found = sorted(p for p in (stage / "checkpoints").iterdir() if not (killed and p.suffix == ".tmp"))
     for path in found:
         assert not isinstance(record := _read(path), str), record
     return [path.name for path in found]

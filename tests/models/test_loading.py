@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import logging
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stable_rlhf import models
 from stable_rlhf.data import templates
 from stable_rlhf.data.encoding import Encoded, encode
-from stable_rlhf.models.loading import load_backbone, load_causal_lm, load_tokenizer
+from stable_rlhf.models.loading import load_backbone, load_causal_lm, load_config, load_tokenizer
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 
@@ -223,3 +225,46 @@ def test_a_scorer_reads_tokens_of_a_longer_padded_embedding(tiny_model, tokenize
     tokenizer.unk_token = None
     other = AdvantageModel(tiny_model().base_model, tokenizer).eval()
     assert torch.isfinite(other.score_encoded(padded)).all()
+
+
+CONFIG_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+
+Path(__file__).with_name("ran").touch()
+
+
+class Odd(LlamaConfig):
+    model_type = "odd"
+"""
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_a_repositorys_own_code_never_runs(policy, monkeypatch, tmp_path, part):
+    """Nor is anybody asked: transformers would, where nothing was said, and wait for an answer."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    (policy / "code.py").write_text(CONFIG_CODE, encoding="utf-8")
+    if part == "config":
+        change(policy / "config.json", model_type="odd", auto_map={"AutoConfig": "code.Odd"})
+    else:
+        change(policy / "tokenizer_config.json", tokenizer_class="Odd", auto_map={"AutoTokenizer": ["code.Odd", None]})
+    loaders = [load_tokenizer] if part == "tokenizer" else [load_tokenizer, load_causal_lm, load_backbone, load_config]
+    for load in loaders:
+        with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
+            load(str(policy))
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_no_loader_leaves_that_open():
+    """Every `from_pretrained` of transformers' Auto classes says that a repository's own code is not to run."""
+    package = Path(models.__file__).parents[1]
+    calls = [
+        (file.name, node.lineno, ast.unparse(node))
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+        and ast.unparse(node.func.value).lower().startswith("auto")
+    ]  # fmt: skip
+    bare = [call for call in calls if "OWN_CODE_ALONE" not in call[2] and call[0] != "checked.py"]  # its options do
+    assert len(calls) >= 5 and not bare

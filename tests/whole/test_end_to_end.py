@@ -491,7 +491,7 @@ def test_smollm2_becomes_a_plain_folder(tmp_path):
 import json, sys
 from pathlib import Path
 import torch
-from stable_rlhf.models import load_causal_lm, load_tokenizer
+from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.run.stages import run_materialise

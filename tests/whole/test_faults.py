@@ -83,11 +83,11 @@ def test_a_read_only_disk(server, cli, disk, files, sft, tmp_path):
     call = [*small_sft(files), "--output-dir", folder / "out"]
     assert cli(*call, kill="disk/out/sft.tmp/checkpoints/step-00000003").code == -9
     disk("ro")
-    before = whole_snapshots(folder / "out" / "sft.tmp")
+    before = whole_snapshots(folder / "out" / "sft.tmp", killed=True)
     cli(*call).refused("Read-only file system", str(folder / "out"))
     for done in server.ranks(2, *small_sft(files), "--output-dir", folder / "other", cwd=tmp_path):
         done.refused("Read-only file system", f"output_dir '{folder / 'other'}'")
-    assert whole_snapshots(folder / "out" / "sft.tmp") == before
+    assert whole_snapshots(folder / "out" / "sft.tmp", killed=True) == before
     disk("rw")
     assert "going on after step" in cli(*call).worked().err
     assert weights(folder / "out" / "sft") == sft
@@ -135,12 +135,12 @@ def test_a_row_of_garbage(cli, files, sft, tmp_path):
     mine.write_bytes(good)
     call = [*small_sft(files), "--data.demonstrations", mine, "--output-dir", tmp_path / "out"]
     assert cli(*call, kill="out/sft.tmp/checkpoints/step-00000003").code == -9
-    before = whole_snapshots(tmp_path / "out" / "sft.tmp")
+    before = whole_snapshots(tmp_path / "out" / "sft.tmp", killed=True)
     lines = good.splitlines(keepends=True)
     mine.write_bytes(b"".join([*lines[:9], b'{"prompt": "\xff\x00\n', *lines[9:]]))
     cli(*call).refused("holds checkpoints of an attempt with other settings", "sft.jsonl")
     cli(*call[:-1], tmp_path / "fresh").refused(f"{mine}:10: not UTF-8")
-    assert whole_snapshots(tmp_path / "out" / "sft.tmp") == before
+    assert whole_snapshots(tmp_path / "out" / "sft.tmp", killed=True) == before
     mine.write_bytes(good)
     assert "going on after step" in cli(*call).worked().err
     assert weights(tmp_path / "out" / "sft") == sft
@@ -149,10 +149,10 @@ def test_a_row_of_garbage(cli, files, sft, tmp_path):
 def test_other_settings_never_cost_a_snapshot(cli, files, sft, tmp_path):
     call = [*small_sft(files), "--output-dir", tmp_path / "out"]
     assert cli(*call, kill="out/sft.tmp/checkpoints/step-00000003").code == -9
-    before = whole_snapshots(tmp_path / "out" / "sft.tmp")
+    before = whole_snapshots(tmp_path / "out" / "sft.tmp", killed=True)
     cli(*call, "--sft.learning_rate", "1e-3").refused("sft.learning_rate: 0.01 -> 0.001", "'none'")
     cli(*call, "--engine.zero_stage", 2).refused("engine.zero_stage: 0 -> 2", "set checkpoint.universal to true")
-    assert whole_snapshots(tmp_path / "out" / "sft.tmp") == before
+    assert whole_snapshots(tmp_path / "out" / "sft.tmp", killed=True) == before
     anew = [*call, "--sft.learning_rate", "1e-3", "--checkpoint.resume_from_checkpoint", "none"]
     assert "starting it again" in cli(*anew).worked().err
     assert weights(tmp_path / "out" / "sft") != sft
