@@ -126,7 +126,7 @@ def check_model(recipe: Recipe, folder: str) -> None:
     for name, config, layers in (
         ("ppo", policy, recipe.ppo.num_trainable_layers), ("scorer", scorer, recipe.scorer.num_trainable_layers),
     ):  # fmt: skip
-        blocks = getattr(config.get_textload_config(decoder=True), "num_hidden_layers", None)
+        blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
         if layers is not None and blocks is not None and layers >= blocks:
             words = f"between 1 and {blocks - 1}" if blocks > 1 else "unset"
             raise ValueError(
