@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -11,11 +12,12 @@ import torch.distributed as dist
 
 from stable_rlhf.engine import watchdog
 from stable_rlhf.engine.signals import ASKS, received
-from stable_rlhf.ranks import barrier, device, sum_over_ranks
+from stable_rlhf.ranks import barrier, device, sum_over_ranks, world_size
 
 # The others wait while rank 0 asks a judge, embeds candidates or reads its files again. A rank that hangs is found long
 # before, by watchdog.py.
 _TIMEOUT_MINUTES = 6 * 60
+_LET_GO = 0.3  # seconds
 
 
 def stop_asked() -> int:
@@ -72,6 +74,11 @@ def start(seed: int) -> None:
 def finish() -> None:
     """Leave the process group, all ranks together: one that ends while others still talk to it can take them down."""
     if dist.is_initialized():
+        several = world_size() > 1
         barrier()
         watchdog.stop()
         dist.destroy_process_group()
+        if several:
+            # The group outlives this where something still refers to it (DeepSpeed does), and a thread of gloo may hold
+            # the tensors of its last work for a moment more: let go of when Python has ended, they abort the process.
+            time.sleep(_LET_GO)

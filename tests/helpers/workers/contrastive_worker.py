@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import stable_rlhf.ops as ops
+from stable_rlhf.engine.process import finish
 
 WIDTH = 9
 
@@ -80,7 +81,7 @@ def main() -> None:
     check(rank, [3, 0], torch.float32)
     errors(rank)
     dist.barrier()  # no rank ends while another still talks to it
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

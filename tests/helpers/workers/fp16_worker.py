@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from stable_rlhf.engine.engine import Engine
-from stable_rlhf.engine.process import start
+from stable_rlhf.engine.process import finish, start
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
@@ -113,8 +113,7 @@ def main() -> None:
         plain.engine.close()
     if rank() == 0:
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
-    barrier()
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.engine.process import start
+from stable_rlhf.engine.process import finish, start
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
@@ -221,8 +221,7 @@ def main() -> None:
         }  # fmt: skip
     if rank() == 0:
         output.write_text(json.dumps(found), encoding="utf-8")
-    barrier()
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 main()

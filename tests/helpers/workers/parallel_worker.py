@@ -17,7 +17,7 @@ from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.order import micro_steps, shuffled_steps
-from stable_rlhf.engine.process import start
+from stable_rlhf.engine.process import finish, start
 from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.engine.weights import gathered
@@ -26,7 +26,7 @@ from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.policy.experience import Experience
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import _imitate
-from stable_rlhf.ranks import barrier, gather_objects, rank, sum_over_ranks, world_size
+from stable_rlhf.ranks import gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import EncodedComparison
@@ -276,8 +276,7 @@ def main() -> None:
     if rank() == 0:
         output.write_text(json.dumps(found), encoding="utf-8")
     # A rank that ends while another still talks to it can take that one down with it.
-    barrier()
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 main()

@@ -14,7 +14,7 @@ from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.frozen import loading_in_shards
-from stable_rlhf.engine.process import start
+from stable_rlhf.engine.process import finish, start
 from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.ranks import barrier, rank, world_size
@@ -56,8 +56,7 @@ def main() -> None:
             rehearsal=[encode(tokenizer, t, t[:4]) for t in TEXTS],
         )  # fmt: skip
         trainer.train(prompts, out / name, report_to=[])
-    barrier()
-    torch.distributed.destroy_process_group()
+    finish()
 
 
 main()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import stable_rlhf.ops as ops
+from stable_rlhf.engine.process import finish
 from stable_rlhf.ops import PolicyHead, PolicyLossConfig
 
 ROWS, VOCABULARY, WIDTH = 37, 101, 12
@@ -160,7 +161,7 @@ def main() -> None:
         under_fsdp(expected())
     else:
         under_zero(int(sys.argv[1]), expected())
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":
