@@ -26,8 +26,10 @@ def held() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        # Not what stands for tensors without memory, which other tests of the process may have left.
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+        # Not what stands for tensors without memory or with several, which other tests of the process may have left.
+        if type(thing) not in (torch.Tensor, torch.nn.Parameter) or thing.device.type != "cpu":
+            continue
+        if thing.layout is torch.strided and not thing.is_nested:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None:
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
