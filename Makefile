@@ -9,13 +9,14 @@ HOSTILE_BUDGET ?= 240
 # One process a core; a file stays in one process, so that its fixtures are made once.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: setup quickstart test test-hostile test-isa test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
+.PHONY: setup quickstart test test-hostile test-isa test-triton36 test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
 
 help:
 	@echo "make setup       build .venv with everything the project needs"
 	@echo "make quickstart  the whole method in a generated skill world (OUTPUT_DIR=$(OUTPUT_DIR) SEED=$(SEED))"
 	@echo "make test        lint, types and the ordinary tests"
 	@echo "make test-isa    the operations' tests as lower processors would run them (see the Makefile)"
+	@echo "make test-triton36  the gates of the machine code under triton 3.6.0, which is downloaded into build/ once"
 	@echo "make test-slow   the long tests (marked slow)"
 	@echo "make test-hostile  broken inputs, drawn for HOSTILE_BUDGET=$(HOSTILE_BUDGET) seconds: one clear error each, nothing lost"
 	@echo "make bench       every operation beside its floor and its peers, five minutes (BENCH_ARGS=$(BENCH_ARGS))"
@@ -63,6 +64,18 @@ test-isa: setup
 		env $$limits STABLE_RLHF_CPU_ISA=$$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
 			$(PYTEST_ARGS) tests/ops tests/policy tests/scorer tests/engine || exit 1; \
 	done
+
+# Another triton beside the installed torch. It is unpacked aside and renamed: a broken download leaves nothing behind.
+build/triton-3.6.0:
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==3.6.0 || \
+		{ echo "triton 3.6.0 could not be downloaded" >&2; exit 1; }
+	mv $@.part $@
+
+test-triton36: setup build/triton-3.6.0
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python -c "import triton; print('triton', triton.__version__)"
+	PYTHONPATH=build/triton-3.6.0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) \
+		tests/ops/test_ahead_of_time.py tests/ops/test_machine_code.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)

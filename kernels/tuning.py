@@ -1,8 +1,8 @@
 """What was measured to be fastest on a device, by the device's name: rows of a chunk, launches of the row kernel.
 
-`tuned.json` beside this file is the table; `python -m bench.gpu` proposes one on the card that it runs on, and
-STABLE_RLHF_TUNED names a file to read in its place. A device that no entry names, and a vocabulary far from any that was
-measured, get None: the caller's own rule holds. Nothing here imports triton.
+`tuned.json` beside this file is the table; `bench/gpu.sh run1` proposes one on the card that it runs on, and
+STABLE_RLHF_TUNED names a file to read in its place. A device that no entry names, and a vocabulary far from any that
+was measured, get None: the caller's own rule holds. Nothing here imports triton.
 """
 
 from __future__ import annotations
