@@ -24,6 +24,7 @@ from bench import plots, render
 from bench.case import DTYPES, RESULTS, Case, Line, Settings, read_lines, write_lines
 from bench.common import ROOT, environment
 from bench.compare import GONE, SLOWER, compare, slug
+from bench.count import command as count
 from bench.ops import OPERATIONS
 from bench.presets import PRESETS
 from bench.run import machine, run_case
@@ -42,6 +43,7 @@ examples:
   python -m bench report --readme                           write the tables of the pages from readme.jsonl
   python -m bench compare OLD.jsonl NEW.jsonl               what became slower beyond the noise; exit status 1 if ours
   python -m bench guard                                     two minutes of ratios to the floor against the last ones
+  python -m bench count                                     what the CUDA path does, counted without a GPU
 
 Results are JSON lines in bench/results/, one file a device and commit (quick, readme and guard have their own); a case
 that is measured again replaces its lines. Peers that are absent, fail, give wrong results or take longer than --limit
@@ -51,7 +53,7 @@ are listed with the reason. `python -m bench run --help` lists all options; benc
 def parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=HELP, formatter_class=form)
-    commands = top.add_subparsers(dest="command", metavar="{run,list,report,compare,guard}")
+    commands = top.add_subparsers(dest="command", metavar="{run,list,report,compare,guard,count}")
     run = commands.add_parser(
         "run", help="measure (the default)", description=__doc__, epilog=HELP, formatter_class=form
     )
@@ -78,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
     guard.add_argument("--ops", help="comma-separated operations (default: all of the guard)")
     guard.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     guard.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    counted = commands.add_parser(
+        "count", help="flops, bytes, launches, stops and memory of the CUDA path, counted without a GPU"
+    )
+    count.add_arguments(counted)
     return top
 
 
@@ -288,9 +294,11 @@ def guard(given: argparse.Namespace, log: Console, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] not in (["run"], ["list"], ["report"], ["compare"], ["guard"], ["-h"], ["--help"]):
+    if words[:1] not in (["run"], ["list"], ["report"], ["compare"], ["guard"], ["count"], ["-h"], ["--help"]):
         words.insert(0, "run")
     given = parser().parse_args(words)
+    if given.command == "count":
+        count.under_interpreter(words)
     log, console = Console(stderr=True), wide(Console())
     if given.command == "run":
         return run(given, wide(log), console)
@@ -298,6 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return list_peers(given, console)
     if given.command == "report":
         return report(given, console)
+    if given.command == "count":
+        return count.run(given, console, log)
     if given.command == "guard":
         return guard(given, wide(log), console)
     found = compare(read_lines(given.before), read_lines(given.after), given.threshold)
