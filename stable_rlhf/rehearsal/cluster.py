@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from stable_rlhf.rehearsal import kmeans
 from stable_rlhf.show.progress import progress
 
 METHODS = ("kmeans", "gmm")
-BACKENDS = ("auto", "cpu", "faiss", "flash-kmeans")
+BACKENDS = ("auto", "cpu", "cuda", "faiss", "flash-kmeans")
 INITS = ("kmeans++", "random")
 _ROWS_PER_SEARCH = 65_536
 
@@ -33,8 +34,8 @@ class Clusters:
     trained_on: rows the centroids were computed from; n unless `train_rows` cut it.
     method: "kmeans" or "gmm".
     notes: what the caller did not ask for but got (fewer clusters, a subsample, no convergence), one sentence each.
-    backend: "cpu", "faiss" or "flash-kmeans".
-    iterations: of Lloyd's algorithm, on the CPU until nothing changed.
+    backend: "cpu", "cuda", "faiss" or "flash-kmeans".
+    iterations: of Lloyd's algorithm, with our own backends (cpu, cuda) until nothing changed.
     """
 
     assignment: np.ndarray
@@ -71,7 +72,15 @@ def _check_finite(embeddings: np.ndarray, squared: np.ndarray) -> None:
     raise ValueError(f"embeddings: row {bad[0]} is too long, its squared length overflows float32")
 
 
-def _first_distinct(rows: kmeans.Rows, most: int) -> np.ndarray:
+class _Blocks(Protocol):
+    """Rows in blocks of `kmeans.BLOCK_ROWS`, float32 on the host."""
+
+    def __len__(self) -> int: ...
+
+    def scaled(self, start: int, /) -> np.ndarray: ...
+
+
+def _first_distinct(rows: _Blocks, most: int) -> np.ndarray:
     """Places of the first rows of which no two are equal, at most `most`; early, unless rows repeat a lot."""
     seen: set[bytes] = set()
     places: list[int] = []
@@ -90,6 +99,21 @@ def _first_distinct(rows: kmeans.Rows, most: int) -> np.ndarray:
     return np.array(places)
 
 
+def _sampled(train: _Blocks, n: int) -> str:
+    return f"trained on a sample of {len(train)} of {n} rows"
+
+
+def _distinct(train: _Blocks, num_clusters: int, notes: list[str]) -> tuple[np.ndarray, int]:
+    """Places of distinct rows, one a cluster, and as many clusters as there are of them."""
+    distinct = _first_distinct(train, num_clusters)
+    if len(distinct) < num_clusters:
+        notes.append(
+            f"{num_clusters} clusters asked for, but only {len(distinct)} distinct rows: {len(distinct)} clusters made"
+        )
+        logger.warning(notes[-1])
+    return distinct, len(distinct)
+
+
 def check_clustering(method: str, backend: str, devices: Sequence[int] | None, spherical: bool) -> str:
     """The backend that serves these options.
 
@@ -101,28 +125,43 @@ def check_clustering(method: str, backend: str, devices: Sequence[int] | None, s
     chosen = _choose_backend(backend, devices, spherical)
     if chosen == "faiss" and devices is not None:
         _check_devices(devices)
+    if chosen == "cuda" and devices is not None:
+        _cuda_device(devices[0])
     return chosen
 
 
 def _choose_backend(backend: str, devices: Sequence[int] | None, spherical: bool) -> str:
     """The backend that "auto" stands for, or the one asked for; a ValueError where it cannot serve."""
-    flash = importlib.util.find_spec("flash_kmeans") is not None
     if backend == "auto":
-        backend = (
-            "cpu" if devices is None else "flash-kmeans" if flash and len(devices) == 1 and not spherical else "faiss"
-        )
+        if devices is None:
+            return "cpu"
+        return "cuda" if len(devices) == 1 and _cuda_devices() else "faiss"
     if backend == "cpu" and devices is not None:
         raise ValueError(
-            f"devices {list(devices)}: the cpu backend uses none; choose 'auto', 'faiss' or 'flash-kmeans'"
+            f"devices {list(devices)}: the cpu backend uses none; choose 'auto', 'cuda', 'faiss' or 'flash-kmeans'"
         )
-    if backend == "flash-kmeans":
-        if not flash:
-            raise ValueError("backend 'flash-kmeans' needs the package flash-kmeans: pip install flash-kmeans")
-        if devices is None or len(devices) != 1:
-            raise ValueError(f"backend 'flash-kmeans' runs on one CUDA device, as in devices=[0], got {devices}")
-        if spherical:
-            raise ValueError("spherical: backend 'flash-kmeans' has no spherical k-means; choose 'faiss'")
+    if backend == "flash-kmeans" and importlib.util.find_spec("flash_kmeans") is None:
+        raise ValueError("backend 'flash-kmeans' needs the package flash-kmeans: pip install flash-kmeans")
+    if backend in ("cuda", "flash-kmeans") and (devices is None or len(devices) != 1):
+        raise ValueError(f"backend {backend!r} runs on one CUDA device, as in devices=[0], got {devices}")
+    if backend == "flash-kmeans" and spherical:
+        raise ValueError("spherical: backend 'flash-kmeans' has no spherical k-means; choose 'cuda' or 'faiss'")
     return backend
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _cuda_device(number: int) -> Any:
+    import torch
+
+    present = _cuda_devices()
+    if not 0 <= number < present:
+        raise ValueError(f"devices [{number}]: torch {torch.__version__} sees {present} CUDA devices; None is the CPU")
+    return torch.device("cuda", number)
 
 
 def _check_devices(devices: Sequence[int]) -> None:
@@ -228,6 +267,59 @@ def _stream(rows: kmeans.Rows, nearest: Callable[[np.ndarray], np.ndarray]) -> n
     return assignment
 
 
+def _on_device(
+    embeddings: np.ndarray,
+    num_clusters: int,
+    device: Any,
+    generator: np.random.Generator,
+    *,
+    niter: int,
+    spherical: bool,
+    init: str,
+    train_rows: int | None,
+    resident: bool | None = None,
+) -> Clusters:
+    """`cluster_embeddings` by the cuda backend; `resident`: whether rows stay on the device, None: where they fit."""
+    import torch
+
+    from stable_rlhf.rehearsal import device_kmeans
+    from stable_rlhf.rehearsal.device_rows import DeviceRows
+
+    notes: list[str] = []
+    n = len(embeddings)
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        rows = DeviceRows(embeddings, device, resident=resident)
+        _check_finite(embeddings, rows.measure())
+        rows.settle(spherical)
+        train = rows
+        if train_rows is not None and max(train_rows, num_clusters) < n:
+            train = rows.subset(np.sort(generator.choice(n, max(train_rows, num_clusters), replace=False)))
+            notes.append(_sampled(train, n))
+        distinct, num_clusters = _distinct(train, num_clusters, notes)
+        if init == "random":
+            places = np.sort(generator.choice(len(train), num_clusters, replace=False))
+        else:
+            places = device_kmeans.plus_plus(train, num_clusters, distinct, generator)
+        found = device_kmeans.lloyd(train, train.take(places), niter=niter, spherical=spherical)
+        labels = found.labels
+        if train is not rows or not found.converged:
+            labels = device_kmeans.assign(rows, found.centroids, spherical=spherical)
+        inertia = float(device_kmeans.distances(rows, found.centroids, labels).sum(dtype=torch.float64))
+        centroids = found.centroids if rows.offset is None else found.centroids + rows.offset
+        assignment = labels.cpu().numpy()
+        return Clusters(
+            assignment=assignment,
+            centroids=centroids.cpu().numpy(),
+            sizes=np.bincount(assignment, minlength=num_clusters).astype(np.int64),
+            inertia=inertia,
+            trained_on=len(train),
+            method="kmeans",
+            notes=tuple(notes),
+            backend="cuda",
+            iterations=found.iterations,
+        )
+
+
 def cluster_embeddings(
     embeddings: np.ndarray,
     num_clusters: int,
@@ -248,21 +340,25 @@ def cluster_embeddings(
     method: "kmeans" (Lloyd's algorithm) or "gmm" (diagonal Gaussian mixture by scikit-learn in float64, begun
         at the KMeans solution with the same `niter`; a row goes to its most probable component; variances are floored
         at 1e-3 of the data's mean variance).
-    niter: most iterations of Lloyd and of EM. Both stop earlier when nothing changes any more (not on GPUs).
+    niter: most iterations of Lloyd and of EM. Both stop earlier when nothing changes any more (not by faiss nor
+        flash-kmeans).
     spherical: scale rows to unit length (zero rows stay zero) and keep centroids on the unit sphere. KMeans only.
     init: "kmeans++" (drawn from at most max(16,384, 32 c) of the training rows, for the price of about one iteration)
         or "random" (rows drawn uniformly, faiss's own default, prone to poor minima).
     train_rows: None trains on every row. An integer trains on a seeded sample of at most that many (at least one a
         cluster); all rows are assigned either way, and `Clusters.trained_on` says what it was.
     backend: "cpu" is the package's own Lloyd over blocks of rows; it holds no more than blocks of rows in memory,
-        however many there are. "faiss" runs on the CPU or on the `devices`, "flash-kmeans" on one CUDA device; they
+        however many there are. "cuda" is the same algorithm on one CUDA device: rows stay there where 10 bytes a value
+        and 5 GiB are within nine tenths of its free memory, and are streamed through pinned memory every pass where
+        not, within those 5 GiB. "faiss" runs on the CPU or on the `devices`, "flash-kmeans" on one CUDA device; they
         hold the training rows in memory as float32, and a mixture holds them as float64: give `train_rows` for large n.
-        "auto" is "cpu" without `devices`, and with them flash-kmeans where it is installed and serves, else faiss.
+        "auto" is "cpu" without `devices`, "cuda" with one that torch sees, else faiss.
     devices: GPU numbers for KMeans; None is the CPU. No other GPU is touched.
     threads: of the cpu backend; None takes as many as BLAS may use.
 
-    The same seed gives the same clusters, also with another number of threads: bit by bit on the cpu backend. Rows may
-    repeat or be zero. Where there are fewer distinct rows than clusters, as many clusters as distinct rows are made;
+    The same seed gives the same clusters, also with another number of threads: bit by bit on the cpu backend, and on
+    the cuda backend with the same device and libraries, whether rows stay there or are streamed. Rows may repeat or be
+    zero. Where there are fewer distinct rows than clusters, as many clusters as distinct rows are made;
     that is logged as a warning and stands in `Clusters.notes`. Raises ValueError for the wrong shape or type, NaN or
     infinite values (the first such row is named), and arguments out of range.
     """
@@ -279,9 +375,15 @@ def cluster_embeddings(
     backend = check_clustering(method, backend, devices, spherical)
     _check_shape(embeddings)
 
+    generator = np.random.default_rng(seed)
+    if backend == "cuda":
+        assert devices is not None
+        return _on_device(
+            embeddings, num_clusters, _cuda_device(devices[0]), generator, niter=niter, spherical=spherical, init=init,
+            train_rows=train_rows,
+        )  # fmt: skip
     notes: list[str] = []
     n = len(embeddings)
-    generator = np.random.default_rng(seed)
     scale: np.ndarray | None = None
     with kmeans.open_rows(embeddings, threads=threads) as rows:
         squared = kmeans.squared_lengths(rows)
@@ -294,14 +396,8 @@ def cluster_embeddings(
         if train_rows is not None and max(train_rows, num_clusters) < n:
             chosen = np.sort(generator.choice(n, max(train_rows, num_clusters), replace=False))
             train = rows.of(rows.take(chosen))
-            notes.append(f"trained on a sample of {len(train)} of {n} rows")
-        distinct = _first_distinct(train, num_clusters)
-        if len(distinct) < num_clusters:
-            asked, num_clusters = num_clusters, len(distinct)
-            notes.append(
-                f"{asked} clusters asked for, but only {num_clusters} distinct rows: {num_clusters} clusters made"
-            )
-            logger.warning(notes[-1])
+            notes.append(_sampled(train, n))
+        distinct, num_clusters = _distinct(train, num_clusters, notes)
         if init == "random":
             places = np.sort(generator.choice(len(train), num_clusters, replace=False))
         else:

@@ -21,7 +21,7 @@ from stable_rlhf.show.progress import progress
 
 BLOCK_ROWS = 2048  # 8 MB of scores at c = 1,000; of 256 to 4,096 rows the fastest at c = 100 and c = 1,000
 INIT_ROWS = 16_384  # k-means++ draws from this many rows, or 32 a cluster where that is more
-_LARGEST_PROPOSAL = 128
+LARGEST_PROPOSAL = 128
 _LONG_OFFSET = 1e4  # squared length of an offset over the rows' variance
 
 Result = TypeVar("Result")
@@ -303,15 +303,19 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
         total = float(nearest.sum())
         if len(chosen) == num_clusters or total <= 0:
             break
-        size = min(max(len(chosen) // 2, 1), num_clusters - len(chosen), _LARGEST_PROPOSAL)
+        size = min(max(len(chosen) // 2, 1), num_clusters - len(chosen), LARGEST_PROPOSAL)
         ends = np.cumsum(nearest)
         drawn = np.searchsorted(ends, generator.random(size) * ends[-1], side="right")
         proposals = np.minimum(drawn, count - 1)
-    starts = places[chosen]
-    if len(starts) < num_clusters:
-        # Every row of the sample sits on a centroid, to rounding: fill up with other distinct rows.
-        known = {row.tobytes() for row in rows.take(starts) + np.float32(0)}
-        spare = [p for p, row in zip(distinct, rows.take(distinct) + np.float32(0), strict=True)
-                 if row.tobytes() not in known]  # fmt: skip
-        starts = np.concatenate([starts, np.array(spare[: num_clusters - len(starts)], dtype=np.int64)])
-    return starts
+    return filled_up(places[chosen], num_clusters, distinct, rows.take)
+
+
+def filled_up(
+    starts: np.ndarray, num_clusters: int, distinct: np.ndarray, take: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """`starts`, and other distinct rows where every row drawn from sits on a centroid already, to rounding."""
+    if len(starts) == num_clusters:
+        return starts
+    known = {row.tobytes() for row in take(starts) + np.float32(0)}
+    spare = [p for p, row in zip(distinct, take(distinct) + np.float32(0), strict=True) if row.tobytes() not in known]
+    return np.concatenate([starts, np.array(spare[: num_clusters - len(starts)], dtype=np.int64)])

@@ -180,7 +180,7 @@ class SelectArguments:
         num_clusters: Clusters c.
         top_k: Kept per cluster, k.
         method: ``kmeans`` or ``gmm`` (Gaussian mixture).
-        backend: KMeans by ``cpu`` (any number of rows), ``faiss``, ``flash-kmeans`` (CUDA), or ``auto``.
+        backend: KMeans by ``cpu`` or ``cuda`` (any number of rows), ``faiss``, ``flash-kmeans`` (CUDA), or ``auto``.
         devices: GPU numbers for KMeans, [0, 1]; unset: the CPU. No other GPU is used.
         niter: Most iterations.
         train_rows: KMeans trains on a sample of this many rows (unset: all); every row is assigned either way.
@@ -200,7 +200,7 @@ class SelectArguments:
     num_clusters: Count = 16
     top_k: Count = 16
     method: Literal["kmeans", "gmm"] = "kmeans"
-    backend: Literal["auto", "cpu", "faiss", "flash-kmeans"] = "auto"
+    backend: Literal["auto", "cpu", "cuda", "faiss", "flash-kmeans"] = "auto"
     devices: list[Device] | None = None
     niter: Rows = 25
     train_rows: Count | None = None

@@ -203,8 +203,10 @@ def test_first_row_that_is_not_finite_is_named(bad):
         ({"method": "gmm", "devices": [0]}, "devices: only KMeans"),
         ({"devices": []}, "devices"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"backend": "cuml"}, "backend must be one of auto, cpu, faiss, flash-kmeans"),
+        ({"backend": "cuml"}, "backend must be one of auto, cpu, cuda, faiss, flash-kmeans"),
         ({"backend": "cpu", "devices": [0]}, "the cpu backend uses none"),
+        ({"backend": "cuda"}, "backend 'cuda' runs on one CUDA device"),
+        ({"backend": "cuda", "devices": [97]}, r"devices \[97\]: torch .* sees \d+ CUDA devices"),
         ({"backend": "flash-kmeans", "devices": [0]}, "needs the package flash-kmeans"),
         ({"embeddings": np.full((3, 2), 1e30, np.float32)}, "row 0 is too long"),
         ({"devices": [97]}, r"devices \[97\]: faiss .* sees \d+ GPUs"),
@@ -380,7 +382,7 @@ def test_flash_kmeans_gets_the_start_and_the_device(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "flash_kmeans", types.SimpleNamespace(batch_kmeans_Euclid=fake, __spec__=object()))
     monkeypatch.setattr(torch, "device", lambda kind, index: seen.update(device=(kind, index)) or "cpu")
-    found = cluster_embeddings(x, 6, niter=9, devices=[2])
+    found = cluster_embeddings(x, 6, niter=9, backend="flash-kmeans", devices=[2])
     assert found.backend == "flash-kmeans" and same_partition(found.assignment, labels)
     assert seen == {"rows": (1, 300, 16), "count": 6, "max_iters": 9, "tol": 0.0, "device": ("cuda", 2)}
     with pytest.raises(ValueError, match="runs on one CUDA device"):
