@@ -410,7 +410,7 @@ def cluster_embeddings(
             assignment = kmeans.assign(train if method == "gmm" else rows, centroids, spherical=spherical)
     # What follows is other libraries' code, with as many BLAS threads as they like.
     if backend != "cpu" or method == "gmm":
-        held = train.take(np.arange(len(train)))
+        held = train.whole()
         if backend == "faiss":
             centroids, nearest = _faiss(
                 held, start, niter=niter, seed=seed, spherical=spherical, devices=devices

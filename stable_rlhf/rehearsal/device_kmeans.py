@@ -1,8 +1,8 @@
 """Lloyd's algorithm on one device: rows, products, sums and distances stay there; one synchronisation an iteration.
 
 The products are of bfloat16 parts with float32 sums. A row is high + low to 2^-18 of itself, a centroid likewise, and
-all but low x low is added up: a score is off by at most 2^-16 |row| |centroid|, as much as sums in float32 may lose, at
-the rate of 16-bit matrix units, and whatever the settings for TF32 are.
+all but low x low is added up: a score is off by some 2^-16 |row| |centroid| at most, as much as sums in float32 may
+lose, at the rate of 16-bit matrix units, and whatever the settings for TF32 are.
 
 Every run gives the same bits: nothing is added by atomics. Rows are sorted by cluster and added in that order, in
 float32 over at most 128 rows and in float64 beyond.
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stable_rlhf.rehearsal.device_rows import ONES, DeviceRows, fill_parts, parts_width, split
+from stable_rlhf.rehearsal.device_rows import ONES, DeviceRows, parts_width, split
 from stable_rlhf.rehearsal.kmeans import INIT_ROWS, LARGEST_PROPOSAL, filled_up
 from stable_rlhf.show.progress import progress
 
 SCORE_BYTES = 32 << 20  # scores that stay in the second-level cache between the product and the arg-max
 WIDEST = 4096  # centroids of one product
 RUN = 128  # rows of one cluster that are added up in float32
-_EQUAL = 1e-6  # of two squared lengths: what rounding leaves of the distance between equal rows
+_EQUAL = 1e-12  # of two squared lengths: what rounding leaves of the distance between equal rows
 
 
 def has_matrix_units(device: torch.device) -> bool:
@@ -245,21 +245,28 @@ def distances(rows: DeviceRows, centroids: torch.Tensor, labels: torch.Tensor) -
 
 
 def plus_plus(rows: DeviceRows, num_clusters: int, distinct: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """`kmeans.plus_plus` on the device, which holds the rows drawn from and one batch of their distances.
+    """`kmeans.plus_plus` on the device, which holds the rows drawn from in float64 (8 bytes a value) and the distances
+    of one batch of proposals.
 
-    One synchronisation a batch of proposals: what they say of each other goes to the host, which accepts some. The
-    distribution is that of the CPU's; draws are not the same, for weights are rounded to integers here, whose running
-    sums have the same bits every run.
+    Float64, for distances come from products, which have to tell equal rows from near ones: 16-bit matrix units cut off
+    sums that float32 would round, always downwards. One synchronisation a batch: what its proposals say of each other
+    goes to the host, which accepts some. The distribution is that of the CPU's; weights are rounded to integers here,
+    whose running sums have the same bits every run.
     """
     n, device = len(rows), rows.device
     count = min(n, max(INIT_ROWS, 32 * num_clusters))
     places = np.arange(n) if count == n else np.sort(generator.choice(n, count, replace=False))
-    sample = _Sample(rows.take(places))
+    sample = rows.take(places).double()
+    sample -= sample.mean(0)
+    lengths = sample.square().sum(1)
     nearest = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
     chosen: list[int] = []
     proposals, weight = torch.tensor([int(generator.integers(count))], device=device), nearest.new_ones(1)
     while True:
-        squared = sample.distances(proposals)
+        squared = lengths[proposals, None] + lengths
+        equal = _EQUAL * squared
+        squared.addmm_(sample[proposals], sample.t(), alpha=-2.0)
+        squared.masked_fill_(squared < equal, 0.0)
         known = [weight, proposals.double(), nearest[proposals], squared[:, proposals].flatten()]
         table = torch.cat(known).cpu().numpy()
         if table[0] <= 0:
@@ -282,36 +289,6 @@ def plus_plus(rows: DeviceRows, num_clusters: int, distinct: np.ndarray, generat
         size = min(max(len(chosen) // 2, 1), num_clusters - len(chosen), LARGEST_PROPOSAL)
         proposals, weight = _draw(nearest, generator.random(size))
     return filled_up(places[chosen], num_clusters, distinct, lambda some: rows.take(some).cpu().numpy())
-
-
-class _Sample:
-    """Rows with which squared distances are taken: high + low of each, which is that row to 2^-18 of it.
-
-    Lengths and all four products are of the same numbers, so equal rows are at a distance of 0 to rounding."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        # Distances come from products: an offset that all rows share would drown them in rounding.
-        self._x = x - x.mean(0, dtype=torch.float64).float()
-        w = parts_width(x.shape[1])
-        self._parts = torch.empty(len(x), 3 * w, dtype=torch.bfloat16, device=x.device)
-        fill_parts(self._parts, self._x)
-        self._low = self._parts[:, w : 2 * w]
-        self._lengths = torch.empty(len(x), dtype=torch.float64, device=x.device)
-        for start in range(0, len(x), INIT_ROWS):
-            high, low = split(self._x[start : start + INIT_ROWS])
-            self._lengths[start : start + INIT_ROWS] = (high.double() + low.double()).square().sum(1)
-        self._units = has_matrix_units(x.device)
-
-    def distances(self, places: torch.Tensor) -> torch.Tensor:
-        """float64 [m, count]."""
-        parts = centroid_parts(self._x[places], None)
-        products = torch.empty(len(parts), len(self._x), device=parts.device)
-        multiply(parts, self._parts.t(), products, self._units)
-        rest = torch.empty_like(products)
-        multiply(parts[:, 2 * self._low.shape[1] :], self._low.t(), rest, self._units)
-        both = self._lengths[places, None] + self._lengths
-        squared = both - 2.0 * (products + rest)[: len(places)]
-        return torch.where(squared < _EQUAL * both, 0.0, squared)
 
 
 def _draw(nearest: torch.Tensor, random: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,6 +72,13 @@ class Rows:
             return block - self.offset
         return block if self.scale is None else block * self.scale[places, None]
 
+    def whole(self) -> np.ndarray:
+        """All rows, scaled, float32 [n, d]; the array itself where it is that already. Not to be written to."""
+        rows = np.ascontiguousarray(self.array, dtype=np.float32)
+        if self.offset is not None:
+            return rows - self.offset
+        return rows if self.scale is None else rows * self.scale[:, None]
+
     def map(self, work: Callable[[int], Result]) -> Iterator[tuple[int, Result]]:
         """(start, work(start)) of every block in order; few are under way at a time, so results do not pile up."""
         waiting: deque[tuple[int, Any]] = deque()

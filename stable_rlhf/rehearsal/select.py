@@ -113,7 +113,7 @@ class Selection:
 
 def _to_numpy(values: Any, name: str, n: int) -> np.ndarray:
     if hasattr(values, "detach"):
-        values = values.detach().double().cpu().numpy()
+        values = values.detach().cpu().double().numpy()  # widened here: fewer bytes from a device
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (n,):
         raise ValueError(f"{name}: expected one number for each of {n} candidates, got shape {array.shape}")
