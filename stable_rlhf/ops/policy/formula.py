@@ -27,6 +27,7 @@ from stable_rlhf.ops.checks import (
     first_true,
     statistics_dtype,
 )
+from stable_rlhf.ops.policy.chunks import WORKSPACE_BYTES
 from stable_rlhf.ops.policy.types import (
     IGNORE,
     Kind,
@@ -45,10 +46,11 @@ class Rows:
     shape: torch.Size
     index: Tensor | None  # [A] into the flattened rows; None: all of them
     target: Tensor  # [A] int64
-    kind: Tensor  # [A] int8, Kind.POLICY or Kind.REHEARSAL
-    policy_count: int
-    rehearsal_count: int
+    kind: Tensor  # [A] int8, Kind.POLICY or Kind.REHEARSAL; also Kind.IGNORED where only the device knows the counts
+    policy_count: int | None  # None: only the device knows
+    rehearsal_count: int | None
     temperature: float | Tensor  # [A] when per row
+    counts: Tensor | None = None  # the same on a GPU, as `kernels.policy_call` left them there
 
     def take(self, name: str, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The active rows of an argument of target's shape."""
@@ -108,10 +110,12 @@ def select_rows(call: PolicyCall, vocabulary: int) -> Rows:
         kinds = (kind if index is None else kind[index]).to(torch.int8)
     chosen = flat if index is None else flat[index]
     rows = Rows(target.shape, index, chosen, kinds, policy_count, count - policy_count, 1.0)
-    return replace(rows, temperature=_row_temperature(call.temperature, rows))
+    if call.active_rows not in (None, count):
+        raise ValueError(f"active_rows: {call.active_rows}, and {count} rows are active")
+    return replace(rows, temperature=row_temperature(call.temperature, rows))
 
 
-def _row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
+def row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
     if isinstance(temperature, Tensor) and temperature.ndim == 0:
         temperature = float(temperature)
     if not isinstance(temperature, Tensor):
@@ -139,7 +143,7 @@ class RowState:
     @classmethod
     def of(cls, rows: Rows) -> RowState:
         inverse_temperature = rows.inverse_temperature()
-        results = (torch.zeros_like(inverse_temperature) for _ in range(6))  # one memory each: some are returned
+        results = (torch.empty_like(inverse_temperature) for _ in range(6))  # one memory each: some are returned
         return cls(rows.target.contiguous(), inverse_temperature, *results)
 
     def cut(self, part: slice) -> RowState:
@@ -180,6 +184,8 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
         values = rows.take(name, getattr(call, name), dtype)
         if name == "ref_logprob" and config.kl_coef == 0.0:
             continue
+        if values is None and rows.policy_count is None:
+            raise ValueError(f"{name}: required, since only the device knows whether there are policy rows")
         if values is None and rows.policy_count:
             raise ValueError(f"{name}: required, there are {rows.policy_count} policy rows")
         if values is None:
@@ -190,11 +196,14 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     weight = rows.take("row_weight", call.row_weight, dtype)
     if weight is not None and check_values(weight.device):
         check_finite("row_weight", weight)
+    if rows.policy_count is None:  # rows of kind 0 take part in the products, and add nothing
+        weight = torch.where(rows.kind == Kind.IGNORED, 0.0, 1.0 if weight is None else weight).to(dtype)
+    device_counts = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
     denominators = [
-        _denominator(name, value, count, dtype, rows.target.device)
-        for name, value, count in (
-            ("policy_denominator", call.policy_denominator, rows.policy_count),
-            ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count),
+        _denominator(name, value, count, on_device, dtype, rows.target.device)
+        for name, value, count, on_device in (
+            ("policy_denominator", call.policy_denominator, rows.policy_count, device_counts[0]),
+            ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count, device_counts[1]),
         )
     ]
     return Terms(
@@ -203,7 +212,12 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
 
 
 def _denominator(
-    name: str, value: float | Tensor | None, count: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    value: float | Tensor | None,
+    count: int | None,
+    on_device: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """The denominator as a 0-d tensor; 1 where there is no row of this kind, whose sum is 0 whatever it is over."""
     if isinstance(value, Tensor):
@@ -212,6 +226,10 @@ def _denominator(
         if count == 0:
             return torch.ones((), dtype=dtype, device=device)
         value = value.detach().to(device=device, dtype=dtype).reshape(())
+    if count is None:
+        assert on_device is not None
+        return torch.where(on_device > 0, on_device if value is None else value, 1).to(dtype)
+    if isinstance(value, Tensor):
         if check_values(device) and not bool(value >= 1e-30):
             raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
         return value
@@ -282,6 +300,7 @@ def total_loss(
     policy_mean = term.sum() / terms.policy_denominator
     rehearsal_mean = nll.sum() / terms.rehearsal_denominator
     with torch.no_grad():
+        assert rows.policy_count is not None and rows.rehearsal_count is not None
         policy, count = rows.kind == Kind.POLICY, max(rows.policy_count, 1)
         ratio = torch.where(policy, log_ratio.exp(), 0.0)
         metrics = {
@@ -351,7 +370,8 @@ def _linear_statistics(call: PolicyCall, weight: Tensor, rows: Rows, entropy_gra
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     statistics_bytes = statistics_dtype(hidden.dtype).itemsize
     # At the peak a chunk holds about five arrays of statistics beside its logits.
-    chunk = max(1, call.workspace_bytes // (weight.shape[0] * (5 * statistics_bytes + hidden.element_size())))
+    row_bytes = weight.shape[0] * (5 * statistics_bytes + hidden.element_size())
+    chunk = max(1, (call.workspace_bytes or WORKSPACE_BYTES) // row_bytes)
     count = hidden.shape[0]
 
     # Gradients of several chunks add up where the chunks' graphs join. Joining at a float32 copy of a 16-bit weight

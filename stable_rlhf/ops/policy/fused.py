@@ -15,7 +15,6 @@ Without any gradient asked for, only the statistics are made. The backend "torch
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +31,8 @@ from stable_rlhf.ops.operators import (
     register_operator,
     shapes_of_gradients,
 )
+from stable_rlhf.kernels import tuning
+from stable_rlhf.ops.policy import chunks
 from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
@@ -45,7 +46,7 @@ from stable_rlhf.ops.policy.formula import (
 )
 from stable_rlhf.ops.policy.products import CHUNK_ROWS, HeadProducts, Selection, select_columns
 from stable_rlhf.ops.policy.split_vocabulary import SplitVocabulary
-from stable_rlhf.ops.policy.types import PolicyCall, PolicyLossConfig, PolicyLossOutput
+from stable_rlhf.ops.policy.types import Kind, PolicyCall, PolicyLossConfig, PolicyLossOutput
 
 METRICS = ("policy_loss", "rehearsal_loss", "clip_fraction", "approx_kl", "max_ratio", "entropy")
 COUNTS = ("policy_tokens", "rehearsal_tokens")
@@ -66,33 +67,29 @@ def row_kernels(backend: str, group: str, width: int, device: torch.device) -> t
     return split, split.vocabulary
 
 
-def _chunks(count: int, most: int) -> Iterator[tuple[slice, bool]]:
-    """Chunks of equal size and at most `most` rows, each with whether it is the last."""
-    if count == 0:
-        return
-    number = math.ceil(count / most)
-    size = math.ceil(count / number)
-    for begin in range(0, count, size):
-        yield slice(begin, min(begin + size, count)), begin + size >= count
-
-
 def _run(
     kernels: Any,
     products: HeadProducts,
     count: int,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
     work: Callable[[slice, Tensor, Tensor], Tensor | None],
     select: Callable[[Tensor, Tensor], Iterator[Selection]] | None = None,
 ) -> Gradients:
     """`work(part, logits, gradient)` runs the row kernel on a chunk and says which rows the gradient rows are;
     `select(rows, gradient)`, block by block, which of their columns count."""
     buffers = None
-    width = products.weight.shape[0]
+    width, split = products.weight.shape[0], isinstance(kernels, SplitVocabulary)
     if isinstance(kernels, SplitVocabulary):
         width = kernels.widest
         products.keep_hidden_wide()  # what is rounded before it is summed is rounded once a rank
-    most = max(1, workspace_bytes // (width * products.bytes_per_logit))
-    for part, last in _chunks(count, most):
+    device, row_bytes = products.hidden.device, width * products.bytes_per_logit
+    if workspace_bytes is None and (tuned := tuning.chunk_rows(device)) is not None:
+        workspace_bytes = tuned * row_bytes
+    if workspace_bytes is None:
+        sum_bytes = 4 * width * products.weight.shape[1] if products.needs[1] else 0
+        workspace_bytes = chunks.workspace_bytes(device, count * row_bytes, sum_bytes, ask=not split)
+    most = max(1, workspace_bytes // row_bytes)
+    for part, last in chunks.chunks(count, most, 1 if device.type == "cpu" else chunks.TILE_ROWS):
         if buffers is None:
             buffers = products.buffers(part.stop - part.start)
         rows = part.stop - part.start
@@ -120,7 +117,7 @@ def _run(
 
 
 def statistics(
-    kernels: Any, products: HeadProducts, rows: Rows, softcap: float | None, workspace_bytes: int
+    kernels: Any, products: HeadProducts, rows: Rows, softcap: float | None, workspace_bytes: int | None
 ) -> RowState:
     """Log-prob, entropy, max and log_sum of the active rows; one product."""
     state = RowState.of(rows)
@@ -138,7 +135,7 @@ def policy(
     rows: Rows,
     terms: Terms,
     config: PolicyLossConfig,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
     grad_tolerance: float = 0.0,
     *,
     compact: bool = True,
@@ -161,12 +158,13 @@ def policy(
             yield select_columns(gradient, block, scale, state.target[rows_of_block] - offset, grad_tolerance)
 
     offset = kernels.offset if isinstance(kernels, SplitVocabulary) else 0
-    chosen = select if grad_tolerance > 0.0 else None
+    # On a GPU the choice takes longer than the products that it saves.
+    chosen = select if grad_tolerance > 0.0 and products.on_cpu else None
     return state, _run(kernels, products, rows.target.numel(), workspace_bytes, work, chosen)
 
 
 def given(
-    kernels: Any, products: HeadProducts, state: RowState, softcap: float | None, workspace_bytes: int
+    kernels: Any, products: HeadProducts, state: RowState, softcap: float | None, workspace_bytes: int | None
 ) -> Gradients:
     """Gradients for the coefficients in `state`, whose statistics are known; the logits are made again."""
 
@@ -222,7 +220,31 @@ def _flat(out: PolicyLossOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 def _products(call: PolicyCall, rows: Rows, weight: Tensor, needs: tuple[bool, ...]) -> HeadProducts:
-    return HeadProducts(rows.gather(call.source), weight, call.bias, call.logits_dtype, (needs[0], needs[1], needs[2]))
+    hidden = rows.gather(call.source)
+    if rows.policy_count is None:  # rows that are not active take part: nothing of them may reach a sum
+        hidden = torch.where((rows.kind != Kind.IGNORED)[:, None], hidden, 0.0).to(hidden.dtype)
+    return HeadProducts(hidden, weight, call.bias, call.logits_dtype, (needs[0], needs[1], needs[2]))
+
+
+def _chosen_rows(call: PolicyCall, vocabulary: int) -> Rows:
+    """The active rows, on a GPU by a kernel of its own."""
+    if call.backend != "triton":
+        return select_rows(call, vocabulary)
+    from stable_rlhf.kernels.policy_call import select
+
+    return select(call, vocabulary)
+
+
+def _totals(
+    call: PolicyCall, rows: Rows, state: RowState, terms: Terms
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-probs, entropies, metrics and counts."""
+    if call.backend != "triton":
+        return _flat(total_loss(rows, state.logprob, state.entropy, terms, call.config))
+    from stable_rlhf.kernels.policy_call import totals
+
+    loss, metrics, counts = totals(rows, state, terms, call.config)
+    return loss, rows.scatter(state.logprob), rows.scatter(state.entropy), metrics, counts
 
 
 def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
@@ -234,12 +256,12 @@ def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
             by_autograd = _gradients([out.loss], None, call)
         return *_flat(out), *by_autograd
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
-    rows = select_rows(call, vocabulary)
+    rows = _chosen_rows(call, vocabulary)
     terms = gather_terms(rows, call, torch.float32)
     make = _from_logits if call.weight is None else _from_hidden
     state, gradients = make(kernels, call, rows, terms)
     check_statistics(state.logprob, state.entropy, rows, call.origin)
-    return *_flat(total_loss(rows, state.logprob, state.entropy, terms, call.config)), *gradients
+    return *_totals(call, rows, state, terms), *gradients
 
 
 def _from_hidden(
@@ -314,11 +336,14 @@ def _logprob(call: PolicyCall) -> tuple[Tensor, ...]:
         return *(rows.scatter(x) for x in both), *(both[0].new_zeros(call.target.shape) for _ in range(2))
     assert call.weight is not None
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
-    rows = select_rows(call, vocabulary)
+    rows = _chosen_rows(call, vocabulary)
     products = _products(call, rows, call.weight, (False, False, False))
     state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
     check_statistics(state.logprob, state.entropy, rows, call.origin)
-    return tuple(rows.scatter(x) for x in (state.logprob, state.entropy, state.max, state.log_sum))
+    results = [state.logprob, state.entropy, state.max, state.log_sum]
+    if rows.policy_count is None:
+        results = [torch.where(rows.kind == Kind.IGNORED, 0.0, x) for x in results]
+    return tuple(rows.scatter(x) for x in results)
 
 
 def _logprob_gradients(backward: LogprobBackward) -> tuple[Tensor, ...]:
@@ -332,7 +357,7 @@ def _logprob_gradients(backward: LogprobBackward) -> tuple[Tensor, ...]:
             return tuple(_gradients(list(outputs), [g for g in upstream if g is not None], call))
     assert call.weight is not None
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
-    rows = select_rows(call, vocabulary)
+    rows = _chosen_rows(call, vocabulary)
     products = _products(call, rows, call.weight, call.needs)
     state = RowState.of(rows)
     known = {
@@ -342,6 +367,8 @@ def _logprob_gradients(backward: LogprobBackward) -> tuple[Tensor, ...]:
     for name, value in known.items():
         values = rows.take(name, value, torch.float32)
         assert values is not None
+        if rows.policy_count is None:
+            values = torch.where(rows.kind == Kind.IGNORED, 0.0, values)
         getattr(state, name).copy_(values)
     gradients = given(kernels, products, state, call.config.softcap, call.workspace_bytes)
     return _or_empty(call, rows, gradients)

@@ -43,7 +43,8 @@ def linear_policy_loss(
     rehearsal_denominator: float | Tensor | None = None,
     grad_tolerance: float = 0.0,
     logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int = 256 << 20,
+    workspace_bytes: int | None = None,
+    active_rows: int | None = None,
     process_group: object | None = None,
     grad_scale: float = 1.0,
 ) -> PolicyLossOutput:
@@ -76,9 +77,16 @@ def linear_policy_loss(
         grad_tolerance: tau; 0 is exact. Otherwise, chunk by chunk, vocabulary columns that hold next to nothing are
             left out of both backward products: a row's gradient by its logits is off by at most tau |c| / temperature
             in L1 norm (c = d loss / d log pi of the row), so its hidden gradient by at most that times the largest norm
-            of a weight row. Weight rows that no chunk needed get an exactly zero gradient. The torch backend is exact.
+            of a weight row. Weight rows that no chunk needed get an exactly zero gradient. On a GPU, where choosing
+            columns takes longer than the products that it saves, and on the torch backend gradients are exact.
         logits_dtype: None or hidden's type: the product's own rounding; float32: logits of a float32 product.
-        workspace_bytes: bound on the memory of one chunk of rows' logits and their statistics (one row at least).
+        workspace_bytes: bound on the memory of one chunk of rows' logits and their statistics (one row at least). None:
+            256 MiB on a CPU. On a GPU the larger of a float32 sum of the weight's gradient and 4 % of its memory (1 GiB
+            where no weight's gradient is made), at most half of what is free; the last bits of the weight's gradient
+            depend on how many chunks that makes.
+        active_rows: how many rows are active, from a caller who knows: then nothing is read from a GPU before the
+            products start. A wrong number is an error on a CPU; on a GPU the loss is NaN, and a later call tells why.
+            Under graph capture nothing is read either, and every row goes through the products.
         process_group: the ranks over which the vocabulary is split: weight, bias (logits, in `policy_loss`) hold this
             rank's slice, in rank order; every rank gives the same rows, and results and hidden gradient are those of
             the whole vocabulary. None: this rank has it all.
@@ -95,12 +103,12 @@ def linear_policy_loss(
     grad_tolerance = check_number("grad_tolerance", grad_tolerance)
     if not 0.0 <= grad_tolerance < 1.0:
         raise ValueError(f"grad_tolerance: {grad_tolerance} is outside [0, 1)")
-    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
+    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, active_rows)
     call = _checked_loss("linear_policy_loss", PolicyCall(
         hidden, weight, bias, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
         ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
         rehearsal_denominator=rehearsal_denominator, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
-        grad_tolerance=grad_tolerance,
+        active_rows=active_rows, grad_tolerance=grad_tolerance,
     ), process_group)  # fmt: skip
     if call.backend == "torch" and not needs_operator(hidden, call.backend):
         return loss_of(call)
@@ -160,7 +168,8 @@ def linear_logprob(
     softcap: float | None = None,
     entropy: bool = False,
     logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int = 256 << 20,
+    workspace_bytes: int | None = None,
+    active_rows: int | None = None,
     process_group: object | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(softcap(hidden weight^T + bias) / temperature)[target], and that distribution's entropy in nats.
@@ -173,10 +182,10 @@ def linear_logprob(
     """
     check_softcap(softcap)
     check_flag("entropy", entropy)
-    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes)
+    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, active_rows)
     call = _ready("linear_logprob", PolicyCall(
         hidden, weight, bias, target, temperature, DEFAULT if softcap is None else PolicyLossConfig(softcap=softcap),
-        logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
+        logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, active_rows=active_rows,
     ), process_group)  # fmt: skip
     if call.backend == "torch" and not needs_operator(hidden, call.backend):
         rows = select_rows(call, call.width)
@@ -289,7 +298,8 @@ def _check_linear(
     bias: Tensor | None,
     target: Tensor,
     logits_dtype: torch.dtype | None,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
+    active_rows: int | None,
 ) -> None:
     check_tensor("hidden", hidden)
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
@@ -309,7 +319,10 @@ def _check_linear(
         logits_dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16)
     ):
         raise NotImplementedError(f"logits_dtype={logits_dtype}: not yet for hidden of {hidden.dtype}")
-    check_integer("workspace_bytes", workspace_bytes, 1)
+    if workspace_bytes is not None:
+        check_integer("workspace_bytes", workspace_bytes, 1)
+    if active_rows is not None:
+        check_integer("active_rows", active_rows, 0, target.numel())
 
 
 def _check_process_group(process_group: object | None, backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
 from stable_rlhf.ops.policy.types import LOGITS_TYPES
-from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product
+from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product, narrow_in_place
 
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN, which makes the 16-bit products, has no instructions for them. What
 # it does not know it ignores.
@@ -81,12 +82,12 @@ class HeadProducts:
         needs: tuple[bool, bool, bool] = (False, False, False),
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.dtype = hidden.dtype
+        self.dtype, self.on_cpu = hidden.dtype, hidden.device.type == "cpu"
         half = self.dtype.itemsize == 2
         native = has_native_products(self.dtype, hidden.device)
         wide = half and (not native or logits_dtype == torch.float32)
         # CUDA writes float32 logits from 16-bit operands; a CPU multiplies float32 copies, by slices of the weight.
-        self.sliced = wide and hidden.device.type == "cpu"
+        self.sliced = wide and self.on_cpu
         self.logits_dtype = torch.float32 if wide else self.dtype
         self.gradient_dtype = self.logits_dtype if self.sliced else self.dtype
         self.needs = needs
@@ -101,12 +102,14 @@ class HeadProducts:
         return self.logits_dtype.itemsize + (self.gradient_dtype.itemsize if apart else 0)
 
     def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Room for a chunk's logits and for their gradient; the same memory where the types are the same."""
+        """Room for a chunk's logits and for their gradient; the same memory where the types are the same. A GPU's rows
+        begin at multiples of 8 elements, of 16 bytes in 16 bits: its kernels read and write so many at once."""
         vocabulary, device = self.weight.shape[0], self.hidden.device
-        logits = workspace(rows, vocabulary, self.logits_dtype, device)
+        width = vocabulary if self.on_cpu else -(-vocabulary // 8) * 8
+        logits = workspace(rows, width, self.logits_dtype, device)[:, :vocabulary]
         if self.gradient_dtype == self.logits_dtype or not any(self.needs):
             return logits, logits
-        return logits, torch.empty(rows, vocabulary, dtype=self.gradient_dtype, device=device)
+        return logits, torch.empty(rows, width, dtype=self.gradient_dtype, device=device)[:, :vocabulary]
 
     def keep_hidden_wide(self) -> None:
         """Leaves the hidden gradient in float32, for a sum with those of other slices of the vocabulary."""
@@ -204,10 +207,10 @@ class HeadProducts:
             self.weight_grad = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         return self.weight_grad
 
-    @staticmethod
-    def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        """a b, in float32 and unrounded where `dtype` is float32, else in the type of a and b."""
-        if dtype == a.dtype or dtype != torch.float32:
+    def _product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """a b, in float32 and unrounded where `dtype` is float32 or a GPU would else sum parts of it in 16 bits, which
+        it does where few rows meet a large vocabulary; else in the type of a and b."""
+        if a.dtype == torch.float32 or (self.on_cpu and dtype != torch.float32):
             return torch.mm(a, b)
         product = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
         add_product(a, b, product, fresh=True)
@@ -230,7 +233,7 @@ class HeadProducts:
     def _add_hidden(self, part: slice, gradient: Tensor, order: Tensor | None) -> None:
         assert self.hidden_grad is not None
         out = self.hidden_grad[part]
-        if order is None and not self.sliced:
+        if order is None and not self.sliced and (self.on_cpu or out.dtype == torch.float32):
             if out.dtype == gradient.dtype:
                 torch.mm(gradient, self.weight, out=out)
             else:
@@ -264,13 +267,18 @@ class HeadProducts:
                 else:
                     total.copy_(torch.mm(ours, x, out=self._scratch(rows)))
         if last:
-            self.weight_grad = self.weight_grad.to(weight.dtype)
+            self._narrow()
+
+    def _narrow(self) -> None:
+        """The weight's gradient in the weight's own type: once, when all chunks are in it."""
+        if self.weight_grad is not None and self.weight_grad.dtype != self.dtype:
+            narrow = self.weight_grad.to if self.on_cpu else functools.partial(narrow_in_place, self.weight_grad)
+            self.weight_grad = narrow(self.dtype)
 
     def finish(self) -> None:
         """What is left after the last chunk: rows that wait, zeros where there was none, sums in their own type."""
         self.backward_waiting()
-        if self.weight_grad is not None:
-            self.weight_grad = self.weight_grad.to(self.dtype)
+        self._narrow()
         if self.bias_grad is not None and self.bias is not None:
             self.bias_grad = self.bias_grad.to(self.bias.dtype)
         if self.needs[1] and self.weight_grad is None:
@@ -325,14 +333,8 @@ def select_columns(gradient: Tensor, rows: Tensor, scale: Tensor, target: Tensor
     return Selection(torch.nonzero(peaks >= thresholds[best]).squeeze(1), rows[fine], rows[~fine])
 
 
-def _native(gradient: Tensor) -> bool:
-    return gradient.device.type == "cpu" and extension() is not None and gradient.dtype in LOGITS_TYPES
-
-
 def _peaks(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Largest share of each column [V] float32."""
-    if not _native(gradient):
-        return (gradient[rows].float().abs() * inverse[:, None]).amax(0)
     peaks = torch.empty(gradient.shape[1], dtype=torch.float32, device="cpu")
     module = extension()
     assert module is not None
@@ -342,9 +344,6 @@ def _peaks(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
 
 def _masses(gradient: Tensor, rows: Tensor, inverse: Tensor, peaks: Tensor, thresholds: Tensor) -> Tensor:
     """Share of each row in the columns below each threshold: [m, thresholds] float32."""
-    if not _native(gradient):
-        below = (peaks[:, None] < thresholds).float()  # [V, thresholds]
-        return (gradient[rows].float().abs() @ below) * inverse[:, None]
     masses = torch.empty(rows.numel(), thresholds.numel(), dtype=torch.float32, device="cpu")
     module = extension()
     assert module is not None
@@ -367,8 +366,6 @@ def _fields(gradient: Tensor, rows: Tensor, inverse: Tensor, peaks: Tensor) -> d
 
 def gather_columns(gradient: Tensor, selection: Selection) -> Tensor:
     """The bounded rows' kept columns, [bounded, columns] contiguous."""
-    if not _native(gradient):
-        return gradient.index_select(0, selection.bounded).index_select(1, selection.columns)
     module = extension()
     assert module is not None
     out = torch.empty(selection.bounded.numel(), selection.columns.numel(), dtype=gradient.dtype, device="cpu")

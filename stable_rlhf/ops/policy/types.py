@@ -103,7 +103,8 @@ class PolicyCall(NamedTuple):
     policy_denominator: float | Tensor | None = None
     rehearsal_denominator: float | Tensor | None = None
     logits_dtype: torch.dtype | None = None
-    workspace_bytes: int = 1  # not read from logits, which need no workspace
+    workspace_bytes: int | None = None  # None: by device; not read from logits, which need no workspace
+    active_rows: int | None = None  # None: not known to the caller
     grad_tolerance: float = 0.0
     backend: str = "torch"
     group: str = ""  # name of the process group that the vocabulary is split over

@@ -33,6 +33,9 @@ def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
         if fresh:
             torch.mm(a, b, out_dtype=torch.float32, out=total)
             return
+        if sums_in_product(a.dtype, a.device):
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+            return
         for rows in _slices(a.shape[0], 4 * b.shape[1]):
             total[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
     elif (gemm := _blas(a.dtype)) is not None:
@@ -49,6 +52,41 @@ def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
 def _slices(rows: int, bytes_per_row: int) -> list[slice]:
     step = max(1, SLICE_BYTES // bytes_per_row)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+@cache
+def sums_in_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device's product of 16-bit matrices adds itself to a float32 sum, in place: nothing of the sum's size
+    is read or written besides. Tried once; where a graph is being captured, and nothing can be tried, torch's having
+    the operator counts."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True
+    a = torch.arange(64, dtype=dtype, device=device).view(8, 8) / 8
+    total = torch.ones(8, 8, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, a, a.t(), out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool(torch.equal(total, 1.0 + a.float() @ a.float().t()))
+
+
+def narrow_in_place(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 `total`, contiguous, in a type of 16 bits, in the first half of its own memory.
+
+    A copy would need half as much again, at the very end, when memory is shortest. Each step reads behind what the
+    steps before it have written: elements n to 2n lie behind where they go.
+    """
+    wide = total.view(-1)
+    narrow = wide.view(dtype)[: wide.numel()]
+    count, done = wide.numel(), min(wide.numel(), SLICE_BYTES // 4)
+    narrow[:done] = wide[:done].to(dtype)
+    while done < count:
+        end = min(2 * done, count)
+        narrow[done:end] = wide[done:end]
+        done = end
+    return narrow.view(total.shape)
 
 
 @cache

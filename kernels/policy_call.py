@@ -1,0 +1,252 @@
+"""Triton kernels for what a call of the policy losses does once: choose its rows, and sum their losses and metrics.
+
+The twins of `formula.select_rows` and `formula.total_loss`, which take some fifty small kernels between them. Each is
+one program: there are as many rows as tokens, a few values each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stable_rlhf.kernels.sequence import _kl
+from stable_rlhf.ops.checks import INTEGERS, check_tensor, check_values
+from stable_rlhf.ops.flags import Fault, notes, tell
+from stable_rlhf.ops.policy.formula import Rows, RowState, Terms, row_temperature, select_rows
+from stable_rlhf.ops.policy.types import IGNORE, Kind, PolicyCall, PolicyLossConfig
+
+_POLICY, _REHEARSAL = tl.constexpr(int(Kind.POLICY)), tl.constexpr(int(Kind.REHEARSAL))
+_IGNORE = tl.constexpr(IGNORE)
+_LOGITS, _TARGET, _KIND, _ACTIVE_ROWS, _PER_ROW = (
+    tl.constexpr(int(fault)) for fault in (Fault.LOGITS, Fault.TARGET, Fault.KIND, Fault.ACTIVE_ROWS, Fault.PER_ROW)
+)
+_FAULTS = len(Fault)
+COUNTS = 5  # active, policy, rehearsal, of an unknown kind (or too many or few), with a target out of range
+_BLOCK, _WARPS = 2048, 8
+_KL_TERMS = 11  # of k3's series, in float32
+
+
+@triton.jit(do_not_specialize=["rows", "wanted"])
+def _select_kernel(
+    target_ptr, kind_ptr, index_ptr, chosen_target_ptr, chosen_kind_ptr, counts_ptr, notes_ptr, rows, wanted,
+    vocabulary, HAS_KIND: tl.constexpr, COMPACT: tl.constexpr, WANTED: tl.constexpr, NOTE: tl.constexpr,
+    FAULTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Target and kind of the active rows, in order and without gaps (COMPACT) or at their places, and their counts.
+
+    WANTED: there is room for `wanted` rows. What is left of it, and a row in place that is not active, is of kind 0.
+    """
+    lanes = tl.arange(0, BLOCK)
+    active_lane = tl.zeros((BLOCK,), tl.int64)
+    policy_lane = tl.zeros((BLOCK,), tl.int64)
+    unknown_lane = tl.zeros((BLOCK,), tl.int64)
+    outside_lane = tl.zeros((BLOCK,), tl.int64)
+    place = tl.zeros((), tl.int64)
+    for begin in range(0, rows, BLOCK):
+        at = begin + lanes
+        inside = at < rows
+        target = tl.load(target_ptr + at, mask=inside, other=_IGNORE)
+        if HAS_KIND:
+            kind = tl.load(kind_ptr + at, mask=inside, other=0).to(tl.int64)
+        else:
+            kind = tl.where(target == _IGNORE, 0, 1).to(tl.int64)
+        active = inside & (target != _IGNORE) & (kind != 0)
+        outside = active & ((target < 0) | (target >= vocabulary))
+        unknown = inside & ((kind < 0) | (kind > _REHEARSAL))
+        active_lane += active.to(tl.int64)
+        policy_lane += (active & (kind == _POLICY)).to(tl.int64)
+        unknown_lane += unknown.to(tl.int64)
+        outside_lane += outside.to(tl.int64)
+        kept = tl.where(active & (outside == 0) & (unknown == 0), kind, 0).to(tl.int8)
+        if COMPACT:
+            before = place + tl.cumsum(active.to(tl.int64), 0) - 1
+            there = active
+            if WANTED:
+                there = active & (before < wanted)  # more than there is room for
+            tl.store(index_ptr + before, at.to(tl.int64), mask=there)
+            tl.store(chosen_target_ptr + before, target, mask=there)
+            tl.store(chosen_kind_ptr + before, kept, mask=there)
+            place += tl.sum(active.to(tl.int64), 0)
+        else:
+            tl.store(chosen_target_ptr + at, target, mask=inside)
+            tl.store(chosen_kind_ptr + at, kept, mask=inside)
+    active_count = tl.sum(active_lane, 0)
+    policy_count = tl.sum(policy_lane, 0)
+    unknown_count = tl.sum(unknown_lane, 0)
+    outside_count = tl.sum(outside_lane, 0)
+    if COMPACT and WANTED:
+        for begin in range(0, wanted, BLOCK):
+            at = begin + lanes
+            empty = (at >= active_count) & (at < wanted)
+            tl.store(index_ptr + at, tl.zeros((BLOCK,), tl.int64), mask=empty)
+            tl.store(chosen_target_ptr + at, tl.zeros((BLOCK,), tl.int64), mask=empty)
+            tl.store(chosen_kind_ptr + at, tl.zeros((BLOCK,), tl.int8), mask=empty)
+    tl.store(counts_ptr, active_count)
+    tl.store(counts_ptr + 1, policy_count)
+    tl.store(counts_ptr + 2, active_count - policy_count)
+    if WANTED:
+        unknown_count += (active_count != wanted).to(tl.int64)
+    tl.store(counts_ptr + 3, unknown_count)
+    tl.store(counts_ptr + 4, outside_count)
+    for fault in tl.static_range(FAULTS):
+        tl.store(counts_ptr + 5 + fault, tl.load(notes_ptr + fault).to(tl.int64))
+    if NOTE:
+        one = tl.full((), 1, tl.int32)
+        tl.store(notes_ptr + _TARGET, one, mask=outside_count > 0)
+        tl.store(notes_ptr + _KIND, one, mask=tl.sum(unknown_lane, 0) > 0)
+        if WANTED:
+            tl.store(notes_ptr + _ACTIVE_ROWS, one, mask=active_count != wanted)
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether the kernels launched now go into a graph, where the host can read nothing."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def select(call: PolicyCall, vocabulary: int) -> Rows:
+    """`formula.select_rows` in one launch, and one synchronisation.
+
+    None under graph capture, where every row takes part and those that are not active are of kind 0; nor where
+    `active_rows` says how many there are. Wrong values are noted on the device then (`ops.flags`), and the loss is NaN.
+    """
+    target, kind, device = call.target.reshape(-1).contiguous(), call.kind, call.source.device
+    count, in_graph, wanted = target.numel(), capturing(target), call.active_rows
+    late = in_graph or (wanted is not None and not check_values(device))
+    known = wanted is not None and late and not in_graph
+    room = min(wanted, count) if known and wanted is not None else count
+    compact = not in_graph and not (known and room == count)
+    if kind is not None:
+        check_tensor("kind", kind, shape=tuple(call.target.shape), device=device, dtypes=INTEGERS)
+        kind = kind.reshape(-1).contiguous()
+    index = target.new_empty(room if compact else 0)
+    chosen_target = target.new_empty(room)
+    chosen_kind = target.new_empty(room, dtype=torch.int8)
+    counts = target.new_empty(COUNTS + _FAULTS)
+    with torch.cuda.device_of(target):
+        _select_kernel[(1,)](
+            target, target if kind is None else kind, index, chosen_target, chosen_kind, counts, notes(device), count,
+            wanted or 0, vocabulary, HAS_KIND=kind is not None, COMPACT=compact, WANTED=known, NOTE=late,
+            FAULTS=_FAULTS, BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    if late:
+        rows = Rows(call.target.shape, index if compact else None, chosen_target, chosen_kind, None, None, 1.0, counts)
+        return replace(rows, temperature=row_temperature(call.temperature, rows))
+    active, policy, rehearsal, unknown, outside, *noted = counts.tolist()
+    tell(device, noted)
+    if unknown or outside or wanted not in (None, active):
+        return select_rows(call, vocabulary)  # which says what is wrong
+    whole = active == count
+    rows = Rows(
+        call.target.shape, None if whole else index[:active], target if whole else chosen_target[:active],
+        chosen_kind[:active], policy, rehearsal, 1.0, counts,
+    )  # fmt: skip
+    return replace(rows, temperature=row_temperature(call.temperature, rows))
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _totals_kernel(
+    kind_ptr, logprob_ptr, entropy_ptr, old_logprob_ptr, advantage_ptr, ref_logprob_ptr, row_weight_ptr,
+    policy_denominator_ptr, rehearsal_denominator_ptr, counts_ptr, notes_ptr, loss_ptr, metrics_ptr, rows,
+    low, high, dual_clip, clamp, kl_coef, entropy_coef, rehearsal_coef,
+    HAS_ROW_WEIGHT: tl.constexpr, KL: tl.constexpr, DUAL: tl.constexpr, LATE: tl.constexpr, TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss and metrics. LATE: rows of kind 0 are among them, whose log-prob and entropy become 0, and values that the
+    host has not seen: the loss is NaN where `select` found one wrong."""
+    lanes = tl.arange(0, BLOCK)
+    policy_lane = tl.zeros((BLOCK,), tl.float64)
+    rehearsal_lane = tl.zeros((BLOCK,), tl.float64)
+    kl_lane = tl.zeros((BLOCK,), tl.float64)
+    entropy_lane = tl.zeros((BLOCK,), tl.float64)
+    clipped_lane = tl.zeros((BLOCK,), tl.int32)
+    largest_lane = tl.zeros((BLOCK,), tl.float32)
+    logits_lane = tl.zeros((BLOCK,), tl.int32)  # rows whose statistics are not finite
+    per_row_lane = tl.zeros((BLOCK,), tl.int32)
+    for begin in range(0, rows, BLOCK):
+        at = begin + lanes
+        inside = at < rows
+        kind = tl.load(kind_ptr + at, mask=inside, other=0)
+        policy = kind == _POLICY
+        taking_part = kind != 0
+        logprob = tl.load(logprob_ptr + at, mask=taking_part, other=0.0)
+        entropy = tl.load(entropy_ptr + at, mask=taking_part, other=0.0)
+        if LATE:
+            tl.store(logprob_ptr + at, logprob, mask=inside)
+            tl.store(entropy_ptr + at, entropy, mask=inside)
+        old = tl.load(old_logprob_ptr + at, mask=policy, other=0.0)
+        advantage = tl.load(advantage_ptr + at, mask=policy, other=0.0)
+        weight = tl.full((BLOCK,), 1.0, tl.float32)
+        if HAS_ROW_WEIGHT:
+            weight = tl.load(row_weight_ptr + at, mask=taking_part, other=0.0)
+        known = _is_finite(old) & _is_finite(advantage) & _is_finite(weight)
+        log_ratio = tl.minimum(tl.maximum(logprob - old, -clamp), clamp)
+        ratio = tl.exp(log_ratio)
+        unclipped = ratio * advantage
+        surrogate = tl.minimum(unclipped, tl.minimum(tl.maximum(ratio, low), high) * advantage)
+        if DUAL:
+            surrogate = tl.where(advantage < 0.0, tl.maximum(surrogate, dual_clip * advantage), surrogate)
+        term = -surrogate
+        if KL != 0:
+            ref = tl.load(ref_logprob_ptr + at, mask=policy, other=0.0)
+            known = known & _is_finite(ref)
+            term += kl_coef * _kl(tl.minimum(tl.maximum(logprob - ref, -clamp), clamp), KL, TERMS)
+        term -= entropy_coef * entropy
+        policy_lane += tl.where(policy, term * weight, 0.0).to(tl.float64)
+        rehearsal_lane += tl.where(kind == _REHEARSAL, -logprob * weight, 0.0).to(tl.float64)
+        kl_lane += tl.where(policy, _kl(-log_ratio, 3, TERMS), 0.0).to(tl.float64)
+        entropy_lane += tl.where(policy, entropy, 0.0).to(tl.float64)
+        clipped_lane += (policy & (surrogate != unclipped)).to(tl.int32)
+        largest_lane = tl.maximum(largest_lane, tl.where(policy, ratio, 0.0))
+        # Minimum and maximum lose NaN: what is not finite is looked for, and spoils the loss below.
+        logits_lane += (taking_part & ((_is_finite(logprob) & _is_finite(entropy)) == 0)).to(tl.int32)
+        per_row_lane += (taking_part & (known == 0)).to(tl.int32)
+    bad_logits = tl.sum(logits_lane, 0) > 0
+    bad_per_row = tl.sum(per_row_lane, 0) > 0
+    bad = bad_logits | bad_per_row
+    if LATE:
+        bad = bad | (tl.load(counts_ptr + 3) > 0) | (tl.load(counts_ptr + 4) > 0)
+    one = tl.full((), 1, tl.int32)
+    tl.store(notes_ptr + _LOGITS, one, mask=bad_logits)
+    tl.store(notes_ptr + _PER_ROW, one, mask=bad_per_row)
+    poison = tl.where(bad, float("nan"), 0.0).to(tl.float64)
+    policy_mean = tl.sum(policy_lane, 0) / tl.load(policy_denominator_ptr).to(tl.float64) + poison
+    rehearsal_mean = tl.sum(rehearsal_lane, 0) / tl.load(rehearsal_denominator_ptr).to(tl.float64) + poison
+    count = tl.maximum(tl.load(counts_ptr + 1), 1).to(tl.float64)
+    tl.store(loss_ptr, (policy_mean + rehearsal_coef * rehearsal_mean).to(tl.float32))
+    tl.store(metrics_ptr, policy_mean.to(tl.float32))
+    tl.store(metrics_ptr + 1, rehearsal_mean.to(tl.float32))
+    tl.store(metrics_ptr + 2, (tl.sum(clipped_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 3, (tl.sum(kl_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 4, tl.max(largest_lane, 0))
+    tl.store(metrics_ptr + 5, (tl.sum(entropy_lane, 0) / count).to(tl.float32))
+
+
+def totals(rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """`formula.total_loss` in one launch: loss, the metrics in the order of `fused.METRICS`, and the two counts.
+    Statistics and arguments that are not finite are noted on the device, and make the loss NaN."""
+    assert rows.counts is not None
+    loss, metrics = state.logprob.new_empty(()), state.logprob.new_empty(6)
+    late = rows.policy_count is None
+    kl = int(config.kl_estimator[1]) if config.kl_coef != 0.0 else 0
+    optional = (state.logprob if x is None else x.contiguous() for x in (terms.ref_logprob, terms.row_weight))
+    with torch.cuda.device_of(loss):
+        _totals_kernel[(1,)](
+            rows.kind, state.logprob, state.entropy, terms.old_logprob.contiguous(), terms.advantage.contiguous(),
+            *optional,
+            terms.policy_denominator, terms.rehearsal_denominator, rows.counts, notes(loss.device), loss, metrics,
+            rows.kind.numel(), 1.0 - config.clip_low, 1.0 + config.clip_high, config.dual_clip or math.inf,
+            config.log_ratio_clamp, float(config.kl_coef), float(config.entropy_coef), float(config.rehearsal_coef),
+            HAS_ROW_WEIGHT=terms.row_weight is not None, KL=kl, DUAL=config.dual_clip is not None, LATE=late,
+            TERMS=_KL_TERMS, BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    return loss, metrics, rows.counts[1:3]
