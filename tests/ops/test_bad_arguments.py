@@ -42,7 +42,10 @@ CONSTANT = [torch.ones((), requires_grad=True)]
 BAD: list[tuple[str, str, list[Any]]] = [
     *((op, "temperature", [*NOT_POSITIVE, *CONSTANT, torch.tensor([1.0, 1.0, math.nan, 1.0]), torch.ones(4, 1)])
       for op in ("linear_policy_loss", "policy_loss", "linear_logprob")),
-    *((op, "workspace_bytes", [*NOT_COUNTS, 0]) for op in ("linear_policy_loss", "linear_logprob", "info_nce")),
+    *((op, name, [v for v in NOT_COUNTS if v is not None] + [wrong])
+      for op in ("linear_policy_loss", "linear_logprob")
+      for name, wrong in (("workspace_bytes", 0), ("active_rows", 5))),
+    ("info_nce", "workspace_bytes", [*NOT_COUNTS, 0]),
     *((op, "config", [{}, None, "k3", PolicyLossConfig]) for op in ("linear_policy_loss", "policy_loss")),
     *((op, name, [-1.0, math.nan, "2", True, *CONSTANT, torch.ones(3), 0.0, torch.zeros(())])
       for op in ("linear_policy_loss", "policy_loss") for name in ("policy_denominator",)),

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stable_rlhf.kernels import tuning
 from stable_rlhf.ops.checks import statistics_dtype
 from stable_rlhf.ops.operators import (
     Differentiable,
@@ -31,7 +32,6 @@ from stable_rlhf.ops.operators import (
     register_operator,
     shapes_of_gradients,
 )
-from stable_rlhf.kernels import tuning
 from stable_rlhf.ops.policy import chunks
 from stable_rlhf.ops.policy.formula import (
     Rows,
