@@ -1,7 +1,8 @@
 """Checks of arguments shared by the operations. Each failure is one ValueError that starts with the argument's name.
 
 Shapes, types, devices and plain numbers are always checked. Checks of values on a CUDA tensor cost a synchronisation:
-the operations make them where they synchronise anyway, and everywhere when `STABLE_RLHF_CHECK=1`.
+the operations make them where they synchronise anyway, and everywhere when `STABLE_RLHF_CHECK=1`. What kernels find in
+between, `ops.flags` keeps for the next such point.
 
 What is masked is not read: a value that belongs to an ignored row, to a row of a kind that has no use for it, or that
 lies under a mask may be anything, NaN included.
