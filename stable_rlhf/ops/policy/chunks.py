@@ -40,8 +40,10 @@ def chunks(count: int, most: int, multiple: int = 1) -> Iterator[tuple[slice, bo
     `most` rows; each with whether it is the last."""
     if count == 0:
         return
-    most = most // multiple * multiple or most
-    size = math.ceil(count / math.ceil(count / most))
-    size = min(math.ceil(size / multiple) * multiple, most)
+    size = count
+    if count > most:
+        most = most // multiple * multiple or most
+        size = math.ceil(count / math.ceil(count / most))
+        size = min(math.ceil(size / multiple) * multiple, most)
     for begin in range(0, count, size):
         yield slice(begin, min(begin + size, count)), begin + size >= count

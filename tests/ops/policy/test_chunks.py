@@ -66,13 +66,13 @@ def test_bounds(gpu):
 
 @pytest.mark.parametrize(("count", "most", "multiple"), [
     (0, 5, 1), (1, 1, 1), (10, 3, 1), (820, 600, 128), (8192, 4100, 128), (1000, 100, 128), (127, 128, 128),
-    (16384, 863, 128), (129, 128, 128),
+    (16384, 863, 128), (129, 128, 128), (3686, 3686, 128),
 ])  # fmt: skip
 def test_chunks_cover_every_row_once(count, most, multiple):
     parts = [part for part, _ in chunks.chunks(count, most, multiple)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
     sizes = [part.stop - part.start for part in parts]
-    assert all(0 < size <= most for size in sizes)
+    assert all(0 < size <= most for size in sizes) and (len(sizes) <= 1 or count > most)
     if len(parts) > 1 and most >= multiple:
         assert all(size % multiple == 0 for size in sizes[:-1])
 
@@ -109,3 +109,52 @@ def test_a_sum_in_the_product_is_tried_before_it_is_trusted(monkeypatch):
     wide_products.sums_in_product.cache_clear()
     assert wide_products.sums_in_product(torch.bfloat16, torch.device("cpu")) is False
     wide_products.sums_in_product.cache_clear()
+
+
+def test_a_gpu_adds_no_parts_of_a_product_up_in_sixteen_bits(monkeypatch):
+    """Few rows by a large vocabulary: cuBLAS splits the long sum, and may add the parts up in the output's type."""
+    asked = []
+
+    def add_product(a, b, total, *, fresh):
+        asked.append(total.dtype)
+        total.copy_(a.float() @ b.float())
+
+    monkeypatch.setattr("stable_rlhf.ops.policy.products.add_product", add_product)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=g).bfloat16() for n in (6, 13))
+    products = HeadProducts(hidden, weight, None, None, (True, False, False))
+    products.on_cpu, products.sliced = False, False
+    gradient = torch.randn(6, 13, generator=g).bfloat16()
+    for order in (None, torch.tensor([4, 0, 2])):
+        rows = gradient if order is None else gradient[: len(order)]
+        products.backward(slice(0, 6), rows, order, True)
+        want = torch.zeros(6, 4)
+        want[slice(None) if order is None else order] = rows.float() @ weight.float()
+        assert torch.equal(products.hidden_grad, want.bfloat16())
+    assert asked == [torch.float32, torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [8, 256])
+def test_long_sums_on_a_gpu(rows):
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=g, device="cuda").bfloat16() for n in (rows, 250_880))
+    gradient = torch.randn(rows, 250_880, generator=g, device="cuda").bfloat16()
+    products = HeadProducts(hidden, weight, None, None, (True, True, False))
+    products.backward(slice(0, rows), gradient, None, True)
+    products.finish()
+    for got, want in (
+        (products.hidden_grad, gradient.double() @ weight.double()),
+        (products.weight_grad, gradient.double().t() @ hidden.double()),
+    ):
+        rounding = (want.bfloat16().double() - want).norm()
+        assert (got.double() - want).norm() <= 1.25 * rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_sums_in_the_product(dtype):
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert wide_products.sums_in_product(dtype, device)
+    total = torch.randn(3 << 20, 4, device="cuda")
+    assert torch.equal(narrow_in_place(total.clone(), dtype), total.to(dtype))
