@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bench.count.operations import CREATIONS, NOTHING, OVERWRITES, PRODUCTS, stops_host, work_of
@@ -188,7 +188,8 @@ class Device:
             else:
                 self.stop("a copy between the host's and the device's memory")
             if not away.is_meta:
-                destination.detach().copy_(source.detach())
+                with _disable_current_modes():  # which would write this copy down once more
+                    destination.detach().copy_(source.detach())
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], creating: bool) -> Any:
         """One operation, carried out as far as there are data, and written down."""
@@ -391,7 +392,8 @@ class _Functions(TorchFunctionMode):
             return x if dtype is None and not options else x.to(dtype or x.dtype, **options)
         # Converted where it is, then moved.
         x = x if dtype is None else x.to(dtype)
-        moved = torch.empty_like(x, requires_grad=False)
+        with _disable_current_modes():  # it may be the host's, though x is the device's
+            moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta" if x.is_meta else "cpu")
         if device.type == "cuda":
             self.device.adopt(moved)
         self.device.transfer(moved, x, non_blocking)

@@ -261,7 +261,7 @@ def plus_plus(rows: DeviceRows, num_clusters: int, distinct: np.ndarray, generat
     lengths = sample.square().sum(1)
     nearest = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
     chosen: list[int] = []
-    proposals, weight = torch.tensor([int(generator.integers(count))], device=device), nearest.new_ones(1)
+    proposals, weight = rows.transfers.move(np.array([generator.integers(count)])), nearest.new_ones(1)
     while True:
         squared = lengths[proposals, None] + lengths
         equal = _EQUAL * squared
@@ -283,18 +283,18 @@ def plus_plus(rows: DeviceRows, num_clusters: int, distinct: np.ndarray, generat
         if len(chosen) == num_clusters:
             break
         if accepted:
-            taken = torch.tensor(accepted, device=device)
+            taken = rows.transfers.move(np.array(accepted))
             torch.minimum(nearest, squared[taken].amin(0), out=nearest)
-            nearest[proposals[taken]] = 0.0
+            nearest.index_fill_(0, proposals[taken], 0.0)
         size = min(max(len(chosen) // 2, 1), num_clusters - len(chosen), LARGEST_PROPOSAL)
-        proposals, weight = _draw(nearest, generator.random(size))
+        proposals, weight = _draw(nearest, rows.transfers.move(generator.random(size)))
     return filled_up(places[chosen], num_clusters, distinct, lambda some: rows.take(some).cpu().numpy())
 
 
-def _draw(nearest: torch.Tensor, random: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(nearest: torch.Tensor, random: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Places drawn with probability proportional to `nearest`, one for each number of [0, 1), and the whole weight."""
     largest = float(2**62 // len(nearest))  # sums stay below 2^62
     weights = (nearest / nearest.max().clamp(min=1e-300) * largest).long()
     ends = weights.cumsum(0)
-    goal = (torch.from_numpy(random).to(nearest.device) * ends[-1]).long()
+    goal = (random * ends[-1]).long()
     return torch.searchsorted(ends, goal, right=True).clamp(max=len(ends) - 1), ends[-1:].double()

@@ -44,12 +44,16 @@ class Inline:
         """Integers on their way to the host; the call that is returned waits for them."""
         return values.tolist
 
+    def move(self, values: np.ndarray) -> torch.Tensor:
+        """An array of the host on its way to the device, for what is computed from here on; nobody waits."""
+        return torch.from_numpy(values)
+
 
 class Streamed(Inline):
     """Copies to a CUDA device on a stream of their own, from pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._copies = torch.cuda.Stream(device)
+        self._device, self._copies = device, torch.cuda.Stream(device)
 
     def buffer(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(rows, width, dtype=dtype, pin_memory=True)
@@ -78,6 +82,9 @@ class Streamed(Inline):
             return there.tolist()
 
         return wait
+
+    def move(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).pin_memory().to(self._device, non_blocking=True)
 
 
 def transfers(device: torch.device) -> Inline:
@@ -244,11 +251,11 @@ class DeviceRows:
 
     def take(self, places: np.ndarray) -> torch.Tensor:
         """float32 [m, d] on the device, the rows at places that the host knows."""
-        there = torch.from_numpy(places).to(self.device)
+        there = self.transfers.move(places)
         if self.resident:
             return self._x.index_select(0, there)
         rows = self.array[places if self._places is None else self._places[places]]
-        x = torch.from_numpy(np.array(rows, dtype=np.float32)).to(self.device)
+        x = self.transfers.move(np.array(rows, dtype=np.float32))
         self._shape(x, there)
         return x
 
@@ -260,7 +267,7 @@ class DeviceRows:
         """The settled rows at `places`, which stay on the device where they fit."""
         where = places if self._places is None else self._places[places]
         some = DeviceRows(self.array, self.device, places=where, resident=self._asked)
-        there = torch.from_numpy(places).to(self.device)
+        there = self.transfers.move(places)
         some.offset = self.offset
         some.scale = None if self.scale is None else self.scale[there]
         if some.resident and self.resident:
