@@ -151,7 +151,7 @@ def _token_rewards(sequences: int, length: int) -> Step:
 
 
 def _whiten(tokens: int) -> Step:
-    x, mask = _leaf(tokens, dtype=torch.float32), _leaf(tokens, dtype=torch.bool)
+    x, mask = _leaf(tokens, dtype=torch.float32), torch.ones(tokens, dtype=torch.bool).to(CUDA)
     return lambda: ops.masked_whiten(x, mask)
 
 

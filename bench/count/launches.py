@@ -242,7 +242,7 @@ class Launches:
 
         low, high = 0, programs - 1
         if weight(low) != weight(high):
-            while high - low > max(1, programs // 64):
+            while high - low > max(1, programs // 256):
                 middle = (low + high) // 2
                 low, high = (middle, high) if weight(middle) == weight(0) else (low, middle)
         weight(programs // 2)

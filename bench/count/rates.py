@@ -26,6 +26,7 @@ class Rates:
     kernel_share: float = 0.85  # of the copy rate, which a Triton kernel gets
     cache_bytes: float = 30e6  # of the second-level cache's 50 MB that a kernel's own data can count on
     cache_rate: float = 5.5e12  # bytes a second from there
+    near_bytes: float = 128e3  # of a multiprocessor's own cache; what it holds costs nothing to read again
     load_latency: float = 0.65e-6  # seconds that a load takes that waits for the one before
     threads: int = 2048  # a multiprocessor, at most
     registers: int = 65536
@@ -62,11 +63,12 @@ class Rates:
         programs on the device have touched more than the cache since the first."""
         memory, cache = programs.read + programs.written, programs.shared
         together = min(programs.number, self.resident(programs.warps))
+        neighbours = math.ceil(together / self.multiprocessors)
         for distance, amount in programs.reread:
-            if distance * together <= self.cache_bytes:
-                cache += amount
-            else:
+            if distance * together > self.cache_bytes:
                 memory += amount
+            elif distance * neighbours > self.near_bytes:
+                cache += amount
         return memory, cache
 
     def kernel_seconds(self, programs: Programs) -> float:

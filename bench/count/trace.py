@@ -36,7 +36,7 @@ class Trace:
     rounds: int = 0
     _place: tuple[int, ...] = ()
     _after: int = 0  # the next load is in a later round than this
-    _seen: Sectors = field(default_factory=lambda: _NONE)
+    _stores: list[Sectors] = field(default_factory=list)
 
     def sectors(self, addresses: np.ndarray[Any, Any], itemsize: int) -> Sectors:
         numbers = addresses.astype(np.uint64).ravel()
@@ -55,7 +55,7 @@ class Trace:
 
     def store(self, sectors: Sectors) -> None:
         self.order.append(sectors)
-        self.written = np.union1d(self.written, sectors)
+        self._stores.append(sectors)
         self.reads.append(_NONE)
 
     def atomic(self, sectors: Sectors, needs: int) -> int:
@@ -89,7 +89,8 @@ class Trace:
             last[where] = at
             held[at] += len(sectors)
         self.first_read = np.unique(np.concatenate(first)) if first else _NONE
-        self.order, self.reads = [], []
+        self.written = np.unique(np.concatenate(self._stores)) if self._stores else _NONE
+        self.order, self.reads, self._stores = [], [], []
 
     @property
     def bytes(self) -> int:
@@ -146,7 +147,7 @@ def summed(
             part = 0.0
             for p, weight in weights.items():
                 own = found[p]
-                part += weight * (np.count_nonzero((own >= low) & (own < high)) - len(inside))
+                part += weight * (int(np.count_nonzero((own >= low) & (own < high))) - len(inside))
             most = SECTOR * float(high - low - len(inside))
             over = max(0.0, SECTOR * part - most)
             if size <= cache_bytes and over:
