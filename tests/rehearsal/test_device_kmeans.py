@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.clustering import count_iterations
 from bench.count.device import Device
+from bench.count.kmeans import count_iterations
 from stable_rlhf.rehearsal import cluster, cluster_embeddings, device_kmeans, device_rows
 from stable_rlhf.rehearsal.cluster import Clusters, check_clustering
 from stable_rlhf.rehearsal.device_rows import DeviceRows
