@@ -185,7 +185,8 @@ def prepare_scorer(case: Case, settings: Settings, model: nn.Module, ids: Tensor
 def prepare(case: Case, settings: Settings) -> Prepared:
     shape, device, dtype = case.shape, torch.device(settings.device), DTYPES[case.dtype]
     torch.manual_seed(settings.seed)
-    model = backbone(shape).to(device, dtype)
+    with device:  # where its weights are drawn: a billion of them take a processor a while
+        model = backbone(shape).to(dtype)
     ids = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["length"]), device=device)
     parts = prepare_policy if case.op == "ppo-update" else prepare_scorer
     head, losses = parts(case, settings, model, ids)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -15,7 +11,7 @@ import torch
 from bench import __main__ as command
 from bench import pages, plots, render, run
 from bench.case import COPY, OURS, RESULTS, Case, Contender, Line, Prepared, Settings, read_lines, write_lines
-from bench.common import ROOT, measure, quantile
+from bench.common import measure, quantile
 from bench.compare import FASTER, GONE, NOISE, SAME, SLOWER, compare, slug
 from bench.ops import OPERATIONS
 from bench.presets import PRESETS
@@ -312,19 +308,6 @@ def test_memory_is_the_resident_set_of_a_process():
     case = Case("policy", {"rows": 512, "width": 32, "vocabulary": 32_768}, memory=True)
     plain = run.resident_peak(case, SETTINGS, "plain PyTorch")
     assert 2 * 64 < plain < 8 * 64
-
-
-@pytest.mark.slow
-def test_dry_run_of_the_gpu_script(tmp_path):
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--skip-build", "--output-dir", str(tmp_path)],
-        capture_output=True, encoding="utf-8", timeout=1800, env={**os.environ, "PYTHON": sys.executable},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    (path,) = tmp_path.glob("dry-*.jsonl")
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    assert {line["op"] for line in lines} == set(OPERATIONS)
-    assert all(line["status"] == "ok" for line in lines if line["role"] == "ours")
 
 
 def test_a_study_of_another_preset_is_told_where_it_is():
