@@ -154,7 +154,7 @@ def batch(plan: Plan, shape: dict[str, int], shares: dict[str, Any]) -> Problem:
     sizes = (shape["rows"], shape["width"], shape["vocabulary"])
     with ops.backend(plan.backend):
         inputs = random_inputs(*sizes, torch.bfloat16, plan.device)
-        return make_problem(*inputs, **shares, workspace_bytes=GIB)
+        return make_problem(*inputs, **shares, workspace_bytes=None)
 
 
 def workspaces(problem: Problem, plan: Plan) -> dict[str, int | None]:
@@ -242,7 +242,7 @@ def kernel_milliseconds(call: Call, device: torch.device, names: set[str], calls
 def rows(plan: Plan) -> Iterator[Row]:
     """The row kernel with every candidate of its launch: in place of the logits, where the loss from hidden states has
     it (H is small, the products cost little), and from logits to a gradient of its own."""
-    names = own_kernels()
+    names, worked = own_kernels(), 0
     tall = 16 if plan.dry else 8192
     for vocabulary in (264,) if plan.dry else sorted({shape["vocabulary"] for shape in GPU_SHAPES}):
         problem = batch(plan, {"rows": tall, "width": 16 if plan.dry else 64, "vocabulary": vocabulary}, ALL)
@@ -270,11 +270,14 @@ def rows(plan: Plan) -> Iterator[Row]:
                             row["ms"] = kernel_milliseconds(calls[name], plan.device, names)
                         # Read once and written once, from the first to the last byte of the logits.
                         row["tb_per_s"] = 2.0 * logits.nbytes / row["ms"] / 1e9
+                        worked += 1
                     yield row
             finally:
                 del os.environ["STABLE_RLHF_TRITON_CONFIG"]
         del problem, logits, calls
         free_memory(plan.device)
+    if not worked:
+        raise RuntimeError("no candidate could be launched")
 
 
 # -- what to tune ------------------------------------------------------------------------------------------------------

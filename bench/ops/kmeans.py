@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.case import OURS, Case, Contender, Prepared, Settings
-from bench.clustering import faiss_kmeans, mixture, sklearn_kmeans
+from bench.clustering import faiss_kmeans, mixture, mixture_on, sklearn_kmeans
 from bench.common import Step, describe
 
 BLOCK = 2048  # rows of a product of the floor on a CPU, and the fewest on CUDA
@@ -72,7 +72,9 @@ def _products(x: np.ndarray, c: int, niter: int, device: torch.device) -> Step:
 def prepare(case: Case, settings: Settings) -> Prepared:
     device, shape = torch.device(settings.device), case.shape
     n, width, c, niter = (shape[key] for key in ("rows", "width", "clusters", "iterations"))
-    x, seed = mixture(n, width, groups=max(2, min(2000, 2 * c))), settings.seed
+    groups, seed = max(2, min(2000, 2 * c)), settings.seed
+    on_card = device.type == "cuda"
+    x = mixture_on(device, n, width, groups=groups) if on_card else mixture(n, width, groups=groups)
     makers: dict[str, Callable[[], Step]] = {
         OURS: lambda: lambda: ours(x, c, niter, seed, "kmeans++", device),
         f"{OURS}, random start": lambda: lambda: ours(x, c, niter, seed, "random", device),

@@ -26,7 +26,6 @@ from bench.ops.accuracy import check, check_logits, check_logprob
 from bench.ops.problem import PolicyContender, Problem, floors, make_problem, random_inputs
 from stable_rlhf.ops.policy.products import has_native_products
 
-WORKSPACE = 256 << 20
 PRODUCTS = {"policy": 3, "logprob": 1, "logprob-grad": 4}
 
 
@@ -73,7 +72,7 @@ def problem_of(case: Case, settings: Settings) -> Problem:
     else:
         sizes = (shape["rows"], shape["width"], shape["vocabulary"])
         hidden, weight, target = random_inputs(*sizes, dtype, device, settings.seed)
-    workspace = WORKSPACE
+    workspace: int | None = None  # what the operation takes by itself
     if shape.get("chunks"):
         itemsize = dtype.itemsize if has_native_products(dtype, device) else 4
         workspace = math.ceil(active_rows(case) / shape["chunks"]) * weight.shape[0] * itemsize
@@ -178,7 +177,7 @@ def prepare_logits(case: Case, settings: Settings) -> Prepared:
     sequences = math.gcd(rows, 8)
     advantage = torch.randn(sequences, device=device, generator=g).repeat_interleave(rows // sequences)
     problem = Problem(
-        one, one, target, torch.ones_like(target), here, advantage, WORKSPACE, sequences=sequences
+        one, one, target, torch.ones_like(target), here, advantage, None, sequences=sequences
     )  # of which only the rows' part is read
     contenders: list[Contender] = []
     for contender in peers.logits_contenders(logits, problem):

@@ -31,7 +31,7 @@ class Problem:
     kind: Tensor  # [T]
     old_logprob: Tensor  # [T] float32
     advantage: Tensor  # [T] float32
-    workspace_bytes: int
+    workspace_bytes: int | None  # None: what our operations take by themselves
     config: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     sequences: int = 1  # the T rows are as many sequences of equal length, each with one advantage
 
@@ -168,7 +168,7 @@ def make_problem(
     active: float,
     clipped: float,
     rehearsal: float,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
     seed: int = 0,
 ) -> Problem:
     """Kinds, advantages and old log-probs such that `clipped` of the policy rows are cut off by PPO's clip.

@@ -23,7 +23,6 @@ from bench.ops.problem import Problem, factors, make_problem, mixed_loss, plain_
 from bench.ops.problem import floor as products_floor
 
 PARTS = ("backbone forward", "loss and its gradient", "backbone backward", "optimizer")
-WORKSPACE = 256 << 20
 
 HeadStep = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # hidden [B, L, H] -> (loss, gradient of hidden)
 
@@ -100,7 +99,7 @@ def _policy_losses(problem: Problem, weight: nn.Parameter) -> dict[str, tuple[st
     def own(hidden: Tensor) -> Tensor:
         return ops.linear_policy_loss(
             hidden, weight, problem.target, problem.kind, old_logprob=problem.old_logprob, advantage=problem.advantage,
-            config=problem.config, workspace_bytes=WORKSPACE,
+            config=problem.config,
         ).loss  # fmt: skip
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def _policy_losses(problem: Problem, weight: nn.Parameter) -> dict[str, tuple[st
 
         def step(hidden: Tensor) -> tuple[Tensor, Tensor]:
             flat = hidden.detach().view(-1, hidden.shape[-1])
-            active = Problem(flat[rows], weight.detach(), *(problem.target,) * 2, *(problem.advantage,) * 2, WORKSPACE)
+            active = Problem(flat[rows], weight.detach(), *(problem.target,) * 2, *(problem.advantage,) * 2, None)
             hidden_grad, weight.grad = products_floor(3, 512)(active)()
             gradient = torch.zeros_like(flat)
             gradient[rows] = hidden_grad
@@ -141,7 +140,7 @@ def prepare_policy(case: Case, settings: Settings, model: nn.Module, ids: Tensor
     target = ids.roll(-1, 1).reshape(-1)
     problem = make_problem(
         hidden, weight.detach(), target, active=shape["active"], clipped=shape.get("clipped", 0.0),
-        rehearsal=shape.get("rehearsal", 0.0), workspace_bytes=WORKSPACE, seed=settings.seed,
+        rehearsal=shape.get("rehearsal", 0.0), workspace_bytes=None, seed=settings.seed,
     )  # fmt: skip
     return nn.ParameterList([weight]), _policy_losses(problem, weight)
 
