@@ -275,9 +275,11 @@ inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float*
     const double log_ratio = logprob - double(t.old_logprob[i]);
     const double ratio = exp(clamped(log_ratio, t.log_ratio_clamp));
     bool free = fabs(log_ratio) <= t.log_ratio_clamp;
-    if (advantage > 0 && ratio > 1.0 + t.clip_high) free = false;
-    if (advantage < 0 && ratio < 1.0 - t.clip_low) free = false;
-    if (t.dual_clip > 0 && advantage < 0 && ratio > t.dual_clip) free = false;
+    // In float32, as the reference compares: a ratio at an edge is on the same side for both.
+    const float rounded = float(ratio);
+    if (advantage > 0 && rounded > float(1.0 + t.clip_high)) free = false;
+    if (advantage < 0 && rounded < float(1.0 - t.clip_low)) free = false;
+    if (t.dual_clip > 0 && advantage < 0 && rounded > float(t.dual_clip)) free = false;
     double slope = free ? -advantage * ratio : 0.0;
     if (t.kl_coef != 0) {
         const double apart = logprob - double(t.ref_logprob[i]);

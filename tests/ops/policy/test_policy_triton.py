@@ -189,7 +189,8 @@ def test_dropped_rows_leave_no_gap(logits_dtype):
     assert 0 < sum(dropped) < 17 and order.tolist() == moved(dropped)
     assert order.tolist() != sorted(order.tolist())  # some row did move
     check(state, gradient, want, order)
-    torch.testing.assert_close(gradient[len(order) :], before[len(order) :], rtol=0, atol=0, equal_nan=True)
+    untouched = [i for i in range(len(order), 17) if dropped[i]]
+    torch.testing.assert_close(gradient[untouched], before[untouched], rtol=0, atol=0, equal_nan=True)
 
 
 def moved(dropped: list[bool]) -> list[int]:
@@ -208,10 +209,12 @@ def test_kept_rows(count, share):
     either = torch.rand(count, generator=g) < 0.5
     state.coefficient[:] = torch.where(~dropped & either, 1.5, 0.0)
     state.entropy_coefficient[:] = torch.where(~dropped & ~either, math.nan, -0.0)
-    order = kernels().kept_rows(state)
+    gradient = torch.arange(count, dtype=torch.float32)[:, None].repeat(1, 3)
+    order = kernels().close_gaps(gradient, state)
     assert (order is None) == (not dropped.any())
-    if order is not None:
-        assert order.tolist() == moved(dropped.tolist())
+    where = moved(dropped.tolist())
+    assert order is None or order.tolist() == where
+    assert gradient[: len(where)].tolist() == [[row] * 3 for row in where]
 
 
 @interpreted
@@ -250,13 +253,86 @@ def test_clip_edges(advantage, low, high, dual):
 
 
 @interpreted
+@cpp
+def test_a_ratio_at_a_clip_edge_is_on_the_same_side_for_all():
+    """The edge itself, as float32 has it, and the float32 numbers beside it; one token, so that log pi is exactly 0."""
+    from stable_rlhf.ops.policy import cpu
+    from stable_rlhf.ops.policy.formula import coefficients
+
+    sides = set()
+    for clip in (0.0, 0.1, 0.2, 0.28, 0.3, 0.5):
+        config = PolicyLossConfig(clip, clip, 1.0 + 2.0 * clip if clip else None)
+        at = torch.tensor([1.0 - clip, 1.0 + clip, 1.0 + 2.0 * clip]).double().log().float()
+        old = -torch.cat([torch.nextafter(at, torch.tensor(by)) for by in (-9.0, 9.0)] + [at])
+        old, rows = old.repeat(2), 18
+        advantage = torch.tensor([1.5, -1.5]).repeat_interleave(9)
+        terms = Terms(old, advantage, None, None, *torch.ones(2).unbind())
+        kind = torch.ones(rows, dtype=torch.int8)
+        want = coefficients(kind, torch.zeros(rows), terms, config)[0]
+        for module in (kernels(), cpu):
+            state = new_state(torch.zeros(rows, dtype=torch.int64), torch.ones(rows))
+            module.policy(torch.zeros(rows, 1), torch.zeros(rows, 1), state, kind, terms, config, compact=False)
+            assert torch.equal(state.coefficient == 0, want == 0), (module.__name__, clip)
+            torch.testing.assert_close(state.coefficient, want, rtol=3e-7, atol=0)
+        sides |= set((want == 0).tolist())
+    assert sides == {True, False}
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["clip", "plain", "everything"])
+def test_same_bits_on_every_grid(name, monkeypatch):
+    """However many programs share the rows; fewer rows than programs, and many a program, are among them."""
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
+    config = CONFIGS["plain"] if name == "plain" else SETTINGS[name]
+    made = []
+    for programs in (1, 2, 40):
+        monkeypatch.setattr(kernels(), "_programs", lambda device, each, programs=programs: programs)
+        logits, state, kind, terms = make_rows(9, 150, config, torch.bfloat16, seed=3)
+        row = None if name == "clip" else torch.tensor([8, 0, 3, 1, 7, 2, 4, 6, 5])
+        order = kernels().policy(logits, logits, state, kind, terms, config, row=row)
+        made.append((logits, order, state))
+    for logits, order, state in made[1:]:
+        assert torch.equal(logits, made[0][0]) and (order is None) == (made[0][1] is None)
+        assert order is None or torch.equal(order, made[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(vars(state).values(), vars(made[0][2]).values(), strict=True))
+    assert (made[0][1] is not None) == (name == "clip")
+
+
+@interpreted
+def test_nothing_is_left_out_while_a_graph_is_captured(monkeypatch):
+    """The number of kept rows would have to be read; dropped rows get zeros."""
+    logits, state, kind, terms = make_rows(17, 33, SETTINGS["clip"], seed=3)
+    want = exact(logits, state, kind, terms, SETTINGS["clip"])
+    monkeypatch.setattr(kernels(), "_capturing", lambda logits: True)
+    monkeypatch.setattr(kernels(), "close_gaps", None)
+    assert kernels().policy(logits, logits, state, kind, terms, SETTINGS["clip"]) is None
+    check(state, logits, want)
+    dropped = state.coefficient == 0
+    assert dropped.any() and not logits[dropped].any()
+
+
+@interpreted
+@pytest.mark.parametrize("width", [33, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gaps_are_closed_in_padded_rows(width, dtype):
+    config = SETTINGS["clip"]
+    made, state, kind, terms = make_rows(17, 33, config, dtype, seed=3)
+    want = exact(made, state, kind, terms, config)
+    wide = torch.full((17, width), 7.0, dtype=dtype)
+    wide[:, :33] = made
+    order = kernels().policy(wide[:, :33], wide[:, :33], state, kind, terms, config)
+    check(state, wide[:, :33], want, order)
+    assert (wide[:, 33:] == 7.0).all()
+
+
+@interpreted
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_blocks_of_every_kind(softcap, monkeypatch):
     """Many blocks, few, part of one; a rest is in most other tests."""
     config = PolicyLossConfig(softcap=softcap, entropy_coef=0.1)
     logits, state, kind, terms = make_rows(2, 768, config, seed=4)
     want = exact(logits, state, kind, terms, config)
-    for shape in ("64,1", "256,1", "1024,2"):
+    for shape in ("64,1,1", "256,1,2", "1024,2,1"):
         monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", shape)
         gradient, part_state = torch.empty_like(logits), fresh(state)
         kernels().policy(logits, gradient, part_state, kind, terms, config)
@@ -267,7 +343,7 @@ def test_blocks_of_every_kind(softcap, monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_slices_of_the_vocabulary(softcap, monkeypatch):
     """Statistics of slices join to those of the whole; given these, each slice's gradient is the whole one's."""
-    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
     logits, state, _, _ = make_rows(5, 300, PolicyLossConfig(), seed=5)
     whole, mean = fresh(state), torch.empty(5)
     kernels().statistics(logits, whole, softcap, weighted=mean)
@@ -325,7 +401,7 @@ def test_chosen_rows():
 @interpreted
 def test_int32_offsets_past_two_to_the_31_elements(monkeypatch):
     """The third row starts beyond 2^31 elements, in and out. Pages that nobody touches cost no memory."""
-    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
     logits, state, kind, terms = make_rows(3, 90, SETTINGS["clip"], torch.bfloat16, seed=9)
     few, want = fresh(state), torch.empty_like(logits)
     kernels().policy(logits, want, few, kind, terms, SETTINGS["clip"], compact=False)
@@ -340,7 +416,7 @@ def test_int32_offsets_past_two_to_the_31_elements(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [1e4, -1e4, None])
 def test_extreme_logits(offset, dtype, monkeypatch):
-    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
     logits, state, _, terms = make_rows(4, 150, PolicyLossConfig(), dtype, seed=6)
     logits = (1e4 * logits.sign()).to(dtype) if offset is None else (logits.float() + offset).to(dtype)
     state.inverse_temperature[:] = 1.0
@@ -368,7 +444,7 @@ def test_target_of_probability_one():
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_non_finite_logits_are_not_hidden(value, dtype, monkeypatch):
-    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1")
+    monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
     places = [0, 1, 63, 64, 127, 128, 149]
     logits = torch.zeros(len(places) + 2, 150, dtype=dtype)
     for i, place in enumerate(places):
