@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stable_rlhf.kernels.policy_call import capturing
 from stable_rlhf.kernels.policy_rows import row_kernel
 from stable_rlhf.kernels.tuning import RowLaunch, row_launch
 from stable_rlhf.ops.policy.formula import RowState, Terms
@@ -258,10 +259,6 @@ def close_gaps(gradient: Tensor, state: RowState) -> Tensor | None:
     return None if kept == count else order[:kept]
 
 
-def _capturing(logits: Tensor) -> bool:
-    return logits.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def policy(
     logits: Tensor,
     gradient: Tensor,
@@ -285,7 +282,7 @@ def policy(
     """
     entropy = config.entropy_coef != 0.0
     compact = compact and state.target.numel() > 0 and row is None and config.kl_coef == 0.0 and not entropy
-    compact = compact and not _capturing(logits)
+    compact = compact and not capturing(logits)
     _launch(
         logits, gradient, state, config.softcap, statistics=True, entropy=entropy, leave_out=compact, row=row,
         kind=kind, terms=terms, config=config,

@@ -303,7 +303,7 @@ def test_nothing_is_left_out_while_a_graph_is_captured(monkeypatch):
     """The number of kept rows would have to be read; dropped rows get zeros."""
     logits, state, kind, terms = make_rows(17, 33, SETTINGS["clip"], seed=3)
     want = exact(logits, state, kind, terms, SETTINGS["clip"])
-    monkeypatch.setattr(kernels(), "_capturing", lambda logits: True)
+    monkeypatch.setattr(kernels(), "capturing", lambda logits: True)
     monkeypatch.setattr(kernels(), "close_gaps", None)
     assert kernels().policy(logits, logits, state, kind, terms, SETTINGS["clip"]) is None
     check(state, logits, want)
