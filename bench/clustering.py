@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import torch
 
 
 def mixture(rows: int, width: int, *, groups: int = 2000, seed: int = 0, start: int = 0) -> np.ndarray:
