@@ -11,11 +11,14 @@ from bench.count.work import Ledger, Work, by_name
 from stable_rlhf.rehearsal import device_kmeans, device_rows
 
 
-def count_iterations(n: int, d: int, c: int, *, niter: int = 1, empty: int = 0, spherical: bool = False) -> Ledger:
-    """Iterations of the cuda backend's own code, rows on the device, `empty` clusters left without rows in each."""
+def count_iterations(
+    n: int, d: int, c: int, *, niter: int = 1, empty: int = 0, spherical: bool = False, resident: bool = True
+) -> Ledger:
+    """Iterations of the cuda backend's own code, `empty` clusters left without rows in each; rows lie on the device, or
+    come from the host where they are not `resident`."""
     device = Device(limit=MIB)  # labels have no data
     with device.present():
-        rows = device_rows.DeviceRows(np.broadcast_to(np.float32(0), (n, d)), CUDA, resident=True)
+        rows = device_rows.DeviceRows(np.broadcast_to(np.float32(0), (n, d)), CUDA, resident=resident)
         centroids = torch.empty(c, d, device=CUDA)
         # What the host is told of each iteration; nobody knows it of rows without data.
         told, read = torch.tensor([1, empty]).to(CUDA), rows.transfers.read

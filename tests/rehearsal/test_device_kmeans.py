@@ -343,6 +343,12 @@ def test_streams_events_and_pinned_memory(options, resident, small_slabs):
     assert "copy from the host" in {work.name for work in ledger.work}
 
 
+def test_streamed_rows_take_no_more_memory_than_is_said():
+    found = count_iterations(400_000, 768, 4096, resident=False)
+    assert found.stops == []
+    assert found.peak_bytes < device_rows.WORKSPACE_BYTES < 2 * found.peak_bytes
+
+
 def test_streamed_iterations_stop_for_nothing(small_slabs):
     device = Device()
     with device.present():
@@ -385,6 +391,8 @@ def test_one_device_that_torch_sees_is_ours(monkeypatch):
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize(("n", "d", "c"), [(30_000, 768, 100), (9001, 33, 5000), (777, 1, 13)])
 def test_on_a_device_as_on_the_cpu_and_the_same_bits_again(device, n, d, c, spherical, monkeypatch):
+    if spherical and d == 1:
+        pytest.skip("two directions for thirteen clusters: rounding decides which of equal rows the others move to")
     monkeypatch.setattr(device_rows, "SLAB_BYTES", 4 << 20)
     x = normal(n, d)
     found = run(x, c, device=device, niter=4, spherical=spherical, init="random")
