@@ -350,9 +350,10 @@ def cluster_embeddings(
     backend: "cpu" is the package's own Lloyd over blocks of rows; it holds no more than blocks of rows in memory,
         however many there are. "cuda" is the same algorithm on one CUDA device: rows stay there where 10 bytes a value
         and 5 GiB are within nine tenths of its free memory, and are streamed through pinned memory every pass where
-        not, within those 5 GiB. "faiss" runs on the CPU or on the `devices`, "flash-kmeans" on one CUDA device; they
-        hold the training rows in memory as float32, and a mixture holds them as float64: give `train_rows` for large n.
-        "auto" is "cpu" without `devices`, "cuda" with one that torch sees, else faiss.
+        not, within those 5 GiB (and 12 bytes a value of the rows that k-means++ draws from, while it does).
+        "faiss" runs on the CPU or on the `devices`, "flash-kmeans" on one CUDA device; they hold the training rows in
+        memory as float32, and a mixture holds them as float64: give `train_rows` for large n. "auto" is "cpu"
+        without `devices`, "cuda" with one that torch sees, else faiss.
     devices: GPU numbers for KMeans; None is the CPU. No other GPU is touched.
     threads: of the cpu backend; None takes as many as BLAS may use.
 

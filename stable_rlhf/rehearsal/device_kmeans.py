@@ -248,10 +248,10 @@ def plus_plus(rows: DeviceRows, num_clusters: int, distinct: np.ndarray, generat
     """`kmeans.plus_plus` on the device, which holds the rows drawn from in float64 (8 bytes a value) and the distances
     of one batch of proposals.
 
-    Float64, for distances come from products, which have to tell equal rows from near ones: 16-bit matrix units cut off
-    sums that float32 would round, always downwards. One synchronisation a batch: what its proposals say of each other
-    goes to the host, which accepts some. The distribution is that of the CPU's; weights are rounded to integers here,
-    whose running sums have the same bits every run.
+    Float64, for distances come from products, which have to tell equal rows from near ones: 16-bit matrix units are
+    believed to cut sums off where float32 would round. One synchronisation a batch: what its proposals say of each
+    other goes to the host, which accepts some. The distribution is that of the CPU's; weights are rounded to integers
+    here, whose running sums have the same bits every run.
     """
     n, device = len(rows), rows.device
     count = min(n, max(INIT_ROWS, 32 * num_clusters))

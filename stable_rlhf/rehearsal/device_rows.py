@@ -128,7 +128,7 @@ class DeviceRows:
     Where 10 bytes a value and 5 GiB are within nine tenths of the device's free memory, rows stay there: as float32 and
     as bfloat16 parts for the products. Else every pass streams them from the host, as they are stored, through two
     buffers of 32 MiB of pinned memory into two slabs of at most 512 MiB on the device, one computed on while the next
-    one arrives. Memory beside labels and centroids is then at most 5 GiB, however many rows there are.
+    one arrives. A pass then takes at most 5 GiB beside labels and centroids, however many rows there are.
 
     `measure` first, then `settle`: unit length if spherical, else the mean of all rows is subtracted, for distances
     come from products and a shared offset would drown them in rounding.
