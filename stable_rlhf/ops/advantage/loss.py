@@ -102,8 +102,9 @@ def advantage_loss(
         loss = sum_i pair_weight_i l_i / M
 
     Args:
-        reward: [R] r of every response.
-        expected: [P] e of every prompt; None: e = 0 (with margin=None and no alternates: the plain reward model).
+        reward: [R] or [R, 1] r of every response.
+        expected: [P] or [P, 1] e of every prompt; None: e = 0 (with margin=None and no alternates: the plain reward
+            model).
         pairs: [M, 2] integer, rows (chosen, rejected) of indices into reward; None: reward's first half was chosen
             against its second half.
         prompt: [R] integer, each response's prompt as an index into expected; None: pair i has prompt i.
@@ -122,6 +123,7 @@ def advantage_loss(
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
     """
+    reward, expected = _column(reward), _column(expected)
     responses = _check_reward(reward)
     if pairs is not None:
         pairs = _indices("pairs", pairs, reward)
@@ -223,6 +225,7 @@ def advantage_score(
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong.
     """
+    reward, expected = _column(reward), _column(expected)
     responses = _check_reward(reward)
     if expected is not None and prompt is None and isinstance(expected, Tensor) and expected.numel() != responses:
         raise ValueError(f"expected: {expected.numel()} values for {responses} responses, and no prompt given")
@@ -235,6 +238,13 @@ def advantage_score(
     if call.backend == "torch" and not needs_operator(reward, "torch"):
         return reference.score(call)
     return fused.score(call)
+
+
+def _column(value: Any) -> Any:
+    """[n] of a head's [n, 1]."""
+    if not isinstance(value, Tensor) or value.is_nested or value.ndim != 2 or value.shape[1] != 1:
+        return value
+    return value.squeeze(1)
 
 
 def _check_reward(reward: Tensor) -> int:
@@ -335,7 +345,8 @@ def _per(name: str, value: float | Tensor, count: int, like: Tensor) -> float | 
         check_constant(name, value)
         check_tensor(name, value, dtypes=FLOATS + INTEGERS)
         if value.ndim > 0:
-            return check_tensor(name, value, shape=(count,), device=like.device).detach()
+            check_tensor(name, value, shape=(count,), device=like.device, dtypes=FLOATS + INTEGERS)
+            return value.detach() if value.is_floating_point() else value.to(statistics_dtype(like.dtype))
         if torch.compiler.is_compiling():  # its value is not known there
             return value.detach().expand(count)
     return float(check_bounded(name, value))

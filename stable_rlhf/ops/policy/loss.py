@@ -7,21 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_rlhf.ops.backends import choice, register
-from stable_rlhf.ops.checks import (
-    FLOATS,
-    INTEGERS,
-    check_constant,
-    check_flag,
-    check_integer,
-    check_not_negative,
-    check_number,
-    check_positive,
-    check_tensor,
-)
-from stable_rlhf.ops.groups import group_name
+from stable_rlhf.ops.backends import register
+from stable_rlhf.ops.checks import check_flag, check_number, check_positive, check_tensor
 from stable_rlhf.ops.operators import needs_operator, requires_grad
 from stable_rlhf.ops.policy import fused
+from stable_rlhf.ops.policy.arguments import check_linear, checked_loss, in_one_type, ready, tokens
 from stable_rlhf.ops.policy.formula import loss_of, select_rows, statistics_of
 from stable_rlhf.ops.policy.types import DEFAULT, PolicyCall, PolicyLossConfig, PolicyLossOutput, check_softcap
 
@@ -47,6 +37,7 @@ def linear_policy_loss(
     active_rows: int | None = None,
     process_group: object | None = None,
     grad_scale: float = 1.0,
+    logit_scale: float = 1.0,
 ) -> PolicyLossOutput:
     """The loss of PPO with selective rehearsal from hidden states (arXiv 2309.10202, eqs. 2 and 9).
 
@@ -61,14 +52,17 @@ def linear_policy_loss(
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64; the leading dimensions are target's.
-        weight: [V, H] of hidden's type (any float type under autocast).
-        target: [...] int64 in [0, V), or -100 for a row to ignore. Already shifted by the caller.
-        kind: [...] integer, 0 ignored, 1 policy token, 2 rehearsal token; None: 1 where target is not -100. A row is
-            active when its kind is not 0 and its target not -100; no other row reaches a product.
+        weight: [V, H] of hidden's type (any float type under autocast), or float32 beside hidden states of 16 bits: the
+            products are made in hidden's type, each gradient comes back in its own.
+        target: [...] integer in [0, V), or -100 for a row to ignore. Already shifted by the caller.
+        kind: [...] integer, 0 ignored, 1 policy token, 2 rehearsal token, or a mask of bool or float, which counts as 0
+            and 1; None: 1 where target is not -100. A row is active when its kind is not 0 and its target not -100; no
+            other row reaches a product.
         old_logprob, advantage: [...], required when there are policy rows, and read there only.
         ref_logprob: [...], required when kl_coef is not 0 and there are policy rows, and read there only.
         bias: [V] or None.
-        row_weight: [...] factor on each row's whole term; None: 1.
+        row_weight: [...] factor on each row's whole term; None: 1. This and advantage may be [B] or [B, 1] beside a
+            target [B, L], and so may the denominators: one number for all tokens of a sequence.
         temperature: from 1e-30 to 1e30, a float or one for each row [...]; a constant, like row_weight and the
             denominators: tensors that require a gradient are refused. old_logprob, advantage and ref_logprob are
             constants too: they are detached, and get no gradient.
@@ -93,6 +87,7 @@ def linear_policy_loss(
         grad_scale: for training with a scaled loss, its scale. The gradients are made along with the loss, in float16
             mostly rounded to 0 before the backward pass multiplies them by the scale; this factor is in them from the
             start, and taken out of the upstream gradient. Nothing else changes: loss and metrics are as with 1.
+        logit_scale: factor on the logits, before softcap and temperature.
 
     Raises:
         ValueError: names the argument whose shape, type, device or value is wrong, non-finite input included.
@@ -103,19 +98,19 @@ def linear_policy_loss(
     grad_tolerance = check_number("grad_tolerance", grad_tolerance)
     if not 0.0 <= grad_tolerance < 1.0:
         raise ValueError(f"grad_tolerance: {grad_tolerance} is outside [0, 1)")
-    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, active_rows)
-    call = _checked_loss("linear_policy_loss", PolicyCall(
+    target = check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, active_rows)
+    call = checked_loss("linear_policy_loss", PolicyCall(
         hidden, weight, bias, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
         ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
         rehearsal_denominator=rehearsal_denominator, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
         active_rows=active_rows, grad_tolerance=grad_tolerance,
-    ), process_group)  # fmt: skip
+    ), process_group, logit_scale)  # fmt: skip
     if call.backend == "torch" and not needs_operator(hidden, call.backend):
-        return loss_of(call)
+        return loss_of(_with_one_head(call))
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
         unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
         call = call._replace(row_weight=unit * grad_scale)
-    loss, logprob, entropy, metrics, counts, *_ = fused.linear_policy_loss(_autocast(call))
+    loss, logprob, entropy, metrics, counts, *_ = fused.linear_policy_loss(in_one_type(call))
     if grad_scale != 1.0:
         loss = loss / grad_scale
         metrics = torch.cat([metrics[:2] / grad_scale, metrics[2:]])  # the two losses come first
@@ -136,6 +131,7 @@ def policy_loss(
     policy_denominator: float | Tensor | None = None,
     rehearsal_denominator: float | Tensor | None = None,
     process_group: object | None = None,
+    logit_scale: float = 1.0,
 ) -> PolicyLossOutput:
     """`linear_policy_loss` for logits [..., V] that exist already; softcap and temperature are applied here.
 
@@ -144,12 +140,12 @@ def policy_loss(
     check_tensor("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: shape {tuple(logits.shape)} instead of [..., V]")
-    check_tensor("target", target, shape=tuple(logits.shape[:-1]), device=logits.device, dtypes=(torch.int64,))
-    call = _checked_loss("policy_loss", PolicyCall(
+    target = tokens(target, tuple(logits.shape[:-1]), logits.device)
+    call = checked_loss("policy_loss", PolicyCall(
         logits, None, None, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
         ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
         rehearsal_denominator=rehearsal_denominator,
-    ), process_group)  # fmt: skip
+    ), process_group, logit_scale)  # fmt: skip
     if call.backend == "torch" and not needs_operator(logits, call.backend):
         return loss_of(call)
     loss, logprob, entropy, metrics, counts, *_ = fused.policy_loss(
@@ -171,6 +167,7 @@ def linear_logprob(
     workspace_bytes: int | None = None,
     active_rows: int | None = None,
     process_group: object | None = None,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(softcap(hidden weight^T + bias) / temperature)[target], and that distribution's entropy in nats.
 
@@ -182,16 +179,16 @@ def linear_logprob(
     """
     check_softcap(softcap)
     check_flag("entropy", entropy)
-    _check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, active_rows)
-    call = _ready("linear_logprob", PolicyCall(
+    target = check_linear(hidden, weight, bias, target, logits_dtype, workspace_bytes, active_rows)
+    call = ready("linear_logprob", PolicyCall(
         hidden, weight, bias, target, temperature, DEFAULT if softcap is None else PolicyLossConfig(softcap=softcap),
         logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, active_rows=active_rows,
-    ), process_group)  # fmt: skip
+    ), process_group, logit_scale)  # fmt: skip
     if call.backend == "torch" and not needs_operator(hidden, call.backend):
         rows = select_rows(call, call.width)
-        logprob, row_entropy = statistics_of(call, rows, entropy)
+        logprob, row_entropy = statistics_of(_with_one_head(call), rows, entropy)
         return rows.scatter(logprob), rows.scatter(row_entropy) if entropy else None
-    logprob, row_entropy, *_ = fused.linear_logprob(_autocast(call))
+    logprob, row_entropy, *_ = fused.linear_logprob(in_one_type(call))
     return logprob, row_entropy if entropy else None
 
 
@@ -236,104 +233,15 @@ class PolicyHead(nn.Module):
         return linear_logprob(hidden, self.weight, target, bias=self.bias, **options)
 
 
-def _autocast(call: PolicyCall) -> PolicyCall:
-    """Under autocast the operands in its type, as for any other product; the casts carry the gradients back."""
-    operands = [call.source, call.weight, call.bias]
-    device = call.source.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        operands = [None if x is None else x.to(dtype) for x in operands]
-    source, weight, bias = operands
-    assert source is not None
-    return call._replace(source=source, weight=weight, bias=bias, needs=requires_grad(*operands))
-
-
-def _checked_loss(op: str, call: PolicyCall, process_group: object | None) -> PolicyCall:
-    """The call of a loss with all checked but values of the per-row arguments, which are read where rows are chosen."""
-    if not isinstance(call.config, PolicyLossConfig):
-        raise ValueError(f"config: expected a PolicyLossConfig, got {type(call.config).__name__}")
-    for name in ("kind", "old_logprob", "advantage", "ref_logprob", "row_weight"):
-        value = getattr(call, name)
-        if value is not None:
-            dtypes = INTEGERS if name == "kind" else FLOATS
-            check_tensor(name, value, shape=tuple(call.target.shape), device=call.target.device, dtypes=dtypes)
-    check_constant("row_weight", call.row_weight)
-    denominators: dict[str, Any] = {}
-    for name in ("policy_denominator", "rehearsal_denominator"):
-        value = getattr(call, name)
-        check_constant(name, value)
-        if isinstance(value, Tensor):
-            check_tensor(name, value, dtypes=FLOATS + INTEGERS)
-        given = value is None or isinstance(value, Tensor)
-        denominators[name] = value if given else float(check_not_negative(name, value))
-    return _ready(op, call._replace(**denominators), process_group)
-
-
-def _ready(op: str, call: PolicyCall, process_group: object | None) -> PolicyCall:
-    """The call with its temperature checked, its backend and its process group; the fused backends keep statistics in
-    float32, so float64 is PyTorch's."""
-    temperature = call.temperature
-    if not isinstance(temperature, Tensor):
-        temperature = float(check_positive("temperature", temperature))
-    else:
-        check_constant("temperature", temperature)
-        check_tensor("temperature", temperature)
-        if temperature.ndim == 0:  # while compiling its value is not known
-            compiling = torch.compiler.is_compiling()
-            temperature = temperature.expand(call.target.shape) if compiling else float(temperature)
-    backend = "torch" if call.source.dtype == torch.float64 else choice(op, call.source.device)
-    _check_process_group(process_group, backend)
-    return call._replace(temperature=temperature, backend=backend, group=group_name(process_group))
+def _with_one_head(call: PolicyCall) -> PolicyCall:
+    """For PyTorch's own operations, which autocast reaches without us."""
+    return call if torch.is_autocast_enabled(call.source.device.type) else in_one_type(call)
 
 
 def _output(loss: Tensor, logprob: Tensor, entropy: Tensor, metrics: Tensor, counts: Tensor) -> PolicyLossOutput:
     named = dict(zip(fused.METRICS, metrics.detach().unbind(), strict=True))
     named |= dict(zip(fused.COUNTS, counts.detach().unbind(), strict=True))
     return PolicyLossOutput(loss, logprob.detach(), entropy.detach(), named)
-
-
-def _check_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int | None,
-    active_rows: int | None,
-) -> None:
-    check_tensor("hidden", hidden)
-    if hidden.ndim < 1 or hidden.shape[-1] < 1:
-        raise ValueError(f"hidden: shape {tuple(hidden.shape)} instead of [..., H] with H of 1 or more")
-    device = hidden.device
-    # Under autocast the product casts its operands itself.
-    alike = FLOATS if torch.is_autocast_enabled(device.type) else (hidden.dtype,)
-    check_tensor("weight", weight, device=device, dtypes=alike)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        raise ValueError(f"weight: shape {tuple(weight.shape)} instead of [V, {hidden.shape[-1]}]")
-    if bias is not None:
-        check_tensor("bias", bias, shape=(weight.shape[0],), device=device, dtypes=alike)
-    check_tensor("target", target, shape=tuple(hidden.shape[:-1]), device=device, dtypes=(torch.int64,))
-    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
-        raise ValueError(f"logits_dtype: expected a torch.dtype, got {type(logits_dtype).__name__}")
-    if logits_dtype not in (None, hidden.dtype) and (
-        logits_dtype != torch.float32 or hidden.dtype not in (torch.bfloat16, torch.float16)
-    ):
-        raise NotImplementedError(f"logits_dtype={logits_dtype}: not yet for hidden of {hidden.dtype}")
-    if workspace_bytes is not None:
-        check_integer("workspace_bytes", workspace_bytes, 1)
-    if active_rows is not None:
-        check_integer("active_rows", active_rows, 0, target.numel())
-
-
-def _check_process_group(process_group: object | None, backend: str) -> None:
-    if process_group is None:
-        return
-    if not hasattr(process_group, "group_name"):
-        raise ValueError(
-            f"process_group: expected a torch.distributed process group, got {type(process_group).__name__}"
-        )
-    if backend == "torch":
-        raise NotImplementedError("process_group: not yet on the torch backend (float64, or no fused backend here)")
 
 
 for _name in ("linear_policy_loss", "policy_loss", "linear_logprob"):
