@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
@@ -19,3 +23,135 @@ def run_interpreted(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@contextmanager
+def accesses_checked() -> Iterator[list[str]]:
+    """The names of kernels launched in the block; an error where one of their programs reads or writes an address that
+    lies in none of the launch's tensors, or where a launch would go to whatever CUDA device is the current one."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    launched: list[str] = []
+    devices: list[torch.device] = []
+    ranges: list[tuple[int, int]] = []
+
+    @contextmanager
+    def device_of(tensor):
+        devices.append(tensor.device)
+        yield
+        devices.pop()
+
+    def arguments(self, args, kwargs):
+        launched.append(self.fn.__name__)
+        assert devices, f"{launched[-1]} is launched outside torch.cuda.device_of"
+        hosted = prepare(self, args, kwargs)
+        tensors = [x for x in (*hosted[0], *hosted[1].values()) if isinstance(x, torch.Tensor)]
+        assert all(x.is_contiguous() for x in tensors)
+        ranges[:] = [(x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize) for x in tensors]
+        return hosted
+
+    def check(pointers, mask):
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.int64)
+        mine = np.zeros(addresses.shape, bool)
+        for low, high in ranges:
+            mine |= (low <= addresses) & (addresses < high)
+        assert mine.all(), f"{launched[-1]} touches memory of nobody"
+
+    def load(self, pointers, mask, *rest):
+        check(pointers, mask)
+        return load_of(self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store_of(self, pointers, value, mask, *rest)
+
+    def atomic(self, operation, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return atomic_of(self, operation, pointers, value, mask, *rest)
+
+    prepare = GridExecutor._init_args_hst
+    load_of, store_of = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic_of = InterpreterBuilder.create_atomic_rmw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_of", device_of)
+        patch.setattr(GridExecutor, "_init_args_hst", arguments)
+        patch.setattr(InterpreterBuilder, "create_masked_load", load)
+        patch.setattr(InterpreterBuilder, "create_masked_store", store)
+        patch.setattr(InterpreterBuilder, "create_atomic_rmw", atomic)
+        yield launched
+
+
+@contextmanager
+def interrupted(kernel: str, work: Callable[[], object]) -> Iterator[None]:
+    """Does `work` once, when half of the programs of a launch of `kernel` in the block have run: what two streams, or a
+    graph beside eager calls, may do."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    names: list[str] = []
+    done = []
+
+    def arguments(self, args, kwargs):
+        names.append(self.fn.__name__)
+        return prepare(self, args, kwargs)
+
+    def begin(self, x, y, z):
+        if not done and names[-1] == kernel and 0 < self.grid_dim[0] // 2 == x:
+            done.append(True)
+            dimensions = self.grid_dim
+            work()
+            self.set_grid_dim(*dimensions)
+        begin_of(self, x, y, z)
+
+    prepare, begin_of = GridExecutor._init_args_hst, InterpreterBuilder.set_grid_idx
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "_init_args_hst", arguments)
+        patch.setattr(InterpreterBuilder, "set_grid_idx", begin)
+        yield
+    assert done, f"no launch of {kernel} with several programs"
+
+
+class Synchronised(AssertionError):
+    """A value of a tensor was asked for on the host."""
+
+
+@contextmanager
+def no_synchronisation(allowed: int = 0) -> Iterator[None]:
+    """An error where the block reads a tensor's value on the host, what stops a CUDA device and graph capture; but for
+    as many reads as are `allowed`, which have to come."""
+    reads = []
+
+    def refused(owner, name):
+        original = getattr(owner, name)
+
+        def refuse(*arguments, **options):
+            reads.append(name)
+            if len(reads) > allowed:
+                raise Synchronised(name)
+            with pytest.MonkeyPatch.context() as inside:  # one read, whatever it is made of
+                for other, own in originals.items():
+                    inside.setattr(*other, own)
+                return original(*arguments, **options)
+
+        return refuse
+
+    methods = (
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "equal",
+        "allclose",
+        "is_nonzero",
+    )
+    special = ("__bool__", "__int__", "__float__", "__index__", "__contains__")
+    functions = ("nonzero", "masked_select", "unique", "equal", "allclose", "is_nonzero", "bincount")
+    owned = [*((torch.Tensor, name) for name in (*methods, *special)), *((torch, name) for name in functions)]
+    originals = {(owner, name): getattr(owner, name) for owner, name in owned}
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in owned:
+            patch.setattr(owner, name, refused(owner, name))
+        yield
+    assert len(reads) == allowed, reads
