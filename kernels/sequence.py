@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from stable_rlhf.ops.flags import Fault, notes
+
 _BLOCK = 1024
 _WARPS = 4
+_CU_SEQLENS = tl.constexpr(int(Fault.CU_SEQLENS))
 _MOST_PARTS = 512  # programs that count moments: a few for each multiprocessor, and one load of their results
 
 
 def _float_type(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def _limits(bounds_ptr, notes_ptr, sequence, tokens):
+    """A sequence's first token and the one after its last. Nobody has looked at the bounds on a GPU: whatever stands
+    there, only tokens that exist are read and written, and what is wrong is noted."""
+    begin, end = tl.load(bounds_ptr + sequence), tl.load(bounds_ptr + sequence + 1)
+    ends_wrong = ((sequence == 0) & (begin != 0)) | ((sequence == tl.num_programs(0) - 1) & (end != tokens))
+    tl.store(notes_ptr + _CU_SEQLENS, 1, mask=ends_wrong | (end < begin))
+    return tl.minimum(tl.maximum(begin, 0), tokens), tl.minimum(tl.maximum(end, 0), tokens)
 
 
 @triton.jit
@@ -30,6 +45,8 @@ def _gae_kernel(
     bootstrap_ptr,
     advantage_ptr,
     return_ptr,
+    notes_ptr,
+    tokens,
     GAMMA: tl.constexpr,
     DECAY: tl.constexpr,
     HAS_BOOTSTRAP: tl.constexpr,
@@ -39,8 +56,7 @@ def _gae_kernel(
     # One program a sequence, block by block from its end: a scan inside the block, its first advantage carried to the
     # block before.
     sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(bounds_ptr + sequence)
-    end = tl.load(bounds_ptr + sequence + 1)
+    begin, end = _limits(bounds_ptr, notes_ptr, sequence, tokens)
     column = tl.arange(0, BLOCK)
     carried = tl.zeros((), DTYPE)
     last = tl.zeros((), DTYPE)
@@ -75,20 +91,23 @@ def gae(
     advantage, returns = torch.empty_like(reward), torch.empty_like(reward)
     sequences = bounds.numel() - 1
     if sequences > 0 and reward.numel() > 0:
-        _gae_kernel[(sequences,)](
-            reward,
-            value,
-            bounds,
-            reward if bootstrap_value is None else bootstrap_value,
-            advantage,
-            returns,
-            GAMMA=gamma,
-            DECAY=gamma * lam,
-            HAS_BOOTSTRAP=bootstrap_value is not None,
-            DTYPE=_float_type(reward),
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+        with torch.cuda.device_of(reward):
+            _gae_kernel[(sequences,)](
+                reward,
+                value,
+                bounds,
+                reward if bootstrap_value is None else bootstrap_value,
+                advantage,
+                returns,
+                notes(reward.device),
+                reward.numel(),
+                GAMMA=gamma,
+                DECAY=gamma * lam,
+                HAS_BOOTSTRAP=bootstrap_value is not None,
+                DTYPE=_float_type(reward),
+                BLOCK=_BLOCK,
+                num_warps=_WARPS,
+            )
     return advantage, returns
 
 
@@ -113,6 +132,8 @@ def _rewards_kernel(
     score_ptr,
     bounds_ptr,
     reward_ptr,
+    notes_ptr,
+    tokens,
     kl_coef,
     kl_coef_rest,
     CLAMP: tl.constexpr,
@@ -123,8 +144,7 @@ def _rewards_kernel(
 ):
     # One program a sequence. An empty one, which nobody has looked for on a GPU, has no token to put its score on.
     sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(bounds_ptr + sequence)
-    end = tl.load(bounds_ptr + sequence + 1)
+    begin, end = _limits(bounds_ptr, notes_ptr, sequence, tokens)
     score = tl.load(score_ptr + sequence)
     scale = -(tl.zeros((), DTYPE) + kl_coef + kl_coef_rest)
     bound = tl.full((), CLAMP, DTYPE)
@@ -160,22 +180,25 @@ def token_rewards(
     if sequences > 0 and logprob.numel() > 0:
         # Numbers arrive in float32. Constants of a run are compiled in; a coefficient that a controller moves comes in
         # two parts.
-        coefficient = float(torch.tensor(kl_coef, dtype=torch.float32, device="cpu"))
-        _rewards_kernel[(sequences,)](
-            logprob,
-            ref_logprob,
-            score,
-            bounds,
-            reward,
-            coefficient,
-            kl_coef - coefficient,
-            CLAMP=clamp,
-            ESTIMATOR=int(kl_estimator[1]),
-            TERMS=19 if logprob.dtype == torch.float64 else 11,
-            DTYPE=_float_type(logprob),
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+        coefficient = ctypes.c_float(kl_coef).value
+        with torch.cuda.device_of(logprob):
+            _rewards_kernel[(sequences,)](
+                logprob,
+                ref_logprob,
+                score,
+                bounds,
+                reward,
+                notes(logprob.device),
+                logprob.numel(),
+                coefficient,
+                kl_coef - coefficient,
+                CLAMP=clamp,
+                ESTIMATOR=int(kl_estimator[1]),
+                TERMS=19 if logprob.dtype == torch.float64 else 11,
+                DTYPE=_float_type(logprob),
+                BLOCK=_BLOCK,
+                num_warps=_WARPS,
+            )
     return reward
 
 
@@ -216,9 +239,10 @@ def masked_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     programs = max(1, min(_MOST_PARTS, triton.cdiv(x.numel(), _BLOCK)))
     parts = torch.empty(programs, 3, dtype=torch.float64, device=x.device)
-    _moments_kernel[(programs,)](
-        x, x if mask is None else mask, parts, x.numel(), HAS_MASK=mask is not None, BLOCK=_BLOCK, num_warps=_WARPS
-    )
+    with torch.cuda.device_of(x):
+        _moments_kernel[(programs,)](
+            x, x if mask is None else mask, parts, x.numel(), HAS_MASK=mask is not None, BLOCK=_BLOCK, num_warps=_WARPS
+        )
     return parts
 
 
@@ -271,18 +295,19 @@ def masked_scale(x: Tensor, mask: Tensor | None, parts: Tensor, shift_mean: bool
     """
     out, parts = torch.empty_like(x), parts.contiguous()
     if x.numel() > 0:
-        _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
-            x,
-            x if mask is None else mask,
-            parts,
-            out,
-            x.numel(),
-            parts.shape[0],
-            EPS=eps,
-            HAS_MASK=mask is not None,
-            SHIFT_MEAN=shift_mean,
-            PARTS=triton.next_power_of_2(parts.shape[0]),
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+        with torch.cuda.device_of(x):
+            _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+                x,
+                x if mask is None else mask,
+                parts,
+                out,
+                x.numel(),
+                parts.shape[0],
+                EPS=eps,
+                HAS_MASK=mask is not None,
+                SHIFT_MEAN=shift_mean,
+                PARTS=triton.next_power_of_2(parts.shape[0]),
+                BLOCK=_BLOCK,
+                num_warps=_WARPS,
+            )
     return out

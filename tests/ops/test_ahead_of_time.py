@@ -26,7 +26,10 @@ def holds(code, residency, shared=4096):
     assert code.residency >= residency, code.resources
 
 
-SEQUENCES = {"bounds_ptr": "*i64", "n": "i64", "num_parts": "i32", "mask_ptr": "*u8", "parts_ptr": "*fp64"}
+SEQUENCES = {
+    "bounds_ptr": "*i64", "n": "i64", "tokens": "i32", "num_parts": "i32", "mask_ptr": "*u8", "parts_ptr": "*fp64",
+    "notes_ptr": "*i32",
+}  # fmt: skip
 BLOCK = {"BLOCK": 1024}
 SEQUENCE_KERNELS = {
     "gae": ("_gae_kernel", {"GAMMA": 0.99, "DECAY": 0.9, "HAS_BOOTSTRAP": True, **BLOCK}),
@@ -54,32 +57,66 @@ def test_sequence_kernels(name, dtype, capability, tmp_path, record_property):
     holds(code, residency=4)  # 128 registers; a scan of pairs of float64 comes near
 
 
+TOPK_TYPES = {
+    **dict.fromkeys(("cluster_ptr", "prefix_ptr", "wanted_ptr", "rows_ptr"), "*i64"),
+    **dict.fromkeys(("counts_ptr", "found_ptr", "bucket_ptr", "kept_ptr", "groups_ptr", "status_ptr"), "*i32"),
+    "score_ptr": "*fp32",
+}
+TOPK_KERNELS = {  # constants, warps
+    "_count_kernel": ({"SAMPLED": 8, "SHIFT": 48, "BITS": 8, **BLOCK}, 4),
+    "_digit_kernel": ({"SHIFT": 48, "BITS": 8}, 1),
+    "_collect_kernel": ({"CAPACITY": 512, **BLOCK}, 4),
+    "_select_kernel": ({"CAPACITY": 512}, 2),
+    "_keep_kernel": (BLOCK, 8),
+    "_order_kernel": ({"WORDS": 1024, **BLOCK}, 8),
+}
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_topk_kernels(bits, capability, tmp_path, record_property):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in TOPK_KERNELS),
+        ("_count_kernel", {"SHIFT": 60, "BITS": 4, "SAMPLED": 1}),
+        ("_count_kernel", {"SHIFT": 0, "SAMPLED": 1}),
+        ("_digit_kernel", {"SHIFT": 60, "BITS": 4}),
+        ("_select_kernel", {"CAPACITY": 8192}),
+    ],
+)
+def test_topk_kernels(name, changes, capability, tmp_path, record_property):
     from stable_rlhf.kernels import topk
 
-    types = {"score_ptr": "*fp32", "cluster_ptr": "*i64", "prefix_ptr": "*i64", "wanted_ptr": "*i64", "kept_ptr": "*i1"}
-    types |= {"bad_ptr": "*i32", "counts_ptr": "*i32", "n": "i32", "num_clusters": "i32", "k": "i32"}
-    for kernel, shifts, warps in (
-        (topk._count_kernel, (64 - bits, 0), 4),
-        (topk._digit_kernel, (64 - bits, 0), 1),
-        (topk._keep_kernel, (None,), 4),
-    ):
-        for shift in shifts:
-            constants = {"SHIFT": shift, "BITS": bits, **BLOCK}
-            constants = {argument: constants[argument] for argument in kernel.arg_names if argument.isupper()}
-            own = {argument: types[argument] for argument in kernel.arg_names if argument.islower()}
-            code = build(kernel, own, constants, capability, warps, tmp_path)
-            record_property("resources", {"kernel": kernel.__name__, **code.resources})
-            holds(code, residency=5)
+    constants, warps = TOPK_KERNELS[name]
+    kernel, constants = getattr(topk, name), {**constants, **changes}
+    largest = constants.get("CAPACITY") == topk._MOST_CANDIDATES
+    warps = 8 if largest else warps
+    types = {argument: TOPK_TYPES.get(argument, "i32") for argument in kernel.arg_names if argument.islower()}
+    code = build(kernel, types, constants, capability, warps, tmp_path)
+    record_property("resources", {"kernel": name, **code.resources})
+    holds(code, residency=1 if largest else 32 // warps)  # 1,024 threads that read rows
 
 
 ADVANTAGE_PARTS = {
-    "no alternates": {"WEIGHED": False, "EXPECTED": False, "LISTED": False, "RULE": 0},
-    "default pairs": {"WEIGHED": True, "EXPECTED": True, "LISTED": False, "RULE": 1},
-    "rankings": {"WEIGHED": True, "EXPECTED": True, "LISTED": True, "RULE": 0},
+    "no alternates": {"WEIGHED": False, "EXPECTED": False, "LISTED": False, "RULE": 0, "ALONE": True, "ITEMS": 1024},
+    "default pairs": {"WEIGHED": True, "EXPECTED": True, "LISTED": False, "RULE": 1, "ALONE": False, "ITEMS": 256},
+    "pairs of prompts": {"WEIGHED": True, "EXPECTED": True, "LISTED": True, "RULE": 2, "ALONE": False, "ITEMS": 256},
+    "rankings": {"WEIGHED": True, "EXPECTED": True, "LISTED": True, "RULE": 0, "ALONE": False, "ITEMS": 256},
 }
+ADVANTAGE_TYPES = {
+    **dict.fromkeys(("prompt_ptr", "pairs_ptr", "cu_ptr", "totals_ptr"), "*i64"),
+    **dict.fromkeys(("partial_ptr", "spread_ptr", "figures_ptr", "heaviest_ptr"), "*fp64"),
+    "notes_ptr": "*i32",
+    **dict.fromkeys(("margin", "shift", "smoothing", "pair_weight"), "fp32"),
+}
+
+
+def advantage_types(kernel):
+    """Of the arguments that are not constants: float32 arrays and 32-bit numbers, but for those of ADVANTAGE_TYPES."""
+    return {
+        name: ADVANTAGE_TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if not name.isupper() or name == "K"
+    }
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -87,23 +124,42 @@ ADVANTAGE_PARTS = {
 def test_advantage(capability, part, tmp_path, record_property):
     from stable_rlhf.kernels.advantage import TILE, _advantage_kernel
 
-    whole = ("prompt", "pairs", "cu", "totals", "owner")
-    double = ("partial", "weight_sum")
-    names = [name for name in _advantage_kernel.arg_names if name.endswith("_ptr")]
-    types = dict.fromkeys(names, "*fp32")
-    types |= {f"{name}_ptr": "*i64" for name in whole} | {f"{name}_ptr": "*fp64" for name in double}
-    types |= {"counter_ptr": "*i32"} | dict.fromkeys(
-        ("responses", "prompts", "pairs", "tokens", "policies", "K"), "i32"
-    )
-    types |= dict.fromkeys(("margin", "shift", "smoothing", "pair_weight"), "fp32")
     constants = {
         "LOSS": True, "NORMALIZED": True, "MAX_LOG_WEIGHT": 0.0, "BOUNDS": True, "MARGINS": True, "SHIFTS": True,
-        "SMOOTHINGS": False, "PAIR_WEIGHTS": True, "DTYPE": tl.float32, "TILE": TILE, "BLOCK": 512,
+        "SMOOTHINGS": False, "PAIR_WEIGHTS": True, "DTYPE": tl.float32, "ALTERNATES": 4, "TILE": TILE,
         **ADVANTAGE_PARTS[part],
     }  # fmt: skip
+    types = advantage_types(_advantage_kernel)
     code = build(_advantage_kernel, types, constants, capability, 8, tmp_path)
     record_property("resources", code.resources)
-    holds(code, residency=2)
+    holds(code, residency=1)  # on 132 multiprocessors 33,792 responses
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("alternates", [1, 4])
+def test_advantage_pieces(capability, alternates, tmp_path, record_property):
+    """Reads all tokens: seven programs must fit a multiprocessor."""
+    from stable_rlhf.kernels.advantage import TILE, _prepare_kernel
+
+    constants = {"WEIGHED": True, "HEAVIEST": True, "ALTERNATES": alternates, "TILE": TILE, "PROBES": 256}
+    code = build(_prepare_kernel, advantage_types(_prepare_kernel), constants, capability, 4, tmp_path)
+    record_property("resources", code.resources)
+    holds(code, residency=7)
+
+
+def test_an_alternate_times_the_number_of_tokens_may_pass_two_to_the_31():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from stable_rlhf.kernels.advantage import TILE, _prepare_kernel
+
+    constants = {"WEIGHED": True, "HEAVIEST": True, "ALTERNATES": 4, "TILE": TILE, "PROBES": 256}
+    signature = dict.fromkeys(_prepare_kernel.arg_names, "constexpr") | advantage_types(_prepare_kernel)
+    source = ASTSource(_prepare_kernel, signature, constants)
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ttir"]
+    products = set(re.findall(r"arith\.muli .*: tensor<4x1x(i\d+)>", code))
+    assert products == {"i64"}
 
 
 ROW_TYPES = {

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
+from helpers.interpreter import (
+    INTERPRETED,
+    Synchronised,
+    accesses_checked,
+    interpreted,
+    no_synchronisation,
+    not_interpreted,
+    run_interpreted,
+)
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -137,21 +145,83 @@ def test_whiten_of_nothing_and_of_constants(where):
         assert not ops.masked_whiten(constant, (torch.arange(2500, device=DEVICE) == 2000)).any()
 
 
-@pytest.mark.parametrize("where", anywhere)
-@pytest.mark.parametrize(
-    ("n", "clusters", "k"), [(2500, 7, 9), (1500, 12, 5), (1100, 1, 2000), (1, 1, 1), (0, 3, 2), (5, 2, 0)]
-)
-@pytest.mark.parametrize(("bits", "ties"), [(8, False), (8, True), (4, True)])
-def test_topk(where, bits, n, clusters, k, ties, monkeypatch):
-    from stable_rlhf.kernels import topk
-
-    monkeypatch.setattr(topk, "_MOST_COUNTS", 1 << 24 if bits == 8 else 1)
+def scores(n, ties=False):
     score = normal(n, dtype=torch.float32, seed=8)
     if ties:
         score = torch.tensor([-math.inf, -2.0, -0.0, 0.0, 1.0, math.inf])[(score.abs() * 1e4).long() % 6]
-    cluster = torch.randint(0, clusters, (n,), generator=torch.Generator().manual_seed(9), dtype=torch.int32)
+    return score
+
+
+def clusters_of(n, clusters):
+    return torch.randint(0, clusters, (n,), generator=torch.Generator().manual_seed(9), dtype=torch.int32)
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize(
+    ("n", "clusters", "k"),
+    [(2500, 7, 9), (1500, 12, 5), (1100, 1, 2000), (40_000, 5, 3), (1, 1, 1), (0, 3, 2), (5, 2, 0)],
+)
+@pytest.mark.parametrize("candidates", [True, False])
+@pytest.mark.parametrize(("bits", "ties"), [(8, False), (8, True), (4, True)])
+def test_topk(where, bits, candidates, n, clusters, k, ties, monkeypatch):
+    from stable_rlhf.kernels import topk
+
+    capacity = topk._capacity
+    monkeypatch.setattr(topk, "_MOST_COUNTS", 1 << 24 if bits == 8 else 1)
+    monkeypatch.setattr(topk, "_capacity", lambda c, k: capacity(1, k) if candidates and bits == 8 else 0)
+    if candidates and bits == 4:
+        monkeypatch.setattr(topk, "_capacity", lambda c, k: 256)
+    score, cluster = scores(n, ties), clusters_of(n, clusters)
     got, want = both(ops.topk_by_cluster, score, cluster, clusters + 1, k)
     assert got.cpu().tolist() == want.tolist()
+
+
+SMALL, LARGE = 3000, 20_000  # rows of which all are sampled, and of which one in eight is
+HARD = {  # the last: whether a bucket overflows
+    "equal scores": (torch.zeros(SMALL), clusters_of(SMALL, 3), 5, True),
+    "equal scores, small clusters": (torch.ones(SMALL), clusters_of(SMALL, 30), 5, False),
+    "one cluster": (scores(LARGE), torch.zeros(LARGE, dtype=torch.int64), 5, False),
+    "rising": (scores(LARGE).sort().values, clusters_of(LARGE, 4), 5, False),
+    "falling": (scores(LARGE).sort(descending=True).values, clusters_of(LARGE, 4), 5, False),
+    "cluster by cluster": (scores(LARGE), clusters_of(LARGE, 20).sort().values, 5, False),
+    "sampled rows are worse": (scores(LARGE) - 9 * (torch.arange(LARGE) % 256 < 32), clusters_of(LARGE, 2), 5, True),
+    "sizes far apart": (scores(LARGE), (clusters_of(LARGE, 1 << 30).double().log2() / 3).int(), 3, False),
+    "low digits": (1 + torch.arange(SMALL).flip(0) * 2.0**-23, clusters_of(SMALL, 9), 4, False),
+    "low digits, sampled": (1 + torch.arange(LARGE).flip(0) * 2.0**-23, clusters_of(LARGE, 9), 4, False),
+    "huge and tiny": (scores(SMALL).double().mul(80).sinh().float(), clusters_of(SMALL, 9), 4, False),
+}
+
+
+@pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize("name", HARD)
+def test_topk_of_hard_rows(where, name, monkeypatch):
+    from stable_rlhf.kernels import topk
+
+    score, cluster, k, overflows = HARD[name]
+    launches, launch = [], topk._launch
+
+    def counted(*arguments):
+        launches.append(arguments[4])
+        return launch(*arguments)
+
+    monkeypatch.setattr(topk, "_launch", counted)
+    got, want = both(ops.topk_by_cluster, score, cluster, int(cluster.max()) + 2, k)
+    assert got.cpu().tolist() == want.tolist()
+    assert len(launches) == 1 + overflows and launches[0] > 0
+
+
+@interpreted
+@pytest.mark.parametrize(("k", "launches"), [(5, 11), (2000, 18)])
+def test_topk_waits_once(k, launches):
+    """Candidates: four digits of a sample, one pass over all rows, one program a cluster, the order; else 8 digits."""
+    score, cluster = scores(4000), clusters_of(4000, 3)
+    with ops.backend("torch"):
+        want = ops.topk_by_cluster(score, cluster, 3, k)
+    from stable_rlhf.kernels.topk import topk_by_cluster
+
+    with accesses_checked() as launched, no_synchronisation(allowed=1):
+        got = topk_by_cluster(score, cluster, 3, k)
+    assert torch.equal(got, want) and len(launched) == launches
 
 
 @pytest.mark.parametrize("where", anywhere)
@@ -178,3 +248,84 @@ def test_bad_values_are_named_on_the_cpu():
             ops.token_rewards(good, bad, good[:1], cu_seqlens, kl_coef=0.1)
         with pytest.raises(ValueError, match=r"^x: non-finite value inf at position 1"):
             ops.masked_whiten(bad)
+
+
+SEQUENCE_OPS = {
+    "gae": lambda x, score, cu: ops.gae(x, x, cu, bootstrap_value=score),
+    "token_rewards": lambda x, score, cu: ops.token_rewards(x, -x, score, cu, kl_coef=0.1),
+    "masked_whiten": lambda x, score, cu: ops.masked_whiten(x, x > 0),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", SEQUENCE_OPS)
+def test_nothing_is_read_on_the_host(name, monkeypatch):
+    """So a CUDA graph can capture it. Where values are checked, as here by default, they are read."""
+    from stable_rlhf.ops import sequence
+
+    x, score, cu_seqlens = normal(9, dtype=torch.float32, seed=1), torch.ones(2), torch.tensor([0, 4, 9])
+    with ops.backend("triton"):
+        with pytest.raises(Synchronised), no_synchronisation():
+            SEQUENCE_OPS[name](x, score, cu_seqlens)
+        monkeypatch.setattr(sequence, "check_values", lambda device: False)
+        with no_synchronisation(), accesses_checked():
+            SEQUENCE_OPS[name](x, score, cu_seqlens)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["gae", "token_rewards"])
+@pytest.mark.parametrize(
+    "bounds", [[0, 4, 5000], [-9, 4, 9], [0, 8, 4], [-(1 << 60), 1 << 60, 3], [20, 30, 40], [9, 4, 0]]
+)
+def test_wrong_bounds_touch_no_memory(name, bounds, monkeypatch):
+    """On a GPU nobody reads them for a check; they are noted, and told where the host next reads the device."""
+    from stable_rlhf.ops import sequence
+    from stable_rlhf.ops.flags import notes, tell
+
+    monkeypatch.setattr(sequence, "check_values", lambda device: False)
+    x, score = normal(9, dtype=torch.float32, seed=1), torch.ones(2)
+    with ops.backend("triton"), accesses_checked() as launched:
+        SEQUENCE_OPS[name](x, score, torch.tensor([0, 4, 9]))
+        assert not notes(x.device).any()
+        SEQUENCE_OPS[name](x, score, torch.tensor(bounds))
+    assert len(launched) == 2
+    with pytest.raises(ValueError, match=r"^cu_seqlens: "):
+        tell(x.device, notes(x.device).tolist())
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_graph_of_gae_on_a_gpu():
+    lengths = [300, 1, 2000]
+    reward, value = (normal(sum(lengths), dtype=torch.float32, seed=seed).cuda() for seed in (0, 1))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).cuda()
+    want = ops.gae(reward, value, cu_seqlens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ops.gae(reward, value, cu_seqlens)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_another_device_than_the_current_one():
+    score, cluster, cu_seqlens = scores(4000), clusters_of(4000, 3), torch.tensor([0, 1000, 4000])
+    there = [x.to("cuda:1") for x in (score, cluster, cu_seqlens)]
+    with torch.cuda.device(0):
+        kept, (advantage, _) = ops.topk_by_cluster(*there[:2], 3, 5), ops.gae(there[0], there[0], there[2])
+        whitened = ops.masked_whiten(there[0])
+    close(kept, ops.topk_by_cluster(score, cluster, 3, 5).double(), torch.int64)
+    close(advantage, ops.gae(score, score, cu_seqlens)[0].double(), torch.float32)
+    close(whitened, ops.masked_whiten(score).double(), torch.float32)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_topk_of_many_rows_on_a_gpu():
+    """Atomic operations of many programs at once, and the same rows each time."""
+    score, cluster = scores(3_000_000), clusters_of(3_000_000, 300)
+    want = ops.topk_by_cluster(score, cluster, 300, 10)
+    for _ in range(5):
+        assert torch.equal(ops.topk_by_cluster(score.cuda(), cluster.cuda(), 300, 10).cpu(), want)

@@ -10,9 +10,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
+from helpers.interpreter import (
+    INTERPRETED,
+    Synchronised,
+    accesses_checked,
+    interpreted,
+    interrupted,
+    no_synchronisation,
+    not_interpreted,
+    run_interpreted,
+)
 from stable_rlhf.ops.advantage import fused
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.flags import notes, tell
 
 cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
 ISAS = extension().isa_names() if extension() is not None else []
@@ -321,22 +331,114 @@ def test_values_that_overflow_go_to_the_reference():
 
 
 @interpreted
-def test_one_launch(monkeypatch):
+def test_launches():
+    """One without alternates, two with them; no buffer outlives the call."""
+    reward, expected = torch.randn(4), torch.randn(2)
+    for call, launches in (({}, 1), (packed([2000, 3, 1, 0]), 2)):
+        with accesses_checked() as launched:
+            run({"reward": reward, "expected": expected, **call}, "triton")
+        assert launched == ["_prepare_kernel", "_advantage_kernel"][2 - launches :]
+
+
+LARGE = {
+    "default pairs": (86, {"expected": (43,)}, {}),
+    "rankings": (40, {"expected": (9,), "pair_weight": (90,)}, {"pairs": 90, "prompt": 9}),
+    "listed, default prompts": (82, {"expected": (41,)}, {"pairs": 41}),
+    "prompts given": (82, {"expected": (7,), "pair_weight": (41,)}, {"prompt": 7}),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16 responses, several programs from 17 on: what takes thousands otherwise."""
     from stable_rlhf.kernels import advantage as kernels
 
-    launches = []
+    monkeypatch.setattr(kernels, "_ITEMS", 16)
+    monkeypatch.setattr(kernels, "_MOST_ALONE", 16)
 
-    class Counting:
-        def __getitem__(self, grid):
-            launches.append(grid)
-            return original[grid]
 
-    original = kernels._advantage_kernel
-    monkeypatch.setattr(kernels, "_advantage_kernel", Counting())
-    call = {"reward": torch.randn(4), "expected": torch.randn(2), **packed([2000, 3, 1, 0])}
-    run(call, "triton")
-    assert launches == [(4 + 2,)]
-    assert int(kernels._counter(torch.device("cpu"))) == 0  # ready for the next one
+def large(name, alternates):
+    """A call of several blocks; without alternates too, when they are small, it is prepared by a launch before."""
+    responses, floats, indices = LARGE[name]
+    g = torch.Generator().manual_seed(4)
+    call = {"reward": torch.randn(responses, generator=g)}
+    call |= {argument: torch.rand(*shape, generator=g) for argument, shape in floats.items()}
+    if "prompt" in indices:
+        call["prompt"] = torch.randint(0, indices["prompt"], (responses,), generator=g)
+    if "pairs" in indices:
+        count = indices["pairs"]
+        free = "prompt" in indices
+        call["pairs"] = (
+            torch.randint(0, responses, (count, 2), generator=g) if free
+            else torch.randperm(responses, generator=g).reshape(-1, 2)
+        )  # fmt: skip
+    if alternates:
+        call |= packed(torch.randint(0, 9, (responses,), generator=g).tolist(), alternates)
+    return call
+
+
+@interpreted
+@pytest.mark.parametrize("alternates", [0, 5])
+@pytest.mark.parametrize("name", LARGE)
+def test_many_blocks(name, alternates, small_blocks):
+    call = large(name, alternates)
+    with accesses_checked() as launched:
+        compare(call, "triton")
+    assert launched == ["_prepare_kernel", "_advantage_kernel"]
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["_prepare_kernel", "_advantage_kernel"])
+def test_calls_at_once_share_nothing(kernel, small_blocks):
+    """A call inside another one, between two of its programs: counters that both used would end the outer one early."""
+    outer, inner = large("rankings", 1), large("default pairs", 2)
+    want, want_inner = run(outer, "triton"), run(inner, "triton")
+    inside = []
+    with interrupted(kernel, lambda: inside.append(run(inner, "triton"))):
+        got = run(outer, "triton")
+    for (out, grads), (truth, true_grads) in ((got, want), (inside[0], want_inner)):
+        assert torch.equal(out.loss, truth.loss) and torch.equal(out.figures, truth.figures)
+        assert all(torch.equal(grads[n], true_grads[n]) for n in true_grads)
+
+
+@interpreted
+@pytest.mark.parametrize("alternates", [0, 2])
+def test_nothing_is_read_on_the_host(alternates, small_blocks, monkeypatch):
+    """So a CUDA graph can capture it. Where values are checked, as here by default, they are read."""
+    call = large("rankings", alternates)
+    call["reward"].requires_grad_()
+    with ops.backend("triton"):
+        with pytest.raises(Synchronised), no_synchronisation():
+            ops.advantage_loss(**call)
+        monkeypatch.setattr(fused, "check_values", lambda device: False)
+        with no_synchronisation():
+            ops.advantage_loss(**call).loss.backward()
+    assert call["reward"].grad.isfinite().all()
+
+
+BAD_BOUNDS = {
+    "past the tokens": [0, 3, 9, 600, 5000],
+    "negative": [-7, 3, 9, 600, 2004],
+    "decreasing": [0, 900, 3, 600, 2004],
+    "not from 0": [2, 3, 9, 600, 2004],
+    "not to the last": [0, 3, 9, 600, 2003],
+    "far": [0, 1 << 60, -(1 << 60), 600, 2004],
+}
+
+
+@interpreted
+@pytest.mark.parametrize("bounds", BAD_BOUNDS.values(), ids=BAD_BOUNDS)
+def test_wrong_bounds_touch_no_memory_and_give_no_result(bounds, monkeypatch):
+    monkeypatch.setattr(fused, "check_values", lambda device: False)
+    call = {"reward": torch.randn(4), **packed([3, 6, 591, 1404])}
+    with ops.backend("triton"), accesses_checked():
+        assert math.isfinite(float(ops.advantage_loss(**call).loss))
+        assert not notes(call["reward"].device).any()
+        call["cu_seqlens"] = torch.tensor(bounds)
+        assert math.isnan(float(ops.advantage_loss(**call).loss))
+        assert ops.advantage_score(**call).isnan().any()
+    with pytest.raises(ValueError, match=r"^cu_seqlens: "):  # told where the host next reads the device
+        tell(call["reward"].device, notes(call["reward"].device).tolist())
 
 
 @interpreted
@@ -350,6 +452,7 @@ def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
         {"label_smoothing": torch.tensor([0.1, 1.5])},
         {"reward": torch.tensor([0.0, math.inf, 1.0, 1.0]), "margin": None},
         {**packed([1, 1, 1, 1]), "logprob": torch.tensor([0.0, math.inf, 0.0, 0.0])},
+        {"expected": torch.randn(2), "pairs": torch.tensor([[0, 1], [0, 2]])},
     ]
     for changes in wrong:
         with ops.backend("triton"):
@@ -357,14 +460,35 @@ def test_wrong_values_do_not_pass_for_a_result(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_one_launch_on_a_gpu():
-    call = {n: v.cuda() for n, v in {"reward": torch.randn(4), **packed([2000, 3, 1, 0])}.items()}
+@pytest.mark.parametrize("alternates", [0, 2])
+def test_launches_on_a_gpu(alternates):
+    call = {"reward": torch.randn(4), **(packed([2000, 3, 1, 0]) if alternates else {})}
+    call = {n: v.cuda() for n, v in call.items()}
     ops.advantage_loss(**call)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         ops.advantage_loss(**call)
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, kernels
+    assert len(kernels) == (2 if alternates else 1), kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_a_graph_beside_eager_calls_on_a_gpu(name):
+    call = {n: v.cuda() for n, v in large(name, 3).items()}
+    want = ops.advantage_loss(**call)  # compiles, too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.advantage_loss(**call)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(other):
+            eager = ops.advantage_loss(**call)
+    torch.cuda.synchronize()
+    for out in (captured, eager):
+        assert torch.equal(out.loss, want.loss) and torch.equal(out.figures, want.figures)
 
 
 @pytest.mark.gpu
