@@ -16,7 +16,8 @@ usage: bench/gpu.sh run1|run2 [--output-dir DIR] [--python PYTHON] [--sources] [
   --seconds N       for everything (default 280; 1500 with --dry-run)
   --dry-run         every step without a GPU: tiny shapes on the CPU, the Triton kernels in the interpreter
 
-Peers are taken from bench/wheels/*.whl (bench/carry.sh downloads them). Without a git folder, BENCH_COMMIT names the commit.
+Peers are taken from bench/wheels/*.whl (bench/carry.sh peers downloads them). Without a git folder, BENCH_COMMIT names the
+commit.
 TEXT
 }
 
@@ -54,22 +55,10 @@ case $python in ./* | */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename
 scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
 
-if [ $sources = 1 ]; then
-    cp -r stable_rlhf "$scratch/stable_rlhf"
-    rm -f "$scratch"/stable_rlhf/_C.*  # of another Python, or another machine
-    cp -r kernels "$scratch/stable_rlhf/kernels"
-    cp -r recipes "$scratch/stable_rlhf/recipes"
-    ln -s "$root/bench" "$scratch/bench"
-    export PYTHONPATH="$scratch${PYTHONPATH:+:$PYTHONPATH}"
-    cd "$scratch" || exit 1  # the root's own stable_rlhf folder, which lacks the kernels, would come first
-fi
-shopt -s nullglob
-for wheel in "$root"/bench/wheels/*.whl; do
-    # One at a time and into a folder of their own: a wheel that does not fit leaves the others and the machine alone.
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$scratch/peers" "$wheel" 2>/dev/null ||
-        echo "peer left out: $(basename "$wheel")"
-    export PYTHONPATH="$scratch/peers${PYTHONPATH:+:$PYTHONPATH}"
-done
+# shellcheck source=gpu/package.sh
+. bench/gpu/package.sh
+if [ $sources = 1 ]; then use_sources "$root" "$scratch"; fi
+use_wheels "$python" "$root/bench/wheels" "$scratch/peers"
 export BENCH_ROOT=$root PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
+from bench.case import read_lines
 from bench.common import ROOT
 from bench.gpu import __main__ as driver
-from bench.gpu import run1, run2, tables
+from bench.gpu import run1, run2, study, tables
 from bench.gpu.plan import DRY, FAIL, Plan
+from bench.studies.real import DATASETS
 
 
 def plan(tmp_path, seconds=60.0, run="run1"):
@@ -137,3 +141,41 @@ def test_both_runs_walk_through(tmp_path):
         assert all(wanted <= set(r) for r in rows if r["step"] == step), step
     peers = [r for r in ends(tmp_path, "run2")[0] if r["event"] == "row" and r["step"] == "peers"]
     assert all(r["device"] == "cpu" and r["status"] == "ok" for r in peers)
+
+
+@pytest.mark.slow
+def test_the_study_walks_through(tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu_study.sh"), "--dry-run", "--sources", "--output-dir", str(tmp_path)],
+        capture_output=True, encoding="utf-8", timeout=900, env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = read_lines(tmp_path / "study.jsonl")
+    assert {study.key(line) for line in lines} == set(itertools.product(DATASETS, (1, 2), ("rm", "am")))
+    for line in lines:
+        assert line["dry_run"] and line["environment"]["device"] == "cpu" and set(line["epochs"]) == {"1", "3"}
+        assert {"accuracy", "ece", "ece_if_calibrated", "temperature", "loss"} <= set(line["epochs"]["3"])
+        assert line["settings"]["scorer.num_trainable_layers"] is None, "a whole model trains"
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert text.startswith(DRY) and text.count("Advantage Model, 3") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"study.jsonl", "study.md", "study.log"}
+
+
+def test_what_was_not_finished_in_time_is_left_out(monkeypatch):
+    def run(jobs, workers, plan):
+        yield {"seed": 1}
+        time.sleep(30)
+
+    monkeypatch.setattr(study.real, "run", run)
+    assert list(study.until(time.time() + 1.0, [], 1, None)) == [{"seed": 1}]
+
+
+def test_half_a_model_is_told(tmp_path):
+    """Each half travels by itself."""
+    shutil.copytree(ROOT / "bench" / "gpu", tmp_path / "bench" / "gpu", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "bench" / "gpu_study.sh", tmp_path / "bench")
+    (tmp_path / "bench" / "carry" / "model-2").mkdir(parents=True)
+    (tmp_path / "bench" / "carry" / "model-2" / "part").write_text("x", encoding="utf-8")
+    done = subprocess.run(["bash", "bench/gpu_study.sh"], cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and "only one half of the model is here" in done.stderr
+    assert not (tmp_path / "bench" / "carry" / "smollm2.gguf").exists()
