@@ -72,21 +72,18 @@ def check(
         problem = _small_problem((hidden[:CHECK_ROWS].to(dtype), weight.to(dtype), target[:CHECK_ROWS]))
     active, rows = problem.active(), problem.index
     want = plain(active.to(torch.float64))()
+    names = ("loss", "hidden", "weight")
 
     def errors_of(contender: PolicyContender) -> Errors:
-        got = contender.build(problem if contender.all_rows else active)()
-        hidden_grad = got.hidden_grad
+        loss, hidden_grad, weight_grad = contender.build(problem if contender.all_rows else active)()
         if contender.all_rows:
             ignored = torch.ones(problem.kind.shape[0], dtype=torch.bool, device=device)
             ignored[rows] = False
             if bool(hidden_grad[ignored].any()):
                 raise AssertionError("an inactive row has a gradient")
             hidden_grad = hidden_grad[rows]
-        return {
-            "loss": relative_error(got.loss, want.loss),
-            "hidden": relative_error(hidden_grad, want.hidden_grad),
-            "weight": relative_error(got.weight_grad, want.weight_grad),
-        }
+        got = zip(names, (loss, hidden_grad, weight_grad), want, strict=True)
+        return {name: relative_error(a, b) for name, a, b in got}
 
     makers = {c.name: functools.partial(errors_of, c) for c in contenders}
     return _judge(makers, errors_of(PolicyContender("plain PyTorch", plain)), dtype)

@@ -22,6 +22,7 @@ import stable_rlhf.ops as ops
 from bench.case import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
 from bench.common import Step
 from bench.ops.accuracy import check_outputs
+from bench.ops.problem import with_gradients
 
 MARGIN = 2.5
 ROTATION = 128 << 20  # bytes of inputs that calls take turns with: several times the last cache
@@ -39,17 +40,6 @@ def _empty_operation() -> Any:
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
     )
     return empty
-
-
-def _empty_step(reward: Tensor) -> Step:
-    empty = _empty_operation()
-
-    def step() -> Tensor | None:
-        leaf = reward.detach().requires_grad_()
-        empty(leaf).backward()
-        return leaf.grad
-
-    return step
 
 
 def plain_loss(
@@ -89,25 +79,18 @@ def prepare(case: Case, settings: Settings) -> Prepared:
         number = math.ceil(ROTATION / (4.0 * (count + 1) * tokens)) if settings.device == "cpu" else 1
         turns = itertools.cycle([(options["logprob"].clone(), options["alt_logprob"].clone()) for _ in range(number)])
 
-    def with_gradients(loss_of: Any, dtype: torch.dtype = torch.float32) -> Step:
-        def step() -> tuple[Tensor | None, ...]:
-            leaf = reward.to(dtype).detach().requires_grad_()
-            other = None if expected is None else expected.to(dtype).detach().requires_grad_()
-            loss = loss_of(leaf, other)
-            loss.backward()
-            return (loss.detach(), leaf.grad, *(() if other is None else (other.grad,)))
-
-        return step
+    def step_of(loss_of: Any, dtype: torch.dtype = torch.float32) -> Step:
+        return with_gradients(loss_of, *(x.to(dtype) for x in (reward, expected) if x is not None))
 
     def on_padded_rows(loss_of: Any, dtype: torch.dtype = torch.float32) -> Step:
         if turns is None:
-            return with_gradients(lambda r, e: loss_of(r, e, None, None, None), dtype)
+            return step_of(lambda r, e=None: loss_of(r, e, None, None, None), dtype)
 
-        def call(reward: Tensor, expected: Tensor | None) -> Tensor:
+        def call(reward: Tensor, expected: Tensor | None = None) -> Tensor:
             given = (x.to(dtype).view(*x.shape[:-1], 2 * pairs, -1) for x in next(turns))
             return loss_of(reward, expected, *given, mask.to(dtype))
 
-        return with_gradients(call, dtype)
+        return step_of(call, dtype)
 
     def plain(dtype: torch.dtype) -> Step:
         return on_padded_rows(plain_loss, dtype)
@@ -116,13 +99,13 @@ def prepare(case: Case, settings: Settings) -> Prepared:
         return on_padded_rows(torch.compile(plain_loss, dynamic=False))
 
     def own() -> Step:
-        def call(reward: Tensor, expected: Tensor | None) -> Tensor:
+        def call(reward: Tensor, expected: Tensor | None = None) -> Tensor:
             given = (
                 options if turns is None else options | dict(zip(("logprob", "alt_logprob"), next(turns), strict=True))
             )
             return ops.advantage_loss(reward, expected, margin=MARGIN, **given).loss
 
-        return with_gradients(call)
+        return step_of(call)
 
     contender = Contender(OURS, own, "ours")
     contenders = [
@@ -140,7 +123,8 @@ def prepare(case: Case, settings: Settings) -> Prepared:
 
     moved = 4.0 * (reward.numel() * 3 + sum(x.numel() for x in options.values() if x.dtype == torch.float32))
     if turns is None:
-        bare = [Contender("empty operation", lambda: _empty_step(reward), "floor", "registered, forward + backward")]
+        note = "registered, forward + backward"
+        bare = [Contender("empty operation", lambda: with_gradients(_empty_operation(), reward), "floor", note)]
     else:
         # A copy also writes, which goes beside its reads: who only reads gets less of the memory's rate.
         reading = Contender("torch.sum of the inputs", lambda: lambda: [x.sum() for x in next(turns)], "floor")

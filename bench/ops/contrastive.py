@@ -17,9 +17,8 @@ from torch import Tensor
 
 import stable_rlhf.ops as ops
 from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings, on_reference, with_backends
-from bench.common import Step
 from bench.ops.accuracy import check_outputs
-from bench.ops.problem import bare_products
+from bench.ops.problem import bare_products, with_gradients
 from stable_rlhf.ops.policy.products import has_native_products
 
 CHECKED = {"rows": 160, "width": 64, "prototypes": 20}  # sizes of the inputs on which errors are looked at
@@ -74,16 +73,6 @@ def _inputs(op: str, shape: Any, dtype: torch.dtype, device: torch.device, seed:
     return [x.to(device, dtype) for x in made]
 
 
-def _step(loss_of: Callable[..., Tensor], inputs: list[Tensor]) -> Step:
-    def step() -> tuple[Tensor | None, ...]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        loss = loss_of(*leaves)
-        loss.backward()
-        return (loss.detach(), *(x.grad for x in leaves))
-
-    return step
-
-
 def _floors(op: str, inputs: list[Tensor], native: bool) -> list[Contender]:
     """The products over chunks of 512, 1024 and 2048 rows and over all at once; the fastest is the floor."""
     given = inputs if native else [x.float() for x in inputs]
@@ -103,19 +92,19 @@ def prepare(case: Case, settings: Settings) -> Prepared:
     small = _inputs(case.op, CHECKED, dtype, device, 1)
 
     def contenders(given: list[Tensor]) -> list[Contender]:
-        own = Contender(OURS, lambda: _step(own_loss, given), "ours")
+        own = Contender(OURS, lambda: with_gradients(own_loss, *given), "ours")
         return [
             *with_backends(own, settings),
             on_reference(own),
-            Contender("plain PyTorch", lambda: _step(plain_loss, given)),
-            Contender("torch.compile", lambda: _step(torch.compile(plain_loss, dynamic=False), given)),
+            Contender("plain PyTorch", lambda: with_gradients(plain_loss, *given)),
+            Contender("torch.compile", lambda: with_gradients(torch.compile(plain_loss, dynamic=False), *given)),
         ]
 
     def checked(wanted: list[Contender]) -> dict[str, dict[str, Any]]:
         names = {c.name for c in wanted} | {"plain PyTorch"}
         makers = {c.name: c.make for c in contenders(small) if c.name in names}
         compared = ("loss", "a", "b", "prototypes")[: 1 + len(small)]
-        return check_outputs(makers, _step(plain_loss, [x.double() for x in small]), compared, dtype)
+        return check_outputs(makers, with_gradients(plain_loss, *(x.double() for x in small)), compared, dtype)
 
     count, width = shape["rows"], shape["width"]
     products = float(count) * count if case.op == "info-nce" else 2.0 * count * shape["prototypes"]

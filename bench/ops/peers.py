@@ -18,7 +18,17 @@ from torch import Tensor
 import stable_rlhf.ops as ops
 from bench.case import OURS, Contender
 from bench.common import Step
-from bench.ops.problem import POLICY, REHEARSAL, PolicyContender, Problem, Result, factors, mixed_loss, plain_logprob
+from bench.ops.problem import (
+    POLICY,
+    REHEARSAL,
+    PolicyContender,
+    Problem,
+    factors,
+    loss_from_logprob,
+    own_loss,
+    plain_logprob,
+    with_gradients,
+)  # fmt: skip
 
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -27,62 +37,27 @@ def _from_logprob(logprob_of: Logprob) -> Callable[[Problem], Step]:
     """A contender out of anything that gives differentiable log-probs: the loss above, then autograd."""
 
     def build(problem: Problem) -> Step:
-        policy, rehearsal = factors(problem)
-
-        def step() -> Result:
-            hidden, weight = problem.leaves()
-            logprob = logprob_of(hidden, weight, problem.target)
-            loss = mixed_loss(logprob, problem.old_logprob, problem.advantage, policy, rehearsal, problem.config)
-            loss.backward()
-            assert hidden.grad is not None and weight.grad is not None
-            return Result(loss.detach(), hidden.grad, weight.grad)
-
-        return step
+        loss_of = loss_from_logprob(problem)
+        return _step(problem, lambda hidden, weight: loss_of(logprob_of(hidden, weight, problem.target)))
 
     return build
+
+
+def _step(problem: Problem, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    return with_gradients(loss_of, problem.hidden, problem.weight)
 
 
 plain = _from_logprob(plain_logprob)
 
 
 def compiled_plain(problem: Problem) -> Step:
-    policy, rehearsal = factors(problem)
-
-    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
-        logprob = plain_logprob(hidden, weight, problem.target)
-        return mixed_loss(logprob, problem.old_logprob, problem.advantage, policy, rehearsal, problem.config)
-
+    loss_of = loss_from_logprob(problem)
     # Shapes are compiled in: a shape of its own is the best case for the compiler.
-    compiled = torch.compile(loss_of, dynamic=False)
-
-    def step() -> Result:
-        hidden, weight = problem.leaves()
-        loss = compiled(hidden, weight)
-        loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
-        return Result(loss.detach(), hidden.grad, weight.grad)
-
-    return step
-
-
-# -- ours --------------------------------------------------------------------------------------------------------------
+    return _step(problem, torch.compile(lambda h, w: loss_of(plain_logprob(h, w, problem.target)), dynamic=False))
 
 
 def ours(**options: Any) -> Callable[[Problem], Step]:
-    def build(problem: Problem) -> Step:
-        def step() -> Result:
-            hidden, weight = problem.leaves()
-            out = ops.linear_policy_loss(
-                hidden, weight, problem.target, problem.kind, old_logprob=problem.old_logprob,
-                advantage=problem.advantage, config=problem.config, workspace_bytes=problem.workspace_bytes, **options,
-            )  # fmt: skip
-            out.loss.backward()
-            assert hidden.grad is not None and weight.grad is not None
-            return Result(out.loss.detach(), hidden.grad, weight.grad)
-
-        return step
-
-    return build
+    return lambda problem: _step(problem, lambda hidden, weight: own_loss(problem, hidden, weight, **options))
 
 
 # -- other projects ----------------------------------------------------------------------------------------------------
@@ -162,19 +137,16 @@ def liger_grpo(problem: Problem) -> Step:
         calls.append((nll, config.rehearsal_coef, rehearsal_rows, torch.ones_like(rehearsal_rows).float(), None))
     everything = len(calls) == 1
 
-    def step() -> Result:
-        hidden, weight = problem.leaves()
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         loss: Any = 0.0
         for function, factor, rows, advantage, old in calls:
             x, target = (hidden, problem.target) if everything else (hidden[rows], problem.target[rows])
             mask = torch.ones(len(rows), 1, device=x.device)
             made = function(x.unsqueeze(1), weight, target.unsqueeze(1), mask, advantage, old_per_token_logps=old)
             loss = loss + factor * made[0]
-        loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
-        return Result(loss.detach(), hidden.grad, weight.grad)
+        return loss
 
-    return step
+    return _step(problem, loss_of)
 
 
 def _lazily(make: Callable[[], Logprob]) -> Callable[[Problem], Step]:
@@ -196,18 +168,15 @@ def liger_grpo_sequences(problem: Problem) -> Step:
     )
     nll = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=5.0)
 
-    def step() -> Result:
-        hidden, weight = problem.leaves()
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         x = hidden.view(problem.sequences, -1, hidden.shape[-1])
-        loss = ppo(x, weight, target, masks[0], advantage, old_per_token_logps=old)[0]
+        loss: Tensor = ppo(x, weight, target, masks[0], advantage, old_per_token_logps=old)[0]
         if bool(masks[1].any()):
             ones = torch.ones_like(advantage)
             loss = loss + config.rehearsal_coef * nll(x, weight, target, masks[1], ones)[0]
-        loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
-        return Result(loss.detach(), hidden.grad, weight.grad)
+        return loss
 
-    return step
+    return _step(problem, loss_of)
 
 
 def _ignoring(build: Callable[[Problem], Step]) -> Callable[[Problem], Step]:
@@ -254,16 +223,11 @@ def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
 
 
 def _logprob_step(problem: Problem, make: Callable[[Tensor, Tensor], Tensor], gradient: bool) -> Step:
-    def step() -> tuple[Tensor | None, ...]:
-        if not gradient:
-            with torch.no_grad():
-                return (make(problem.hidden, problem.weight),)
-        hidden, weight = problem.leaves()
-        logprob = make(hidden, weight)
-        logprob.sum().backward()
-        return logprob.detach(), hidden.grad, weight.grad
+    @torch.no_grad()
+    def without() -> tuple[Tensor]:
+        return (make(problem.hidden, problem.weight),)
 
-    return step
+    return _step(problem, make) if gradient else without
 
 
 def logprob_contenders(gradient: bool) -> list[PolicyContender]:
@@ -301,7 +265,7 @@ def _quack_nll() -> Callable[[Tensor, Tensor], Tensor]:
     return lambda logits, target: cross_entropy(logits, target, reduction="none")
 
 
-def _liger_triton(logits: Tensor, problem: Problem, policy: Tensor) -> Step:
+def _liger_triton(logits: Tensor, problem: Problem) -> Step:
     """Liger's Triton GRPO from logits [S, L + 1, V], as whole models make them: the last position is not read. That
     layout is made beforehand."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
@@ -309,6 +273,7 @@ def _liger_triton(logits: Tensor, problem: Problem, policy: Tensor) -> Step:
     if bool((problem.kind == REHEARSAL).any()):
         raise NotImplementedError("knows no rehearsal rows")
     config, shape = problem.config, (problem.sequences, problem.target.numel() // problem.sequences)
+    policy, _ = factors(problem)
     padded = F.pad(logits.detach().view(*shape, -1), (0, 0, 0, 1))
     old, tokens = problem.old_logprob.view(shape), problem.target.view(shape)
     advantage = problem.advantage.view(shape)[:, 0].contiguous()
@@ -329,13 +294,12 @@ def _liger_triton(logits: Tensor, problem: Problem, policy: Tensor) -> Step:
 
 def logits_contenders(logits: Tensor, problem: Problem) -> list[Contender]:
     """`policy_loss` from logits that exist."""
-    policy, rehearsal = factors(problem)
-    given = (problem.old_logprob, problem.advantage, policy, rehearsal)
+    loss_of = loss_from_logprob(problem)
 
     def plain_loss(leaf: Tensor) -> Tensor:
         wide = leaf if leaf.dtype == torch.float64 else leaf.float()
         logprob = torch.log_softmax(wide, -1).gather(-1, problem.target.unsqueeze(-1)).squeeze(-1)
-        return mixed_loss(logprob, *given, problem.config)
+        return loss_of(logprob)
 
     def own_loss(leaf: Tensor) -> Tensor:
         return ops.policy_loss(
@@ -344,27 +308,16 @@ def logits_contenders(logits: Tensor, problem: Problem) -> list[Contender]:
         ).loss  # fmt: skip
 
     def from_nll(nll: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda leaf: mixed_loss(-nll(leaf, problem.target), *given, problem.config)
+        return lambda leaf: loss_of(-nll(leaf, problem.target))
 
     def with_gradient(make: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[], Step]:
-        def build() -> Step:
-            loss_of = make()
-
-            def step() -> tuple[Tensor, Tensor | None]:
-                leaf = logits.detach().requires_grad_()
-                loss = loss_of(leaf)
-                loss.backward()
-                return loss.detach(), leaf.grad
-
-            return step
-
-        return build
+        return lambda: with_gradients(make(), logits)
 
     return [
         Contender(OURS, with_gradient(lambda: own_loss), "ours"),
         Contender("plain PyTorch", with_gradient(lambda: plain_loss)),
         Contender("torch.compile", with_gradient(lambda: torch.compile(plain_loss, dynamic=False))),
-        Contender("Liger Triton GRPO", lambda: _liger_triton(logits, problem, policy)),
+        Contender("Liger Triton GRPO", lambda: _liger_triton(logits, problem)),
         Contender("flash-attn cross-entropy", with_gradient(lambda: from_nll(_flash_attn_nll()))),
         Contender("quack cross-entropy", with_gradient(lambda: from_nll(_quack_nll()))),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,23 +52,10 @@ class Problem:
     def to(self, dtype: torch.dtype) -> Problem:
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
 
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight as fresh leaves: no gradient of an earlier call is there to be added to."""
-        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a contender makes, the hidden gradient of the rows it was given."""
-
-    loss: Tensor
-    hidden_grad: Tensor
-    weight_grad: Tensor
-
 
 @dataclass(frozen=True)
 class PolicyContender:
-    """Who is timed on a `Problem`."""
+    """Who is timed on a `Problem`; a step gives the loss and the gradients of hidden rows (those given) and weight."""
 
     name: str
     build: Callable[[Problem], Step]
@@ -98,6 +86,33 @@ def factors(problem: Problem) -> tuple[Tensor, Tensor]:
     policy = is_policy / is_policy.sum().clamp(min=1.0)
     rehearsal = problem.config.rehearsal_coef * is_rehearsal / is_rehearsal.sum().clamp(min=1.0)
     return policy, rehearsal
+
+
+def loss_from_logprob(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """`mixed_loss` of a problem's rows, as a function of their log-probs alone."""
+    given = (problem.old_logprob, problem.advantage, *factors(problem), problem.config)
+    return lambda logprob: mixed_loss(logprob, *given)
+
+
+def own_loss(problem: Problem, hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """The same by our operation."""
+    return ops.linear_policy_loss(
+        hidden, weight, problem.target, problem.kind, old_logprob=problem.old_logprob, advantage=problem.advantage,
+        config=problem.config, workspace_bytes=problem.workspace_bytes, **options,
+    ).loss  # fmt: skip
+
+
+def with_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    """A step that gives what is made (a loss, or log-probs) and the gradients of its sum. Its leaves are fresh in every
+    call: nothing of an earlier one is there to be added to."""
+
+    def step() -> tuple[Tensor | None, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        made = loss_of(*leaves)
+        (made.sum() if made.dim() else made).backward()
+        return (made.detach(), *(x.grad for x in leaves))
+
+    return step
 
 
 def plain_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import stable_rlhf.ops as ops
 from bench.case import DTYPES, OURS, Case, Contender, Prepared, Settings
 from bench.ops.advantage import plain_loss as plain_advantage_loss
-from bench.ops.problem import Problem, factors, make_problem, mixed_loss, plain_logprob
+from bench.ops.problem import Problem, loss_from_logprob, make_problem, own_loss, plain_logprob, with_gradients
 from bench.ops.problem import floor as products_floor
 
 PARTS = ("backbone forward", "loss and its gradient", "backbone backward", "optimizer")
@@ -85,27 +85,14 @@ class Update:
 
 def _policy_losses(problem: Problem, weight: nn.Parameter) -> dict[str, tuple[str, Callable[[], HeadStep]]]:
     """By name: role, and what turns hidden states into the loss and its gradients, the head's left in `weight.grad`."""
-    policy, rehearsal = factors(problem)
+    loss_of_logprob = loss_from_logprob(problem)
 
     def from_leaf(loss_of: Callable[[Tensor], Tensor]) -> HeadStep:
-        def step(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-            leaf = hidden.detach().requires_grad_()
-            loss = loss_of(leaf.view(-1, leaf.shape[-1]))
-            loss.backward()
-            return loss.detach(), leaf.grad
-
-        return step
-
-    def own(hidden: Tensor) -> Tensor:
-        return ops.linear_policy_loss(
-            hidden, weight, problem.target, problem.kind, old_logprob=problem.old_logprob, advantage=problem.advantage,
-            config=problem.config,
-        ).loss  # fmt: skip
+        return lambda hidden: with_gradients(lambda leaf: loss_of(leaf.view(-1, leaf.shape[-1])), hidden)()
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
         """All rows, as a trainer without this operation does it."""
-        logprob = plain_logprob(hidden, weight, problem.target)
-        return mixed_loss(logprob, problem.old_logprob, problem.advantage, policy, rehearsal, problem.config)
+        return loss_of_logprob(plain_logprob(hidden, weight, problem.target))
 
     def compiled() -> HeadStep:
         function = torch.compile(plain, dynamic=False)
@@ -125,7 +112,7 @@ def _policy_losses(problem: Problem, weight: nn.Parameter) -> dict[str, tuple[st
         return step
 
     return {
-        OURS: ("ours", lambda: from_leaf(own)),
+        OURS: ("ours", lambda: from_leaf(lambda hidden: own_loss(problem, hidden, weight))),
         "plain PyTorch": ("peer", lambda: from_leaf(lambda hidden: plain(hidden, weight))),
         "torch.compile": ("peer", compiled),
         "bare products": ("floor", bare),
@@ -164,15 +151,10 @@ def prepare_scorer(case: Case, settings: Settings, model: nn.Module, ids: Tensor
     padded = rows, packed["alt_logprob"].view(count, 2 * pairs, length), torch.ones_like(rows)
 
     def from_scores(loss_of: Callable[[Tensor, Tensor], Tensor]) -> HeadStep:
-        def step(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-            leaf = hidden.detach().requires_grad_()
-            reward = (leaf[:, -1] @ heads[0]).float()
-            expected = (leaf[:pairs, 0] @ heads[1]).float()
-            loss = loss_of(reward, expected)
-            loss.backward()
-            return loss.detach(), leaf.grad
+        def loss(leaf: Tensor) -> Tensor:
+            return loss_of((leaf[:, -1] @ heads[0]).float(), (leaf[:pairs, 0] @ heads[1]).float())
 
-        return step
+        return lambda hidden: with_gradients(loss, hidden)()
 
     return heads, {
         OURS: ("ours", lambda: from_scores(lambda r, e: ops.advantage_loss(r, e, **packed).loss)),
