@@ -22,11 +22,9 @@ import copy
 import functools
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +34,7 @@ import numpy as np
 from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
-from bench.studies.workers import trainers
+from bench.studies.workers import as_they_come, trainers, without_line
 from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison
 from stable_rlhf.data.jsonl import to_json
@@ -66,7 +64,6 @@ from stable_rlhf.scorer.comparisons import EncodedComparison, encode_comparisons
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
-from stable_rlhf.show.progress import progress
 
 Settings = dict[str, Any]
 
@@ -258,33 +255,20 @@ def measure(scores: dict[str, Any], bins: int) -> dict[str, float | None]:
 # The results.
 
 
-def unfinished(jobs: Iterable[Job], lines: Sequence[Line], settings: Settings) -> list[Job]:
-    """Jobs without a line.
-
-    Raises:
-        SystemExit: a line was made with other settings."""
+def unfinished(jobs: Sequence[Job], lines: Sequence[Line], settings: Settings) -> list[Job]:
     done = {Job(line["seed"], line["dataset"], line["objective"]): line for line in lines}
-    for job, line in done.items():
-        was = line["settings"]
-        if changed := [name for name in sorted(was | settings) if name not in was or was[name] != settings.get(name)]:
-            told = ", ".join(f"{name} {was.get(name, 'unset')}" for name in changed)
-            sys.exit(f"{job}: measured with {told}; delete its lines or use another --output")
-    return [job for job in jobs if job not in done]
+    return without_line(jobs, done, lambda _: settings)
 
 
 def run(jobs: Sequence[Job], workers: int, plan: Plan) -> Iterator[Line]:
     """Lines of the jobs in the order in which they finish."""
-    datasets = list(dict.fromkeys(job.dataset for job in jobs))
     with trainers(workers, plan.folder) as pool:
-        with progress("hidden states", total=len(datasets), unit="datasets") as bar:
-            for ready in as_completed([pool.submit(make_hidden_states, dataset, plan) for dataset in datasets]):
-                ready.result()
-                bar.advance()
-        with progress("scorers", total=len(jobs), unit="scorers") as bar:
-            for future in as_completed([pool.submit(train, job, plan) for job in jobs]):
-                line = future.result()
-                yield line
-                bar.advance(note=f"{line['dataset']}, {line['objective']}, seed {line['seed']}")
+        calls = [(dataset, plan) for dataset in dict.fromkeys(job.dataset for job in jobs)]
+        list(as_they_come(pool, "hidden states", "datasets", make_hidden_states, calls))
+        yield from as_they_come(
+            pool, "scorers", "scorers", train, [(job, plan) for job in jobs],
+            lambda line: f"{line['dataset']}, {line['objective']}, seed {line['seed']}",
+        )  # fmt: skip
 
 
 # The report.

@@ -17,11 +17,9 @@ import argparse
 import functools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +31,7 @@ from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT, environment
 from bench.pages import append, finished, markdown, rendered
 from bench.studies.strength import plant, plant_and_measure
-from bench.studies.workers import trainers
+from bench.studies.workers import as_they_come, trainers, without_line
 from stable_rlhf.cli.arguments import parse as parse_recipe
 from stable_rlhf.data import Comparison, read_comparisons, write_jsonl
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
@@ -54,7 +52,6 @@ from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.pictures import FAINT, INK, KEPT, legend_below, picture, png
-from stable_rlhf.show.progress import progress
 
 Settings = dict[str, Any]
 
@@ -328,18 +325,10 @@ def measure(gaps: np.ndarray) -> dict[str, float]:
 # The results.
 
 
-def unfinished(study: str, jobs: Iterable[Job], lines: Sequence[Line]) -> list[Job]:
-    """Jobs without a line.
-
-    Raises:
-        SystemExit: a line was made with other settings than its method has now."""
-    done = {Job(line["method"], line["objective"], line["seed"]): line for line in lines}
-    for job, line in done.items():
-        if job.method in METHODS and line["settings"] != settings_of(study, job.method):
-            sys.exit(
-                f"{job}: measured with other settings, {line['settings']}; delete its lines or use another --output"
-            )
-    return [job for job in jobs if job not in done]
+def unfinished(study: str, jobs: Sequence[Job], lines: Sequence[Line]) -> list[Job]:
+    """Jobs without a line; one of a method that there is no more is left alone."""
+    done = {Job(line["method"], line["objective"], line["seed"]): line for line in lines if line["method"] in METHODS}
+    return without_line(jobs, done, lambda job: settings_of(study, job.method))
 
 
 def write_down(lines: Iterable[Line], path: Path, about: dict[str, Any]) -> None:
@@ -350,19 +339,14 @@ def write_down(lines: Iterable[Line], path: Path, about: dict[str, Any]) -> None
 
 def run(study: str, jobs: Sequence[Job], workers: int, quickstart: Path, folder: Path) -> Iterator[Line]:
     """Lines of the jobs in the order in which they finish."""
-    seeds = list(dict.fromkeys(job.seed for job in jobs))
     with trainers(workers, folder, threads=1) as pool:  # the world's models are too small to share out
-        with progress("pairs and their strength", total=1 + len(seeds), unit="seeds") as bar:
-            pool.submit(sample, quickstart, folder).result()
-            bar.advance()
-            for ready in as_completed([pool.submit(prepare, study, seed, quickstart, folder) for seed in seeds]):
-                ready.result()
-                bar.advance()
-        with progress("scorers", total=len(jobs), unit="scorers") as bar:
-            for future in as_completed([pool.submit(train, study, job, quickstart, folder) for job in jobs]):
-                line = future.result()
-                yield line
-                bar.advance(note=f"{line['method']}, {line['objective']}, seed {line['seed']}")
+        pool.submit(sample, quickstart, folder).result()
+        calls = [(study, seed, quickstart, folder) for seed in dict.fromkeys(job.seed for job in jobs)]
+        list(as_they_come(pool, "pairs and their strength", "seeds", prepare, calls))
+        yield from as_they_come(
+            pool, "scorers", "scorers", train, [(study, job, quickstart, folder) for job in jobs],
+            lambda line: f"{line['method']}, {line['objective']}, seed {line['seed']}",
+        )  # fmt: skip
 
 
 # The report.
