@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import importlib.metadata
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.data.jsonl import to_json
+from stable_rlhf.system.machine import installed, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -223,23 +223,6 @@ def _output_of(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def cpu_features() -> list[str]:
     """The instruction sets that decide how fast matrix products are."""
     checks = {
@@ -268,7 +251,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": installed(PACKAGES),
         "commit": _output_of("git", "rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
         "tree_is_dirty": None if changed is None else bool(changed),
         "command": " ".join(_without_folders(word) for word in ["python", *sys.orig_argv[1:]]),

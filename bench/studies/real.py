@@ -108,7 +108,7 @@ class Plan:
         base = [f"{name}={value}" for name, value in BASE.items()]
         path = str(ROOT / "recipes" / "smollm2-pairs.yaml")
         recipe, _ = parse_recipe("run", [path, *(f"--{flag}" for flag in (*base, *self.changes))])
-        recipe.checkpoint.save_steps = 0
+        recipe.checkpoint.save_steps, recipe.report_to = 0, []
         return recipe
 
     @property
@@ -216,8 +216,8 @@ def train(job: Job, plan: Plan) -> Line:
 
     with tempfile.TemporaryDirectory() as name:
         train_scorer(
-            scorer, rows, recipe.scorer, recipe.engine, Path(name), seed=stream_seed(job.seed, "scorer", "train"),
-            checkpoint=recipe.checkpoint, cache=shared.cache, on_step=look,
+            scorer, rows, recipe, Path(name), seed=stream_seed(job.seed, "scorer", "train"), cache=shared.cache,
+            on_step=look,
         )  # fmt: skip
     kept = plan.folder / "scores" / f"{job.dataset}-{job.objective}-seed-{job.seed}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -264,7 +264,7 @@ def flags(settings: Settings) -> list[str]:
 @functools.cache
 def recipe_of(method: str) -> Recipe:
     recipe, _ = parse_recipe("quickstart", [f"--{flag}" for flag in flags(BASE | METHODS[method])])
-    recipe.checkpoint.save_steps = 0
+    recipe.checkpoint.save_steps, recipe.report_to = 0, []
     return recipe
 
 
@@ -290,8 +290,7 @@ def train(study: str, job: Job, quickstart: Path, folder: Path) -> Line:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         train_scorer(
-            scorer, rows, recipe.scorer, recipe.engine, Path(name), seed=stream_seed(job.seed, "scorer", "train"),
-            checkpoint=recipe.checkpoint, cache=shared.cache,
+            scorer, rows, recipe, Path(name), seed=stream_seed(job.seed, "scorer", "train"), cache=shared.cache,
             meta_responses=shared.unlabelled if recipe.scorer.meta_responses else (),
         )  # fmt: skip
     measured = {on: measure(gold_gaps(scorer, test, shared.cache)) for on, test in shared.tests.items()}

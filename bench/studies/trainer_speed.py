@@ -54,7 +54,7 @@ def run_ours(folder: Path, steps: int) -> list[float]:
     from stable_rlhf.models.policy import PolicyModel
     from stable_rlhf.policy.ppo import PPOTrainer
     from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-    from stable_rlhf.settings.recipe import EngineArguments
+    from stable_rlhf.settings.recipe import Recipe
     from stable_rlhf.settings.stages import PPOArguments
 
     start(0)
@@ -69,10 +69,10 @@ def run_ours(folder: Path, steps: int) -> list[float]:
         num_mini_batches=MINI_BATCHES, max_new_tokens=NEW_TOKENS, per_device_rehearsal_batch_size=REHEARSAL, **SETTINGS,
     )  # fmt: skip
     scorer = AdvantageModel(load_causal_lm(name).base_model, tokenizer, ScorerSettings("am", 2, 1))
+    recipe = Recipe(ppo=arguments, report_to=[])
     trainer = PPOTrainer(
-        PolicyModel(load_causal_lm(name), value_head=True), tokenizer, scorer, arguments, EngineArguments(),
-        rehearsal=rehearsal,
-    )  # fmt: skip
+        PolicyModel(load_causal_lm(name), value_head=True), tokenizer, scorer, recipe, rehearsal=rehearsal
+    )
     curve = trainer.train(prompts, folder / "ours")["curve"]
     return [row["seconds"] for row in curve]
 

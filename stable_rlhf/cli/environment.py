@@ -18,6 +18,7 @@ from stable_rlhf.ops.backends import extension
 from stable_rlhf.run.summary import device_name, versions
 from stable_rlhf.show.progress import printable
 from stable_rlhf.system.http import SECRET_NAME, without_credentials
+from stable_rlhf.system.machine import installed
 
 # Beside what this package needs: what can change how processes start, talk and compile.
 _OTHERS = ("accelerate", "peft", "tokenizers", "safetensors", "faiss-gpu-cu12", "flash-attn", "jsonargparse")
@@ -106,12 +107,7 @@ def _compilers() -> list[tuple[str, str]]:
 
 
 def _package_versions() -> list[tuple[str, str]]:
-    found = dict(versions())
-    for name in _OTHERS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = versions() | installed(_OTHERS)
     return [*found.items(), ("commit", commit() or "unknown (installed without its repository)")]
 
 

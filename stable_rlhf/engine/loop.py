@@ -1,6 +1,6 @@
 """The steps of a stage that trains: resume, metrics, progress and snapshots, alike for every trainer.
 
-with Loop("SFT", batches, engine, folder, steps=steps, checkpoint=checkpoint) as loop:
+with Loop("SFT", batches, engine, recipe, folder, steps=steps) as loop:
     for step, rows in loop:      # `step` steps are done; `rows` are this one's
         ...                      # the algorithm
         loop.end(step, {"loss": loss})
@@ -16,7 +16,7 @@ from typing import Any
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.snapshots import Kept, Snapshots
 from stable_rlhf.engine.tracking import Tracker
-from stable_rlhf.settings.recipe import CheckpointArguments
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.progress import Bar
 
 
@@ -32,23 +32,22 @@ class Loop:
         title: What the progress bar says.
         batches: The rows of every step, from the first one on, those that are done too.
         engine: What is trained.
+        recipe: Its ``report_to`` and ``checkpoint`` count: where metrics go, when to write snapshots, and where to go
+            on from.
         folder: The stage's working folder.
         steps: How many there are.
-        report_to: See :class:`Tracker`.
-        checkpoint: When to write snapshots, and where to go on from; None: the defaults.
         kept: See :class:`Snapshots`.
         settings: See :class:`Tracker`.
     """
 
     def __init__(
-        self, title: str, batches: Iterable[Sequence[int]], engine: Engine, folder: Path, *, steps: int,
-        report_to: Sequence[str] = (), checkpoint: CheckpointArguments | None = None, kept: Sequence[Kept] = (),
-        settings: dict[str, Any] | None = None,
+        self, title: str, batches: Iterable[Sequence[int]], engine: Engine, recipe: Recipe, folder: Path, *, steps: int,
+        kept: Sequence[Kept] = (), settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.batches, self.engine, self.steps = batches, engine, steps
-        self.snapshots = Snapshots(folder, engine, checkpoint, kept)
+        self.snapshots = Snapshots(folder, engine, recipe.checkpoint, kept)
         self.done, self.carried = self.snapshots.restore()
-        self.tracker = Tracker(folder, report_to, after=self.done, settings=settings)
+        self.tracker = Tracker(folder, recipe.report_to, after=self.done, settings=settings)
         self.tokens = float(self.carried.get("tokens", 0.0))
         self._title, self._began = title, time.monotonic()
         self._bar: Bar | None = None  # drawn with the first step: what is prepared until then has bars of its own

@@ -117,9 +117,22 @@ def _accuracy(part: dict[str, Any]) -> Statistic:
     return lambda weights: weights @ credit / weights.sum(axis=1)
 
 
+_OVER_TASKS: tuple[tuple[Literal["spread", "relative", "variation"], str, str], ...] = (
+    ("spread", "Mean scores differ less from task to task under the Advantage Model.",
+     "Standard deviation over tasks of the mean score"),
+    ("relative", "They also differ less in units of each scorer's own spread within a task, so not merely by a smaller "
+     "scale.", "The same, divided by the mean within-task standard deviation,"),
+    ("variation", "The spread of scores within a task is more even across tasks under the Advantage Model.",
+     "Variation over tasks of the within-task standard deviation, relative to its mean,"),
+)  # fmt: skip
+
+
 def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[Finding]:
     paired, n, bins = _paired(rm, am), int(rm["pairs"]), int(rm.get("bins", 10))
     results: list[Finding] = []
+
+    def add(claim: str, held: bool | None, detail: str) -> None:
+        results.append({"claim": claim, "held": held, "detail": detail})
 
     def compared(make: Callable[[dict[str, Any]], Statistic], key: str) -> Interval:
         """AM minus RM."""
@@ -128,79 +141,31 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
         return difference_interval(am[key], rm[key])
 
     ece = compared(lambda part: calibration_statistic(part["chosen"], part["rejected"], bins), "ece")
-    results.append(
-        {
-            "claim": "The Advantage Model is better calibrated than the reward model (lower ECE).",
-            "held": opposite(above(ece)),
-            "detail": f"ECE {_percent(am['ece'])} for AM and {_percent(rm['ece'])} for RM; AM − RM {_points(ece)}.",
-        }
-    )
-
+    add("The Advantage Model is better calibrated than the reward model (lower ECE).", opposite(above(ece)),
+        f"ECE {_percent(am['ece'])} for AM and {_percent(rm['ece'])} for RM; AM − RM {_points(ece)}.")  # fmt: skip
+    held, words = None, "without the scores of the pairs no interval can be given."
     if paired:
         scaled, how = temperature_scaled(rm["chosen"], rm["rejected"], seed=seed)
         after = calibration_statistic(scaled, np.zeros_like(scaled), bins)
         gap = bootstrap(_minus(calibration_statistic(am["chosen"], am["rejected"], bins), after), n, seed=seed)
         held, words = opposite(above(gap)), f"AM − scaled RM {_points(gap)}; temperature {how}."
-    else:
-        held, words = None, "without the scores of the pairs no interval can be given."
-    results.append(
-        {
-            "claim": "Its calibration is more than a matter of scale: "
-            "it also beats a reward model with one fitted temperature.",
-            "held": held,
-            "detail": f"ECE {_percent(am['ece'])} for AM as trained, {_percent(rm['ece_after_temperature'])} for RM "
-            f"divided by T = {rm['temperature']:.2f}; {words}",
-        }
-    )
-
+    add("Its calibration is more than a matter of scale: it also beats a reward model with one fitted temperature.",
+        held, f"ECE {_percent(am['ece'])} for AM as trained, {_percent(rm['ece_after_temperature'])} for RM "
+        f"divided by T = {rm['temperature']:.2f}; {words}")  # fmt: skip
     accuracy = compared(_accuracy, "accuracy")
-    if accuracy["low"] > -ACCURACY_MARGIN:
-        level: bool | None = True
-    else:
-        level = False if accuracy["high"] < 0 else None
-    results.append(
-        {
-            "claim": "The Advantage Model ranks as accurately as the reward model "
-            f"(less than {100 * ACCURACY_MARGIN:.0f} points below).",
-            "held": level,
-            "detail": f"Accuracy {_percent(am['accuracy'])} for AM and {_percent(rm['accuracy'])} for RM; "
-            f"AM − RM {_points(accuracy)}.",
-        }
-    )
-
+    level = True if accuracy["low"] > -ACCURACY_MARGIN else False if accuracy["high"] < 0 else None
+    margin = f"(less than {100 * ACCURACY_MARGIN:.0f} points below)"
+    add(f"The Advantage Model ranks as accurately as the reward model {margin}.", level,
+        f"Accuracy {_percent(am['accuracy'])} for AM and {_percent(rm['accuracy'])} for RM; "
+        f"AM − RM {_points(accuracy)}.")  # fmt: skip
     if paired and len(set(rm["pair_tasks"])) > 1:
         tasks = rm["pair_tasks"]
-
-        def over_tasks(what: Literal["spread", "relative", "variation"]) -> tuple[Interval, float, float]:
-            def of(part: dict[str, Any]) -> Statistic:
-                return task_statistic(part["chosen"], part["rejected"], tasks, what)
-
-            whole = np.ones((1, n))
-            gap = bootstrap(_minus(of(am), of(rm)), n, seed=seed, strata=tasks)
-            return gap, float(of(am)(whole)[0]), float(of(rm)(whole)[0])
-
-        claims: list[tuple[Literal["spread", "relative", "variation"], str, str]] = [
-            (
-                "spread",
-                "Mean scores differ less from task to task under the Advantage Model.",
-                "Standard deviation over tasks of the mean score",
-            ),
-            (
-                "relative",
-                "They also differ less in units of each scorer's own spread within a task, "
-                "so not merely by a smaller scale.",
-                "The same, divided by the mean within-task standard deviation,",
-            ),
-            (
-                "variation",
-                "The spread of scores within a task is more even across tasks under the Advantage Model.",
-                "Variation over tasks of the within-task standard deviation, relative to its mean,",
-            ),
-        ]
-        for what, claim, words in claims:
-            gap, am_value, rm_value = over_tasks(what)
-            detail = f"{words} {am_value:.3f} for AM and {rm_value:.3f} for RM; AM − RM {_number(gap)}."
-            results.append({"claim": claim, "held": opposite(above(gap)), "detail": detail})
+        whole = np.ones((1, n))
+        for what, claim, words in _OVER_TASKS:
+            of_am, of_rm = (task_statistic(part["chosen"], part["rejected"], tasks, what) for part in (am, rm))
+            gap = bootstrap(_minus(of_am, of_rm), n, seed=seed, strata=tasks)
+            values = f"{of_am(whole)[0]:.3f} for AM and {of_rm(whole)[0]:.3f} for RM"
+            add(claim, opposite(above(gap)), f"{words} {values}; AM − RM {_number(gap)}.")
     return results
 
 
@@ -274,37 +239,19 @@ def findings(summary: dict[str, Any]) -> list[Finding]:
     if scorers.get("rm") and scorers.get("am"):
         results += _scorer_findings(scorers["rm"], scorers["am"], int(summary.get("seed") or 0))
     results += _hacking(policies)
-    results += _versus(
-        policies,
-        "am-sr",
-        "rm",
-        "main",
-        "win",
-        "On the main set, AM-PPO-SR wins against SFT more often than RM-PPO does.",
-    )
-    results += _net(
-        policies, "am-sr", "main", 1, "AM-PPO-SR improves on SFT on the main set (wins more than it loses)."
-    )
-    results += _net(
-        policies, "rm", "forget", -1, "RM-PPO forgets: on the forget set it loses to SFT more than it wins."
-    )
-    results += _versus(
-        policies,
-        "rm",
-        "am-sr",
-        "forget",
-        "lose",
-        "On the forget set, RM-PPO loses to SFT more often than AM-PPO-SR does.",
-    )
-    results += _versus(
-        policies, "rm", "am", "forget", "lose", "On the forget set, RM-PPO loses to SFT more often than AM-PPO does."
-    )
-    results += _versus(
-        policies,
-        "am",
-        "am-sr",
-        "forget",
-        "lose",
-        "Selective rehearsal lowers AM-PPO's losses on the forget set further.",
-    )
+    for claim, check, *about in _OF_POLICIES:
+        results += check(policies, *about, claim)
     return results
+
+
+# Claims, and what they say: who has the higher share on which set, or who wins (1) or loses (-1) more there.
+_OF_POLICIES: tuple[tuple[Any, ...], ...] = (
+    ("On the main set, AM-PPO-SR wins against SFT more often than RM-PPO does.", _versus, "am-sr", "rm", "main", "win"),
+    ("AM-PPO-SR improves on SFT on the main set (wins more than it loses).", _net, "am-sr", "main", 1),
+    ("RM-PPO forgets: on the forget set it loses to SFT more than it wins.", _net, "rm", "forget", -1),
+    ("On the forget set, RM-PPO loses to SFT more often than AM-PPO-SR does.",
+     _versus, "rm", "am-sr", "forget", "lose"),
+    ("On the forget set, RM-PPO loses to SFT more often than AM-PPO does.", _versus, "rm", "am", "forget", "lose"),
+    ("Selective rehearsal lowers AM-PPO's losses on the forget set further.",
+     _versus, "am", "am-sr", "forget", "lose"),
+)  # fmt: skip

@@ -71,19 +71,10 @@ class GoldJudge:
 class ScorerJudge:
     """A trained scorer as judge: ``score(prompts, responses) -> floats``.
 
-    Its verdict is only worth something where the scorer was not what the policy was tuned against: name it so.
-    tie_margin: responses whose scores differ by no more than this are a tie.
-    """
+    Its verdict is only worth something where the scorer was not what the policy was tuned against: name it so."""
 
-    def __init__(
-        self,
-        score: Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]],
-        name: str,
-        tie_margin: float = 0.0,
-    ) -> None:
-        self.name = name
-        self.tie_margin = tie_margin
-        self._score = score
+    def __init__(self, score: Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]], name: str) -> None:
+        self.name, self._score = name, score
 
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str], tasks: Sequence[str | None]) -> list[float]:
         """Scores of all responses in one call; tasks are not looked at."""
@@ -98,15 +89,15 @@ def compare(
     rows: Sequence[PromptRow],
     responses: Sequence[str],
     reference: Sequence[str],
-    tie_margin: float | None = None,
+    tie_margin: float = 0.0,
     *,
     kl: float | None = None,
     lengths: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Win/lose/tie of ``responses`` against those of the ``reference``, one of each per prompt of ``rows``.
 
-    tie_margin: of a judge that scores; defaults to its own, else 0. kl: mean KL of the policy from the SFT policy in
-    nats per response, passed through. lengths: tokens per response; without them ``length`` is in characters,
+    tie_margin: responses whose scores differ by no more than this are a tie. kl: mean KL of the policy from the SFT
+    policy in nats per response, passed through. lengths: tokens per response; without them ``length`` is in characters,
     as ``length_unit`` says.
     ``gold`` and ``sft_gold`` are the mean scores of the two under a :class:`GoldJudge`, else None.
     ``verdicts`` holds 1, −1 or 0 a prompt. A pair judge adds how far it agrees with itself.
@@ -125,10 +116,9 @@ def compare(
             raise ValueError(f"judge {judge.name!r} gave {len(comparison.values)} verdicts for {len(rows)} prompts")
         verdicts, about = comparison.values, about | comparison.about
     else:
-        margin = float(getattr(judge, "tie_margin", 0.0) if tie_margin is None else tie_margin)
         scores, reference_scores = judge.scores(prompts, responses, tasks), judge.scores(prompts, reference, tasks)
-        verdicts = score_verdicts(scores, reference_scores, margin).tolist()
-        about["tie_margin"] = margin
+        verdicts = score_verdicts(scores, reference_scores, tie_margin).tolist()
+        about["tie_margin"] = tie_margin
         if isinstance(judge, GoldJudge):
             about |= {"gold": float(np.mean(scores)), "sft_gold": float(np.mean(reference_scores))}
     return {

@@ -1,14 +1,11 @@
-"""Sampling the compared policies on the evaluation sets and judging them against SFT."""
+"""How far a policy has moved from SFT."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from stable_rlhf.data.records import PromptRow
-from stable_rlhf.evaluate.judge import Judge, PairJudge, compare
 from stable_rlhf.models.features import share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.trunk import length_batches
@@ -27,19 +24,3 @@ def mean_kl(policy: PolicyModel, reference: PolicyModel, rollouts: Sequence[Roll
         by_reference = None if shared else view(reference.trunk, chunk)
         total += summed_log_ratio(policy, reference, view(policy.trunk, chunk), by_reference)
     return total / len(rollouts)
-
-
-def against(
-    judge: Judge | PairJudge,
-    rows: Sequence[PromptRow],
-    rollouts: Sequence[Rollout],
-    reference: Sequence[Rollout],
-    *,
-    tie_margin: float,
-    kl: float | None = None,
-) -> dict[str, Any]:
-    """Win, lose and tie of one policy against SFT on one evaluation set."""
-    lengths = [len(r.encoded.response) for r in rollouts]
-    return compare(
-        judge, rows, [r.text for r in rollouts], [r.text for r in reference], tie_margin, kl=kl, lengths=lengths
-    )

@@ -11,12 +11,13 @@ from stable_rlhf.rollout.local import Rollout
 
 def rollout_metrics(
     rollouts: Sequence[Rollout], experiences: Sequence[Experience], golds: Sequence[float] = ()
-) -> dict[str, float]:
-    """Figures of this step's responses, by the scorer's own scores; ``golds``: the true ones, if known.
+) -> tuple[dict[str, float], float]:
+    """Figures of this step's responses, by the scorer's own scores, and the tokens of prompts and responses; ``golds``:
+    the true scores, if known.
 
     ``kl``: mean over responses of Σ_t log π − log π_init, nats. ``score_length_correlation``: Pearson's, 0 where
     either is constant. ``logprob_gap`` and ``logprob_gap_max``: mean and largest |log π_trainer − log π_rollout| over
-    tokens. ``seen``: tokens of prompts and responses.
+    tokens.
     """
     scores = [e.raw_score for e in experiences]
     lengths = [len(e.encoded.response) for e in experiences]
@@ -42,6 +43,5 @@ def rollout_metrics(
         "score_length_correlation": together / (score_std * length_std) if score_std * length_std > 1e-12 else 0.0,
         "logprob_gap": gap_sum / max(1.0, gaps),
         "logprob_gap_max": largest,
-        "seen": seen,
     }
-    return metrics | {"gold": gold / n} if golds else metrics
+    return metrics | ({"gold": gold / n} if golds else {}), seen

@@ -48,7 +48,7 @@ from stable_rlhf.policy.sft import save_policy
 from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, on_first_rank, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.scorer.model import AdvantageModel
-from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.show.progress import is_main_process
 
@@ -71,7 +71,6 @@ class PPOTrainer:
     ``reference``: the initial policy, where it is another than the one that training begins with, or a copy cannot be
     taken (a policy loaded in shards, without LoRA).
     ``rollouts``: where responses come from; None: the policy itself.
-    ``guard``: when to warn, to leave out an update and to stop; None: the defaults.
     """
 
     def __init__(
@@ -79,25 +78,23 @@ class PPOTrainer:
         policy: PolicyModel,
         tokenizer: Any,
         scorer: AdvantageModel,
-        arguments: PPOArguments,
-        engine_arguments: EngineArguments,
+        recipe: Recipe,
         *,
         reference: PolicyModel | None = None,
         rehearsal: Sequence[Encoded] = (),
         moving_average: bool = False,
         rollouts: RolloutEngine | None = None,
-        guard: GuardArguments | None = None,
         seed: int = 0,
     ) -> None:
+        arguments = recipe.ppo
         check_sizes(arguments)
-        self.tokenizer, self.policy, self.arguments = tokenizer, policy, arguments
+        self.tokenizer, self.policy, self.recipe, self.arguments = tokenizer, policy, recipe, arguments
         # A copy, taken before the engine shards the policy, unless the adapters of LoRA can be switched off.
-        copy = reference or (None if engine_arguments.lora_r else policy.reference())
+        copy = reference or (None if recipe.engine.lora_r else policy.reference())
         self.rehearsal, self.seed = list(rehearsal), seed
         self.moments = RunningMoments() if moving_average else None
         self.kl = KLController(arguments.kl_coef, arguments.kl_target)
-        self.limits = guard or GuardArguments()
-        self.guard = StabilityGuard(self.limits, self.kl.lower_target)
+        self.guard = StabilityGuard(recipe.guard, self.kl.lower_target)
         shares = micro_steps(
             list(range(arguments.rollout_batch_size)), arguments.per_device_train_batch_size, rank(), world_size()
         )
@@ -108,14 +105,14 @@ class PPOTrainer:
         # Rehearsal sequences of one random stream: those of a micro-step, in the cut that the stage began with.
         self.drawn_together = arguments.per_device_rehearsal_batch_size * world_size()
         self.engine = Engine(
-            policy, engine_arguments, learning_rate=arguments.learning_rate,
+            policy, recipe.engine, learning_rate=arguments.learning_rate,
             head_learning_rate=arguments.head_learning_rate,
             total_steps=arguments.total_steps * arguments.num_ppo_epochs * arguments.num_mini_batches,
             warmup_ratio=arguments.warmup_ratio, micro_batch_size=arguments.per_device_train_batch_size,
-            gradient_accumulation_steps=self.accumulation, skip_nonfinite=self.limits.on_nonfinite == "skip",
+            gradient_accumulation_steps=self.accumulation, skip_nonfinite=recipe.guard.on_nonfinite == "skip",
         )  # fmt: skip
-        self.reference = self.engine.without_adapters if copy is None else read_only(copy, engine_arguments)
-        self.scorer = read_only(scorer, engine_arguments)
+        self.reference = self.engine.without_adapters if copy is None else read_only(copy, recipe.engine)
+        self.scorer = read_only(scorer, recipe.engine)
         self.rollouts = rollouts or LocalRollouts(policy.causal_lm, tokenizer, self.engine.gathers_for_generation)
         self.sampling = GenerationSettings(
             arguments.max_new_tokens, arguments.temperature, arguments.top_p, tuple(arguments.stop)
@@ -136,21 +133,17 @@ class PPOTrainer:
         folder: Path,
         *,
         name: str = "PPO",
-        report_to: Sequence[str] = (),
-        checkpoint: CheckpointArguments | None = None,
         gold: Callable[[PromptRow, str], float] | None = None,
         samples: Sequence[EncodedPrompt] = (),
-        sample_steps: int = 0,
     ) -> dict[str, Any]:
         """Run ``total_steps`` steps and save the policy to ``folder``; ``gold`` is logged beside the score, unseen by
-        the policy. Every ``sample_steps`` steps (0: never) ``samples`` are answered and kept."""
+        the policy. Every ``rollout.sample_steps`` steps ``samples`` are answered and kept."""
         a = self.arguments
-        sample_steps = sample_steps if samples else 0
-        settings = {"ppo": asdict(a), "guard": asdict(self.limits), "seed": self.seed, "ranks": world_size()}
+        sample_steps = self.recipe.rollout.sample_steps if samples else 0
+        settings = {"ppo": asdict(a), "guard": asdict(self.recipe.guard), "seed": self.seed, "ranks": world_size()}
         batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
         with Loop(
-            name, batches, self.engine, folder, steps=a.total_steps, report_to=report_to, checkpoint=checkpoint,
-            kept=self._kept(), settings=settings,
+            name, batches, self.engine, self.recipe, folder, steps=a.total_steps, kept=self._kept(), settings=settings
         ) as loop:  # fmt: skip
             if loop.done:  # the loop has restored the engine; these numbers are ours
                 self._resume(loop)
@@ -165,9 +158,9 @@ class PPOTrainer:
                 metrics = self.update(experiences, step)
 
                 golds = [gold(p.row, r.text) for p, r in zip(asked, rollouts, strict=True)] if gold else []
-                metrics |= rollout_metrics(rollouts, experiences, golds)
-                loop.tokens += metrics.pop("seen")
-                metrics |= {"kl_coef": self.kl.value, "seconds": loop.seconds}
+                of_rollouts, tokens = rollout_metrics(rollouts, experiences, golds)
+                loop.tokens += tokens
+                metrics |= of_rollouts | {"kl_coef": self.kl.value, "seconds": loop.seconds}
                 self.kl.update(metrics["kl"])
                 try:
                     self.watch(asked, experiences, metrics, step)
@@ -343,8 +336,8 @@ class PPOTrainer:
             largest = max(largest, float(parts.pop("max_log_ratio")))
             for name, part in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(part)
-            if i == len(micros) - 1 and self.limits.max_update_kl is not None:
-                too_far = not sum_over_ranks([metrics["approx_kl"]])[0] <= self.limits.max_update_kl  # NaN is too far
+            if i == len(micros) - 1 and (most := self.recipe.guard.max_update_kl) is not None:
+                too_far = not sum_over_ranks([metrics["approx_kl"]])[0] <= most  # NaN is too far
             self.engine.backward(loss, drop=too_far)
             moved = self.engine.step()
         metrics = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))

@@ -23,7 +23,7 @@ from stable_rlhf.policy.sft import nll_step, save_policy
 from stable_rlhf.ranks import gather_objects, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.scorer.model import AdvantageModel
-from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import PPOArguments
 
 
@@ -53,35 +53,30 @@ def train_rejection(
     tokenizer: Any,
     scorer: AdvantageModel,
     prompts: Sequence[EncodedPrompt],
-    arguments: PPOArguments,
-    engine_arguments: EngineArguments,
+    recipe: Recipe,
     folder: Path,
     *,
     seed: int,
-    report_to: Sequence[str] = (),
-    checkpoint: CheckpointArguments | None = None,
     gold: Callable[[PromptRow, str], float] | None = None,
     reference: PolicyModel | None = None,
 ) -> dict[str, Any]:
     """``total_steps`` rounds of ``rollout_batch_size`` responses, ``rejection_samples`` a prompt; one optimiser step a
     round on what is kept."""
-    a, world = arguments, world_size()
+    a, world = recipe.ppo, world_size()
     per_round = check_rounds(a)
-    copy = reference or (None if engine_arguments.lora_r else policy.reference())
+    copy = reference or (None if recipe.engine.lora_r else policy.reference())
     per_device = a.per_device_train_batch_size
     most = a.rollout_batch_size if a.rejection_threshold is not None else per_round * world
     engine = Engine(
-        policy, engine_arguments, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
+        policy, recipe.engine, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
         micro_batch_size=per_device, gradient_accumulation_steps=math.ceil(most / (per_device * world)),
     )  # fmt: skip
-    frozen = engine.without_adapters if copy is None else read_only(copy, engine_arguments)
-    scorer = read_only(scorer, engine_arguments)
+    reference_policy = engine.without_adapters if copy is None else read_only(copy, recipe.engine)
+    scorer = read_only(scorer, recipe.engine)
     settings = GenerationSettings(a.max_new_tokens, a.temperature, a.top_p, tuple(a.stop))
     batches = shuffled_steps(len(prompts), per_round * world, a.total_steps, stream_seed(seed, "prompts"))
     places = micro_steps(list(range(per_round * world)), per_round, rank(), world)[0]  # this rank's, in every batch
-    with Loop(
-        "rejection sampling", batches, engine, folder, steps=a.total_steps, report_to=report_to, checkpoint=checkpoint
-    ) as loop:  # fmt: skip
+    with Loop("rejection sampling", batches, engine, recipe, folder, steps=a.total_steps) as loop:
         for step, rows in loop:
             asked = [prompts[rows[p]] for p in places for _ in range(a.rejection_samples)]
             seeds = [stream_seed(seed, "rollout", step, p, k) for p in places for k in range(a.rejection_samples)]
@@ -91,7 +86,7 @@ def train_rejection(
             )  # fmt: skip
             examples = [r.encoded for r in rollouts]
             scores = less_penalty(_scores(scorer, rollouts, per_device), rollouts, a.missing_eos_penalty)
-            kl = _kl(policy, frozen, engine, examples, per_device, a.temperature)
+            kl = _kl(policy, reference_policy, engine, examples, per_device, a.temperature)
             kept = [examples[i] for i in keep(scores, a.rejection_samples, a.rejection_threshold)]
             loss = _imitate(engine, policy, [e for part in gather_objects(kept) for e in part], per_device)
             golds = [gold(p.row, r.text) for p, r in zip(asked, rollouts, strict=True)] if gold else []
@@ -109,7 +104,7 @@ def train_rejection(
             loop.end(step, metrics, note=f"score {score / n:.3f}")
         save_policy(engine, policy, tokenizer, folder)
     engine.close()
-    release(frozen)
+    release(reference_policy)
     release(scorer)
     return {"steps": a.total_steps, "tokens_seen": loop.tokens, "curve": loop.tracker.history}
 

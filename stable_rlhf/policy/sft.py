@@ -19,8 +19,7 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import view
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
-from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
-from stable_rlhf.settings.stages import SFTArguments
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.progress import is_main_process
 
 _NLL = PolicyLossConfig(rehearsal_coef=1.0)  # an SFT token is a rehearsal token of weight one
@@ -53,22 +52,20 @@ def train_sft(
     policy: PolicyModel,
     tokenizer: Any,
     examples: Sequence[Encoded],
-    arguments: SFTArguments,
-    engine_arguments: EngineArguments,
+    recipe: Recipe,
     folder: Path,
     *,
     seed: int,
-    report_to: Sequence[str] = (),
-    checkpoint: CheckpointArguments | None = None,
     early_share: float | None = None,
 ) -> dict[str, float]:
     """Train ``policy`` and save it to ``folder``; with ``early_share``, also the policy after that share of the steps,
     to ``folder/early``."""
+    arguments = recipe.sft
     per_device = arguments.per_device_train_batch_size
     global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
     steps = count_steps(len(examples), global_batch, arguments.num_train_epochs, arguments.max_steps)
     engine = Engine(
-        policy, engine_arguments, learning_rate=arguments.learning_rate, total_steps=steps,
+        policy, recipe.engine, learning_rate=arguments.learning_rate, total_steps=steps,
         warmup_ratio=arguments.warmup_ratio, min_lr_ratio=arguments.min_lr_ratio,
         micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
@@ -76,10 +73,7 @@ def train_sft(
     batches = shuffled_steps(len(examples), global_batch, steps, seed)
     early = max(1, round(early_share * steps)) if early_share is not None else 0
     loss, cache = 0.0, FeatureCache()
-    with Loop(
-        "SFT", batches, engine, folder, steps=steps, report_to=report_to, checkpoint=checkpoint,
-        kept=[rows_a_step(global_batch)],
-    ) as loop:  # fmt: skip
+    with Loop("SFT", batches, engine, recipe, folder, steps=steps, kept=[rows_a_step(global_batch)]) as loop:
         # All of them now: computed batch by batch, a resumed stage would have them from other batches.
         cache.fill(policy.trunk, [e.ids for e in examples], description="hidden states")
         for step, rows in loop:

@@ -15,8 +15,8 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.frozen import release
 from stable_rlhf.engine.tracking import read_metrics
 from stable_rlhf.evaluate.chat import ChatJudge
-from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge
-from stable_rlhf.evaluate.policies import against, mean_kl
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge, compare
+from stable_rlhf.evaluate.policies import mean_kl
 from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.ranks import barrier, device, on_first_rank
@@ -110,13 +110,15 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
     for name, folder in scorers.items():
         say(f"  scorer {name}")
         scores = _test_scores(recipe, name, folder, rows) if rows else _kept_scores(name, folder)
-        figures[name] = {
-            **scorer_evaluation(
-                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
-            ),
-            "rows": scores.get("rows"),
-        }  # fmt: skip
+        figures[name] = scorer_figures(recipe, scores)
     return figures
+
+
+def scorer_figures(recipe: Recipe, scores: Mapping[str, Any]) -> Result:
+    """Everything that the report says of one scorer, from the scores of its pairs."""
+    lists = scores["chosen"], scores["rejected"], scores["tasks"]
+    evaluation = scorer_evaluation(*lists, bins=recipe.scorer.bins, seed=recipe.seed)
+    return evaluation | {"rows": scores.get("rows")}
 
 
 def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison]) -> dict[str, Any]:
@@ -196,8 +198,9 @@ def run_evaluate(
             kl = mean_kl(policy, reference, rollouts)
             rows = [p.row for p in part]
             compared = partial(
-                against, judge, rows, rollouts, answers[on], tie_margin=recipe.evaluate.tie_margin, kl=kl
-            )
+                compare, judge, rows, [r.text for r in rollouts], [r.text for r in answers[on]],
+                recipe.evaluate.tie_margin, kl=kl, lengths=[len(r.encoded.response) for r in rollouts],
+            )  # fmt: skip
             figures = on_first_rank(compared, ValueError)  # a judge that costs money is asked once
             if judge_scorer is not None and recipe.evaluate.judge == "scorer":
                 figures["judge"] = judge_of(judge_scorer, path)

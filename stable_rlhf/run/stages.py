@@ -147,12 +147,7 @@ def run_sft(recipe: Recipe, model: str, folder: Path, *, early_share: float | No
     policy = load_policy(model, recipe.engine)
     data = replace(recipe.data, max_length=min(recipe.data.max_length, context_length(policy.causal_lm.config)))
     examples, _ = load_demonstrations(data, data.demonstrations, tokenizer)
-    return dict(
-        train_sft(
-            policy, tokenizer, examples, recipe.sft, recipe.engine, folder,
-            seed=recipe.seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, early_share=early_share,
-        )
-    )  # fmt: skip
+    return dict(train_sft(policy, tokenizer, examples, recipe, folder, seed=recipe.seed, early_share=early_share))
 
 
 def run_pairs(recipe: Recipe, world: Path, sft: Path, folder: Path) -> Result:
@@ -229,9 +224,8 @@ def run_scorer(
     )
     result: Result = dict(
         train_scorer(
-            model, train, arguments, recipe.engine, folder, seed=stream_seed(recipe.seed, "scorer", split),
-            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache, meta_responses=meta_responses,
-            test=test,
+            model, train, recipe, folder, seed=stream_seed(recipe.seed, "scorer", split), cache=cache,
+            meta_responses=meta_responses, test=test,
         )
     )  # fmt: skip
     # Scores are taken from what was saved: what a user loads is what is measured.
@@ -430,9 +424,8 @@ def run_ppo(
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
     if variant.training == "rejection":
         return train_rejection(
-            model, tokenizer, scorer_model, prompts, arguments, recipe.engine, folder,
-            seed=seed, report_to=recipe.report_to, checkpoint=recipe.checkpoint, gold=gold, reference=reference_model,
-        )  # fmt: skip
+            model, tokenizer, scorer_model, prompts, recipe, folder, seed=seed, gold=gold, reference=reference_model
+        )
     rehearsed: list[Encoded] = []
     if variant.rehearsal:
         if rehearsal is None:
@@ -451,15 +444,11 @@ def run_ppo(
                     "ppo.rehearsal_prompts_in_ppo is false and every prompt was selected: nothing is left for PPO"
                 )
     trainer = PPOTrainer(
-        model, tokenizer, scorer_model, arguments, recipe.engine, reference=reference_model, rehearsal=rehearsed,
-        moving_average=variant.moving_average, rollouts=_server(recipe, tokenizer, model), guard=recipe.guard,
-        seed=seed,
+        model, tokenizer, scorer_model, recipe, reference=reference_model, rehearsal=rehearsed,
+        moving_average=variant.moving_average, rollouts=_server(recipe, tokenizer, model), seed=seed,
     )  # fmt: skip
-    return trainer.train(
-        prompts, folder, name=f"PPO {variant.name}", report_to=recipe.report_to, checkpoint=recipe.checkpoint,
-        gold=gold, samples=splits.main[:SAMPLE_PROMPTS],
-        sample_steps=recipe.rollout.sample_steps,
-    )  # fmt: skip
+    name = f"PPO {variant.name}"
+    return trainer.train(prompts, folder, name=name, gold=gold, samples=splits.main[:SAMPLE_PROMPTS])
 
 
 def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts | None:

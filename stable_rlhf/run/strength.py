@@ -167,8 +167,7 @@ def _vote(
     cache.fill(model.trunk.to(device()), sequences, description="hidden states")
     result: dict[str, Any] = dict(
         train_scorer(
-            model, [pairs.encoded[i] for i in train_rows], arguments, recipe.engine, folder, seed=seed,
-            report_to=recipe.report_to, checkpoint=recipe.checkpoint, cache=cache,
+            model, [pairs.encoded[i] for i in train_rows], recipe, folder, seed=seed, cache=cache
         )
     )  # fmt: skip
     barrier()

@@ -6,7 +6,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from stable_rlhf.run import evaluation
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.page import Picture, write_html
 from stable_rlhf.show.progress import is_main_process
+from stable_rlhf.system.machine import installed, processor
 
 
 def summarise(
@@ -27,30 +27,16 @@ def summarise(
     selections: Sequence[Stage], policies: dict[str, Stage], comparison: Stage,
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
-    from stable_rlhf.evaluate import paper
     from stable_rlhf.evaluate.findings import findings
-    from stable_rlhf.metrics import scorer_evaluation
 
-    summary: dict[str, Any] = {
-        "title": recipe.title,
-        "kind": "world" if recipe.model_name_or_path is None else "real",
-        "seed": recipe.seed,
-        **circumstances(),
-        "settings": recipe.as_dict(),
-        "stages": [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages],
-        "scorers": {},
-        "policies": {},
-        "paper": paper.constants(),
-    }
+    summary = _about(recipe, "world" if recipe.model_name_or_path is None else "real")
+    summary["stages"] = [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages]
     for name, stage in scorers.items():
         scores = read_json(stage.folder / "scores.json", "chosen", "rejected", "tasks")
         summary["scorers"][name] = {
-            **scorer_evaluation(
-                scores["chosen"], scores["rejected"], scores["tasks"], bins=recipe.scorer.bins, seed=recipe.seed
-            ),
-            "rows": scores.get("rows"),
+            **evaluation.scorer_figures(recipe, scores),
             "training": {k: v for k, v in stage.result.items() if k != "accuracy"},
-        }  # fmt: skip
+        }
     for stage in selections:
         summary[stage.name] = read_json(stage.folder / "selection.json")
     for name, stage in policies.items():
@@ -71,19 +57,10 @@ def evaluate_models(
 
     Returns the figures without the score of every single pair, which is in ``summary.json``.
     """
-    from stable_rlhf.evaluate import paper
     from stable_rlhf.evaluate.findings import findings
 
-    summary: dict[str, Any] = {
-        "title": recipe.title,
-        "kind": "evaluation",
-        "seed": recipe.seed,
-        **circumstances(),
-        "settings": recipe.as_dict(),
-        "scorers": evaluation.evaluate_scorers(recipe, scorers, test_pairs),
-        "policies": {},
-        "paper": paper.constants(),
-    }
+    summary = _about(recipe, "evaluation")
+    summary["scorers"] = evaluation.evaluate_scorers(recipe, scorers, test_pairs)
     if policies:
         assert baseline is not None
         comparison = evaluation.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
@@ -97,6 +74,14 @@ def evaluate_models(
         "scorers": {n: {k: v for k, v in part.items() if k not in lists} for n, part in summary["scorers"].items()},
         "policies": {n: {k: v for k, v in part.items() if k != "curve"} for n, part in summary["policies"].items()},
     }
+
+
+def _about(recipe: Recipe, kind: str) -> dict[str, Any]:
+    """A summary's frame, with no figures yet."""
+    from stable_rlhf.evaluate import paper
+
+    about = {"title": recipe.title, "kind": kind, "seed": recipe.seed, **circumstances(), "settings": recipe.as_dict()}
+    return about | {"scorers": {}, "policies": {}, "paper": paper.constants()}
 
 
 def circumstances() -> dict[str, Any]:
@@ -137,13 +122,7 @@ def versions() -> dict[str, str]:
         "stable-rlhf", "torch", "triton", "transformers", "deepspeed", "faiss-cpu", "sentence-transformers", "numpy",
         "scikit-learn",
     )  # fmt: skip
-    numbers = {"python": platform.python_version()}
-    for name in names:
-        try:
-            numbers[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return numbers
+    return {"python": platform.python_version(), **installed(names)}
 
 
 def device_name() -> str:
@@ -151,12 +130,4 @@ def device_name() -> str:
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}{ranks}"
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"CPU {name}, {torch.get_num_threads()} threads{ranks}"
+    return f"CPU {processor()}, {torch.get_num_threads()} threads{ranks}"

@@ -129,7 +129,7 @@ class MetaRM:
 
     @contextmanager
     def ascended(self, step: int) -> Iterator[dict[str, float]]:
-        """Context in which the model's weights are θ' of ``step`` (from 1); gives J and the norm of its gradient.
+        """Context in which the model's weights are θ' of ``step``; gives J and the norm of its gradient.
 
         Where that gradient overflows in fp16 at the present loss scale, nothing moves, and the engine leaves the step
         out as it does when its own gradient overflows.
@@ -137,7 +137,7 @@ class MetaRM:
         Raises:
             FloatingPointError: the gradient is not finite; nothing has moved.
         """
-        difference, gradient = self._gradient(self.batches[step - 1])
+        difference, gradient = self._gradient(self.batches[step])
         norm = self._norm(gradient)
         if not math.isfinite(norm):
             with self._shards_alone():

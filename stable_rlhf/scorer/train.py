@@ -26,7 +26,7 @@ from stable_rlhf.scorer.comparisons import EncodedComparison, eval_metrics, scor
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.scorer.metarm import MetaRM
 from stable_rlhf.scorer.model import AdvantageModel
-from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.show.progress import is_main_process, say
 
@@ -46,7 +46,7 @@ class ContrastiveTerm:
         ranks, draws the same."""
         masks = []
         for place, length in zip(places, lengths, strict=True):
-            generator = torch.Generator(device="cpu").manual_seed(stream_seed(self.seed, "views", step, place))
+            generator = torch.Generator(device="cpu").manual_seed(stream_seed(self.seed, "views", step + 1, place))
             drawn = torch.rand(2, length, self.width, generator=generator, dtype=torch.float32, device="cpu")
             masks.append(drawn >= self.dropout)
         return self.coefficient, torch.cat(masks, dim=1) / (1 - self.dropout)
@@ -167,13 +167,10 @@ def _packed_logprobs(batch: Sequence[EncodedComparison], device: torch.device) -
 def train_scorer(
     model: AdvantageModel,
     train: Sequence[EncodedComparison],
-    arguments: ScorerArguments,
-    engine_arguments: EngineArguments,
+    recipe: Recipe,
     folder: Path,
     *,
     seed: int,
-    report_to: Sequence[str] = (),
-    checkpoint: CheckpointArguments | None = None,
     cache: FeatureCache | None = None,
     meta_responses: Sequence[Sequence[Encoded]] = (),
     test: Sequence[EncodedComparison] = (),
@@ -183,7 +180,7 @@ def train_scorer(
 
     Every ``eval_steps`` steps and at the end ``test`` is scored for the metrics of that step (:func:`eval_metrics`).
     ``on_step`` gets the number of each step, on every rank, while ``model`` has the weights after it."""
-    cache = cache if cache is not None else FeatureCache()
+    arguments, cache = recipe.scorer, cache if cache is not None else FeatureCache()
     if not arguments.eval_steps:
         test = ()
     cache.fill(model.trunk, [e.ids for r in train for e in (*r.examples, *r.samples)], description="hidden states")
@@ -196,7 +193,7 @@ def train_scorer(
     global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
     steps = count_steps(len(train), global_batch, arguments.num_train_epochs)
     engine = Engine(
-        model, engine_arguments, learning_rate=arguments.learning_rate,
+        model, recipe.engine, learning_rate=arguments.learning_rate,
         head_learning_rate=arguments.head_learning_rate, total_steps=steps, warmup_ratio=arguments.warmup_ratio,
         min_lr_ratio=arguments.min_lr_ratio, micro_batch_size=per_device,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
@@ -211,18 +208,16 @@ def train_scorer(
     title = "reward model" if model.settings.objective == "rm" else "Advantage Model"
     batches = shuffled_steps(len(train), global_batch, steps, seed)
     loss = float("nan")
-    with Loop(
-        title, batches, engine, folder, steps=steps, report_to=report_to, checkpoint=checkpoint, kept=kept
-    ) as loop:  # fmt: skip
+    with Loop(title, batches, engine, recipe, folder, steps=steps, kept=kept) as loop:
         for step, rows in loop:
             sums = dict.fromkeys(_SUMS, 0.0)
-            moved: AbstractContextManager[dict[str, float]] = meta.ascended(step + 1) if meta else nullcontext({})
+            moved: AbstractContextManager[dict[str, float]] = meta.ascended(step) if meta else nullcontext({})
             with moved as ascent:
                 for micro, places in enumerate(shares):
                     if micro:
                         engine.step()  # ends the one before; the last one ends outside, where the weights are back
                     batch = [train[rows[place]] for place in places]
-                    contrast = term.views(step + 1, places, [len(item.examples) for item in batch]) if term else None
+                    contrast = term.views(step, places, [len(item.examples) for item in batch]) if term else None
                     part, output, terms = scorer_loss(engine, model, batch, arguments, cache, global_batch, contrast)
                     engine.backward(part)
                     pairs = sum(len(r.row.pairs) for r in batch)

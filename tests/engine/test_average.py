@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.weights import plain_weights
@@ -107,7 +108,7 @@ def test_it_is_saved_beside_the_policy(tiny_model, tokenizer, tmp_path):
     examples = [encode(tokenizer, "Reverse abc", "cba")] * 2
     policy = PolicyModel(tiny_model())
     sizes = SFTArguments(learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=2)
-    train_sft(policy, tokenizer, examples, sizes, EngineArguments(ema_decay=0.9), tmp_path, seed=0)
+    train_sft(policy, tokenizer, examples, quiet(sft=sizes, engine=EngineArguments(ema_decay=0.9)), tmp_path, seed=0)
     start, last, average = (
         m.state_dict()["lm_head.weight"]
         for m in (tiny_model(), *(AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path, tmp_path / "ema")))
@@ -119,7 +120,7 @@ def test_it_is_saved_beside_the_policy(tiny_model, tokenizer, tmp_path):
 def test_no_average_unless_asked_for_and_its_bounds(tiny_model, tokenizer, tmp_path):
     examples = [encode(tokenizer, "Reverse abc", "cba")] * 2
     sizes = SFTArguments(max_steps=1, per_device_train_batch_size=2)
-    train_sft(PolicyModel(tiny_model()), tokenizer, examples, sizes, EngineArguments(), tmp_path, seed=0)
+    train_sft(PolicyModel(tiny_model()), tokenizer, examples, quiet(sft=sizes), tmp_path, seed=0)
     assert not (tmp_path / "ema").exists()
     for value in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"engine\.ema_decay"):

@@ -12,6 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from helpers.launch import run_worker
+from helpers.recipes import quiet
 from helpers.workers.fp16_worker import Run
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.engine.engine import Engine
@@ -141,7 +142,7 @@ def test_ppo_counts_overflows_and_its_guard_is_silent(fp16, tiny_model, tokenize
         max_new_tokens=4,
     )  # fmt: skip
     policy = PolicyModel(tiny_model(), value_head=True)
-    trainer = PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(fp16=True))
+    trainer = PPOTrainer(policy, tokenizer, scorer, quiet(ppo=arguments, engine=EngineArguments(fp16=True)))
     known = torch.full((3,), -3.0)
     experiences = [Experience(Encoded((5, 6, 7 + i, 8, 9), 2), 0.1 * i, known, known, torch.zeros(3)) for i in range(4)]
     experiences = trainer.with_advantages(experiences)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+from helpers.recipes import quiet
 from stable_rlhf.engine import signals
 from stable_rlhf.engine.engine import Engine
 from stable_rlhf.engine.loop import Loop
@@ -31,7 +32,7 @@ def train():
 
     def run(folder, checkpoint=EVERY_STEP, kill=None, end=Loop.end):
         given = []
-        with Loop("a stage", BATCHES, engine, folder, steps=len(BATCHES), checkpoint=checkpoint) as loop:
+        with Loop("a stage", BATCHES, engine, quiet(checkpoint=checkpoint), folder, steps=len(BATCHES)) as loop:
             total = loop.carried.get("total", 0)
             for step, rows in loop:
                 given.append((step, rows))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from helpers.launch import run_worker
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -139,13 +140,12 @@ def test_nothing_of_a_finished_stage_stays_in_memory(tiny_model, tokenizer, tmp_
     alive = {name: weakref.ref(m) for name, m in (("policy", policy), ("reference", reference), ("scorer", scorer))}
     prompts = [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in ("Reverse abc", "Count: q")]
     if train is PPOTrainer:
-        trainer = PPOTrainer(policy, tokenizer, scorer, settings, arguments, reference=reference)
+        trainer = PPOTrainer(policy, tokenizer, scorer, quiet(ppo=settings, engine=arguments), reference=reference)
         trainer.train(prompts, tmp_path)
         del trainer
     else:
-        train_rejection(
-            policy, tokenizer, scorer, prompts, settings, arguments, tmp_path, seed=0, reference=reference
-        )  # fmt: skip
+        recipe = quiet(ppo=settings, engine=arguments)
+        train_rejection(policy, tokenizer, scorer, prompts, recipe, tmp_path, seed=0, reference=reference)
     del policy, reference, scorer
     gc.collect()
     assert [name for name, model in alive.items() if model() is not None] == []

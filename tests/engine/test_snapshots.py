@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -52,17 +53,18 @@ def trainers(tiny_model, tokenizer):
 
     def ppo(folder: Path, engine: EngineArguments, checkpoint: CheckpointArguments) -> None:
         policy = PolicyModel(tiny_model(), value_head=True)
-        trainer = PPOTrainer(policy, tokenizer, scorer(), PPO, engine, rehearsal=rows, moving_average=True, seed=7)
-        trainer.train(prompts, folder, checkpoint=checkpoint)
+        recipe = quiet(ppo=PPO, engine=engine, checkpoint=checkpoint)
+        trainer = PPOTrainer(policy, tokenizer, scorer(), recipe, rehearsal=rows, moving_average=True, seed=7)
+        trainer.train(prompts, folder)
 
     def sft(folder: Path, engine: EngineArguments, checkpoint: CheckpointArguments) -> None:
         arguments = SFTArguments(learning_rate=1e-3, max_steps=4, num_train_epochs=9, per_device_train_batch_size=2)
-        train_sft(PolicyModel(tiny_model()), tokenizer, rows, arguments, engine, folder, seed=1, checkpoint=checkpoint)
+        recipe = quiet(sft=arguments, engine=engine, checkpoint=checkpoint)
+        train_sft(PolicyModel(tiny_model()), tokenizer, rows, recipe, folder, seed=1)
 
     def rejection(folder: Path, engine: EngineArguments, checkpoint: CheckpointArguments) -> None:
-        train_rejection(
-            PolicyModel(tiny_model()), tokenizer, scorer(), prompts, PPO, engine, folder, seed=2, checkpoint=checkpoint
-        )
+        recipe = quiet(ppo=PPO, engine=engine, checkpoint=checkpoint)
+        train_rejection(PolicyModel(tiny_model()), tokenizer, scorer(), prompts, recipe, folder, seed=2)
 
     return {"ppo": ppo, "sft": sft, "rejection": rejection}
 
@@ -136,9 +138,7 @@ def test_a_resumed_sft_has_its_hidden_states_from_the_same_batches(
 
     def train(name: str) -> None:
         policy = PolicyModel(tiny_model(), num_trainable_layers=1)
-        train_sft(
-            policy, tokenizer, rows, arguments, EngineArguments(), tmp_path / name, seed=1, checkpoint=EVERY_STEP
-        )  # fmt: skip
+        train_sft(policy, tokenizer, rows, quiet(sft=arguments, checkpoint=EVERY_STEP), tmp_path / name, seed=1)
 
     train("whole")
     with killed_after(3):
@@ -258,7 +258,7 @@ def test_a_snapshot_of_another_model_is_refused(stopped, tiny_model, tokenizer):
     rows = [encode(tokenizer, TEXTS[0], "dcba")] * 2
     arguments = SFTArguments(max_steps=4, num_train_epochs=9, per_device_train_batch_size=2)
     with pytest.raises(ValueError, match=r"step-00000003' has no trunk\.upper\.layers\.3\..* elements"):
-        train_sft(wider, tokenizer, rows, arguments, EngineArguments(), stopped, seed=1, checkpoint=EVERY_STEP)
+        train_sft(wider, tokenizer, rows, quiet(sft=arguments, checkpoint=EVERY_STEP), stopped, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -430,10 +430,10 @@ def test_gold_judge_sees_prompt_and_task_and_reports_the_truth() -> None:
     assert got["verdicts"] == [0, 1, 0]
 
 
-def test_scorer_judge_has_its_own_margin_and_no_gold() -> None:
-    judge = ScorerJudge(lambda prompts, responses: [len(r) for r in responses], "length", tie_margin=1)
+def test_a_scorer_judge_has_a_margin_and_no_gold() -> None:
+    judge = ScorerJudge(lambda prompts, responses: [len(r) for r in responses], "length")
     rows = [Row("p", None), Row("q", None)]
-    got = compare(judge, rows, ["aaa", "aa"], ["a", "a"])  # type: ignore[arg-type]
+    got = compare(judge, rows, ["aaa", "aa"], ["a", "a"], tie_margin=1)  # type: ignore[arg-type]
     assert (got["win"], got["tie"], got["gold"], got["sft_gold"]) == (0.5, 0.5, None, None)
     assert (got["length"], got["length_unit"]) == (2.5, "characters")
     assert compare(judge, rows, ["aaa", "aa"], ["a", "a"], tie_margin=0)["win"] == 1.0  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
@@ -62,7 +63,7 @@ def with_adapter(model, folder):
 def fine_tune(model, tokenizer, examples, engine, folder, layers=None):
     policy = PolicyModel(model, num_trainable_layers=layers)
     sizes = SFTArguments(learning_rate=1e-2, per_device_train_batch_size=2)
-    result = train_sft(policy, tokenizer, examples, sizes, engine, folder, seed=0)
+    result = train_sft(policy, tokenizer, examples, quiet(sft=sizes, engine=engine), folder, seed=0)
     return policy, result["loss"]
 
 
@@ -113,7 +114,7 @@ def test_ppo_with_rehearsal_refers_to_the_policy_without_its_adapters(
     before = response_logprobs(policy, examples)
     scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, num_trainable_layers=layers)
     engine = replace(LORA, zero_stage=stage)
-    trainer = PPOTrainer(policy, tokenizer, scorer, PPO, engine, rehearsal=examples)
+    trainer = PPOTrainer(policy, tokenizer, scorer, quiet(ppo=PPO, engine=engine), rehearsal=examples)
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert {n.split(".")[0] for n in trained} == {"trunk", "value_head"}
     seen = []
@@ -140,7 +141,9 @@ def test_ppo_is_the_same_under_zero_0_and_3(tiny_model, tokenizer, examples, pro
     curves = []
     for stage in (0, 3):
         policy, scorer = PolicyModel(tiny_model(), value_head=True), AdvantageModel(tiny_model().base_model, tokenizer)
-        trainer = PPOTrainer(policy, tokenizer, scorer, PPO, replace(LORA, zero_stage=stage), rehearsal=examples)
+        trainer = PPOTrainer(
+            policy, tokenizer, scorer, quiet(ppo=PPO, engine=replace(LORA, zero_stage=stage)), rehearsal=examples
+        )
         curves.append(trainer.train(prompts, tmp_path / str(stage))["curve"])
     for one, other in zip(*curves, strict=True):
         for name in ("loss", "kl", "score", "gradient_norm", "value_loss"):
@@ -156,7 +159,7 @@ def test_a_scorer_trained_with_lora_scores_without_peft(tiny_model, tokenizer, t
     scorer = AdvantageModel(tiny_model().base_model, tokenizer)
     first = scorer.score(["Write backwards: xyz"], ["zyx"])
     arguments = ScorerArguments(learning_rate=1e-2, num_train_epochs=6, per_device_train_batch_size=2)
-    train_scorer(scorer, rows, arguments, replace(LORA, zero_stage=stage), tmp_path, seed=0)
+    train_scorer(scorer, rows, quiet(scorer=arguments, engine=replace(LORA, zero_stage=stage)), tmp_path, seed=0)
     lines = metric_lines(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"]
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -171,11 +174,10 @@ def test_a_scorer_trained_with_lora_scores_without_peft(tiny_model, tokenizer, t
 
 
 def test_rejection_sampling_refers_to_the_policy_without_its_adapters(tiny_model, tokenizer, prompts, tmp_path):
-    arguments = replace(PPO, rejection_samples=2)
+    recipe = quiet(ppo=replace(PPO, rejection_samples=2), engine=LORA)
     scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer)
-    curve = train_rejection(
-        PolicyModel(tiny_model()), tokenizer, scorer, prompts, arguments, LORA, tmp_path, seed=0
-    )["curve"]  # fmt: skip
+    policy = PolicyModel(tiny_model())
+    curve = train_rejection(policy, tokenizer, scorer, prompts, recipe, tmp_path, seed=0)["curve"]
     assert curve[0]["kl"] == pytest.approx(0, abs=1e-5) and abs(curve[1]["kl"]) > 1e-4
 
 

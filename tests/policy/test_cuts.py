@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -16,7 +17,7 @@ from stable_rlhf.engine.order import micro_steps
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
+from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.settings.stages import PPOArguments
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -40,11 +41,8 @@ def make(tiny_model, tokenizer):
         arguments = replace(PPO, per_device_train_batch_size=per_device, **settings)
         scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"))
         policy = PolicyModel(tiny_model(), value_head=True)
-        made.append(
-            PPOTrainer(
-                policy, tokenizer, scorer, arguments, EngineArguments(), rehearsal=rows if rehearse else (), seed=7
-            )
-        )
+        recipe = quiet(ppo=arguments, checkpoint=UNIVERSAL)
+        made.append(PPOTrainer(policy, tokenizer, scorer, recipe, rehearsal=rows if rehearse else (), seed=7))
         return made[-1]
 
     yield build
@@ -58,7 +56,7 @@ def train(make, tokenizer, tmp_path):
     prompts = [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
 
     def run(name: str, per_device: int, **settings) -> list[dict]:
-        make(per_device, **settings).train(prompts, tmp_path / name, checkpoint=UNIVERSAL)
+        make(per_device, **settings).train(prompts, tmp_path / name)
         return logged(tmp_path / name)
 
     return run

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -22,7 +23,7 @@ from stable_rlhf.policy.kl import KLController
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.run.bounds import check
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments, Recipe
+from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments, GuardArguments, Recipe, RolloutArguments
 from stable_rlhf.settings.stages import PPOArguments
 
 CALM = {
@@ -126,10 +127,11 @@ PPO = PPOArguments(
 def make(tiny_model, tokenizer, one_process):
     made = []
 
-    def build(arguments=PPO, stage=0, guard=None) -> PPOTrainer:
+    def build(arguments=PPO, stage=0, **sections) -> PPOTrainer:
         scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"))
         policy = PolicyModel(tiny_model(), value_head=True)
-        made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), guard=guard))
+        recipe = quiet(ppo=arguments, engine=EngineArguments(zero_stage=stage), **sections)
+        made.append(PPOTrainer(policy, tokenizer, scorer, recipe))
         return made[-1]
 
     yield build
@@ -299,9 +301,8 @@ def test_the_kl_controller_leads_the_penalty_and_survives_a_resume(make, prompts
     shown = prompts[:2]
 
     def run(folder):
-        return make(arguments, guard=limits).train(
-            prompts, folder, checkpoint=every, samples=shown, sample_steps=2
-        )["curve"]  # fmt: skip
+        trainer = make(arguments, guard=limits, checkpoint=every, rollout=RolloutArguments(sample_steps=2))
+        return trainer.train(prompts, folder, samples=shown)["curve"]
 
     whole = run(tmp_path / "whole")
     assert len({row["kl_coef"] for row in whole}) > 2 and whole[0]["kl_coef"] == 0.2

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf import ops
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
@@ -21,7 +22,7 @@ from stable_rlhf.policy.ppo import PPOTrainer, check_sizes
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.run import stages
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.settings.recipe import DataArguments, EngineArguments, Recipe
+from stable_rlhf.settings.recipe import DataArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.settings.variants import VARIANTS
 
@@ -58,7 +59,7 @@ def make(tiny_model, tokenizer):
             num_trainable_layers=layers,
         )  # fmt: skip
         policy = PolicyModel(tiny_model(), value_head=critic, num_trainable_layers=layers)
-        made.append(PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(), seed=7, **settings))
+        made.append(PPOTrainer(policy, tokenizer, scorer, quiet(ppo=arguments), seed=7, **settings))
         return made[-1]
 
     yield build
@@ -117,7 +118,7 @@ def test_ppo_with_a_scorer_of_fewer_embedding_rows(tiny_model, tokenizer, prompt
         tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"), num_trainable_layers=layers
     )
     policy = PolicyModel(model, value_head=True, num_trainable_layers=layers)
-    trainer = PPOTrainer(policy, tokenizer, scorer, ARGUMENTS, EngineArguments(), seed=7)
+    trainer = PPOTrainer(policy, tokenizer, scorer, quiet(ppo=ARGUMENTS), seed=7)
     seen: list[int] = []
     sample = trainer.rollouts.sample
 

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from helpers.recipes import quiet
 from stable_rlhf import ranks
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
@@ -58,10 +59,10 @@ def train(tiny_model, tokenizer, tmp_path):
             "max_new_tokens": 4, "rejection_samples": 2,
         }  # fmt: skip
         prompts = [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
-        return train_rejection(
-            policy or PolicyModel(tiny_model()), tokenizer, AdvantageModel(tiny_model(seed=3).base_model, tokenizer),
-            prompts, PPOArguments(**{**arguments, **settings}), EngineArguments(), tmp_path / "out", seed=1,
-        )  # fmt: skip
+        scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer)
+        recipe = quiet(ppo=PPOArguments(**{**arguments, **settings}))
+        policy = policy or PolicyModel(tiny_model())
+        return train_rejection(policy, tokenizer, scorer, prompts, recipe, tmp_path / "out", seed=1)
 
     return run
 

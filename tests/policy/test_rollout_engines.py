@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.recipes import quiet
 from helpers.vllm_stub import serving
 from stable_rlhf.data.encoding import encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
@@ -41,9 +42,8 @@ def make(tiny_model, tokenizer):
     def build(arguments=ARGUMENTS, stage=0, **settings) -> PPOTrainer:
         scorer = AdvantageModel(tiny_model(seed=3).base_model, tokenizer, ScorerSettings(objective="rm"))
         policy = PolicyModel(tiny_model(), value_head=True)
-        made.append(
-            PPOTrainer(policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), seed=7, **settings)
-        )
+        recipe = quiet(ppo=arguments, engine=EngineArguments(zero_stage=stage))
+        made.append(PPOTrainer(policy, tokenizer, scorer, recipe, seed=7, **settings))
         return made[-1]
 
     yield build

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helpers.recipes import quiet
 from stable_rlhf.data import DataError, write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.engine.run_folder import RunError
@@ -19,7 +20,7 @@ from stable_rlhf.run import recipe as run
 from stable_rlhf.run.bounds import check
 from stable_rlhf.run.inputs import check_model
 from stable_rlhf.scorer import metarm as meta
-from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import SelectArguments, SFTArguments
 
 
@@ -187,12 +188,10 @@ def test_metarm_prompts_that_do_not_divide_are_refused_before_the_first_stage(re
 
 @pytest.mark.usefixtures("one_process")
 def test_a_policy_stopped_early_has_made_a_step_at_least(tiny_model, tokenizer, tmp_path):
-    arguments = SFTArguments(max_steps=2, per_device_train_batch_size=1)
+    recipe = quiet(sft=SFTArguments(max_steps=2, per_device_train_batch_size=1))
     examples = [encode(tokenizer, "Say a", "a")] * 2
-    train_sft(
-        PolicyModel(tiny_model(layers=1)), tokenizer, examples, arguments, EngineArguments(), tmp_path, seed=0,
-        early_share=0.1,
-    )  # fmt: skip
+    policy = PolicyModel(tiny_model(layers=1))
+    train_sft(policy, tokenizer, examples, recipe, tmp_path, seed=0, early_share=0.1)
     assert (tmp_path / "early" / "config.json").is_file()
 
 

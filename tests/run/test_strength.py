@@ -146,7 +146,7 @@ def test_a_finished_scorer_is_not_trained_again(recipe, backbone, monkeypatch):
     calls, stop_at = [], 2
 
     def spy(*arguments, **keywords):
-        calls.append(arguments[4].name)
+        calls.append(arguments[3].name)
         if len(calls) == stop_at:
             raise KeyboardInterrupt
         return train_scorer(*arguments, **keywords)

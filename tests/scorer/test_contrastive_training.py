@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.run.bounds import check
@@ -110,7 +111,7 @@ def test_training_lowers_the_term_and_what_is_saved_needs_none_of_it(make, rows,
             TRAINING, contrastive=method, contrastive_on=on, contrastive_coef=coefficient, num_train_epochs=20
         )
         folder = tmp_path / str(coefficient)
-        train_scorer(make("am"), rows, arguments, EngineArguments(**engine), folder, seed=0)
+        train_scorer(make("am"), rows, quiet(scorer=arguments, engine=EngineArguments(**engine)), folder, seed=0)
         ends.append(sum(row["contrastive_loss"] for row in metric_lines(folder)[-3:]))
     assert ends[1] < ends[0]
     assert not any("contrastive" in p.read_bytes().decode(errors="ignore") for p in folder.glob("*.safetensors"))
@@ -121,13 +122,13 @@ def test_training_lowers_the_term_and_what_is_saved_needs_none_of_it(make, rows,
 @pytest.mark.usefixtures("one_process")
 def test_a_resumed_stage_draws_the_same_masks_and_keeps_its_prototypes(make, rows, tmp_path, killed_after):
     arguments = replace(TRAINING, contrastive="swav")
-    train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "whole", seed=0)
+    train_scorer(make(), rows, quiet(scorer=arguments), tmp_path / "whole", seed=0)
 
     often = CheckpointArguments(save_steps=1)
     with killed_after(3):
-        train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "cut", seed=0, checkpoint=often)
+        train_scorer(make(), rows, quiet(scorer=arguments, checkpoint=often), tmp_path / "cut", seed=0)
     torch.rand(3)  # another place of the process's own generator: nothing may depend on it
-    train_scorer(make(), rows, arguments, EngineArguments(), tmp_path / "cut", seed=0, checkpoint=often)
+    train_scorer(make(), rows, quiet(scorer=arguments, checkpoint=often), tmp_path / "cut", seed=0)
     assert metric_lines(tmp_path / "cut") == metric_lines(tmp_path / "whole")
     for name in ("model.safetensors", "heads.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -140,7 +141,7 @@ def test_a_snapshot_with_other_negatives_is_refused(make, rows, tmp_path, killed
     often = CheckpointArguments(save_steps=1, universal=True)
 
     def train(arguments: ScorerArguments) -> None:
-        train_scorer(make(), rows, arguments, EngineArguments(), tmp_path, seed=0, checkpoint=often)
+        train_scorer(make(), rows, quiet(scorer=arguments, checkpoint=often), tmp_path, seed=0)
 
     arguments = replace(TRAINING, contrastive=method, num_train_epochs=2)
     with killed_after(2):

@@ -14,6 +14,7 @@ import torch
 
 from helpers.files import metric_lines
 from helpers.launch import run_worker
+from helpers.recipes import quiet
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
@@ -49,7 +50,9 @@ def train(tiny_model, tokenizer, rows):
         arguments = {"seed": 0, "test": rows[4:], **extra}
         if (look := arguments.pop("look", None)) is not None:
             arguments["on_step"] = lambda step: look(step, score_pairs(model, rows[4:]))
-        train_scorer(model, rows[:4], settings, EngineArguments(**engine or {}), folder, **arguments)
+        sections = {name: arguments.pop(name) for name in ("checkpoint",) if name in arguments}
+        recipe = quiet(scorer=settings, engine=EngineArguments(**engine or {}), **sections)
+        train_scorer(model, rows[:4], recipe, folder, **arguments)
 
     return run
 

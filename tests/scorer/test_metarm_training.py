@@ -12,6 +12,7 @@ import torch
 
 from helpers.files import metric_lines
 from helpers.launch import run_worker
+from helpers.recipes import quiet
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
@@ -116,13 +117,15 @@ def test_it_changes_what_is_learnt_and_is_logged(make, rows, shifted, tmp_path, 
     for rate in (0.0, 0.1):
         folder, arguments = tmp_path / str(rate), replace(TRAINING, meta_learning_rate=rate)
         model = make(num_trainable_layers=layers)
-        train_scorer(model, rows, arguments, EngineArguments(**engine), folder, seed=0, meta_responses=shifted)
+        recipe = quiet(scorer=arguments, engine=EngineArguments(**engine))
+        train_scorer(model, rows, recipe, folder, seed=0, meta_responses=shifted)
         weights.append((folder / "model.safetensors").read_bytes())
         for row in metric_lines(folder):
             assert 1 / 4 <= row["meta_difference"] <= 2 / 3 and row["meta_gradient_norm"] > 1e-4
     assert weights[0] != weights[1]
     plain = tmp_path / "plain"
-    train_scorer(make(num_trainable_layers=layers), rows, TRAINING, EngineArguments(**engine), plain, seed=0)
+    recipe = quiet(scorer=TRAINING, engine=EngineArguments(**engine))
+    train_scorer(make(num_trainable_layers=layers), rows, recipe, plain, seed=0)
     assert (plain / "model.safetensors").read_bytes() == weights[0]  # a step of length 0 is none
     assert "meta_difference" not in metric_lines(plain)[0]
 
@@ -130,10 +133,8 @@ def test_it_changes_what_is_learnt_and_is_logged(make, rows, shifted, tmp_path, 
 @pytest.mark.usefixtures("one_process")
 def test_a_resumed_stage_goes_on_with_the_same_responses(make, rows, shifted, tmp_path, killed_after):
     def train(name: str, **extra) -> None:
-        arguments = replace(TRAINING, contrastive="simcse")
-        train_scorer(
-            make(), rows, arguments, EngineArguments(), tmp_path / name, seed=0, meta_responses=shifted, **extra
-        )
+        recipe = quiet(scorer=replace(TRAINING, contrastive="simcse"), **extra)
+        train_scorer(make(), rows, recipe, tmp_path / name, seed=0, meta_responses=shifted)
 
     train("whole")
     often = CheckpointArguments(save_steps=1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
@@ -25,7 +26,7 @@ from stable_rlhf.scorer.comparisons import (
     score_pairs,
 )
 from stable_rlhf.scorer.train import scorer_loss, train_scorer
-from stable_rlhf.settings.recipe import EngineArguments, Recipe
+from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 
 ARGUMENTS = ScorerArguments(margin=1.5)
@@ -305,7 +306,7 @@ def test_training_with_the_regression_brings_e_to_the_mean_reward(make, rows, to
     for coefficient in (0.0, 4.0):
         model, folder = make(), tmp_path / str(coefficient)
         settings = replace(arguments, expected_coef=coefficient)
-        result = train_scorer(model, batch, settings, EngineArguments(), folder, seed=0)
+        result = train_scorer(model, batch, quiet(scorer=settings), folder, seed=0)
         after[coefficient] = expectation_error(model.eval(), batch)
         curve = metric_lines(folder)
         assert len(curve) == result["steps"] == 60

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.files import metric_lines
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.models.policy import PolicyModel
@@ -46,7 +47,7 @@ def test_sft(tiny_model, tokenizer, tmp_path):
     def run(engine):
         folder = tmp_path / str(engine.packing)
         policy = PolicyModel(tiny_model())
-        train_sft(policy, tokenizer, examples, sizes, engine, folder, seed=0)
+        train_sft(policy, tokenizer, examples, quiet(sft=sizes, engine=engine), folder, seed=0)
         assert policy.trunk.packing == engine.packing
         return losses(folder)
 
@@ -65,7 +66,7 @@ def test_scorer(tiny_model, tokenizer, tmp_path, layers):
     def run(engine):
         folder = tmp_path / str(engine.packing)
         scorer = AdvantageModel(tiny_model().base_model, tokenizer, num_trainable_layers=layers)
-        train_scorer(scorer, rows, sizes, engine, folder, seed=0)
+        train_scorer(scorer, rows, quiet(scorer=sizes, engine=engine), folder, seed=0)
         return losses(folder)
 
     padded, packed = both(run)
@@ -88,7 +89,7 @@ def test_ppo_with_rehearsal(tiny_model, tokenizer):
         scorer = AdvantageModel(tiny_model(seed=1).base_model, tokenizer)
         policy = PolicyModel(tiny_model(), value_head=True)
         rehearsal = [encode(tokenizer, *pair) for pair in TEXTS]
-        trainer = PPOTrainer(policy, tokenizer, scorer, sizes, engine, rehearsal=rehearsal)
+        trainer = PPOTrainer(policy, tokenizer, scorer, quiet(ppo=sizes, engine=engine), rehearsal=rehearsal)
         assert trainer.reference.trunk.packing == trainer.scorer.trunk.packing == engine.packing
         found = []
         for step in range(3):

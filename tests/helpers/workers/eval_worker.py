@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
 from stable_rlhf.engine.process import finish, start
@@ -52,10 +53,8 @@ def main() -> None:
             )
             seen: list[int] = []
             torch.manual_seed(7)
-            train_scorer(
-                scorer(tokenizer), rows[:8], settings, EngineArguments(zero_stage=stage), here, seed=3, test=rows[8:],
-                on_step=seen.append,
-            )  # fmt: skip
+            recipe = quiet(scorer=settings, engine=EngineArguments(zero_stage=stage))
+            train_scorer(scorer(tokenizer), rows[:8], recipe, here, seed=3, test=rows[8:], on_step=seen.append)
             states.append(torch.get_rng_state())
             files.append([(here / name).read_bytes() for name in ("model.safetensors", "heads.safetensors")])
         found[stage] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.recipes import quiet
 from helpers.tiny_model import redraw
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.prompts import EncodedPrompt
@@ -123,9 +124,8 @@ def ppo_losses(
     )  # fmt: skip
     scorer = AdvantageModel(model(tokenizer).base_model, tokenizer)
     policy = PolicyModel(model(tokenizer), value_head=True)
-    trainer = PPOTrainer(
-        policy, tokenizer, scorer, arguments, EngineArguments(zero_stage=stage), rehearsal=rehearsal if rehearse else ()
-    )
+    recipe = quiet(ppo=arguments, engine=EngineArguments(zero_stage=stage))
+    trainer = PPOTrainer(policy, tokenizer, scorer, recipe, rehearsal=rehearsal if rehearse else ())
     places = [p for share in micro_steps(list(range(16)), micro, rank(), world_size()) for p in share]
     losses, norms = [], []
     for step in range(updates):

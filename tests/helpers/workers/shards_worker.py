@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
@@ -51,11 +52,10 @@ def main() -> None:
         for module in (policy.trunk, scorer.trunk):
             counts = [(p.ds_tensor.numel(), p.ds_numel) for p in module.parameters()]
             assert sum(c for c, _ in counts) <= sum(n for _, n in counts) / world_size() + len(counts)
-        trainer = PPOTrainer(
-            policy, tokenizer, scorer, arguments, engine, reference=reference,
-            rehearsal=[encode(tokenizer, t, t[:4]) for t in TEXTS],
-        )  # fmt: skip
-        trainer.train(prompts, out / name, report_to=[])
+        rehearsal = [encode(tokenizer, t, t[:4]) for t in TEXTS]
+        recipe = quiet(ppo=arguments, engine=engine)
+        trainer = PPOTrainer(policy, tokenizer, scorer, recipe, reference=reference, rehearsal=rehearsal)
+        trainer.train(prompts, out / name)
     finish()
 
 
