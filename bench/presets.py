@@ -35,10 +35,7 @@ def advantage(study: str, pairs: int = 512, length: int = 512, small: int = 2048
 
 def contrastive(study: str, rows: int, width: int, prototypes: int = 50, dtype: str = "float32") -> list[Case]:
     shape = {"rows": rows, "width": width}
-    return [
-        Case("info-nce", shape, dtype, study),
-        Case("swav", {**shape, "prototypes": prototypes}, dtype, study),
-    ]
+    return [Case("info-nce", shape, dtype, study), Case("swav", {**shape, "prototypes": prototypes}, dtype, study)]
 
 
 def updates(study: str, width: int, layers: int, vocabulary: int, batch: int, length: int, dtype: str) -> list[Case]:

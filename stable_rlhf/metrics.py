@@ -307,11 +307,7 @@ def fit_temperature(chosen: ArrayLike, rejected: ArrayLike) -> float:
 
 
 def temperature_scaled(
-    chosen: ArrayLike,
-    rejected: ArrayLike,
-    *,
-    fit_on: tuple[ArrayLike, ArrayLike] | None = None,
-    seed: int = 0,
+    chosen: ArrayLike, rejected: ArrayLike, *, fit_on: tuple[ArrayLike, ArrayLike] | None = None, seed: int = 0
 ) -> tuple[Floats, str]:
     """Differences Δ/T [pairs], and in words which pairs T was fitted on: never those that it scales.
 
@@ -440,11 +436,7 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
 
 
 def scorer_evaluation(
-    chosen: ArrayLike,
-    rejected: ArrayLike,
-    tasks: Sequence[str | None] | None = None,
-    bins: int = 10,
-    seed: int = 0,
+    chosen: ArrayLike, rejected: ArrayLike, tasks: Sequence[str | None] | None = None, bins: int = 10, seed: int = 0
 ) -> dict[str, Any]:
     """Everything the report says of one scorer, as a JSON-ready dict.
 

@@ -54,8 +54,7 @@ def _main(argv: Sequence[str] | None) -> None:
         return _print_environment()
     if command not in COMMANDS:
         fail(
-            f"unknown command {command!r}" + suggestion([command], [*COMMANDS, "env"]),
-            hint="see `stable-rlhf --help`",
+            f"unknown command {command!r}" + suggestion([command], [*COMMANDS, "env"]), hint="see `stable-rlhf --help`"
         )
     recipe, own = parse(command, rest)
     try:

@@ -169,11 +169,7 @@ class PaddedBatch:
     position_ids: Tensor
 
     def as_inputs(self) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
 
 def pad_sequences(

@@ -115,15 +115,7 @@ def difference(scorers: dict[str, Any]) -> bytes:
                 ]
             )
             ax.errorbar(
-                x,
-                y,
-                yerr=bars,
-                color=paint[key],
-                marker="o",
-                markersize=5,
-                linewidth=1.6,
-                capsize=2,
-                label="measured",
+                x, y, yerr=bars, color=paint[key], marker="o", markersize=5, linewidth=1.6, capsize=2, label="measured"
             )
             end = max(float(x.max()) * 1.05, 1e-3)
             line = np.linspace(0, end, 200)
@@ -151,15 +143,7 @@ def densities(scorers: dict[str, Any]) -> bytes:
             chosen, rejected = np.asarray(scorers[key]["chosen"]), np.asarray(scorers[key]["rejected"])
             edges = _edges(np.concatenate([chosen, rejected]))
             for values, colour, name in ((rejected, REJECTED, "rejected"), (chosen, CHOSEN, "chosen")):
-                ax.hist(
-                    values,
-                    edges,
-                    density=True,
-                    histtype="stepfilled",
-                    alpha=0.45,
-                    color=colour,
-                    label=name,
-                )
+                ax.hist(values, edges, density=True, histtype="stepfilled", alpha=0.45, color=colour, label=name)
                 ax.axvline(values.mean(), color=colour, linewidth=1.6)
             ax.set(xlabel="score", title=_label(names[key]), yticks=[])
         for ax in axes[::MAX_COLUMNS]:

@@ -18,18 +18,9 @@ TABLE_1: dict[str, dict[str, dict[str, float]]] = {
 
 # Table 2: share of prompts won, lost and tied against the SFT policy, in percent.
 TABLE_2: dict[str, dict[str, dict[str, float]]] = {
-    "rm": {
-        "main": {"win": 12.72, "lose": 12.62, "tie": 74.66},
-        "forget": {"win": 16.87, "lose": 29.28, "tie": 53.84},
-    },
-    "am": {
-        "main": {"win": 14.87, "lose": 10.38, "tie": 74.74},
-        "forget": {"win": 9.70, "lose": 8.44, "tie": 81.86},
-    },
-    "am-sr": {
-        "main": {"win": 15.78, "lose": 9.77, "tie": 74.45},
-        "forget": {"win": 10.30, "lose": 7.95, "tie": 81.75},
-    },
+    "rm": {"main": {"win": 12.72, "lose": 12.62, "tie": 74.66}, "forget": {"win": 16.87, "lose": 29.28, "tie": 53.84}},
+    "am": {"main": {"win": 14.87, "lose": 10.38, "tie": 74.74}, "forget": {"win": 9.70, "lose": 8.44, "tie": 81.86}},
+    "am-sr": {"main": {"win": 15.78, "lose": 9.77, "tie": 74.45}, "forget": {"win": 10.30, "lose": 7.95, "tie": 81.75}},
 }
 
 MARGIN = 2.5  # m of Eq. 6

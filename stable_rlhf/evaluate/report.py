@@ -6,14 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.data.records import as_text
 from stable_rlhf.evaluate import figures
-from stable_rlhf.evaluate.findings import (
-    SCORER_NAMES,
-    VARIANT_NAMES,
-    findings,
-    scorer_names,
-    variant_names,
-    verdict,
-)
+from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES, findings, scorer_names, variant_names, verdict
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.rehearsal import figures as selection_figures
 from stable_rlhf.show.page import Picture, render, shortened

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from stable_rlhf.world.annotator import UTILITY_SCALES, LabelCounts, label_pairs, utility
 from stable_rlhf.world.corpus import WRONG_SHARES, WorldFiles, WorldSizes, near_miss, write_world
-from stable_rlhf.world.skills import (
-    SKILLS,
-    STRONG_SKILLS,
-    WEAK_SKILLS,
-    Skill,
-    gold_score,
-    right_answer,
-    task_of,
-)
+from stable_rlhf.world.skills import SKILLS, STRONG_SKILLS, WEAK_SKILLS, Skill, gold_score, right_answer, task_of
 from stable_rlhf.world.tokenizer import build_model, build_tokenizer
 
 __all__ = [

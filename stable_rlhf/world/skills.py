@@ -28,13 +28,7 @@ Arguments = tuple[str, ...]
 Draw = Callable[[random.Random], Arguments]
 
 # Addends are bounded so that a hostile prompt cannot run into Python's limit on the digits of an int.
-_PATTERNS = {
-    "word": "[a-z]+",
-    "capitals": "[A-Z]+",
-    "number": "[0-9]+",
-    "left": "[0-9]{1,18}",
-    "right": "[0-9]{1,18}",
-}
+_PATTERNS = {"word": "[a-z]+", "capitals": "[A-Z]+", "number": "[0-9]+", "left": "[0-9]{1,18}", "right": "[0-9]{1,18}"}
 
 
 @dataclass(frozen=True)
