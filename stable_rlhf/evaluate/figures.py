@@ -5,8 +5,8 @@ One palette (Okabe and Ito's, safe for colour-blind readers) throughout: a score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import cycle
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from stable_rlhf.evaluate.findings import round_of, scorer_names, variant_names
 from stable_rlhf.metrics import NO_TASK, sigmoid, wilson
 from stable_rlhf.settings.variants import VARIANTS
-from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
+from stable_rlhf.show.pictures import FAINT, INK, legend_below, panels, picture, plain, png
 
 COLOURS = {name: row.colour for name, row in VARIANTS.items()}  # a scorer's is that of the variant of its name
 _OTHERS = ("#CC79A7", "#8C6D31", "#4B4B9B", "#222222")  # of scorers and policies with names of their own
@@ -46,15 +46,8 @@ def _label(name: str) -> str:
     return plain(name, 26)  # "Advantage Model, round 2" whole
 
 
-@contextmanager
-def _panels(count: int, height: float, **kwargs: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with ``count`` panels, at most MAX_COLUMNS in a row of ``height`` inches."""
-    columns = min(count, MAX_COLUMNS)
-    rows = -(-count // columns)
-    with picture(columns, rows=rows, size=(9, height * rows), **kwargs) as (figure, axes):
-        for ax in axes.ravel()[count:]:
-            ax.set_visible(False)
-        yield figure, list(axes.ravel()[:count])
+def _panels(count: int, height: float, **kwargs: Any) -> AbstractContextManager[tuple[Any, list[Any]]]:
+    return panels(count, height, columns=min(count, MAX_COLUMNS), **kwargs)
 
 
 def _draw_reliability(axes: Any, name: str, colour: str, rows: list[dict[str, Any]], ece: dict[str, float]) -> None:
@@ -240,15 +233,15 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
     names = {key: name for key, name in variant_names(policies).items() if policies[key].get("curve")}
     paint, before = colours(names), _steps_before(policies, names)
     rounds = any(before.values())
-    panels = [
+    curves = [
         ("score", f"Score gained {'within each round' if rounds else 'since the first step'}", "score − first"),
         ("gold", "Gold score (the truth)", "gold score"),
         ("kl", "KL from the SFT policy", "nats"),
         ("length", "Length of responses", "tokens"),
     ]
-    panels = [p for p in panels if any(row.get(p[0]) is not None for v in names for row in policies[v]["curve"])]
-    with picture(2, rows=(len(panels) + 1) // 2, size=(9, 0.7 + 2.7 * ((len(panels) + 1) // 2))) as (figure, axes):
-        for ax, (key, title, unit) in zip(axes.ravel(), panels, strict=False):
+    curves = [c for c in curves if any(row.get(c[0]) is not None for v in names for row in policies[v]["curve"])]
+    with panels(len(curves), 2.7, 0.7) as (figure, axes):
+        for ax, (key, title, unit) in zip(axes, curves, strict=True):
             for variant in names:
                 rows = [row for row in policies[variant]["curve"] if row.get(key) is not None]
                 if not rows:
@@ -271,9 +264,7 @@ def ppo_curves(policies: dict[str, Any]) -> bytes:
                 ax.axvline(start, color=INK, linewidth=0.8, linestyle=":")
             ax.set_title(title, loc="left")
             ax.set(xlabel="PPO step", ylabel=unit)
-        for ax in axes.ravel()[len(panels) :]:
-            ax.set_visible(False)
-        legend_below(figure, axes[0, 0], len({round_of(name)[0] for name in names}) if rounds else 5)
+        legend_below(figure, axes[0], len({round_of(name)[0] for name in names}) if rounds else 5)
         return png(figure)
 
 

@@ -12,7 +12,7 @@ from stable_rlhf.evaluate.findings import SCORER_NAMES, verdict
 from stable_rlhf.evaluate.over_seeds import COMPARED, NAMES
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.show.page import Picture, render
-from stable_rlhf.show.pictures import FAINT, INK, legend_below, picture, plain, png
+from stable_rlhf.show.pictures import FAINT, INK, legend_below, panels, plain, png
 
 Results = Mapping[str, Any]
 NONE = "–"
@@ -165,7 +165,7 @@ def _gained(row: Mapping[str, Any], key: str) -> np.ndarray:
 
 def training_curves(results: Results) -> bytes:
     """Score gained, gold score, KL and length over the steps: a thin line a seed, a thick one for their mean."""
-    panels = [
+    shown = [
         ("score", "Score gained (the scorer's own view)", "score − first"),
         ("gold", "Gold score (the truth)", "gold score"),
         ("kl", "KL from the SFT policy", "nats"),
@@ -173,10 +173,9 @@ def training_curves(results: Results) -> bytes:
     ]
     groups = _by_variant(results)
     paint = colours(groups)
-    panels = [p for p in panels if any(p[0] in row for rows in groups.values() for row in rows)]
-    height = (len(panels) + 1) // 2
-    with picture(2, rows=height, size=(9, 0.8 + 2.9 * height)) as (figure, axes):
-        for ax, (key, title, unit) in zip(axes.ravel(), panels, strict=False):
+    shown = [p for p in shown if any(p[0] in row for rows in groups.values() for row in rows)]
+    with panels(len(shown), 2.9, 0.8) as (figure, axes):
+        for ax, (key, title, unit) in zip(axes, shown, strict=True):
             for variant, rows in groups.items():
                 known = [row for row in rows if key in row]
                 for row in known:
@@ -188,9 +187,7 @@ def training_curves(results: Results) -> bytes:
                     )
             ax.set_title(title, loc="left")
             ax.set(xlabel="step", ylabel=unit)
-        for ax in axes.ravel()[len(panels) :]:
-            ax.set_visible(False)
-        legend_below(figure, axes[0, 0], 3)
+        legend_below(figure, axes[0], 3)
         return png(figure)
 
 
@@ -198,10 +195,10 @@ def frontier(results: Results) -> bytes:
     """Score gained and gold score against KL, mean over seeds: what a policy buys with the distance it moves."""
     groups = _by_variant(results)
     paint = colours(groups)
-    panels = [("score", "score − first"), ("gold", "gold score")]
-    panels = [p for p in panels if any(p[0] in row for rows in groups.values() for row in rows)]
-    with picture(len(panels), size=(9, 4.2)) as (figure, axes):
-        for ax, (key, unit) in zip(axes[0], panels, strict=True):
+    shown = [("score", "score − first"), ("gold", "gold score")]
+    shown = [p for p in shown if any(p[0] in row for rows in groups.values() for row in rows)]
+    with panels(len(shown), 4.2, columns=len(shown)) as (figure, axes):
+        for ax, (key, unit) in zip(axes, shown, strict=True):
             for variant, rows in groups.items():
                 known = [row for row in rows if key in row]
                 if known:
@@ -210,7 +207,7 @@ def frontier(results: Results) -> bytes:
                     ax.plot(x, y, color=paint[variant], linewidth=1.8, label=NAMES.get(variant, variant))
                     ax.plot(x[-1:], y[-1:], "o", color=paint[variant], markersize=6)
             ax.set(xlabel="KL from the SFT policy, nats (dot: the end)", ylabel=unit)
-        legend_below(figure, axes[0, 0], 3)
+        legend_below(figure, axes[0], 3)
         return png(figure)
 
 
@@ -235,9 +232,8 @@ def _dots(
     means = results["means"][group]
     paint = {**colours(means), "sft": INK}
     places = {name: place for place, name in enumerate(means)}
-    with picture(2, rows=(len(keys) + 1) // 2, size=(9, 1 + (1.1 + 0.28 * len(means)) * ((len(keys) + 1) // 2)),
-                 sharey=True) as (figure, axes):  # fmt: skip
-        for ax, key in zip(axes.ravel(), keys, strict=False):
+    with panels(len(keys), 1.1 + 0.28 * len(means), 1, sharey=True) as (figure, axes):
+        for ax, key in zip(axes, keys, strict=True):
             heading, factor, _ = headings[key]
             seeds: dict[int, list[tuple[float, int]]] = {}
             for row in results[group]:
@@ -256,10 +252,8 @@ def _dots(
                 ax.plot([factor * value], [places[name]], "D", color=paint[name], markersize=6)
             ax.set_title(heading, loc="left")
             ax.grid(axis="y", visible=False)
-        axes[0, 0].set_yticks(list(places.values()), [plain(names.get(name, name)) for name in places])
-        axes[0, 0].set_ylim(len(places) - 0.5, -0.5)
-        for ax in axes.ravel()[len(keys) :]:
-            ax.set_visible(False)
+        axes[0].set_yticks(list(places.values()), [plain(names.get(name, name)) for name in places])
+        axes[0].set_ylim(len(places) - 0.5, -0.5)
         return png(figure)
 
 

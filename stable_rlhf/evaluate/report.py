@@ -1,4 +1,4 @@
-"""The report of a run, all from ``summary``: a self-contained HTML page, a terminal table and Markdown tables."""
+"""The report of a run, all from ``summary``: a self-contained HTML page, and a table for a terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from stable_rlhf.show.page import Picture, render, shortened
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-__all__ = ["findings", "render_report", "summary_markdown", "summary_table"]
 
 NONE = "–"
 EXAMPLES = 12  # clusters whose example prompt the report shows
@@ -210,46 +208,6 @@ def summary_table(summary: dict[str, Any]) -> Group:
     return Group(table, claims)
 
 
-def summary_markdown(summary: dict[str, Any]) -> str:
-    """The run's figures as Markdown tables for a README, with 95 % intervals, judge, tokens seen and findings."""
-    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
-
-    def cell(text: str) -> str:
-        return " ".join(text.split()).replace("|", "\\|")
-
-    def rows_of(title: str, columns: list[str], rows: Rows, published: Rows) -> list[str]:
-        lines = [f"| {' | '.join(map(cell, [title, *columns]))} |", "|---|" + "---:|" * len(columns)]
-        for name, cells in rows:
-            lines.append(f"| {cell(name)} | {' | '.join(cell(' '.join(part)) for part in cells)} |")
-        lines += [f"| *paper: {cell(name)}* | {' | '.join(c[0] for c in cells)} |" for name, cells in published]
-        return [*lines, ""]
-
-    out: list[str] = []
-    if _scorer_rows(scorers):
-        out += rows_of("Scorer", SCORER_COLUMNS, _scorer_rows(scorers), _paper_scorer_rows()[:2])
-        fits = ", ".join(sorted({part.get("temperature_fit", "fitted") for part in scorers.values() if part}))
-        pairs = " / ".join(f"{part['pairs']:,}" for part in scorers.values() if part)
-        out += [f"Test pairs: {pairs}. T is the temperature that fits the test pairs best; ECE after T: {fits}.", ""]
-    if _policy_rows(policies):
-        out += rows_of("Policy against SFT", POLICY_COLUMNS, _policy_rows(policies), _paper_policy_rows())
-        sizes = [
-            f"{on} {', '.join(sorted({str(e[on]['n']) for e in policies.values() if e and e.get(on)}))}"
-            for on in _SETS
-            if any(e and e.get(on) for e in policies.values())
-        ]
-        out += [f"Prompts: {'; '.join(sizes)}. Judge: {', '.join(map(cell, _judges(policies)))}.", ""]
-    if _tokens(scorers, policies):
-        out += [f"Tokens seen in training: {_tokens(scorers, policies)}.", ""]
-    stages = summary.get("stages") or []
-    seed = f"Seed {summary['seed']}. " if summary.get("seed") is not None else ""
-    device = f" on {summary['device']}" if summary.get("device") else ""
-    took = f"{sum(stage['seconds'] for stage in stages) / 60:.1f} minutes{device}. " if stages else ""
-    out += [f"{seed}{took}Brackets are 95 % intervals over the test items of one training seed.", ""]
-    for item in _findings(summary):
-        out.append(f"- **{verdict(item['held'])}**: {cell(item['claim'])} {cell(item['detail'])}")
-    return "\n".join(out).rstrip() + "\n"
-
-
 def _lead(summary: dict[str, Any]) -> list[str]:
     """What the run is, in two sentences."""
     scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
@@ -414,16 +372,10 @@ def _examples(selection: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def render_report(summary: dict[str, Any]) -> str:
-    """The HTML report of ``summary``: pictures embedded, no script, no request to anywhere, every value escaped.
-
-    Parts that the summary lacks (a scorer, the selection, policies, …) leave out their sections.
-    """
-    return make_report(summary)[0]
-
-
 def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
-    """:func:`render_report`'s page and the pictures in it, each drawn once."""
+    """The HTML report of ``summary`` and the pictures in it, each drawn once: pictures embedded, no script, no request
+    to anywhere, every value escaped. Parts that the summary lacks (a scorer, policies, …) leave out their sections.
+    """
     scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
     selections, stages = _selections(summary), summary.get("stages") or []
     scorer_rows, policy_rows = _scorer_rows(scorers), _policy_rows(policies)

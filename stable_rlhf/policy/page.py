@@ -12,7 +12,7 @@ from stable_rlhf.data.records import as_text
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.policy.guard import StabilityGuard
 from stable_rlhf.show.page import Picture, render, shortened, write_html
-from stable_rlhf.show.pictures import FAINT, INK, picture, png
+from stable_rlhf.show.pictures import FAINT, INK, panels, png
 from stable_rlhf.show.progress import is_main_process, say
 
 PAGE = "training.html"
@@ -82,10 +82,9 @@ def render_page(
 
 def training_curves(history: Sequence[dict[str, float]], marked: Sequence[int] = ()) -> bytes:
     """PNG of every metric of ``_PANELS`` that ``history`` has, by step; dashed lines at the ``marked`` steps."""
-    panels = [p for p in _PANELS if any(_known(row, key) for row in history for key in p[2])]
-    rows = math.ceil(len(panels) / 2)
-    with picture(2, rows=rows, size=(9, 2.3 * rows)) as (figure, axes):
-        for ax, (title, unit, names, logarithmic) in zip(axes.ravel(), panels, strict=False):
+    shown = [p for p in _PANELS if any(_known(row, key) for row in history for key in p[2])]
+    with panels(len(shown), 2.3) as (figure, axes):
+        for ax, (title, unit, names, logarithmic) in zip(axes, shown, strict=True):
             for colour, (key, label) in zip(_COLOURS, names.items(), strict=False):
                 known = [(row["step"], row[key]) for row in history if _known(row, key)]
                 if not known:
@@ -100,8 +99,6 @@ def training_curves(history: Sequence[dict[str, float]], marked: Sequence[int] =
             ax.set(xlabel="step", ylabel=unit)
             if len(names) > 1 and ax.lines:
                 ax.legend(fontsize=8)
-        for ax in axes.ravel()[len(panels) :]:
-            ax.set_visible(False)
         return png(figure)
 
 

@@ -44,6 +44,18 @@ def picture(
         yield figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
+@contextmanager
+def panels(
+    count: int, height: float, margin: float = 0.0, *, columns: int = 2, **kwargs: Any
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with ``count`` panels, ``columns`` in a row of ``height`` inches, and ``margin`` inches besides."""
+    rows = -(-count // columns)
+    with picture(columns, rows=rows, size=(9, margin + height * rows), **kwargs) as (figure, axes):
+        for ax in axes.ravel()[count:]:
+            ax.set_visible(False)
+        yield figure, list(axes.ravel()[:count])
+
+
 def png(figure: Any, dpi: int = DPI) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})

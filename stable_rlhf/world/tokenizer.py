@@ -20,6 +20,7 @@ PAD, BOS, EOS, UNK, SEP = "<pad>", "<bos>", "<eos>", "<unk>", "<sep>"
 CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + " "
 """Characters with a token of their own; any other one outside the phrases is ``<unk>``."""
 
+CONTEXT = 64  # tokens; models of `build_model` take it over
 Architecture = Literal["llama", "bloom"]
 
 # A chat without its last turn is a prefix of the chat with it, and the generation prompt is the text between the two.
@@ -32,15 +33,12 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(model_max_length: int = 64) -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """The world's tokenizer: a word-level one of the tokenizers library with a chat template.
 
     ``decode(encode(text)) == text`` for every text of `CHARACTERS` and template phrases: no spaces are added or cleaned
     up. Texts get no special tokens by themselves, those come from the chat template:
     ``<bos>`` prompt ``<sep>`` response ``<eos>``. It saves and loads with `transformers.AutoTokenizer`.
-
-    Args:
-        model_max_length: context in tokens; models of `build_model` take it over.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +60,7 @@ def build_tokenizer(model_max_length: int = 64) -> PreTrainedTokenizerFast:
         unk_token=UNK,
         sep_token=SEP,
         chat_template=_CHAT_TEMPLATE,
-        model_max_length=model_max_length,
+        model_max_length=CONTEXT,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
