@@ -47,7 +47,7 @@ from stable_rlhf.models.loading import load_causal_lm, load_tokenizer
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.run.datasets import load_preferences
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.scorer.comparisons import EncodedComparison, encode_comparisons, fill_logprobs
+from stable_rlhf.scorer.comparisons import EncodedComparison, encode_comparisons, with_logprobs
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import Recipe
@@ -235,8 +235,7 @@ def material(study: str, seed: int, backbone: str, folder: Path) -> Material:
         return encode_comparisons(rows, tokenizer, data.max_length, data.max_prompt_length)[0]
 
     split = load_preferences(data, seed)
-    train = encoded(split.train)
-    fill_logprobs(train, None)
+    train = with_logprobs(encoded(split.train), None)
     if study == "noise":
         tests = {"held out": encoded(split.test), "wrong labels": [e for e in train if e.row.meta["planted"]]}
     else:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stable_rlhf.data.jsonl import to_json
-from stable_rlhf.engine.frozen import HEADS, release
+from stable_rlhf.engine.frozen import HEADS, release, set_up
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.engine.shards import load_pieces, save_pieces
 from stable_rlhf.engine.weights import Average, Whole, gathered_once, save_model, whole
@@ -39,17 +40,24 @@ def _part_generators() -> None:
         torch.manual_seed(stream_seed(seed, "rank", rank()))
 
 
-def cosine(total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> Any:
-    """Learning-rate factor by step: linear warm-up, then a cosine down to ``min_lr_ratio``."""
-    warmup = math.ceil(warmup_ratio * total_steps)
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates over the steps: linear warm-up, then a cosine down to ``min_lr_ratio``. Heads have a rate of their
+    own where ``head_learning_rate`` says so."""
 
-    def factor(step: int) -> float:
+    learning_rate: float
+    total_steps: int
+    warmup_ratio: float = 0.0
+    min_lr_ratio: float = 1.0
+    head_learning_rate: float | None = None
+
+    def factor(self, step: int) -> float:
+        """Of the learning rates, at a step."""
+        warmup = math.ceil(self.warmup_ratio * self.total_steps)
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor
+        done = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class _AdamW(torch.optim.AdamW):
@@ -78,12 +86,8 @@ class Engine:
         self,
         module: nn.Module,
         arguments: EngineArguments,
+        schedule: Schedule,
         *,
-        learning_rate: float,
-        head_learning_rate: float | None = None,
-        total_steps: int,
-        warmup_ratio: float = 0.0,
-        min_lr_ratio: float = 1.0,
         micro_batch_size: int = 1,
         gradient_accumulation_steps: int = 1,
         skip_nonfinite: bool = False,
@@ -105,24 +109,24 @@ class Engine:
                 self.plain, trunk.upper, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
                 target_modules=arguments.lora_target_modules, seed=gather_objects(torch.initial_seed())[0],
             )  # fmt: skip
-        if arguments.packing:
-            trunk.pack()
+        set_up(module, arguments)
         self._joined: Any = None
-        if isinstance(module, PolicyModel):
-            module.workspace_bytes = arguments.loss_workspace_mib << 20
-            if self.zero_stage == 0:  # ZeRO takes a gradient away as soon as it is there
-                self._joined = module.join_tied_gradients()
+        if (
+            isinstance(module, PolicyModel) and self.zero_stage == 0
+        ):  # ZeRO takes a gradient away as soon as it is there
+            self._joined = module.join_tied_gradients()
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("nothing to train: every parameter is frozen")
         heads = [p for n, p in named if n.split(".")[0] in HEADS]
-        held = {id(p) for p in heads}
-        groups = [{"params": [p for _, p in named if id(p) not in held], "lr": learning_rate}]
-        groups.append({"params": heads, "lr": learning_rate if head_learning_rate is None else head_learning_rate})
+        held, rate = {id(p) for p in heads}, schedule.learning_rate
+        head_rate = rate if schedule.head_learning_rate is None else schedule.head_learning_rate
+        groups = [{"params": [p for _, p in named if id(p) not in held], "lr": rate}]
+        groups.append({"params": heads, "lr": head_rate})
         groups = [g for g in groups if g["params"]]
         kind = _AdamW if self.zero_stage == 0 else torch.optim.AdamW
         optimizer = kind(
-            groups, lr=learning_rate, betas=(arguments.adam_beta1, arguments.adam_beta2), eps=1e-8,
+            groups, lr=rate, betas=(arguments.adam_beta1, arguments.adam_beta2), eps=1e-8,
             weight_decay=arguments.weight_decay, fused=True,  # unfused, it makes copies as large as the weights
         )  # fmt: skip
         config: dict[str, Any] = {
@@ -146,12 +150,11 @@ class Engine:
         if arguments.gradient_checkpointing:
             trunk.upper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.module = module.to(device())
-        schedule = cosine(total_steps, warmup_ratio, min_lr_ratio)
         self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=module,
             model_parameters=[p for _, p in named],
             optimizer=optimizer,
-            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, schedule),
+            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, schedule.factor),
             config=config,
         )
         if self.zero_stage == 0 and world_size() == 1:

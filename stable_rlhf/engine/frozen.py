@@ -57,6 +57,14 @@ def loading_in_shards(arguments: EngineArguments, *, frozen: bool = False) -> It
         del kept  # transformers held it by a weak reference
 
 
+def set_up(module: Any, arguments: EngineArguments) -> None:
+    """Let a module compute as the engine's settings say, where nobody has said otherwise."""
+    if arguments.packing:
+        module.trunk.pack()
+    if isinstance(module, PolicyModel) and module.workspace_bytes is None:
+        module.workspace_bytes = arguments.loss_workspace_mib << 20
+
+
 def read_only(module: Any, arguments: EngineArguments) -> Any:
     """A model that only reads, on this process's device and in the type that the engine trains in: half the memory in
     16 bits. Heads of one output stay in float32, scores and values want the digits.
@@ -64,10 +72,7 @@ def read_only(module: Any, arguments: EngineArguments) -> Any:
     Under ZeRO-3, and with ``offload_frozen``, it is an engine of its own that is called as the model is: its weights
     lie in shards on the devices, or in host memory, and each layer's are gathered while it runs.
     """
-    if arguments.packing:
-        module.trunk.pack()
-    if isinstance(module, PolicyModel):
-        module.workspace_bytes = arguments.loss_workspace_mib << 20
+    set_up(module, arguments)
     sharded = arguments.zero_stage == 3 or arguments.offload_frozen
     if arguments.half:
         for name, child in module.named_children():

@@ -43,16 +43,19 @@ def _look_up(embedding: nn.Embedding, arguments: tuple[Tensor, ...], output: Ten
     return rows
 
 
+_WORKSPACE = 256 << 20  # bytes, where nobody has said otherwise
+
+
 class PolicyModel(nn.Module):
     """A causal language model whose every loss and log-prob is computed inside its own ``forward``.
 
     That is what ZeRO-3 needs: the head's weight is gathered while the module that uses it runs. ``value_head``
     reads the hidden state that predicts a token, so its output is V(s_t) for that token. ``workspace_bytes`` bounds the
-    logits that exist at once. Log-probs are those of the logits that the model itself gives, divided by a temperature:
-    what it does to its head's output (a softcap, a scale) is done here too.
+    logits that exist at once; unset, an engine says. Log-probs are those of the logits that the model itself gives,
+    divided by a temperature: what it does to its head's output (a softcap, a scale) is done here too.
     """
 
-    workspace_bytes = 256 << 20
+    workspace_bytes: int | None = None
 
     def __init__(self, causal_lm: Any, *, num_trainable_layers: int | None = None, value_head: bool = False) -> None:
         super().__init__()
@@ -117,17 +120,18 @@ class PolicyModel(nn.Module):
         if self.value_head is not None:
             result["value"] = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()  # [B, L]
         weight, bias = self.head.weight, self.head.bias
+        workspace_bytes = self.workspace_bytes or _WORKSPACE
         temperature = temperature / self.logit_map.scale  # not the hidden states: in 16 bits that would round them
         if loss is not None:
             if self.logit_map.softcap is not None:
                 config = loss.get("config") or ops.PolicyLossConfig()
                 loss = {**loss, "config": replace(config, softcap=self.logit_map.softcap)}
             result["output"] = ops.linear_policy_loss(
-                hidden, weight, target, bias=bias, temperature=temperature, workspace_bytes=self.workspace_bytes, **loss
+                hidden, weight, target, bias=bias, temperature=temperature, workspace_bytes=workspace_bytes, **loss
             )
         else:
             result["logprob"], result["entropy"] = ops.linear_logprob(
                 hidden, weight, target, bias=bias, temperature=temperature, softcap=self.logit_map.softcap,
-                entropy=entropy, workspace_bytes=self.workspace_bytes,
+                entropy=entropy, workspace_bytes=workspace_bytes,
             )  # fmt: skip
         return result

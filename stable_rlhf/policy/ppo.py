@@ -27,10 +27,11 @@ import torch
 from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import read_only, release
 from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
+from stable_rlhf.engine.signals import Stopped
 from stable_rlhf.engine.snapshots import Kept
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.features import FeatureCache, share_lower
@@ -104,11 +105,12 @@ class PPOTrainer:
         )
         # Rehearsal sequences of one random stream: those of a micro-step, in the cut that the stage began with.
         self.drawn_together = arguments.per_device_rehearsal_batch_size * world_size()
+        schedule = Schedule(
+            arguments.learning_rate, arguments.total_steps * arguments.num_ppo_epochs * arguments.num_mini_batches,
+            arguments.warmup_ratio, head_learning_rate=arguments.head_learning_rate,
+        )  # fmt: skip
         self.engine = Engine(
-            policy, recipe.engine, learning_rate=arguments.learning_rate,
-            head_learning_rate=arguments.head_learning_rate,
-            total_steps=arguments.total_steps * arguments.num_ppo_epochs * arguments.num_mini_batches,
-            warmup_ratio=arguments.warmup_ratio, micro_batch_size=arguments.per_device_train_batch_size,
+            policy, recipe.engine, schedule, micro_batch_size=arguments.per_device_train_batch_size,
             gradient_accumulation_steps=self.accumulation, skip_nonfinite=recipe.guard.on_nonfinite == "skip",
         )  # fmt: skip
         self.reference = self.engine.without_adapters if copy is None else read_only(copy, recipe.engine)
@@ -170,8 +172,12 @@ class PPOTrainer:
                     page()
                     raise KLTooHigh(f"{error}. The policy of that step is in {str(stopped)!r}") from None
                 note = f"score {metrics['score']:.3f} kl {metrics['kl']:.3f}"
-                if loop.end(step, metrics, self.state(), note=note):
+                try:
+                    if loop.end(step, metrics, self.state(), note=note):
+                        page()
+                except Stopped:
                     page()
+                    raise
             if sample_steps:
                 self.publish(folder, a.total_steps)
                 self.show(samples, a.total_steps, loop.tracker)

@@ -12,7 +12,7 @@ import torch
 from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import read_only, release
 from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
@@ -68,7 +68,7 @@ def train_rejection(
     per_device = a.per_device_train_batch_size
     most = a.rollout_batch_size if a.rejection_threshold is not None else per_round * world
     engine = Engine(
-        policy, recipe.engine, learning_rate=a.learning_rate, total_steps=a.total_steps, warmup_ratio=a.warmup_ratio,
+        policy, recipe.engine, Schedule(a.learning_rate, a.total_steps, a.warmup_ratio),
         micro_batch_size=per_device, gradient_accumulation_steps=math.ceil(most / (per_device * world)),
     )  # fmt: skip
     reference_policy = engine.without_adapters if copy is None else read_only(copy, recipe.engine)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stable_rlhf.data.encoding import Encoded
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps
 from stable_rlhf.engine.snapshots import rows_a_step
@@ -65,8 +65,8 @@ def train_sft(
     global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
     steps = count_steps(len(examples), global_batch, arguments.num_train_epochs, arguments.max_steps)
     engine = Engine(
-        policy, recipe.engine, learning_rate=arguments.learning_rate, total_steps=steps,
-        warmup_ratio=arguments.warmup_ratio, min_lr_ratio=arguments.min_lr_ratio,
+        policy, recipe.engine,
+        Schedule(arguments.learning_rate, steps, arguments.warmup_ratio, arguments.min_lr_ratio),
         micro_batch_size=per_device, gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()

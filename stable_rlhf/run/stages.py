@@ -33,9 +33,9 @@ from stable_rlhf.scorer.collect import Alternate, collect_responses
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
     encode_comparisons,
-    fill_logprobs,
     pairs_digest,
     score_pairs,
+    with_logprobs,
 )
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.metarm import encode_responses
@@ -274,7 +274,7 @@ def _with_policys_view(
     sampling = recipe.scorer.expected_coef > 0
     model = load_policy(policy) if policy else None
     if alternates:
-        fill_logprobs(rows, model)
+        rows = with_logprobs(rows, model)
     if not sampling:
         return rows
     if model is None:

@@ -25,7 +25,7 @@ from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import comparison_row
 from stable_rlhf.data.records import Comparison, DataError, PairStrength, as_text
 from stable_rlhf.data.splits import prompt_key, split_rows
-from stable_rlhf.engine.engine import cosine
+from stable_rlhf.engine.engine import Schedule
 from stable_rlhf.engine.order import count_steps, shuffled_steps, stream_seed
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.models.checked import read_tensors
@@ -241,9 +241,8 @@ def train_head(
     )  # fmt: skip
     batch = arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     steps = count_steps(len(pairs), batch, arguments.num_train_epochs)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, cosine(steps, arguments.warmup_ratio, arguments.min_lr_ratio)
-    )
+    factor = Schedule(rate, steps, arguments.warmup_ratio, arguments.min_lr_ratio).factor
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with progress("head", total=steps, unit="steps") as bar:
         for indices in shuffled_steps(len(pairs), batch, steps, seed):
             chosen = [pair for i in indices for pair in pairs[i]]

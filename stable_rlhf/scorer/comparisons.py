@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.metrics import calibration, pair_accuracy
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
-from stable_rlhf.models.views import response_logprobs
+from stable_rlhf.models.views import chunks, response_logprobs
 from stable_rlhf.scorer.model import AdvantageModel
 from stable_rlhf.show.progress import say
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedComparison:
     """A comparison as token ids; ``samples`` are responses of the policy to be tuned, for ``expected_coef`` only."""
 
@@ -72,32 +72,37 @@ def encode_comparisons(
     return kept, len(encoded) - len(kept) - len(same)
 
 
-@torch.no_grad()
-def fill_logprobs(rows: Sequence[EncodedComparison], policy: PolicyModel | None, per_batch: int = 32) -> None:
-    """Attach log π(y) of the policy to be tuned, once: from the file where it has them, else from ``policy``."""
-    todo = []
-    for row in rows:
-        if row.row.alt_logprobs is None:
-            continue
-        if row.row.logprobs is not None:
-            row.logprobs = [torch.tensor(lp, dtype=torch.float32, device="cpu") for lp in row.row.logprobs]
-            for lp, example in zip(row.logprobs, row.examples, strict=True):
-                if len(lp) != len(example.response):
-                    raise DataError(
-                        f"{row.row.source}: logprobs have {len(lp)} values for {len(example.response)} tokens"
-                    )
-        else:
-            todo.append(row)
+def with_logprobs(
+    rows: Sequence[EncodedComparison], policy: PolicyModel | None, per_batch: int = 32
+) -> list[EncodedComparison]:
+    """The rows with log π(y) of the policy to be tuned: from the file where it has them, else from ``policy``."""
+    todo = [row for row in rows if row.row.alt_logprobs is not None and row.row.logprobs is None]
     if todo and policy is None:
         raise DataError(
             f"{todo[0].row.source}: alt_logprobs without logprobs need the policy to be tuned (model_name_or_path)"
         )
-    for start in range(0, len(todo), per_batch):
-        chunk = todo[start : start + per_batch]
-        assert policy is not None
-        found = iter(response_logprobs(policy, [e for r in chunk for e in r.examples]))
-        for row in chunk:
-            row.logprobs = [next(found) for _ in row.examples]
+
+    def of_policy() -> Iterator[Tensor]:
+        for chunk in chunks(todo, per_batch):
+            assert policy is not None
+            yield from response_logprobs(policy, [e for row in chunk for e in row.examples])
+
+    computed = of_policy()
+
+    def complete(row: EncodedComparison) -> EncodedComparison:
+        if row.row.alt_logprobs is None:
+            return row
+        if row.row.logprobs is None:
+            return replace(row, logprobs=[next(computed) for _ in row.examples])
+        for known, example in zip(row.row.logprobs, row.examples, strict=True):
+            if len(known) != len(example.response):
+                raise DataError(
+                    f"{row.row.source}: logprobs have {len(known)} values for {len(example.response)} tokens"
+                )
+        known_tensors = [torch.tensor(known, dtype=torch.float32, device="cpu") for known in row.row.logprobs]
+        return replace(row, logprobs=known_tensors)
+
+    return [complete(row) for row in rows]
 
 
 def score_pairs(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import HEADS
 from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import count_steps, micro_steps, shuffled_steps, stream_seed
@@ -192,10 +192,11 @@ def train_scorer(
     per_device = arguments.per_device_train_batch_size
     global_batch = per_device * world_size() * arguments.gradient_accumulation_steps
     steps = count_steps(len(train), global_batch, arguments.num_train_epochs)
+    schedule = Schedule(
+        arguments.learning_rate, steps, arguments.warmup_ratio, arguments.min_lr_ratio, arguments.head_learning_rate
+    )
     engine = Engine(
-        model, recipe.engine, learning_rate=arguments.learning_rate,
-        head_learning_rate=arguments.head_learning_rate, total_steps=steps, warmup_ratio=arguments.warmup_ratio,
-        min_lr_ratio=arguments.min_lr_ratio, micro_batch_size=per_device,
+        model, recipe.engine, schedule, micro_batch_size=per_device,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
     )  # fmt: skip
     engine.train()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.weights import plain_weights
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.sft import train_sft
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def begin(model, accumulation: int = 1, **settings) -> tuple[PolicyModel, Engine]:
     policy = PolicyModel(model)
     engine = Engine(
-        policy, EngineArguments(ema_decay=DECAY, **settings), learning_rate=1e-2, total_steps=9,
+        policy, EngineArguments(ema_decay=DECAY, **settings), Schedule(1e-2, 9),
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     engine.train()
@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_write_takes_part_in_the_averages_collectives_first(t
 
 def test_a_scorer_is_not_averaged(tiny_model, tokenizer, tmp_path):
     scorer = AdvantageModel(tiny_model().base_model, tokenizer)
-    engine = Engine(scorer, EngineArguments(ema_decay=DECAY), learning_rate=1e-2, total_steps=1)
+    engine = Engine(scorer, EngineArguments(ema_decay=DECAY), Schedule(1e-2, 1))
     engine.save(tmp_path)
     engine.close()
     assert engine.average is None and not list(tmp_path.glob("average*"))

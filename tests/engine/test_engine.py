@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from stable_rlhf.engine import engine as engine_module
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import read_only
 from stable_rlhf.engine.process import start
 from stable_rlhf.engine.weights import gathered
@@ -20,7 +20,7 @@ from stable_rlhf.settings.recipe import EngineArguments
 
 def losses(model, arguments: EngineArguments) -> list[float]:
     policy = PolicyModel(model, value_head=True)
-    engine = Engine(policy, arguments, learning_rate=3e-3, total_steps=4)
+    engine = Engine(policy, arguments, Schedule(3e-3, 4))
     engine.train()
     found = []
     for _ in range(4):
@@ -58,7 +58,7 @@ def test_the_same_steps(plain, tiny_model, settings, tolerance):
 @pytest.mark.parametrize(("rate", "moves"), [(0.0, False), (None, True)])
 def test_a_head_learning_rate_of_0_leaves_the_head_alone(plain, tiny_model, rate, moves):
     policy = PolicyModel(tiny_model(), value_head=True)
-    engine = Engine(policy, EngineArguments(), learning_rate=1e-2, head_learning_rate=rate, total_steps=1)
+    engine = Engine(policy, EngineArguments(), Schedule(1e-2, 1, head_learning_rate=rate))
     trunk, head = (p.detach().clone() for p in (policy.trunk.upper.norm.weight, policy.value_head.weight))
     output = engine(policy.trunk.inputs([[5, 6, 7, 8]]), torch.full((1, 4), 7))
     engine.backward(output["value"].mean() - output["logprob"].mean())
@@ -70,7 +70,7 @@ def test_a_head_learning_rate_of_0_leaves_the_head_alone(plain, tiny_model, rate
 
 def test_adams_coefficients_are_those_of_the_settings(plain, tiny_model):
     arguments = EngineArguments(adam_beta1=0.8, adam_beta2=0.7)
-    engine = Engine(PolicyModel(tiny_model()), arguments, learning_rate=1e-3, total_steps=1)
+    engine = Engine(PolicyModel(tiny_model()), arguments, Schedule(1e-3, 1))
     assert {group["betas"] for group in engine.optimizer.param_groups} == {(0.8, 0.7)}
     engine.close()
 
@@ -119,9 +119,7 @@ def steps(model, settings: dict, kinds: str, skip: bool) -> tuple[list[bool], li
     infinite gradient, ``n`` one whose first loss is not a number, ``d`` one that is dropped. Returns what ``step`` said
     at each boundary, and the weights at the start and after each."""
     policy = PolicyModel(model, value_head=True)
-    engine = Engine(
-        policy, EngineArguments(**settings), learning_rate=1e-2, total_steps=9, gradient_accumulation_steps=2
-    )
+    engine = Engine(policy, EngineArguments(**settings), Schedule(1e-2, 9), gradient_accumulation_steps=2)
     engine.skip_nonfinite = skip
     engine.train()
 
@@ -190,7 +188,7 @@ def test_checkpointed_blocks_drop_out_the_same_again(tiny_model):
         for layer in policy.trunk.upper.layers:
             layer.self_attn.attention_dropout = 0.5
         arguments = EngineArguments(gradient_checkpointing=checkpointing)
-        engine = Engine(policy, arguments, learning_rate=1e-3, total_steps=2)
+        engine = Engine(policy, arguments, Schedule(1e-3, 2))
         engine.train()
         torch.manual_seed(seed)
         inputs = policy.trunk.inputs([[5, 6, 7, 8], [8, 9, 10, 11]])
@@ -211,7 +209,7 @@ def test_the_generators_part_once_when_the_model_is_made(tiny_model, monkeypatch
         torch.manual_seed(5)
         for _ in range(2):
             seeds.append(torch.initial_seed())
-            Engine(PolicyModel(tiny_model()), EngineArguments(), learning_rate=1e-3, total_steps=2).close()
+            Engine(PolicyModel(tiny_model()), EngineArguments(), Schedule(1e-3, 2)).close()
         seeds.append(torch.initial_seed())
     assert seeds[:3] == [5, 5, 5] and seeds[3] == seeds[6] == 5  # one process alone is as it was
     assert seeds[4] == seeds[5] and seeds[7] == seeds[8] and len({*seeds}) == 3

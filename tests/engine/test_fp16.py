@@ -15,7 +15,7 @@ from helpers.launch import run_worker
 from helpers.recipes import quiet
 from helpers.workers.fp16_worker import Run
 from stable_rlhf.data.encoding import Encoded, encode
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
@@ -41,7 +41,7 @@ def fp16(monkeypatch):
 def test_a_device_without_float16_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)  # what DeepSpeed says of such a CPU
     with pytest.raises(ValueError, match=r"engine\.fp16: DeepSpeed does not train in float16 on this device"):
-        Engine(PolicyModel(tiny_model()), EngineArguments(fp16=True), learning_rate=1e-3, total_steps=1)
+        Engine(PolicyModel(tiny_model()), EngineArguments(fp16=True), Schedule(1e-3, 1))
     with pytest.raises(ValueError, match=r"engine\.bf16 and engine\.fp16"):
         check(Recipe(engine=EngineArguments(bf16=True, fp16=True)))
 
@@ -165,9 +165,7 @@ class Ascent:
         right = response_difference
         monkeypatch.setattr(meta, "response_difference", lambda reward, counts: factor * right(reward, counts))
         self.model = AdvantageModel(model.base_model, tokenizer)
-        self.engine = Engine(
-            self.model, EngineArguments(fp16=half, zero_stage=stage), learning_rate=1e-3, total_steps=9
-        )  # fmt: skip
+        self.engine = Engine(self.model, EngineArguments(fp16=half, zero_stage=stage), Schedule(1e-3, 9))  # fmt: skip
         self.engine.train()
         shifted = [[encode(tokenizer, "Say a", r) for r in ("a", "aa", "b")] for _ in range(2)]
         arguments = ScorerArguments(meta_batch_size=2, meta_learning_rate=1.0 / factor)

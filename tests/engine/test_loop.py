@@ -13,7 +13,7 @@ from torch import nn
 
 from helpers.recipes import quiet
 from stable_rlhf.engine import signals
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.run_folder import SNAPSHOTS, RunDirectory
 from stable_rlhf.engine.snapshots import Snapshots
@@ -28,7 +28,7 @@ EVERY_STEP = CheckpointArguments(save_steps=1)
 @pytest.fixture
 def train():
     """``train(folder, checkpoint)`` runs the loop, with a number that is carried; returns the steps that it gave."""
-    engine = Engine(nn.Linear(2, 1), EngineArguments(), learning_rate=0.1, total_steps=4)
+    engine = Engine(nn.Linear(2, 1), EngineArguments(), Schedule(0.1, 4))
 
     def run(folder, checkpoint=EVERY_STEP, kill=None, end=Loop.end):
         given = []

@@ -18,7 +18,7 @@ from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
 from stable_rlhf.engine.weights import gathered_once, plain_weights
 from stable_rlhf.models.policy import PolicyModel
@@ -54,7 +54,7 @@ def test_a_model_loaded_in_shards_reads_trains_and_is_saved_like_a_whole_one(fol
     assert all(hasattr(p, "ds_tensor") and p.numel() == 0 for p in policy.causal_lm.parameters())
     weights = plain_weights(policy.causal_lm)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.state_dict().items())
-    engine = Engine(policy, SHARDS, learning_rate=1e-2, total_steps=3)
+    engine = Engine(policy, SHARDS, Schedule(1e-2, 3))
     engine.eval()
     expected = wanted(wanted.trunk.inputs(sequences), target)["logprob"]
     torch.testing.assert_close(engine(policy.trunk.inputs(sequences), target)["logprob"], expected, rtol=0, atol=1e-5)

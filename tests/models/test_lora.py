@@ -14,7 +14,7 @@ from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.models.lora import adapted_layers
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import response_logprobs
@@ -186,7 +186,7 @@ def test_a_snapshot_holds_the_adapters_alone_and_goes_on_to_the_same_bits(tiny_m
 
     def begin():
         policy = PolicyModel(tiny_model())
-        engine = Engine(policy, arguments, learning_rate=1e-2, total_steps=4)
+        engine = Engine(policy, arguments, Schedule(1e-2, 4))
         engine.train()
         return policy, engine
 
@@ -217,7 +217,7 @@ def test_chosen_layers_and_a_seed_of_their_own(tiny_model):
         torch.manual_seed(seed)
         torch.rand(seed + 3)  # what was drawn before does not matter
         policy = PolicyModel(tiny_model())
-        Engine(policy, replace(LORA, **settings), learning_rate=1e-2, total_steps=4).close()
+        Engine(policy, replace(LORA, **settings), Schedule(1e-2, 4)).close()
         return {n: p.detach().clone() for n, p in policy.named_parameters() if ".lora_" in n}
 
     found = adapters(0, lora_target_modules=["q_proj", "v_proj"])
@@ -230,7 +230,7 @@ def test_chosen_layers_and_a_seed_of_their_own(tiny_model):
 
 def test_bad_settings(tiny_model, monkeypatch):
     def engine(**settings):
-        return Engine(PolicyModel(tiny_model()), replace(LORA, **settings), learning_rate=1e-2, total_steps=4)
+        return Engine(PolicyModel(tiny_model()), replace(LORA, **settings), Schedule(1e-2, 4))
 
     with pytest.raises(ValueError, match=r"engine\.lora_target_modules \['lm_head', 'q'\]: the linear layers .*q_proj"):
         engine(lora_target_modules=["q", "lm_head", "q_proj"])

@@ -14,7 +14,7 @@ from stable_rlhf import ranks
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy import rejection
 from stable_rlhf.policy.rejection import keep, train_rejection
@@ -120,7 +120,7 @@ def steps(tiny_model, tokenizer, per_device, accumulation, counts=(1, 5, 8)):
     micro-batches."""
     policy, widths = PolicyModel(tiny_model(layers=2)), []
     engine = Engine(
-        policy, EngineArguments(), learning_rate=1e-2, total_steps=len(counts), micro_batch_size=per_device,
+        policy, EngineArguments(), Schedule(1e-2, len(counts)), micro_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     engine.train()

@@ -16,7 +16,7 @@ from helpers.recipes import quiet
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison, DataError
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.run.bounds import check
@@ -150,7 +150,7 @@ def test_a_resumed_stage_goes_on_with_the_same_responses(make, rows, shifted, tm
 @pytest.mark.usefixtures("one_process")
 def test_weights_come_back_from_a_loss_that_is_not_finite(make, shifted, monkeypatch, stage):
     model = make()
-    engine = Engine(model, EngineArguments(zero_stage=stage), learning_rate=1e-3, total_steps=3)
+    engine = Engine(model, EngineArguments(zero_stage=stage), Schedule(1e-3, 3))
     engine.train()
     meta = MetaRM(engine, model, shifted, TRAINING, FeatureCache(), steps=3, seed=0)
 

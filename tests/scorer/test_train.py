@@ -22,8 +22,8 @@ from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
     encode_comparisons,
-    fill_logprobs,
     score_pairs,
+    with_logprobs,
 )
 from stable_rlhf.scorer.train import scorer_loss, train_scorer
 from stable_rlhf.settings.recipe import Recipe
@@ -135,14 +135,14 @@ def test_alternates_of_a_wrong_length_are_an_error_that_names_the_row(tokenizer,
 
 def test_log_probs_of_the_file_are_taken_where_it_has_them(tokenizer):
     found, _ = encode_comparisons([with_alternates((3, 2), logprobs=(3, 2))], tokenizer, 64, 64)
-    fill_logprobs(found, None)
+    found = with_logprobs(found, None)
     assert [lp.tolist() for lp in found[0].logprobs] == [[-0.5, -1.0, -1.5], [-0.5, -1.0]]
 
 
 def test_log_probs_of_a_wrong_length_are_an_error_that_names_the_row(tokenizer):
     found, _ = encode_comparisons([with_alternates((3, 2), logprobs=(3, 3))], tokenizer, 64, 64)
     with pytest.raises(DataError, match=r"pairs\.jsonl:17: logprobs have 3 values for 2 tokens"):
-        fill_logprobs(found, None)
+        with_logprobs(found, None)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def test_without_log_probs_in_the_file_they_are_the_policys(tokenizer, tiny_mode
     comparisons = [with_alternates((3, 2)), with_alternates((3, 2), logprobs=(3, 2)), with_alternates((3, 2))]
     found, _ = encode_comparisons([replace(c, prompt="a" * (i + 1)) for i, c in enumerate(comparisons)],
                                   tokenizer, 64, 64)  # fmt: skip
-    fill_logprobs(found, PolicyModel(causal_lm), per_batch=1)
+    found = with_logprobs(found, PolicyModel(causal_lm), per_batch=1)
     assert found[1].logprobs[0].tolist() == [-0.5, -1.0, -1.5]
     for item in (found[0], found[2]):
         for example, logprob in zip(item.examples, item.logprobs, strict=True):
@@ -163,11 +163,11 @@ def test_without_log_probs_in_the_file_they_are_the_policys(tokenizer, tiny_mode
 def test_rows_with_alternates_and_no_policy_to_ask_are_an_error(tokenizer):
     found, _ = encode_comparisons([with_alternates((3, 2))], tokenizer, 64, 64)
     with pytest.raises(DataError, match=r"pairs\.jsonl:17: .*model_name_or_path"):
-        fill_logprobs(found, None)
+        with_logprobs(found, None)
 
 
 def test_rows_without_alternates_need_no_log_probs(rows):
-    fill_logprobs(rows, None)
+    rows = with_logprobs(rows, None)
     assert all(item.logprobs is None for item in rows)
 
 
@@ -211,7 +211,7 @@ def test_importance_weights_follow_equation_8(make, tokenizer, mode, most):
     model = make(num_policies=4, num_alternates=2)
     comparison = with_alternates((3, 2), logprobs=(3, 2))
     (item,), _ = encode_comparisons([comparison], tokenizer, 64, 64)
-    fill_logprobs([item], None)
+    (item,) = with_logprobs([item], None)
     weights = []
     for ours, alternates in zip(comparison.logprobs, comparison.alt_logprobs, strict=True):
         ratios = [sum(ours) - sum(theirs) for theirs in alternates]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.process import finish, start
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
@@ -37,7 +37,7 @@ class Run:
         self.policy, self.small, self.critic = PolicyModel(model, value_head=True), small, critic
         self.losses: list[float] = []
         self.engine = Engine(
-            self.policy, EngineArguments(zero_stage=stage, fp16=half), learning_rate=1e-2, total_steps=9,
+            self.policy, EngineArguments(zero_stage=stage, fp16=half), Schedule(1e-2, 9),
             gradient_accumulation_steps=2,
         )  # fmt: skip
         self.engine.train()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.process import start
 from stable_rlhf.launch.memory import Lora, engine_bytes, model_sizes
 from stable_rlhf.models.policy import PolicyModel
@@ -43,7 +43,7 @@ def measure(tokenizer: Any, arguments: EngineArguments, layers: int | None) -> t
     lora = Lora(arguments.lora_r, arguments.lora_dropout, ()) if arguments.lora_r else None
     sizes = model_sizes(built.config, "", layers, lora=lora)
     policy = PolicyModel(built, num_trainable_layers=layers, value_head=True)
-    engine = Engine(policy, arguments, learning_rate=1e-3, total_steps=4)
+    engine = Engine(policy, arguments, Schedule(1e-3, 4))
     for step in range(2):
         inputs = policy.trunk.inputs([[5, 6, 7, 8], [9, 10, 11, 12]])
         result = engine(inputs, torch.ones(2, 4, dtype=torch.long))

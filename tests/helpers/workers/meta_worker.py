@@ -18,7 +18,7 @@ from torch.func import functional_call
 from helpers.tiny_model import redraw
 from stable_rlhf.data.encoding import encode
 from stable_rlhf.data.records import Comparison
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
 from stable_rlhf.engine.process import finish, start
 from stable_rlhf.engine.weights import gathered
@@ -144,7 +144,7 @@ def trained(tokenizer, rows, shifted, micro: int, engine_arguments: EngineArgume
     arguments = ScorerArguments(meta_learning_rate=ETA, meta_batch_size=BATCH, per_device_train_batch_size=1)
     model = scorer(tokenizer)
     engine = Engine(
-        model, engine_arguments, learning_rate=RATE, total_steps=STEPS, micro_batch_size=micro,
+        model, engine_arguments, Schedule(RATE, STEPS), micro_batch_size=micro,
         gradient_accumulation_steps=ACCUMULATION,
     )  # fmt: skip
     engine.train()

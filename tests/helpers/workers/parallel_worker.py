@@ -16,7 +16,7 @@ from helpers.tiny_model import redraw
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import Comparison, PromptRow
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.order import micro_steps, shuffled_steps
 from stable_rlhf.engine.process import finish, start
 from stable_rlhf.engine.snapshots import Snapshots
@@ -68,7 +68,7 @@ def scorer_losses(stage: int, micro: int, tokenizer, **contrastive) -> list[floa
     arguments = ScorerArguments(contrastive_dropout=0.2, **contrastive)
     term = contrastive_term(scorer, arguments, seed=8)
     engine = Engine(
-        scorer, EngineArguments(zero_stage=stage), learning_rate=1e-3 if contrastive else 1e-2, total_steps=UPDATES,
+        scorer, EngineArguments(zero_stage=stage), Schedule(1e-3 if contrastive else 1e-2, UPDATES),
         micro_batch_size=micro, gradient_accumulation_steps=2,
     )  # fmt: skip
     engine.train()
@@ -156,7 +156,7 @@ def imitation_losses(stage: int, micro: int, tokenizer, layers: int | None) -> l
     kept = [e.encoded for e in recorded(tokenizer)[0]]
     policy = PolicyModel(model(tokenizer), num_trainable_layers=layers)
     engine = Engine(
-        policy, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=4, micro_batch_size=micro,
+        policy, EngineArguments(zero_stage=stage), Schedule(1e-2, 4), micro_batch_size=micro,
         gradient_accumulation_steps=16 // (micro * world_size()),
     )  # fmt: skip
     engine.train()
@@ -177,7 +177,7 @@ def head_gradient(stage: int, micro: int, tied: bool) -> list[float]:
         num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.15,
     )  # fmt: skip
     policy = PolicyModel(LlamaForCausalLM(config))
-    engine = Engine(policy, EngineArguments(zero_stage=stage), learning_rate=1e-3, total_steps=2)
+    engine = Engine(policy, EngineArguments(zero_stage=stage), Schedule(1e-3, 2))
     engine.train()
     rows = torch.randint(4, 4096, (16, 7), generator=torch.Generator().manual_seed(6))
     mine = rows[rank() * micro * 4 : (rank() + 1) * micro * 4]  # one rank has 16, two have 8 each
@@ -202,7 +202,7 @@ def nonfinite(stage: int, tokenizer) -> list[float]:
     """Two steps, the first with an infinite gradient on the last rank alone; returns for each whether the weights moved
     (as the engine says) and by how much."""
     policy = PolicyModel(model(tokenizer))
-    engine = Engine(policy, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=9)
+    engine = Engine(policy, EngineArguments(zero_stage=stage), Schedule(1e-2, 9))
     engine.skip_nonfinite = True
     engine.train()
 
@@ -229,7 +229,7 @@ def dropout(stage: int, tokenizer, folder: Path) -> list[list[float]]:
         layer.self_attn.attention_dropout = 0.5
     torch.manual_seed(4)
     policy = PolicyModel(built)
-    engine = Engine(policy, EngineArguments(zero_stage=stage), learning_rate=1e-2, total_steps=9)
+    engine = Engine(policy, EngineArguments(zero_stage=stage), Schedule(1e-2, 9))
     engine.train()
     tracker, snapshots = Tracker(folder, ()), Snapshots(folder, engine, CheckpointArguments(save_steps=1))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import stable_rlhf.ops as ops
 from bench.ops.problem import mixed_loss, plain_logprob
-from stable_rlhf.engine.engine import Engine
+from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.process import start
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.settings.recipe import EngineArguments
@@ -50,7 +50,7 @@ def main() -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=width, n_layer=2, n_head=width // 64))
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     policy = (PolicyModel if which == "fused" else Plain)(model)
-    engine = Engine(policy, EngineArguments(zero_stage=stage, loss_workspace_mib=64), learning_rate=1e-5, total_steps=9)
+    engine = Engine(policy, EngineArguments(zero_stage=stage, loss_workspace_mib=64), Schedule(1e-5, 9))
     engine.train()
     ids = torch.randint(vocabulary, (ROWS, LENGTH))
     inputs = policy.trunk.inputs(ids.tolist())
