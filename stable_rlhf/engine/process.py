@@ -23,8 +23,8 @@ _LET_GO = 0.3  # seconds
 def stop_asked() -> int:
     """The signal that ends this run, the same on every rank whichever of them got it; 0 without one."""
     own = received()
-    found = sum_over_ranks([float(own == number) for number in ASKS])
-    return next((int(number) for number, ranks in zip(ASKS, found, strict=True) if ranks), 0)
+    counts = sum_over_ranks([float(own == number) for number in ASKS])
+    return next((int(number) for number, ranks in zip(ASKS, counts, strict=True) if ranks), 0)
 
 
 def start(seed: int) -> None:

@@ -104,15 +104,15 @@ class RunDirectory:
             raise RunError(f"output_dir {error}; let that one end, or choose another output_dir") from None
         if marker.is_file():
             try:
-                found = read_json(marker, "format")["format"]
+                version = read_json(marker, "format")["format"]
             except DataError as error:
                 raise RunError(
                     f"output_dir {str(self.root)!r}: {_MARKER} is damaged ({error}); choose another "
                     "output_dir or delete this one"
                 ) from None
-            if found != _FORMAT:
+            if version != _FORMAT:
                 raise RunError(
-                    f"output_dir {str(self.root)!r} was written by another version (format {found}); choose another"
+                    f"output_dir {str(self.root)!r} was written by another version (format {version}); choose another"
                 )
             return
         _note(marker, {"format": _FORMAT, "made_by": "stable_rlhf"})
@@ -240,8 +240,8 @@ def _rows_a_step(settings: Any, world: int) -> list[int]:
     if not isinstance(settings, dict):
         return []
     rows, pieces = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps")
-    found = [rows * pieces * world] if rows and pieces else []
-    return found + [rows for key in sorted(settings) for rows in _rows_a_step(settings[key], world)]
+    own = [rows * pieces * world] if rows and pieces else []
+    return own + [rows for key in sorted(settings) for rows in _rows_a_step(settings[key], world)]
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -96,17 +96,17 @@ def load_pieces(paths: Sequence[Path], module: nn.Module, optimizer: Any, zero_s
         files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
         indices = [json.loads(file.metadata()["index"]) for file in files]
         for piece in _pieces(module, optimizer, zero_stage):
-            found = [(file, *index[piece.name]) for file, index in zip(files, indices, strict=True)
+            overlapping = [(file, *index[piece.name]) for file, index in zip(files, indices, strict=True)
                      if piece.name in index]  # fmt: skip
-            if not found or {size for *_, size in found} != {piece.size}:
+            if not overlapping or {size for *_, size in overlapping} != {piece.size}:
                 raise ValueError(
                     f"checkpoint {str(paths[0].parent)!r} has no {piece.name} of {piece.size:,} elements: it is of "
                     "another model, or of other trainable layers"
                 )
             targets = {f"{_WEIGHT}/{piece.name}": piece.flat}
-            if f"{_STEP}/{piece.name}" in found[0][0].keys():  # noqa: SIM118 - a file, not a mapping
+            if f"{_STEP}/{piece.name}" in overlapping[0][0].keys():  # noqa: SIM118 - a file, not a mapping
                 adam = state[piece.flat]
-                count = found[0][0].get_tensor(f"{_STEP}/{piece.name}").reshape(())
+                count = overlapping[0][0].get_tensor(f"{_STEP}/{piece.name}").reshape(())
                 # One count for all parameters of a flat tensor: those with fewer had no gradient for some steps.
                 steps[piece.flat] = torch.maximum(steps.get(piece.flat, count), count)
                 targets |= {
@@ -114,7 +114,7 @@ def load_pieces(paths: Sequence[Path], module: nn.Module, optimizer: Any, zero_s
                 }
             for whole, target in targets.items():
                 mine = piece.of(target)
-                for file, start, length, _ in found:
+                for file, start, length, _ in overlapping:
                     low, high = max(piece.start, start), min(piece.start + piece.length, start + length)
                     if low < high:
                         part = file.get_slice(whole)[low - start : high - start]

@@ -88,10 +88,10 @@ class Tracker:
 
     def sample(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Keep what the policy answers after ``step`` steps."""
-        found = [{"step": step, **row} for row in rows]
-        self.samples += found
+        answers = [{"step": step, **row} for row in rows]
+        self.samples += answers
         if self._main:
-            self._write_samples(found)
+            self._write_samples(answers)
 
     def _write_samples(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:

@@ -103,11 +103,11 @@ class Watchdog:
 
     def _frames(self) -> list[FrameType]:
         """Those of the thread that trains, the innermost first."""
-        found, frame = [], sys._current_frames().get(self.main)
+        frames, frame = [], sys._current_frames().get(self.main)
         while frame is not None:
-            found.append(frame)
+            frames.append(frame)
             frame = frame.f_back
-        return found
+        return frames
 
     def _stand(self) -> dict[str, Any]:
         """Where this rank is, and whether it waits for others there."""

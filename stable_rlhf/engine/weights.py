@@ -62,7 +62,7 @@ def plain_weights(model: nn.Module, value_of: Whole = whole) -> dict[str, Tensor
     Every rank calls this. ``value_of`` gives a weight's full value, another one than its own where an average is saved.
     """
     adapted = {id(layer.base_layer.weight): layer for layer in adapted_layers(model)}
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     seen: dict[int, Tensor | None] = {}  # tied weights stay one tensor
     for name, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_" in name:
@@ -76,8 +76,8 @@ def plain_weights(model: nn.Module, value_of: Whole = whole) -> dict[str, Tensor
                     value = (value.float() + scaling * (b.float() @ a.float()).to(value.device)).cpu()
             seen[id(tensor)] = None if value is None else value.to(tensor.dtype)
         if (kept := seen[id(tensor)]) is not None:
-            found[name.replace(".base_layer.", ".")] = kept
-    return found
+            weights[name.replace(".base_layer.", ".")] = kept
+    return weights
 
 
 def save_model(model: Any, folder: Path, value_of: Whole = whole) -> None:
@@ -122,8 +122,8 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """The averages by the parameters' names, whole, on rank 0; every rank calls this."""
-        found = {name: self.whole(p) for name, p in self.parameters.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name: self.whole(p) for name, p in self.parameters.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state` gave, on any number of ranks."""

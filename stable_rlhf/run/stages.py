@@ -29,7 +29,7 @@ from stable_rlhf.ranks import barrier, device, gather_objects, rank, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
 from stable_rlhf.run.datasets import encode_demonstrations, load_demonstrations, load_preferences, load_prompts, locate
-from stable_rlhf.scorer.collect import Alternate, collect_responses
+from stable_rlhf.scorer.alternates import Alternate, collect_responses
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
     encode_comparisons,
