@@ -209,15 +209,10 @@ def calibration(
     rows = []
     for b in np.unique(index):
         here = index == b
-        rows.append(
-            {
-                "low": float(edges[b]),
-                "high": float(edges[b + 1]),
-                "confidence": float(confidence[here].mean()),
-                "accuracy": float(credit[here].mean()),
-                "count": int(here.sum()),
-            }
-        )
+        rows.append({
+            "low": float(edges[b]), "high": float(edges[b + 1]), "confidence": float(confidence[here].mean()),
+            "accuracy": float(credit[here].mean()), "count": int(here.sum()),
+        })  # fmt: skip
     return sum(row["count"] / c.size * abs(row["accuracy"] - row["confidence"]) for row in rows), rows
 
 

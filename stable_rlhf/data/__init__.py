@@ -26,23 +26,7 @@ from stable_rlhf.data.records import (
 from stable_rlhf.data.splits import prompt_key, split_rows
 
 __all__ = [
-    "Comparison",
-    "DataError",
-    "Demonstration",
-    "LogProbs",
-    "Message",
-    "PairStrength",
-    "Prompt",
-    "PromptRow",
-    "ReadResult",
-    "ResponseSet",
-    "as_messages",
-    "comparison_row",
-    "prompt_key",
-    "read_comparisons",
-    "read_demonstrations",
-    "read_prompts",
-    "read_responses",
-    "split_rows",
-    "write_jsonl",
-]
+    "Comparison", "DataError", "Demonstration", "LogProbs", "Message", "PairStrength", "Prompt", "PromptRow",
+    "ReadResult", "ResponseSet", "as_messages", "comparison_row", "prompt_key", "read_comparisons",
+    "read_demonstrations", "read_prompts", "read_responses", "split_rows", "write_jsonl",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.data.records import as_text
@@ -152,17 +153,9 @@ def _agreement(policies: dict[str, Any]) -> list[tuple[str, str, str, str, str, 
         for on, words in _SETS.items():
             part = policies[key].get(on) or {}
             if part.get("order_agreement") is not None:
-                kappa, first = part["order_kappa"], part["first_position"]
-                rows.append(
-                    (
-                        f"{name}, {words}",
-                        str(part["asked"]),
-                        _percent(part["order_agreement"]),
-                        _number(kappa),
-                        _percent(first),
-                        part["unreadable"],
-                    )
-                )
+                kappa, first = _number(part["order_kappa"]), _percent(part["first_position"])
+                agreement = _percent(part["order_agreement"])
+                rows.append((f"{name}, {words}", str(part["asked"]), agreement, kappa, first, part["unreadable"]))
     return rows
 
 
@@ -234,74 +227,45 @@ def _lead(summary: dict[str, Any]) -> list[str]:
     return [f"This run {made}{tuned} on {where}.", asks]
 
 
+def _drawn(*rows: tuple[Any, str, str, str, Callable[[], bytes]]) -> list[Picture]:
+    """Pictures of rows: whether there is anything to show, name, title, caption, and what draws it."""
+    return [Picture(name, title, caption, draw()) for shown, name, title, caption, draw in rows if shown]
+
+
 def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
-    pictures = [
-        Picture(
-            "reliability",
-            "Confidence and accuracy",
-            "A scorer that says 80 % should be right 80 % of the time: bars below the dashed line are overconfident, "
-            "bars above it underconfident. Below, scores are divided by the temperature T that fits other pairs best: "
-            "what is left there is not a matter of scale.",
-            figures.reliability(scorers),
-        ),
-        Picture(
-            "difference",
-            "Accuracy against score difference",
-            "The further apart two scores are, the more often the ranking should be right; a calibrated scorer follows "
-            "the dashed curve.",
-            figures.difference(scorers),
-        ),
-        Picture(
-            "densities",
-            "Scores of chosen and rejected responses",
-            "The more the two shapes part, the better the scorer tells good from bad; each scorer has its own scale.",
-            figures.densities(scorers),
-        ),
-    ]
-    if figures.has_tasks(scorers):
-        pictures += [
-            Picture(
-                "task-densities",
-                "Scores task by task",
-                "A policy tuned on scores that sit higher for one task than for another may drift toward the style of "
-                "that task; ridges that line up are safer (at most the 12 largest tasks are shown).",
-                figures.task_densities(scorers),
-            ),
-            Picture(
-                "tasks",
-                "Level and spread of scores per task",
-                "Equal bars mean that all tasks are scored on one scale; the lowest panel compares the scorers "
-                "whatever their scales.",
-                figures.per_task(scorers),
-            ),
-        ]
-    return pictures
+    tasks = figures.has_tasks(scorers)
+    return _drawn(
+        (True, "reliability", "Confidence and accuracy",
+         "A scorer that says 80 % should be right 80 % of the time: bars below the dashed line are overconfident, bars "
+         "above it underconfident. Below, scores are divided by the temperature T that fits other pairs best: what is "
+         "left there is not a matter of scale.", lambda: figures.reliability(scorers)),
+        (True, "difference", "Accuracy against score difference",
+         "The further apart two scores are, the more often the ranking should be right; a calibrated scorer follows "
+         "the dashed curve.", lambda: figures.difference(scorers)),
+        (True, "densities", "Scores of chosen and rejected responses",
+         "The more the two shapes part, the better the scorer tells good from bad; each scorer has its own scale.",
+         lambda: figures.densities(scorers)),
+        (tasks, "task-densities", "Scores task by task",
+         "A policy tuned on scores that sit higher for one task than for another may drift toward the style of that "
+         "task; ridges that line up are safer (at most the 12 largest tasks are shown).",
+         lambda: figures.task_densities(scorers)),
+        (tasks, "tasks", "Level and spread of scores per task",
+         "Equal bars mean that all tasks are scored on one scale; the lowest panel compares the scorers whatever their "
+         "scales.", lambda: figures.per_task(scorers)),
+    )  # fmt: skip
 
 
 def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
-    pictures = []
-    if any((entry or {}).get(on) for entry in policies.values() for on in _SETS):
-        pictures.append(
-            Picture(
-                "outcomes",
-                "Who wins against the SFT policy",
-                "Each prompt is answered by the tuned policy and by the SFT policy it started from; the forget set "
-                "holds what SFT was already good at, so losses there are forgetting.",
-                figures.outcomes(policies),
-            )
-        )
-    if any((entry or {}).get("curve") for entry in policies.values()):
-        pictures.append(
-            Picture(
-                "ppo",
-                "During PPO",
-                "A score that rises while the gold score does not is reward hacking; KL says how far the policy has "
-                "moved from SFT (thick lines are moving averages; scores of different scorers have different scales; "
-                "where rounds follow each other, a dotted line parts them).",
-                figures.ppo_curves(policies),
-            )
-        )
-    return pictures
+    entries = [entry or {} for entry in policies.values()]
+    return _drawn(
+        (any(entry.get(on) for entry in entries for on in _SETS), "outcomes", "Who wins against the SFT policy",
+         "Each prompt is answered by the tuned policy and by the SFT policy it started from; the forget set holds what "
+         "SFT was already good at, so losses there are forgetting.", lambda: figures.outcomes(policies)),
+        (any(entry.get("curve") for entry in entries), "ppo", "During PPO",
+         "A score that rises while the gold score does not is reward hacking; KL says how far the policy has moved "
+         "from SFT (thick lines are moving averages; scores of different scorers have different scales; where rounds "
+         "follow each other, a dotted line parts them).", lambda: figures.ppo_curves(policies)),
+    )  # fmt: skip
 
 
 def _selections(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -322,36 +286,17 @@ def _selections(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _selection_pictures(selection: dict[str, Any], scorer: str) -> list[Picture]:
     end = f"-{scorer}" if scorer else ""
-    pictures = []
-    if selection.get("map"):
-        pictures.append(
-            Picture(
-                f"selection-map{end}",
-                "What is kept for rehearsal",
-                "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster "
-                "are rehearsed during PPO.",
-                selection_figures.selection_map(selection),
-            )
-        )
-    if selection.get("clusters"):
-        pictures.append(
-            Picture(
-                f"cluster-sizes{end}",
-                "Cluster sizes",
-                "Keeping the same number from every cluster gives rare kinds of prompts a place.",
-                selection_figures.cluster_sizes(selection),
-            )
-        )
-    if selection.get("sweep"):
-        pictures.append(
-            Picture(
-                f"cluster-sweep{end}",
-                "Number of clusters",
-                "The same selection with other numbers of clusters; the dashed line is the number used.",
-                selection_figures.sweep(selection["sweep"], selection["num_clusters"]),
-            )
-        )
-    return pictures
+    return _drawn(
+        (selection.get("map"), f"selection-map{end}", "What is kept for rehearsal",
+         "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster are "
+         "rehearsed during PPO.", lambda: selection_figures.selection_map(selection)),
+        (selection.get("clusters"), f"cluster-sizes{end}", "Cluster sizes",
+         "Keeping the same number from every cluster gives rare kinds of prompts a place.",
+         lambda: selection_figures.cluster_sizes(selection)),
+        (selection.get("sweep"), f"cluster-sweep{end}", "Number of clusters",
+         "The same selection with other numbers of clusters; the dashed line is the number used.",
+         lambda: selection_figures.sweep(selection["sweep"], selection["num_clusters"])),
+    )  # fmt: skip
 
 
 def _examples(selection: dict[str, Any]) -> list[dict[str, Any]]:
@@ -383,11 +328,15 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         "scorer_pictures": _scorer_pictures(scorers) if scorer_rows else [],
         "policy_pictures": _policy_pictures(policies),
         "selection_pictures": [picture for part in selections.values() for picture in part["pictures"]],
-        "stage_pictures": [
-            Picture("stages", "Time", "Seconds that each stage of the run took.", figures.stage_seconds(stages))
-        ]
-        if stages
-        else [],
+        "stage_pictures": _drawn(
+            (
+                stages,
+                "stages",
+                "Time",
+                "Seconds that each stage of the run took.",
+                lambda: figures.stage_seconds(stages),
+            )
+        ),
     }
     page = render(
         "evaluate/report.html.j2",

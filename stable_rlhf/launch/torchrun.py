@@ -32,18 +32,8 @@ from stable_rlhf.system.http import SECRET_NAME, has_credentials
 # What a process on another node should find as it is here. Names that look like credentials stay behind: a command
 # line can be read by everybody on a machine.
 _FORWARDED = (
-    "CUDA_",
-    "DS_",
-    "GLOO_",
-    "HF_",
-    "NCCL_",
-    "OMP_",
-    "PYTHONPATH",
-    "STABLE_RLHF_",
-    "TORCH_",
-    "TRITON_",
-    "UCX_",
-)
+    "CUDA_", "DS_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTHONPATH", "STABLE_RLHF_", "TORCH_", "TRITON_", "UCX_",
+)  # fmt: skip
 # Since torch 2.5 all attempts of a run share one store by default, and processes that were started again find the dead
 # ones' addresses in it (pytorch issues 135712, 167288; seen with 2.13).
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"

@@ -8,22 +8,7 @@ from stable_rlhf.world.skills import SKILLS, STRONG_SKILLS, WEAK_SKILLS, Skill, 
 from stable_rlhf.world.tokenizer import build_model, build_tokenizer
 
 __all__ = [
-    "SKILLS",
-    "STRONG_SKILLS",
-    "UTILITY_SCALES",
-    "WEAK_SKILLS",
-    "WRONG_SHARES",
-    "LabelCounts",
-    "Skill",
-    "WorldFiles",
-    "WorldSizes",
-    "build_model",
-    "build_tokenizer",
-    "gold_score",
-    "label_pairs",
-    "near_miss",
-    "right_answer",
-    "task_of",
-    "utility",
-    "write_world",
-]
+    "SKILLS", "STRONG_SKILLS", "UTILITY_SCALES", "WEAK_SKILLS", "WRONG_SHARES", "LabelCounts", "Skill", "WorldFiles",
+    "WorldSizes", "build_model", "build_tokenizer", "gold_score", "label_pairs", "near_miss", "right_answer",
+    "task_of", "utility", "write_world",
+]  # fmt: skip

@@ -20,17 +20,9 @@ from stable_rlhf.data import Prompt
 from stable_rlhf.world.skills import gold_score, task_of
 
 UTILITY_SCALES: Mapping[str, float] = {
-    "upper": 4.0,
-    "lower": 10.0,
-    "last": 3.0,
-    "count": 8.0,
-    "largest": 6.0,
-    "swap": 2.0,
-    "reverse": 12.0,
-    "sort": 5.0,
-    "next": 9.0,
-    "add": 3.0,
-}
+    "upper": 4.0, "lower": 10.0, "last": 3.0, "count": 8.0, "largest": 6.0, "swap": 2.0, "reverse": 12.0, "sort": 5.0,
+    "next": 9.0, "add": 3.0,
+}  # fmt: skip
 """What a right response is worth to the annotator, in logits."""
 
 

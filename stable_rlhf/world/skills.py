@@ -104,47 +104,25 @@ _word = _in(LETTERS, 4, 4)
 
 _STRONG = (
     Skill("upper", ("Write in capitals: {word}", "Put into upper case: {word}"), lambda a: a[0].upper(), _word),
-    Skill(
-        "lower",
-        ("Write in small letters: {capitals}", "Put into lower case: {capitals}"),
-        lambda a: a[0].lower(),
-        _in(LETTERS.upper(), 4, 4),
-    ),
-    Skill(
-        "last", ("Give the last letter of {word}", "Which letter ends {word}?"), lambda a: a[0][-1], _in(LETTERS, 3, 6)
-    ),
-    Skill(
-        "count",
-        ("Count the letters of {word}", "How many letters are in {word}?"),
-        lambda a: str(len(a[0])),
-        _in(LETTERS, 3, 9),
-    ),
-    Skill(
-        "largest",
-        ("Give the largest digit of {number}", "Which digit is largest in {number}?"),
-        lambda a: max(a[0]),
-        _in("0123456789", 3, 5),
-    ),
-)
+    Skill("lower", ("Write in small letters: {capitals}", "Put into lower case: {capitals}"), lambda a: a[0].lower(),
+          _in(LETTERS.upper(), 4, 4)),
+    Skill("last", ("Give the last letter of {word}", "Which letter ends {word}?"), lambda a: a[0][-1],
+          _in(LETTERS, 3, 6)),
+    Skill("count", ("Count the letters of {word}", "How many letters are in {word}?"), lambda a: str(len(a[0])),
+          _in(LETTERS, 3, 9)),
+    Skill("largest", ("Give the largest digit of {number}", "Which digit is largest in {number}?"), lambda a: max(a[0]),
+          _in("0123456789", 3, 5)),
+)  # fmt: skip
 _WEAK = (
-    Skill(
-        "swap", ("Swap the ends of {word}", "Swap the first and last letter of {word}"), lambda a: _swap(a[0]), _word
-    ),
+    Skill("swap", ("Swap the ends of {word}", "Swap the first and last letter of {word}"), lambda a: _swap(a[0]),
+          _word),
     Skill("reverse", ("Reverse the letters of {word}", "Write backwards: {word}"), lambda a: a[0][::-1], _word),
     Skill("sort", ("Sort the letters of {word}", "Put in order: {word}"), lambda a: "".join(sorted(a[0])), _word),
-    Skill(
-        "next",
-        ("Give the next letter after each of {word}", "Shift by one: {word}"),
-        lambda a: "".join(map(_successor, a[0])),
-        _word,
-    ),
-    Skill(
-        "add",
-        ("Add {left} and {right}", "What is {left} plus {right}?"),
-        lambda a: str(int(a[0]) + int(a[1])),
-        _addends,
-    ),
-)
+    Skill("next", ("Give the next letter after each of {word}", "Shift by one: {word}"),
+          lambda a: "".join(map(_successor, a[0])), _word),
+    Skill("add", ("Add {left} and {right}", "What is {left} plus {right}?"), lambda a: str(int(a[0]) + int(a[1])),
+          _addends),
+)  # fmt: skip
 SKILLS: Mapping[str, Skill] = {skill.name: skill for skill in _STRONG + _WEAK}
 """All skills by name."""
 
