@@ -301,17 +301,13 @@ def fit_temperature(chosen: ArrayLike, rejected: ArrayLike) -> float:
     return scale / float(np.exp((low + high) / 2))
 
 
-def temperature_scaled(
-    chosen: ArrayLike, rejected: ArrayLike, *, fit_on: tuple[ArrayLike, ArrayLike] | None = None, seed: int = 0
-) -> tuple[Floats, str]:
+def temperature_scaled(chosen: ArrayLike, rejected: ArrayLike, *, seed: int = 0) -> tuple[Floats, str]:
     """Differences Δ/T [pairs], and in words which pairs T was fitted on: never those that it scales.
 
-    fit_on: (chosen, rejected) of a second set. Without it the pairs are split into two random halves, and each is
-    scaled by the temperature of the other. A single pair has no other half and stays as it is.
+    The pairs are split into two random halves, and each is scaled by the temperature of the other. A single pair has no
+    other half and stays as it is.
     """
     c, r = _pairs(chosen, rejected)
-    if fit_on is not None:
-        return (c - r) / fit_temperature(*fit_on), "fitted on a second set"
     if c.size < 2:
         return c - r, "not fitted, as there is one pair only"
     order = np.random.default_rng(seed).permutation(c.size)

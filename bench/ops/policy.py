@@ -1,12 +1,4 @@
-"""The policy loss and the log-probs it is made of: cases with the bare matrix products as their floor.
-
-| operation | what is timed | floor |
-|---|---|---|
-| policy | linear_policy_loss, forward + backward | the three products of the active rows |
-| logprob | linear_logprob without gradient | one product |
-| logprob-grad | linear_logprob, forward + backward | four products: logits have to be made twice |
-| logits | policy_loss from logits, forward + backward | a copy that moves as many bytes |
-"""
+"""The policy loss and the log-probs it is made of, with the bare matrix products as floor (table: bench/README.md)."""
 
 from __future__ import annotations
 

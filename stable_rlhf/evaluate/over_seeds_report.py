@@ -11,7 +11,7 @@ from stable_rlhf.evaluate.figures import colours
 from stable_rlhf.evaluate.findings import SCORER_NAMES, verdict
 from stable_rlhf.evaluate.over_seeds import COMPARED, NAMES
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
-from stable_rlhf.show.page import Picture, render
+from stable_rlhf.show.page import Picture, drawn, render
 from stable_rlhf.show.pictures import FAINT, INK, legend_below, panels, plain, png
 
 Results = Mapping[str, Any]
@@ -259,31 +259,22 @@ def _dots(
 
 def make_page(results: Results) -> tuple[str, list[Picture]]:
     """The self-contained page, and the pictures in it."""
-    pictures = [
-        Picture(
-            "curves", "While the policies are tuned",
-            "Each thin line is a seed, each thick one their mean. A score that rises while the gold score falls is "
-            "over-optimisation: the policy has learnt to please the scorer rather than to do well.",
-            training_curves(results),
-        ),
-        Picture(
-            "frontier", "What is bought with the distance from SFT",
-            "The same curves against KL instead of steps, so that fast and slow policies compare; mean over seeds.",
-            frontier(results),
-        ),
-        Picture(
-            "outcomes", "The tuned policies against SFT",
-            "Grey dots are seeds, diamonds their means, bars 95 % intervals over seeds. The forget set holds what SFT "
-            "was already good at, so losses there are forgetting.",
-            outcomes(results),
-        ),
-        Picture(
-            "scorers", "The scorers",
-            "Grey lines join the two scorers of a seed, which learnt from the same pairs. ECE, the calibration error, "
-            "is better when lower; after T: scores divided by one temperature, fitted on other pairs.",
-            scorers(results),
-        ),
-    ]  # fmt: skip
+    pictures = drawn(
+        (True, "curves", "While the policies are tuned",
+         "Each thin line is a seed, each thick one their mean. A score that rises while the gold score falls is "
+         "over-optimisation: the policy has learnt to please the scorer rather than to do well.",
+         lambda: training_curves(results)),
+        (True, "frontier", "What is bought with the distance from SFT",
+         "The same curves against KL instead of steps, so that fast and slow policies compare; mean over seeds.",
+         lambda: frontier(results)),
+        (True, "outcomes", "The tuned policies against SFT",
+         "Grey dots are seeds, diamonds their means, bars 95 % intervals over seeds. The forget set holds what SFT was "
+         "already good at, so losses there are forgetting.", lambda: outcomes(results)),
+        (True, "scorers", "The scorers",
+         "Grey lines join the two scorers of a seed, which learnt from the same pairs. ECE, the calibration error, is "
+         "better when lower; after T: scores divided by one temperature, fitted on other pairs.",
+         lambda: scorers(results)),
+    )  # fmt: skip
     page = render(
         "evaluate/study.html.j2",
         title=results["title"],

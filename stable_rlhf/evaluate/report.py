@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stable_rlhf.data.records import as_text
@@ -10,7 +9,7 @@ from stable_rlhf.evaluate import figures
 from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES, findings, scorer_names, variant_names, verdict
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.rehearsal import figures as selection_figures
-from stable_rlhf.show.page import Picture, render, shortened
+from stable_rlhf.show.page import Picture, drawn, render, shortened
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -227,14 +226,9 @@ def _lead(summary: dict[str, Any]) -> list[str]:
     return [f"This run {made}{tuned} on {where}.", asks]
 
 
-def _drawn(*rows: tuple[Any, str, str, str, Callable[[], bytes]]) -> list[Picture]:
-    """Pictures of rows: whether there is anything to show, name, title, caption, and what draws it."""
-    return [Picture(name, title, caption, draw()) for shown, name, title, caption, draw in rows if shown]
-
-
 def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
     tasks = figures.has_tasks(scorers)
-    return _drawn(
+    return drawn(
         (True, "reliability", "Confidence and accuracy",
          "A scorer that says 80 % should be right 80 % of the time: bars below the dashed line are overconfident, bars "
          "above it underconfident. Below, scores are divided by the temperature T that fits other pairs best: what is "
@@ -257,7 +251,7 @@ def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
 
 def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
     entries = [entry or {} for entry in policies.values()]
-    return _drawn(
+    return drawn(
         (any(entry.get(on) for entry in entries for on in _SETS), "outcomes", "Who wins against the SFT policy",
          "Each prompt is answered by the tuned policy and by the SFT policy it started from; the forget set holds what "
          "SFT was already good at, so losses there are forgetting.", lambda: figures.outcomes(policies)),
@@ -286,7 +280,7 @@ def _selections(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _selection_pictures(selection: dict[str, Any], scorer: str) -> list[Picture]:
     end = f"-{scorer}" if scorer else ""
-    return _drawn(
+    return drawn(
         (selection.get("map"), f"selection-map{end}", "What is kept for rehearsal",
          "Each point is a response of the SFT policy placed by its meaning; the best-scored of every cluster are "
          "rehearsed during PPO.", lambda: selection_figures.selection_map(selection)),
@@ -328,7 +322,7 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         "scorer_pictures": _scorer_pictures(scorers) if scorer_rows else [],
         "policy_pictures": _policy_pictures(policies),
         "selection_pictures": [picture for part in selections.values() for picture in part["pictures"]],
-        "stage_pictures": _drawn(
+        "stage_pictures": drawn(
             (
                 stages,
                 "stages",

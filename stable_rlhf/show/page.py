@@ -6,6 +6,7 @@ A page is a template beside the module that fills it; it extends ``show/base.htm
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ class Picture:
     def data(self) -> str:
         """The bytes as the page embeds them."""
         return base64.b64encode(self.png).decode("ascii")
+
+
+def drawn(*rows: tuple[Any, str, str, str, Callable[[], bytes]]) -> list[Picture]:
+    """Pictures of rows: whether there is anything to show, name, title, caption, and what draws it."""
+    return [Picture(name, title, caption, draw()) for shown, name, title, caption, draw in rows if shown]
 
 
 def render(template: str, **values: Any) -> str:
