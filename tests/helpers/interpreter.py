@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from stable_rlhf.ops.backends import extension
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="is that process")
+cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
+plain = pytest.mark.skipif(INTERPRETED, reason="the other process does it")
+ISAS = extension().isa_names() if extension() is not None else []  # that the C++ module has kernels for
+BACKENDS = [
+    pytest.param("torch", marks=plain), pytest.param("cpu", marks=cpp), pytest.param("triton", marks=interpreted)
+]  # fmt: skip
 
 
 def run_interpreted(file: str) -> None:

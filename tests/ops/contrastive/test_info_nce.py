@@ -8,18 +8,11 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
-from stable_rlhf.ops.backends import extension
+from helpers.interpreter import BACKENDS, INTERPRETED, ISAS, cpp, interpreted, not_interpreted, plain, run_interpreted
 from stable_rlhf.ops.contrastive import unit_rows
 from stable_rlhf.ops.policy import products
 
 pytest.importorskip("triton")
-cpp = pytest.mark.skipif(extension() is None or INTERPRETED, reason="needs the C++ module; the other process does it")
-plain = pytest.mark.skipif(INTERPRETED, reason="the other process does it")
-ISAS = extension().isa_names() if extension() is not None else []
-BACKENDS = [
-    pytest.param("torch", marks=plain), pytest.param("cpu", marks=cpp), pytest.param("triton", marks=interpreted)
-]  # fmt: skip
 
 
 @not_interpreted
