@@ -32,9 +32,7 @@ from stable_rlhf.show.progress import is_main_process, say
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
-# Which stage of a run's folder has gone on from a snapshot that the settings name: it is for that one alone, and the
-# stages after it, which have the same settings, look for their own.
-_went_on: dict[tuple[Path, str], str] = {}
+_WENT_ON = "went-on-from.json"  # in the folder of a stage that has gone on from a snapshot that the settings name
 
 
 class Kept(NamedTuple):
@@ -198,8 +196,9 @@ class Snapshots:
         if wanted == "none":
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        run = self.folder.parent.parent.resolve()
-        if wanted != "auto" and _went_on.get((run, wanted), self.stage) == self.stage:
+        # That one is for one stage alone: the stages after it, which have the same settings, look for their own.
+        others = [note for note in self.folder.parent.parent.glob(f"*/{_WENT_ON}") if note.parent != self.folder.parent]
+        if wanted != "auto" and not any(read_json(note).get("checkpoint") == wanted for note in others):
             path = Path(wanted)
             record = _read(path)
             if isinstance(record, str):
@@ -209,7 +208,8 @@ class Snapshots:
                     f"checkpoint.resume_from_checkpoint: checkpoint {wanted!r} is of stage {record['stage']}, and the "
                     f"first that has something to train is {self.stage}"
                 )
-            _went_on[run, wanted] = self.stage
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder.parent / _WENT_ON).write_text(to_json({"checkpoint": wanted}) + "\n", encoding="utf-8")
             return path, record
         for path in self._all():
             record = _read(path)
