@@ -178,7 +178,7 @@ class Ascent:
     def step(self, number: int) -> tuple[bool, float, dict]:
         """Whether the weights moved in the end, and how far the ascent had moved them."""
         before = self.weights()
-        with self.meta.ascended(number) as found:
+        with self.meta.ascended(number - 1) as found:
             ascent = float((self.weights() - before).norm())
             self.engine.backward(self.engine(*self.model.prepare(self.meta.rows[0]))[0].mean() * 1e-3)
         return self.engine.step(), ascent, found

@@ -159,13 +159,13 @@ def test_weights_come_back_from_a_loss_that_is_not_finite(make, shifted, monkeyp
             return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
     before = weights()
-    with pytest.raises(FloatingPointError, match="the loss is not finite"), meta.ascended(1):
+    with pytest.raises(FloatingPointError, match="the loss is not finite"), meta.ascended(0):
         assert not torch.equal(weights(), before)
         engine.backward(engine(*model.prepare(shifted[0]))[0].sum() * float("nan"))
     assert torch.equal(weights(), before)
     monkeypatch.setattr(meta_module, "response_difference", lambda reward, counts: (reward * float("inf")).sum()[None])
     message = "gradient of MetaRM's objective .* is not finite"
-    with pytest.raises(FloatingPointError, match=message), meta.ascended(2):
+    with pytest.raises(FloatingPointError, match=message), meta.ascended(1):
         pytest.fail("the weights must not move")
     assert torch.equal(weights(), before)
     engine.close()

@@ -156,7 +156,7 @@ def trained(tokenizer, rows, shifted, micro: int, engine_arguments: EngineArgume
 
     figures, kept, changed = [], [], 0
     global_batch = micro * world_size() * ACCUMULATION
-    for step, indices in enumerate(shuffled_steps(len(rows), global_batch, STEPS, seed=3), start=1):
+    for step, indices in enumerate(shuffled_steps(len(rows), global_batch, STEPS, seed=3)):
         total = 0.0
         kept.append(weights())
         with meta.ascended(step) as found:
