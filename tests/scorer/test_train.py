@@ -228,8 +228,8 @@ def test_importance_weights_follow_equation_8(make, tokenizer, mode, most):
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_shares_of_a_batch_with_the_global_count_sum_to_the_whole(make, rows, tokenizer, cut):
     model, arguments = make(), replace(ARGUMENTS, expected_coef=0.3)
-    for i, item in enumerate(rows[:3]):
-        item.samples = tuple(encode(tokenizer, item.row.prompt, text) for text in ("ab", "c")[: i % 2 + 1])
+    samples = [[encode(tokenizer, item.row.prompt, text) for text in ("ab", "c")] for item in rows[:3]]
+    rows = [*(replace(item, samples=tuple(samples[i][: i % 2 + 1])) for i, item in enumerate(rows[:3])), *rows[3:]]
     whole, _, terms = loss_of(model, rows, arguments)
     shares = [loss_of(model, part, arguments, comparisons=4) for part in (rows[:cut], rows[cut:])]
     assert sum(float(loss.detach()) for loss, _, _ in shares) == pytest.approx(float(whole.detach()), abs=1e-5)
