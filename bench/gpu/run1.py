@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from bench.common import Step as Call
 from bench.common import Timing, allocator_peak, describe, environment, free_memory, measure, quantile
 from bench.gpu import correctness
 from bench.gpu.plan import Plan, Row, Step
-from bench.ops.problem import Problem, make_problem, random_inputs
+from bench.ops.problem import Problem, make_problem, own_loss, random_inputs, with_gradients
 from bench.ops.problem import floor as bare_products
 from bench.presets import GPU_SHAPES
 
@@ -135,19 +136,8 @@ def products(plan: Plan, shape: dict[str, int], works: bool) -> Iterator[Row]:
 
 def loss_call(problem: Problem, workspace: int | None) -> Call:
     """Forward and backward; None leaves the workspace to the operation."""
-    options: dict[str, Any] = {} if workspace is None else {"workspace_bytes": workspace}
-
-    def call() -> tuple[Tensor, ...]:
-        hidden, weight = problem.leaves()
-        out = ops.linear_policy_loss(
-            hidden, weight, problem.target, problem.kind, old_logprob=problem.old_logprob, advantage=problem.advantage,
-            config=problem.config, **options,
-        )  # fmt: skip
-        out.loss.backward()
-        assert hidden.grad is not None and weight.grad is not None
-        return out.loss.detach(), hidden.grad, weight.grad
-
-    return call
+    given = replace(problem, workspace_bytes=workspace)
+    return with_gradients(lambda hidden, weight: own_loss(given, hidden, weight), problem.hidden, problem.weight)
 
 
 def batch(plan: Plan, shape: dict[str, int], shares: dict[str, Any]) -> Problem:

@@ -43,9 +43,6 @@ def _look_up(embedding: nn.Embedding, arguments: tuple[Tensor, ...], output: Ten
     return rows
 
 
-_WORKSPACE = 256 << 20  # bytes, where nobody has said otherwise
-
-
 class PolicyModel(nn.Module):
     """A causal language model whose every loss and log-prob is computed inside its own ``forward``.
 
@@ -120,18 +117,17 @@ class PolicyModel(nn.Module):
         if self.value_head is not None:
             result["value"] = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()  # [B, L]
         weight, bias = self.head.weight, self.head.bias
-        workspace_bytes = self.workspace_bytes or _WORKSPACE
         temperature = temperature / self.logit_map.scale  # not the hidden states: in 16 bits that would round them
         if loss is not None:
             if self.logit_map.softcap is not None:
                 config = loss.get("config") or ops.PolicyLossConfig()
                 loss = {**loss, "config": replace(config, softcap=self.logit_map.softcap)}
             result["output"] = ops.linear_policy_loss(
-                hidden, weight, target, bias=bias, temperature=temperature, workspace_bytes=workspace_bytes, **loss
+                hidden, weight, target, bias=bias, temperature=temperature, workspace_bytes=self.workspace_bytes, **loss
             )
         else:
             result["logprob"], result["entropy"] = ops.linear_logprob(
                 hidden, weight, target, bias=bias, temperature=temperature, softcap=self.logit_map.softcap,
-                entropy=entropy, workspace_bytes=workspace_bytes,
+                entropy=entropy, workspace_bytes=self.workspace_bytes,
             )  # fmt: skip
         return result
