@@ -14,6 +14,7 @@ from stable_rlhf.ops.flags import Fault, notes
 _BLOCK = 1024
 _WARPS = 4
 _CU_SEQLENS = tl.constexpr(int(Fault.CU_SEQLENS))
+_MOST_SCALING = 1056  # programs that scale: eight on each multiprocessor of an H200, for each reads all parts
 _MOST_PARTS = 512  # programs that count moments: a few for each multiprocessor, and one load of their results
 
 
@@ -260,7 +261,7 @@ def _scale_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Every program merges all parts for itself, in the same way, and then scales its block.
+    # Every program merges all parts for itself, in the same way, and then scales the blocks p, p + P, p + 2P, ...
     part = tl.arange(0, PARTS)
     there = part < num_parts
     counts = tl.load(parts_ptr + 3 * part, mask=there, other=0.0)
@@ -274,15 +275,16 @@ def _scale_kernel(
     distances = means - mean
     variance = tl.sum(squares + counts * distances * distances, 0) / count
     factor = 1.0 / tl.sqrt(variance + EPS)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    valid = inside
-    if HAS_MASK:
-        valid = tl.load(mask_ptr + at, mask=inside, other=0) != 0
-    y = (tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float64) - mean) * factor
-    if not SHIFT_MEAN:
-        y += mean
-    tl.store(out_ptr + at, tl.where(valid, y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < n
+        valid = inside
+        if HAS_MASK:
+            valid = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        y = (tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float64) - mean) * factor
+        if not SHIFT_MEAN:
+            y += mean
+        tl.store(out_ptr + at, tl.where(valid, y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def masked_scale(x: Tensor, mask: Tensor | None, parts: Tensor, shift_mean: bool, eps: float) -> Tensor:
@@ -296,7 +298,7 @@ def masked_scale(x: Tensor, mask: Tensor | None, parts: Tensor, shift_mean: bool
     out, parts = torch.empty_like(x), parts.contiguous()
     if x.numel() > 0:
         with torch.cuda.device_of(x):
-            _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+            _scale_kernel[(min(_MOST_SCALING, triton.cdiv(x.numel(), _BLOCK)),)](
                 x,
                 x if mask is None else mask,
                 parts,

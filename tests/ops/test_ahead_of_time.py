@@ -133,6 +133,11 @@ def test_advantage(capability, part, tmp_path, record_property):
     code = build(_advantage_kernel, types, constants, capability, 8, tmp_path)
     record_property("resources", code.resources)
     holds(code, residency=1)  # on 132 multiprocessors 33,792 responses
+    if part == "default pairs":  # where the only atomic operation takes the ticket
+        before, after = re.split(r"atom\.\S*acq_rel\S*", code.ptx)
+        # All threads have written before the ticket, and read what other programs wrote after it.
+        assert "bar.sync" in before[before.rindex("st.global") :]
+        assert "bar.sync" in after[: after.index("ld.global")]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -126,6 +126,7 @@ def test_whiten(where, dtype, n, shift_mean, mask_type, monkeypatch):
     from stable_rlhf.kernels import sequence
 
     monkeypatch.setattr(sequence, "_MOST_PARTS", 3)  # programs then have several blocks
+    monkeypatch.setattr(sequence, "_MOST_SCALING", 2)
     x = 3 * normal(n, dtype=dtype, seed=6) + 100
     mask = None if mask_type is None else (normal(n, dtype=dtype, seed=7) < 0.3).to(mask_type)
     if mask is not None:
