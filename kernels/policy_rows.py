@@ -16,7 +16,7 @@ from stable_rlhf.ops.policy.types import Kind
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_REHEARSAL = tl.constexpr(int(Kind.REHEARSAL))
+_POLICY, _REHEARSAL = tl.constexpr(int(Kind.POLICY)), tl.constexpr(int(Kind.REHEARSAL))
 # Below every logit, and finite, so that exp(FLOOR - top) (FLOOR - top) is 0. Logits from 1.7e38 on are called
 # non-finite.
 _FLOOR = tl.constexpr(-(2.0**127))
@@ -246,10 +246,10 @@ def _clamped(x, bound):
 
 @triton.jit
 def _coefficients(
-    logprob, is_rehearsal, old_logprob, advantage, ref_logprob, weight, policy_denominator, rehearsal_denominator,
+    logprob, kind, old_logprob, advantage, ref_logprob, weight, policy_denominator, rehearsal_denominator,
     log_low, log_high, log_dual, clamp, kl_coef, entropy_coef, rehearsal_coef, KL: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logprob and d loss / d entropy of a row."""
+    """d loss / d logprob and d loss / d entropy of a row; of one that is of neither kind 0, whatever it holds."""
     log_ratio = logprob - old_logprob
     ratio = _exp(_clamped(log_ratio, clamp))
     # A ratio at an edge is on the side that its float32 value is on, whatever an approximate exp says.
@@ -268,8 +268,8 @@ def _coefficients(
             pull = -_expm1(-_clamped(apart, clamp))
         slope += tl.where(tl.abs(apart) <= clamp, kl_coef * pull, 0.0)
     scale = weight / policy_denominator
-    c = tl.where(is_rehearsal, -weight * rehearsal_coef / rehearsal_denominator, scale * slope)
-    return c, tl.where(is_rehearsal, 0.0, -scale * entropy_coef)
+    rehearsal = tl.where(kind == _REHEARSAL, -weight * rehearsal_coef / rehearsal_denominator, 0.0)
+    return tl.where(kind == _POLICY, scale * slope, rehearsal), tl.where(kind == _POLICY, -scale * entropy_coef, 0.0)
 
 
 # Chunks begin at any row, so the alignment of what is per row says nothing and must not multiply the kernels.
@@ -368,7 +368,7 @@ def row_kernel(
         wanted = tl.where(here, wanted, 0).to(tl.int32)
         target_x = tl.load(logits + wanted, mask=here, other=0.0).to(tl.float32)
         if TERMS:
-            is_rehearsal = tl.load(kind_ptr + i) == _REHEARSAL
+            kind = tl.load(kind_ptr + i)
             old_logprob = tl.load(old_logprob_ptr + i)
             advantage = tl.load(advantage_ptr + i)
             ref_logprob = 0.0
@@ -417,7 +417,7 @@ def row_kernel(
             distance_scale = scale
             if TERMS:
                 c, e = _coefficients(
-                    logprob, is_rehearsal, old_logprob, advantage, ref_logprob, weight, policy_denominator,
+                    logprob, kind, old_logprob, advantage, ref_logprob, weight, policy_denominator,
                     rehearsal_denominator, log_low, log_high, log_dual, clamp, kl_coef, entropy_coef, rehearsal_coef,
                     KL,
                 )  # fmt: skip

@@ -196,8 +196,6 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     weight = rows.take("row_weight", call.row_weight, dtype)
     if weight is not None and check_values(weight.device):
         check_finite("row_weight", weight)
-    if rows.policy_count is None:  # rows of kind 0 take part in the products, and add nothing
-        weight = torch.where(rows.kind == Kind.IGNORED, 0.0, 1.0 if weight is None else weight).to(dtype)
     device_counts = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
     denominators = [
         _denominator(name, value, count, on_device, dtype, rows.target.device)

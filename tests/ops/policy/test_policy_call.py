@@ -216,6 +216,32 @@ def test_what_only_the_device_sees_is_told_later(change, words, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_a_graph_from_logits(name, monkeypatch):
+    """Rows that are not active may hold anything there too."""
+    case = make_case(37, VOCABULARY)
+    ignored = (case["kind"] == 0) | (case["target"] == -100)
+    logits = case["hidden"] @ case["weight"].T
+    logits[ignored] = math.nan
+
+    def run():
+        leaf = logits.clone().requires_grad_()
+        with ops.backend("triton"):
+            out = ops.policy_loss(
+                leaf, case["target"], case["kind"], config=CONFIGS[name], old_logprob=case["old_logprob"],
+                advantage=case["advantage"], ref_logprob=case["ref_logprob"],
+            )  # fmt: skip
+        out.loss.backward()
+        return out.loss.detach(), out.logprob, out.entropy, leaf.grad
+
+    want = run()
+    assert not want[3][ignored].any()
+    late(monkeypatch, graph=True)
+    for ours, theirs in zip(run(), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@interpreted
 def test_late_log_probs(monkeypatch):
     case = make_case(37, VOCABULARY)
     target = torch.where(case["kind"] == 0, -100, case["target"])
