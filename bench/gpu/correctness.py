@@ -18,6 +18,7 @@ from bench.ops.accuracy import relative_error
 from stable_rlhf.ops import PolicyLossConfig
 
 FLOORS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+SMALLER = 16  # times, where every operation is run slowly
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -188,7 +189,7 @@ def compared(make: Make, device: torch.device, backend: str, smaller: int) -> Ro
 def work(plan: Plan) -> Iterator[Row]:
     wrong = []
     for name, make in CASES.items():
-        found = compared(make, plan.device, plan.backend, 8 if plan.dry else 1)
+        found = compared(make, plan.device, plan.backend, SMALLER if plan.dry else 1)
         if not found["right"]:
             wrong.append(name)
         yield {"case": name, **found}

@@ -360,7 +360,11 @@ def sanitized(tool: str) -> Any:
         # Blocks of their own from the driver: inside one of the allocator's, a read beyond the end is none.
         variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", env=variables, timeout=max(5.0, min(75.0, plan.left))
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            env=variables,
+            timeout=max(5.0, min(400.0 if plan.dry else 75.0, plan.left)),
         )
         with (plan.output / "sanitizer.log").open("a", encoding="utf-8") as log:
             log.write(f"== {tool}\n{done.stdout[-200_000:]}\n{done.stderr[-20_000:]}\n")

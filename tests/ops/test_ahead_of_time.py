@@ -20,9 +20,12 @@ pytestmark = [
 ]
 
 
-def holds(code, residency, shared=4096):
-    """Nothing is spilled, and so many programs fit a multiprocessor at a time."""
-    assert code.registers > 0 and not code.spills and code.shared <= shared, code.resources
+def holds(code, residency, shared=4096, stack=0):
+    """Nothing is spilled, or so many bytes of what is needed once a row; and so many programs fit a multiprocessor at a
+    time."""
+    assert code.registers > 0 and code.shared <= shared and code.local == 0 and code.stack <= stack, code.resources
+    assert not any(x.spills for loop in code.loops for x in loop.instructions), "spilled in a loop"
+    assert stack or not code.spills, code.resources
     assert code.residency >= residency, code.resources
 
 
@@ -227,7 +230,8 @@ def test_policy_rows(name, capability, tmp_path, record_property):
     # Both ways of loading and storing, with a mask and without, are in the code; one of them runs.
     counted = [round(len(loop.instructions) * 32 * shape.warps / shape.block, 1) for loop in code.wide_loops]
     record_property("resources", {"block": shape.block, "instructions a logit": counted, **code.resources})
-    holds(code, residency=shape.residency, shared=1024)
+    # Of chosen rows triton 3.6 keeps one number aside for sm_90, from a row's beginning to its gradient.
+    holds(code, residency=shape.residency, shared=1024, stack=8 if parts.get("HAS_ROW") else 0)
     assert len(counted) == len(most), f"a loop over whole blocks does not load 16 bytes at a time: {counted}"
     assert all(number <= bound for number, bound in zip(counted, most, strict=True)), counted
     if parts["GRADIENT"]:
