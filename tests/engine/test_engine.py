@@ -213,3 +213,12 @@ def test_the_generators_part_once_when_the_model_is_made(tiny_model, monkeypatch
         seeds.append(torch.initial_seed())
     assert seeds[:3] == [5, 5, 5] and seeds[3] == seeds[6] == 5  # one process alone is as it was
     assert seeds[4] == seeds[5] and seeds[7] == seeds[8] and len({*seeds}) == 3
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_bound_of_memory_that_the_caller_gave_stays(tiny_model):
+    policies = [PolicyModel(tiny_model()) for _ in range(2)]
+    policies[0].workspace_bytes = 1 << 20
+    for policy in policies:
+        Engine(policy, EngineArguments(loss_workspace_mib=3), Schedule(1e-3, 1)).close()
+    assert [policy.workspace_bytes for policy in policies] == [1 << 20, 3 << 20]

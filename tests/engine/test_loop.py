@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -118,3 +119,6 @@ def test_a_named_snapshot_is_for_one_stage_of_a_run_and_the_settings_stay(train,
     assert given == {"one": [2, 3], "two": [0, 1, 2, 3]} and named == before
     with pytest.raises(ValueError, match="is of stage one, and the first that has something to train is two"):
         train(tmp_path / "other" / "two", named)
+    shutil.rmtree(tmp_path / "before")  # used up: whoever comes later, in another process too, does not ask for it
+    stage("three")
+    assert given["three"] == [0, 1, 2, 3]

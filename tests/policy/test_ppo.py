@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
 from stable_rlhf.data.records import DataError, PromptRow
+from stable_rlhf.engine.signals import Stopped
+from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import response_logprobs
 from stable_rlhf.policy.ppo import PPOTrainer, check_sizes
@@ -446,3 +449,13 @@ def test_the_variant_without_a_critic_takes_an_advantage_model(run_ppo):
     assert trainer.policy.value_head is None and trainer.rehearsal == [] and prompts == list(TEXTS)
     trainer, _ = run_ppo(None, variant="am")
     assert trainer.policy.value_head is not None
+
+
+def test_the_page_is_drawn_where_a_signal_ends_the_stage(make, prompts, tmp_path, monkeypatch):
+    def stop(self, step, state, *, last):
+        raise Stopped(signal.SIGTERM, "saved")
+
+    monkeypatch.setattr(Snapshots, "save", stop)
+    with pytest.raises(Stopped):
+        make().train(prompts, tmp_path / "run")
+    assert (tmp_path / "run" / "training.html").is_file()
