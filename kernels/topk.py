@@ -4,10 +4,10 @@ A row's key is its score's bits, made to grow with the score, above the compleme
 better row, ties included, and no two rows share one. Counts are integers and sets are put in order at the end: the
 order of atomic operations changes nothing.
 
-By candidates, one pass over all rows: a radix selection on the 32 bits of score in the keys of every eighth row finds
-the k-th best of these, a bound that at least k rows of the cluster reach, so the k best are among the rows that do. One
-pass collects these, in a bucket for each cluster; one program a cluster selects from its bucket, by score first, by
-index where scores tie. What was kept is a bit a row, from which the ascending indices are written.
+By candidates: a radix selection on the 32 bits of score in the keys of every eighth row (of all, where clusters are too
+small for that) finds the k-th best of these, a bound that at least k rows of the cluster reach, so the k best are among
+the rows that do. One pass collects these, in a bucket for each cluster; one program a cluster selects from its bucket,
+by score first, by index where scores tie. What was kept is a bit a row, from which the ascending indices are written.
 
 By all digits, where buckets would be large or one has overflown (many equal scores): the radix selection over all 64
 bits of all rows, 8 passes.
@@ -217,10 +217,15 @@ def _bound(
     return prefix
 
 
-def _capacity(num_clusters: int, k: int) -> int:
-    """Places of a bucket: about twice the candidates to be expected, or 0 where buckets would be too large."""
-    places = triton.next_power_of_2(2 * _SAMPLED * k + 128)
-    return places if places <= _MOST_CANDIDATES and num_clusters * places <= _MOST_COUNTS else 0
+def _plan(n: int, num_clusters: int, k: int) -> tuple[int, int]:
+    """One row in how many is sampled, and the places of a bucket: about twice the candidates to be expected, or 0 where
+    buckets would be too large. Where all rows are sampled, candidates are the k best and what ties with the last."""
+    for sampled, spare in ((_SAMPLED, 128), (1, 64)):
+        places = triton.next_power_of_2(2 * sampled * k + spare)
+        enough = sampled == 1 or n >= 2 * sampled * k * num_clusters  # of a cluster, most have 2 k in their sample
+        if enough and places <= _MOST_CANDIDATES and num_clusters * places <= _MOST_COUNTS:
+            return sampled, places
+    return 1, 0
 
 
 def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -> Tensor | None:
@@ -239,14 +244,15 @@ def topk_by_cluster(score: Tensor, cluster: Tensor, num_clusters: int, k: int) -
     if num_clusters == 0:
         return None
     with torch.cuda.device_of(score):
-        capacity = _capacity(num_clusters, k)
-        kept, (bad, overflown) = _launch(score, cluster, num_clusters, k, capacity)
+        kept, (bad, overflown) = _launch(score, cluster, num_clusters, k, *_plan(n, num_clusters, k))
         if overflown and not bad:
-            kept, _ = _launch(score, cluster, num_clusters, k, 0)
+            kept, _ = _launch(score, cluster, num_clusters, k, 1, 0)
     return None if bad else kept
 
 
-def _launch(score: Tensor, cluster: Tensor, num_clusters: int, k: int, capacity: int) -> tuple[Tensor, tuple[int, int]]:
+def _launch(
+    score: Tensor, cluster: Tensor, num_clusters: int, k: int, sampled: int, capacity: int
+) -> tuple[Tensor, tuple[int, int]]:
     """The kept rows, and whether rows are wrong or a bucket has overflown; `capacity` 0: by all digits."""
     n, device = score.numel(), score.device
     bits = 8 if num_clusters << 8 <= _MOST_COUNTS else 4
@@ -256,8 +262,7 @@ def _launch(score: Tensor, cluster: Tensor, num_clusters: int, k: int, capacity:
     counts, found, kept, per_group, status = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     rows = torch.empty(min(n, k * num_clusters), dtype=torch.int64, device=device)
     if capacity:
-        # A cluster whose sample has fewer than k rows has all of them in its bucket: in small inputs all are sampled.
-        sampled = _SAMPLED if n >= 2 * _SAMPLED * k * num_clusters else 1
+        # A cluster whose sample has fewer than k rows has all of its rows in its bucket.
         bound = _bound(score, cluster, counts, num_clusters, k, bits, sampled, 32)
         bucket = torch.empty(num_clusters * capacity, dtype=torch.int32, device=device)
         _collect_kernel[(blocks,)](
@@ -269,7 +274,7 @@ def _launch(score: Tensor, cluster: Tensor, num_clusters: int, k: int, capacity:
             num_warps=max(1, min(8, capacity // 256)),
         )  # fmt: skip
     else:
-        bound = _bound(score, cluster, counts, num_clusters, k, bits, 1, 64)
+        bound = _bound(score, cluster, counts, num_clusters, k, bits, sampled, 64)
         _keep_kernel[(blocks,)](
             score, cluster, bound, kept, per_group, status, n, num_clusters, BLOCK=_BLOCK, num_warps=2 * _WARPS
         )  # fmt: skip

@@ -167,54 +167,65 @@ def clusters_of(n, clusters):
 def test_topk(where, bits, candidates, n, clusters, k, ties, monkeypatch):
     from stable_rlhf.kernels import topk
 
-    capacity = topk._capacity
+    plan = topk._plan(n, clusters + 1, k)
     monkeypatch.setattr(topk, "_MOST_COUNTS", 1 << 24 if bits == 8 else 1)
-    monkeypatch.setattr(topk, "_capacity", lambda c, k: capacity(1, k) if candidates and bits == 8 else 0)
-    if candidates and bits == 4:
-        monkeypatch.setattr(topk, "_capacity", lambda c, k: 256)
+    monkeypatch.setattr(topk, "_plan", lambda *sizes: plan if candidates else (1, 0))
     score, cluster = scores(n, ties), clusters_of(n, clusters)
     got, want = both(ops.topk_by_cluster, score, cluster, clusters + 1, k)
     assert got.cpu().tolist() == want.tolist()
 
 
-SMALL, LARGE = 3000, 20_000  # rows of which all are sampled, and of which one in eight is
-HARD = {  # the last: whether a bucket overflows
-    "equal scores": (torch.zeros(SMALL), clusters_of(SMALL, 3), 5, True),
-    "equal scores, small clusters": (torch.ones(SMALL), clusters_of(SMALL, 30), 5, False),
-    "one cluster": (scores(LARGE), torch.zeros(LARGE, dtype=torch.int64), 5, False),
-    "rising": (scores(LARGE).sort().values, clusters_of(LARGE, 4), 5, False),
-    "falling": (scores(LARGE).sort(descending=True).values, clusters_of(LARGE, 4), 5, False),
-    "cluster by cluster": (scores(LARGE), clusters_of(LARGE, 20).sort().values, 5, False),
-    "sampled rows are worse": (scores(LARGE) - 9 * (torch.arange(LARGE) % 256 < 32), clusters_of(LARGE, 2), 5, True),
-    "sizes far apart": (scores(LARGE), (clusters_of(LARGE, 1 << 30).double().log2() / 3).int(), 3, False),
-    "low digits": (1 + torch.arange(SMALL).flip(0) * 2.0**-23, clusters_of(SMALL, 9), 4, False),
-    "low digits, sampled": (1 + torch.arange(LARGE).flip(0) * 2.0**-23, clusters_of(LARGE, 9), 4, False),
-    "huge and tiny": (scores(SMALL).double().mul(80).sinh().float(), clusters_of(SMALL, 9), 4, False),
+SMALL, LARGE = 3000, 20_000
+HARD = {  # the last: where a bucket overflows, when one row in so many is sampled
+    "equal scores": (torch.zeros(SMALL), clusters_of(SMALL, 3), 5, {1, 8}),
+    "equal scores, small clusters": (torch.ones(SMALL), clusters_of(SMALL, 30), 5, {}),
+    "one cluster": (scores(LARGE), torch.zeros(LARGE, dtype=torch.int64), 5, {}),
+    "rising": (scores(LARGE).sort().values, clusters_of(LARGE, 4), 5, {}),
+    "falling": (scores(LARGE).sort(descending=True).values, clusters_of(LARGE, 4), 5, {}),
+    "cluster by cluster": (scores(LARGE), clusters_of(LARGE, 20).sort().values, 5, {}),
+    "sampled rows are worse": (scores(LARGE) - 9 * (torch.arange(LARGE) % 256 < 32), clusters_of(LARGE, 2), 5, {8}),
+    "sizes far apart": (scores(LARGE), (clusters_of(LARGE, 1 << 30).double().log2() / 3).int(), 3, {}),
+    "low digits": (1 + torch.arange(SMALL).flip(0) * 2.0**-23, clusters_of(SMALL, 9), 4, {}),
+    "huge and tiny": (scores(SMALL).double().mul(80).sinh().float(), clusters_of(SMALL, 9), 4, {}),
 }
 
 
 @pytest.mark.parametrize("where", anywhere)
+@pytest.mark.parametrize("sampled", [1, 8])
 @pytest.mark.parametrize("name", HARD)
-def test_topk_of_hard_rows(where, name, monkeypatch):
+def test_topk_of_hard_rows(where, name, sampled, monkeypatch):
     from stable_rlhf.kernels import topk
 
     score, cluster, k, overflows = HARD[name]
     launches, launch = [], topk._launch
 
     def counted(*arguments):
-        launches.append(arguments[4])
+        launches.append((arguments[4], arguments[5] > 0))
         return launch(*arguments)
 
     monkeypatch.setattr(topk, "_launch", counted)
+    monkeypatch.setattr(topk, "_SAMPLED", sampled)
     got, want = both(ops.topk_by_cluster, score, cluster, int(cluster.max()) + 2, k)
     assert got.cpu().tolist() == want.tolist()
-    assert len(launches) == 1 + overflows and launches[0] > 0
+    assert launches == [(sampled, True), (1, False)][: 1 + (sampled in overflows)]
+
+
+@pytest.mark.parametrize(
+    ("n", "clusters", "k", "sampled", "places"),
+    [(10_000_000, 1000, 10, 8, 512), (10_000_000, 100_000, 10, 1, 128), (10_000_000, 1000, 500, 8, 8192),
+     (10_000_000, 1000, 600, 1, 2048), (100, 3, 10, 1, 128), (10_000_000, 100, 5000, 1, 0),
+     (1 << 30, 1 << 24, 1, 1, 0)],
+)  # fmt: skip
+def test_topk_by_sizes(n, clusters, k, sampled, places):
+    from stable_rlhf.kernels import topk
+
+    assert topk._plan(n, clusters, k) == (sampled, places)
 
 
 @interpreted
-@pytest.mark.parametrize(("k", "launches"), [(5, 11), (2000, 18)])
+@pytest.mark.parametrize(("k", "launches"), [(5, 11), (2000, 11), (5000, 18)])
 def test_topk_waits_once(k, launches):
-    """Candidates: four digits of a sample, one pass over all rows, one program a cluster, the order; else 8 digits."""
+    """Candidates: four digits of a sample or of all, a pass, one program a cluster, the order; else 8 digits."""
     score, cluster = scores(4000), clusters_of(4000, 3)
     with ops.backend("torch"):
         want = ops.topk_by_cluster(score, cluster, 3, k)
