@@ -192,7 +192,9 @@ def _near_duplicates(
     `order` is by cluster and best first. A cluster is read in parts of 512 rows, only until `top_k` of it are kept, and
     compared with those alone: memory is (512 + top_k) rows.
     """
-    starts = np.flatnonzero(np.r_[True, cluster[order[1:]] != cluster[order[:-1]]]) if len(order) else order
+    if not len(order):  # the thresholds refuse every row
+        return np.zeros(0, dtype=np.int64)
+    starts = np.flatnonzero(np.r_[True, cluster[order[1:]] != cluster[order[:-1]]])
     passed: list[int] = []
     for start, end in zip(starts, np.r_[starts[1:], len(order)], strict=True):
         kept = np.zeros((0, embeddings.shape[1]), dtype=np.float32)

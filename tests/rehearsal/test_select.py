@@ -277,6 +277,15 @@ def test_near_duplicates_against_brute_force(k, allowed_share, monkeypatch):
     assert k < 50 or passed
 
 
+def test_near_duplicates_of_nothing():
+    from stable_rlhf.rehearsal import select
+
+    allowed = np.zeros(3, dtype=bool)
+    found = select.choose(np.ones(3), np.zeros(3, dtype=np.int64), 1, 2, allowed=allowed, embeddings=np.eye(3),
+                          near_duplicate=0.5)  # fmt: skip
+    assert len(found.indices) == 0 and len(found.duplicates) == 0
+
+
 def test_near_duplicates_are_counted_and_replaced():
     x = np.array([[1, 0], [1, 0.001], [0, 1], [1, 0]], dtype=np.float32)
     rows = candidates(4)
