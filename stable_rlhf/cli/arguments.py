@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
-from stable_rlhf.settings.ranges import expand_user, is_text, leaves
+from stable_rlhf.settings.ranges import expand_user, is_text, leaves, unwritable
 from stable_rlhf.settings.recipe import LaunchArguments, Recipe
 from stable_rlhf.settings.recipe_file import check_value, read_recipe, suggestion
 from stable_rlhf.settings.variants import VARIANTS
@@ -317,6 +317,9 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, argparse.Namespace
         arguments = _recipe_first(command, arguments, switches)
     own, settings = parser.own.parse_known_args(arguments)
     parser.given = settings
+    for name, value in vars(own).items():  # names and paths go into records, as settings do
+        if wrong := unwritable(value, f"--{name}"):
+            fail(wrong)
     try:
         for flag, value in pairwise([*settings, ""]):
             name, equals, inline = flag.partition("=")

@@ -185,10 +185,10 @@ def _wrong(hint: Any, value: Any, name: str) -> str:
         of_keys, of_values = get_args(hint)
         keys = _first(_wrong(of_keys, key, name) for key in value)
         return keys or _first(_wrong(of_values, item, f"{name}.{key}") for key, item in value.items())
-    return _unwritable(value, name)
+    return unwritable(value, name)
 
 
-def _unwritable(value: Any, name: str) -> str:
+def unwritable(value: Any, name: str) -> str:
     """What in a value of any type could not be written as JSON in UTF-8, or nothing."""
     if isinstance(value, str):
         if not any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -203,9 +203,9 @@ def _unwritable(value: Any, name: str) -> str:
     if isinstance(value, float):
         return "" if math.isfinite(value) else f"{name} must be a finite number, got {value}"
     if isinstance(value, list | tuple):
-        return _first(_unwritable(item, name) for item in value)
+        return _first(unwritable(item, name) for item in value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return _first(_unwritable(key, name) or _unwritable(item, f"{name}.{key}") for key, item in value.items())
+        return _first(unwritable(key, name) or unwritable(item, f"{name}.{key}") for key, item in value.items())
     return f"{name}: expected numbers, text, lists and mappings by name, got {_short(value)}"
 
 

@@ -106,3 +106,6 @@ def test_select_in_an_ascii_locale(tmp_path):
 def test_a_name_that_the_locale_cannot_read(tmp_path):
     (tmp_path / "r.yaml").write_text("model_name_or_path: m\ndata: {pairs: [p], prompts: [q]}\n", encoding="utf-8")
     run("run", "r.yaml", "--output-dir", "ö", cwd=tmp_path, **ASCII).refused("output_dir", "LC_ALL=C.UTF-8")
+    run("evaluate", "--policies", "é=x", "--model-name-or-path", "m", cwd=tmp_path, **ASCII).refused(
+        "--policies: '", "cannot be read in this locale; set LC_ALL=C.UTF-8"
+    )
