@@ -30,6 +30,7 @@ from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.system.http import read_key
 
 _HELD_OUT, _SEPARATE = "held-out reward model", "reward model of another training"
+_LARGEST = 1e30  # of a score: differences and squares of such are finite
 _TRAINER = "the very scorer that the policy was trained with"
 
 
@@ -142,6 +143,12 @@ def _kept_scores(name: str, folder: str) -> dict[str, Any]:
         raise DataError(f"{path}: 'chosen' and 'rejected' must be lists of finite numbers")
     if not isinstance(content["tasks"], list) or {len(content["tasks"])} != set(map(len, scores)):
         raise DataError(f"{path}: 'chosen', 'rejected' and 'tasks' must be lists of one length")
+    if not scores[0]:
+        raise DataError(f"{path}: holds no scores")
+    if any(abs(score) > _LARGEST for part in scores for score in part):
+        raise DataError(f"{path}: holds a score beyond {_LARGEST:g}, which no scorer gives")
+    if not all(task is None or isinstance(task, str) for task in content["tasks"]):
+        raise DataError(f"{path}: 'tasks' must be a list of texts and nulls")
     return content
 
 

@@ -219,6 +219,9 @@ def test_scorers_without_scores_of_their_own(cli, tmp_path):
         ("{", "cannot be read as JSON"), ('{"chosen": [], "rejected": []}', "has no 'tasks'"),
         ('{"chosen": [1], "rejected": [], "tasks": []}', "lists of one length"),
         ('{"chosen": [NaN], "rejected": [1], "tasks": [null]}', "must be lists of finite numbers"),
+        ('{"chosen": [], "rejected": [], "tasks": []}', "holds no scores"),
+        ('{"chosen": [1e308], "rejected": [-1e308], "tasks": [null]}', "holds a score beyond 1e+30"),
+        ('{"chosen": [1], "rejected": [0], "tasks": [["a"]]}', "'tasks' must be a list of texts and nulls"),
     ],
 )  # fmt: skip
 def test_scores_of_a_scorer_that_are_broken(cli, tmp_path, text, reason):
