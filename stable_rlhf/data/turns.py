@@ -39,6 +39,22 @@ def ends_of_turn(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     return tuple(dict.fromkeys([end_of_turn(tokenizer), *(int(token) for token in named if token is not None)]))
 
 
+def check_ends(model: Any, where: str) -> None:
+    """Refuse ends in a model's generation configuration that are none; transformers takes them as they come.
+
+    Raises:
+        ValueError: names ``where`` and the field.
+    """
+    config = getattr(model, "generation_config", None)
+    tokens, texts = getattr(config, "eos_token_id", None), getattr(config, "stop_strings", None)
+    tokens = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+    if not all(type(token) is int for token in tokens):
+        raise ValueError(f"{where}: eos_token_id must be a token id or a list of them, got {tokens!r:.80}")
+    texts = texts if isinstance(texts, list | tuple) else [] if texts is None else [texts]
+    if not all(isinstance(text, str) and text for text in texts):  # an empty one would end every response at once
+        raise ValueError(f"{where}: stop_strings must be a text or a list of texts, none empty, got {texts!r:.80}")
+
+
 def ends_in_text(model: Any, stop: Sequence[str] = ()) -> tuple[str, ...]:
     """Every text that ends a sampled response: ``stop``, then what the model's generation configuration names."""
     own = getattr(getattr(model, "generation_config", None), "stop_strings", None) or ()

@@ -7,7 +7,8 @@ more than a warning; here both end the run.
 from __future__ import annotations
 
 import logging as python_logging
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_rlhf.data.jsonl import read_json
+from stable_rlhf.data.records import DataError
 from stable_rlhf.ranks import is_lost_rank
 
 # Unset, transformers asks on the terminal whether a repository's own code shall run, and runs it after a "y".
 OWN_CODE_ALONE = {"trust_remote_code": False}
+# Files of checkpoints that are JSON and no objects.
+_LISTS = ("modules.json",)
 
 
 @contextmanager
@@ -44,9 +49,15 @@ def _missing(location: str | Path) -> str:
 
 
 def broken_file(location: str | Path) -> str | None:
-    """The first safetensors file in a folder that is not whole, and what is wrong with it."""
+    """The first file in a folder that is not whole, and what is wrong with it: JSON that is no object, safetensors."""
     from safetensors import SafetensorError, safe_open
 
+    for path in sorted(Path(location).glob("*.json")):
+        if path.name not in _LISTS:
+            try:
+                read_json(path)
+            except DataError as error:
+                return str(error).removeprefix(f"{path.parent}{os.sep}")
     for path in sorted(Path(location).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -78,7 +89,7 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
     the decoder do not count either: a scorer needs a policy's decoder alone, and the other way round.
 
     Raises:
-        ValueError: the checkpoint does not fit its own configuration, or cannot be read.
+        ValueError: the checkpoint does not fit its own configuration, cannot be read, or holds NaN.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -96,7 +107,20 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
     if is_deepspeed_zero3_enabled():
         with loading(what, location):
             model = auto.from_pretrained(location, **options)
+    if name := first_not_finite(model.named_parameters()):
+        raise ValueError(f"{what}: its weights are not finite: {name} holds NaN or infinity")
     return model
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity. Of weights that other ranks hold nothing is said."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.is_meta:
+            values = tensor.detach()
+            # A sum needs no room beside the weights, and only one that is not finite asks for a closer look.
+            if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
+                return name
+    return None
 
 
 def check_whole(model: Any, what: str, *, besides: str = "") -> None:

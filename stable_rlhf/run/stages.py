@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +20,14 @@ from stable_rlhf.data.turns import end_of_turn, ends_in_text, ends_of_turn
 from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
 from stable_rlhf.engine.order import stream_seed
 from stable_rlhf.models.features import FeatureCache
-from stable_rlhf.models.loading import context_length, load_backbone, load_causal_lm, load_tokenizer, resolve_model
+from stable_rlhf.models.loading import (
+    context_length,
+    load_backbone,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import mean_entropies
 from stable_rlhf.policy.ppo import PPOTrainer
@@ -39,7 +47,7 @@ from stable_rlhf.scorer.comparisons import (
 )
 from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.metarm import encode_responses
-from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings
+from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, check_scorer_folder
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import SAMPLE_PROMPTS, EngineArguments, EvaluateArguments, Recipe
 from stable_rlhf.settings.stages import HOT_TEMPERATURE, PPOArguments, ScorerArguments, SelectArguments
@@ -100,11 +108,31 @@ def sampling_settings(recipe: Recipe, temperature: float) -> GenerationSettings:
 
 
 def check_same_tokenizer(policy: Any, scorer: Any, folder: str) -> None:
-    """The scorer reads the policy's token ids as they are, so both must mean the same by them."""
-    if policy.get_vocab() != scorer.get_vocab() or end_of_turn(policy) != end_of_turn(scorer):
+    """The scorer reads the policy's token ids as they are, so both must mean the same by them.
+
+    Padding may differ, which is masked and often added after training, and so may tokens beyond the policy's embedding.
+    """
+    rows, padding = getattr(policy, "embedding_rows", math.inf), {policy.pad_token, scorer.pad_token}
+    differing = {token for token, index in policy.get_vocab().items() ^ scorer.get_vocab().items() if index < rows}
+    if differing - padding or end_of_turn(policy) != end_of_turn(scorer):
         raise ValueError(
             f"scorer {folder!r} has another tokenizer than the policy, or one that ends a response with another token; "
             "train it on a backbone of the policy's family"
+        )
+
+
+def check_scorer_context(recipe: Recipe, prompts: Sequence[EncodedPrompt], scorer: str) -> None:
+    """What the policy answers must fit the scorer's context, which may be shorter than the policy's own.
+
+    Raises:
+        ValueError: names the scorer, and the settings where they do not fit.
+    """
+    context, new = context_length(load_config(str(check_scorer_folder(scorer)))), recipe.ppo.max_new_tokens
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    if longest + new > context:
+        raise ValueError(
+            f"scorer {scorer!r}: a prompt of {longest} tokens and ppo.max_new_tokens {new} do not fit its context of "
+            f"{context}: lower data.max_prompt_length or ppo.max_new_tokens"
         )
 
 
@@ -333,6 +361,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
     if s.max_candidates:
         prompts = _some(prompts, s.max_candidates, stream_seed(recipe.seed, "candidates"))
+    check_scorer_context(recipe, prompts, scorer)
     model = load_reader(policy, recipe.engine)
     settings = sampling_settings(recipe, recipe.ppo.temperature)
     seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
@@ -404,6 +433,7 @@ def run_ppo(
     with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
         scorer_model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype, num_trainable_layers=layers)
     check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
+    check_scorer_context(recipe, prompts, scorer)
     of_scorer = scorer_model.settings
     if of_scorer.objective != variant.scorer:
         raise ValueError(

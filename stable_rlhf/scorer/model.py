@@ -15,7 +15,7 @@ from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded, encode, last_positions
 from stable_rlhf.data.jsonl import to_json
 from stable_rlhf.data.records import Prompt
-from stable_rlhf.models.checked import load_whole, read_tensors
+from stable_rlhf.models.checked import first_not_finite, load_whole, read_tensors
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_tokenizer, prefer_flash_attention
 from stable_rlhf.models.trunk import Trunk, length_batches
@@ -197,11 +197,8 @@ class AdvantageModel(nn.Module):
         """Load what :meth:`save_pretrained` wrote. A missing path is an error, never a fresh model."""
         from transformers import AutoModel
 
-        folder = Path(folder)
+        folder = check_scorer_folder(folder)
         what = f"scorer {str(folder)!r}"
-        for name in (_SETTINGS_FILE, _HEADS_FILE, "config.json"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{what}: no {name} there; is it a folder that train-scorer wrote?")
         settings = _read_settings(folder / _SETTINGS_FILE)
         backbone = load_whole(AutoModel, str(folder), what, dtype=dtype, use_safetensors=True)
         prefer_flash_attention(backbone, dtype)
@@ -212,8 +209,19 @@ class AdvantageModel(nn.Module):
             raise ValueError(
                 f"{folder / _HEADS_FILE}: has {shapes}, where these settings and this model want {expected}"
             )
+        if name := first_not_finite(heads.items()):
+            raise ValueError(f"{folder / _HEADS_FILE}: {name} holds NaN or infinity")
         model.load_state_dict(heads, strict=False)
         return model.eval()
+
+
+def check_scorer_folder(folder: str | Path) -> Path:
+    """Refuse a folder that holds no scorer, before hours are spent on what it is to score."""
+    folder = Path(folder)
+    for name in (_SETTINGS_FILE, _HEADS_FILE, "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"scorer {str(folder)!r}: no {name} there; is it a folder that train-scorer wrote?")
+    return folder
 
 
 def _read_settings(path: Path) -> ScorerSettings:

@@ -17,9 +17,15 @@ import torch
 from stable_rlhf import models
 from stable_rlhf.data import templates
 from stable_rlhf.data.encoding import Encoded, encode
+from stable_rlhf.data.prompts import EncodedPrompt
+from stable_rlhf.data.records import PromptRow
+from stable_rlhf.models.checked import first_not_finite
 from stable_rlhf.models.loading import load_backbone, load_causal_lm, load_config, load_tokenizer
 from stable_rlhf.rollout.local import GenerationSettings, generate
+from stable_rlhf.run.stages import check_same_tokenizer, check_scorer_context
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
+from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.settings.stages import PPOArguments
 
 
 @pytest.fixture
@@ -80,12 +86,12 @@ def test_tied_weights_and_heads_that_are_not_asked_for_are_no_loss(tiny_model, p
     [
         ("model.safetensors", b"garbage" * 99, r"model\.safetensors: .*header"),
         ("model.safetensors", b"\xff" * 7, r"model\.safetensors: .*header"),
-        ("config.json", b"[]", "cannot be loaded"),
-        ("config.json", b"{", "cannot be loaded"),
+        ("config.json", b"[]", "cannot be loaded: config.json: expected a JSON object, found an array"),
+        ("config.json", b"{", "cannot be loaded: config.json: cannot be read as JSON"),
         ("config.json", b'{"model_type": "llama", "num_hidden_layers": "three"}', "cannot be loaded"),
-        ("tokenizer.json", b"[]", "cannot be loaded"),
-        ("tokenizer_config.json", b"[]", "cannot be loaded"),
-        ("generation_config.json", b"[]", "cannot be loaded"),
+        ("tokenizer.json", b"[]", "cannot be loaded: tokenizer.json: expected a JSON object"),
+        ("tokenizer_config.json", b"[]", "cannot be loaded: tokenizer_config.json: expected a JSON object"),
+        ("generation_config.json", b"[]", "cannot be loaded: generation_config.json: expected a JSON object"),
     ],
 )
 def test_a_broken_file_is_one_line(policy, name, content, said):
@@ -94,6 +100,53 @@ def test_a_broken_file_is_one_line(policy, name, content, said):
         load_tokenizer(str(policy))
         load_causal_lm(str(policy))
     assert str(policy) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"eos_token_id": "abc"}, r"eos_token_id must be a token id or a list of them, got \['abc'\]"),
+        ({"eos_token_id": [[2]]}, "eos_token_id must be"),
+        ({"eos_token_id": [2, True]}, "eos_token_id must be"),
+        ({"eos_token_id": 2.0}, "eos_token_id must be"),
+        ({"stop_strings": 5}, "stop_strings must be"),
+        ({"stop_strings": ["a", ""]}, r"stop_strings must be a text or a list of texts, none empty, got \['a', ''\]"),
+    ],
+)
+def test_ends_of_turns_that_are_none(policy, values, said):
+    change(policy / "generation_config.json", **values)
+    with pytest.raises(ValueError, match=rf"^model '{policy}': generation_config\.json: {said}"):
+        load_causal_lm(str(policy))
+
+
+@pytest.mark.parametrize("values", [{"eos_token_id": [2, 5]}, {"eos_token_id": None}, {"stop_strings": "a"}])
+def test_ends_of_turns_in_every_form(policy, values):
+    change(policy / "generation_config.json", **values)
+    load_causal_lm(str(policy))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(policy, scorer, value):
+    from safetensors.torch import load_file, save_file
+
+    def spoil(path: Path, name: str) -> None:
+        tensors = load_file(path)
+        tensors[name].view(-1)[1 % tensors[name].numel()] = value
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    spoil(policy / "model.safetensors", "model.norm.weight")
+    with pytest.raises(
+        ValueError, match=rf"^model '{policy}': its weights are not finite: model\.norm\.weight holds NaN"
+    ):
+        load_causal_lm(str(policy))
+    spoil(scorer / "heads.safetensors", "expected_head.bias")
+    with pytest.raises(ValueError, match=rf"^{scorer}/heads\.safetensors: expected_head\.bias holds NaN or infinity"):
+        AdvantageModel.from_pretrained(scorer)
+
+
+def test_large_weights_are_finite():
+    assert first_not_finite({"a": torch.full((4,), 3e38), "b": torch.tensor([1])}.items()) is None
+    assert first_not_finite({"a": torch.ones(2), "b": torch.tensor([3e38, float("inf")])}.items()) == "b"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +278,32 @@ def test_a_scorer_reads_tokens_of_a_longer_padded_embedding(tiny_model, tokenize
     tokenizer.unk_token = None
     other = AdvantageModel(tiny_model().base_model, tokenizer).eval()
     assert torch.isfinite(other.score_encoded(padded)).all()
+
+
+def test_padding_and_tokens_of_no_row_make_no_other_tokenizer(tiny_model, policy, tokenizer):
+    late, other = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    late.pad_token = None
+    late.add_special_tokens({"pad_token": "[PAD]"})
+    for one, two in ((late, tokenizer), (tokenizer, late)):
+        check_same_tokenizer(one, two, "scorer")
+    other.add_tokens(["<tool>"])
+    for tokens in (other, late):
+        with pytest.raises(ValueError, match="scorer 'scorer' has another tokenizer"):
+            check_same_tokenizer(other, late if tokens is other else tokenizer, "scorer")
+    other.save_pretrained(policy)
+    check_same_tokenizer(load_tokenizer(str(policy)), tokenizer, "scorer")  # the model has no row for <tool>
+
+
+def test_answers_longer_than_the_scorers_context_are_told_before_they_are_drawn(scorer, tmp_path):
+    change(scorer / "config.json", max_position_embeddings=8)
+    recipe = Recipe(ppo=PPOArguments(max_new_tokens=4))
+    prompts = [EncodedPrompt(PromptRow("p"), list(range(1, n + 1))) for n in (2, 4)]
+    check_scorer_context(recipe, prompts, str(scorer))
+    prompts.append(EncodedPrompt(PromptRow("p"), [1, 2, 3, 4, 5]))
+    with pytest.raises(ValueError, match=rf"^scorer '{scorer}': a prompt of 5 tokens and ppo\.max_new_tokens 4 do not"):
+        check_scorer_context(recipe, prompts, str(scorer))
+    with pytest.raises(ValueError, match=rf"^scorer '{tmp_path}/x': no advantage_model\.json there"):
+        check_scorer_context(recipe, prompts, f"{tmp_path}/x")
 
 
 CONFIG_CODE = """
