@@ -39,6 +39,7 @@ _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # HTTP statuses after 
 _REFUSAL_BYTES = 1 << 16  # of an answer that is no success: more says nothing more
 _SHOWN = 300  # characters of what a server says in an error
 _BLOCK = 1 << 16
+_TELLING = 8  # first letters of a key that are masked with what follows them
 
 # Names of environment variables and of request fields whose values nobody but their owner should see.
 SECRET_NAME = re.compile(
@@ -373,7 +374,7 @@ def _seconds(wished: str) -> float:
 
 
 def _secret(key: str) -> re.Pattern[str]:
-    """Every form in which a server may give the key back."""
+    """Every form in which a server may give the key back, its beginning alone among them."""
     bare = key.removeprefix("Bearer ").removeprefix("Basic ").strip()
     words = {key, bare}
     if key.startswith("Basic "):
@@ -384,6 +385,8 @@ def _secret(key: str) -> re.Pattern[str]:
     for word in filter(None, words):
         raw = word.encode()
         packed = {raw.hex(), *(encode(raw).decode() for encode in (base64.b64encode, base64.urlsafe_b64encode))}
+        if len(word) >= 2 * _TELLING:
+            forms.add("".join(map(_letter, word[:_TELLING])) + r"[^\s\"'<>]*")
         forms |= {"".join(map(_letter, word)), *map(re.escape, packed), *(re.escape(p.rstrip("=")) for p in packed)}
     return re.compile("|".join(sorted(forms, key=len, reverse=True)), re.IGNORECASE)
 

@@ -242,7 +242,7 @@ def test_a_server_that_echoes_the_key(key):
     quoted, packed = urllib.parse.quote(login, safe=""), base64.b64encode(login.encode()).decode()
     forms = [key, login, quoted, quoted.lower(), json.dumps(key), packed, login.partition(":")[2] or login,
              urllib.parse.quote(login), login.replace("/", "\\/"), html.escape(login), login.replace("/", "&#x2F;"),
-             "".join(f"\\u{ord(letter):04X}" for letter in login)]  # fmt: skip
+             "".join(f"\\u{ord(letter):04X}" for letter in login), f"{key[:18]}…"]  # fmt: skip
     said = " ".join(["Incorrect API key", *forms, "end"]).encode()
     reply = {"choices": [{"message": {"content": said.decode()}}]}
     for answer in (http(said, "401 Unauthorized"), http(said, f"401 {key}"), http(said), http(b"", "302", Location=key),
