@@ -21,7 +21,7 @@ enum class Kind : int8_t { ignored = 0, policy = 1, rehearsal = 2 };
 // What the loss of a row is made of; pointers are [n] and may be null where the option is off.
 struct PolicyTerms {
     const Kind* kind;
-    const float* old_logprob;     // policy rows
+    const float* old_logprob;     // policy rows; null: on policy, every ratio is 1
     const float* advantage;       // policy rows
     const float* ref_logprob;     // policy rows; null when kl_coef is 0
     const float* row_weight;      // null: 1

@@ -272,7 +272,7 @@ inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float*
         return;
     }
     const double scale = weight * t.policy_scale, advantage = t.advantage[i];
-    const double log_ratio = logprob - double(t.old_logprob[i]);
+    const double log_ratio = t.old_logprob ? logprob - double(t.old_logprob[i]) : 0.0;
     const double ratio = exp(clamped(log_ratio, t.log_ratio_clamp));
     bool free = fabs(log_ratio) <= t.log_ratio_clamp;
     // In float32, as the reference compares: a ratio at an edge is on the same side for both.

@@ -201,6 +201,7 @@ def _launch(
             HAS_ROW=row is not None,
             HAS_WEIGHTED=weighted is not None,
             HAS_TARGET_LOGIT=target_logit is not None,
+            HAS_OLD_LOGPROB=optional["old_logprob"] is not None,
             HAS_ROW_WEIGHT=optional["row_weight"] is not None,
             SOFTCAP=bool(softcap),
             KL=int(config.kl_estimator[1]) if config.kl_coef != 0.0 else 0,

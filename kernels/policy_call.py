@@ -158,8 +158,8 @@ def _totals_kernel(
     kind_ptr, logprob_ptr, entropy_ptr, old_logprob_ptr, advantage_ptr, ref_logprob_ptr, row_weight_ptr,
     policy_denominator_ptr, rehearsal_denominator_ptr, counts_ptr, notes_ptr, loss_ptr, metrics_ptr, rows,
     low, high, dual_clip, clamp, kl_coef, entropy_coef, rehearsal_coef,
-    HAS_ROW_WEIGHT: tl.constexpr, KL: tl.constexpr, DUAL: tl.constexpr, LATE: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_OLD_LOGPROB: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr, KL: tl.constexpr, DUAL: tl.constexpr,
+    LATE: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and metrics. LATE: rows of kind 0 are among them, whose log-prob and entropy become 0, and values that the
     host has not seen: the loss is NaN where `select` found one wrong."""
@@ -183,12 +183,16 @@ def _totals_kernel(
         if LATE:
             tl.store(logprob_ptr + at, logprob, mask=inside)
             tl.store(entropy_ptr + at, entropy, mask=inside)
-        old = tl.load(old_logprob_ptr + at, mask=policy, other=0.0)
+        old = logprob
+        if HAS_OLD_LOGPROB:
+            old = tl.load(old_logprob_ptr + at, mask=policy, other=0.0)
         advantage = tl.load(advantage_ptr + at, mask=policy, other=0.0)
         weight = tl.full((BLOCK,), 1.0, tl.float32)
         if HAS_ROW_WEIGHT:
             weight = tl.load(row_weight_ptr + at, mask=taking_part, other=0.0)
-        known = _is_finite(old) & _is_finite(advantage) & _is_finite(weight)
+        known = _is_finite(advantage) & _is_finite(weight)
+        if HAS_OLD_LOGPROB:
+            known = known & _is_finite(old)
         log_ratio = tl.minimum(tl.maximum(logprob - old, -clamp), clamp)
         ratio = tl.exp(log_ratio)
         unclipped = ratio * advantage
@@ -238,15 +242,16 @@ def totals(rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig) 
     loss, metrics = state.logprob.new_empty(()), state.logprob.new_empty(6)
     late = rows.policy_count is None
     kl = int(config.kl_estimator[1]) if config.kl_coef != 0.0 else 0
-    optional = (state.logprob if x is None else x.contiguous() for x in (terms.ref_logprob, terms.row_weight))
+    per_row = (terms.old_logprob, terms.advantage, terms.ref_logprob, terms.row_weight)
     with torch.cuda.device_of(loss):
         _totals_kernel[(1,)](
-            rows.kind, state.logprob, state.entropy, terms.old_logprob.contiguous(), terms.advantage.contiguous(),
-            *optional,
+            rows.kind, state.logprob, state.entropy,
+            *(state.logprob if x is None else x.contiguous() for x in per_row),
             terms.policy_denominator, terms.rehearsal_denominator, rows.counts, notes(loss.device), loss, metrics,
             rows.kind.numel(), 1.0 - config.clip_low, 1.0 + config.clip_high, config.dual_clip or math.inf,
             config.log_ratio_clamp, float(config.kl_coef), float(config.entropy_coef), float(config.rehearsal_coef),
-            HAS_ROW_WEIGHT=terms.row_weight is not None, KL=kl, DUAL=config.dual_clip is not None, LATE=late,
+            HAS_OLD_LOGPROB=terms.old_logprob is not None, HAS_ROW_WEIGHT=terms.row_weight is not None, KL=kl,
+            DUAL=config.dual_clip is not None, LATE=late,
             TERMS=_KL_TERMS, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return loss, metrics, rows.counts[1:3]

@@ -321,6 +321,7 @@ def row_kernel(
     HAS_ROW: tl.constexpr,
     HAS_WEIGHTED: tl.constexpr,
     HAS_TARGET_LOGIT: tl.constexpr,
+    HAS_OLD_LOGPROB: tl.constexpr,
     HAS_ROW_WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KL: tl.constexpr,
@@ -369,7 +370,9 @@ def row_kernel(
         target_x = tl.load(logits + wanted, mask=here, other=0.0).to(tl.float32)
         if TERMS:
             kind = tl.load(kind_ptr + i)
-            old_logprob = tl.load(old_logprob_ptr + i)
+            old_logprob = 0.0
+            if HAS_OLD_LOGPROB:
+                old_logprob = tl.load(old_logprob_ptr + i)
             advantage = tl.load(advantage_ptr + i)
             ref_logprob = 0.0
             if KL != 0:
@@ -416,6 +419,8 @@ def row_kernel(
                 tl.store(target_logit_ptr + i, tl.where(here, apart, 0.0))
             distance_scale = scale
             if TERMS:
+                if not HAS_OLD_LOGPROB:  # on policy
+                    old_logprob = logprob
                 c, e = _coefficients(
                     logprob, kind, old_logprob, advantage, ref_logprob, weight, policy_denominator,
                     rehearsal_denominator, log_low, log_high, log_dual, clamp, kl_coef, entropy_coef, rehearsal_coef,

@@ -146,3 +146,25 @@ def fused_of(case, config, **extra):
 
 def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def on_policy_is_its_own_log_probs(backend: str, config: PolicyLossConfig) -> None:
+    """Without old log-probs the loss is the one with the log-probs that come out, given as constants."""
+    case = make_case(37, 31)
+    given = {name: case[name] for name in ("advantage", "ref_logprob", "row_weight")}
+
+    def run(old):
+        leaves = [case[name].detach().clone().requires_grad_() for name in ("hidden", "weight")]
+        with ops.backend(backend):
+            out = ops.linear_policy_loss(
+                *leaves, case["target"], case["kind"], old_logprob=old, config=config, **given
+            )  # fmt: skip
+        out.loss.backward()
+        return out, [leaf.grad for leaf in leaves]
+
+    out, gradients = run(None)
+    again, want = run(out.logprob.detach())
+    for ours, theirs in zip([out.loss.detach(), *gradients], [again.loss.detach(), *want], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert float(out.metrics["clip_fraction"]) == 0.0 and float(out.metrics["max_ratio"]) == 1.0
+    assert float(out.metrics["approx_kl"]) == 0.0 and gradients[0].any()

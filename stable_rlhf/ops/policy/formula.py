@@ -154,7 +154,7 @@ class RowState:
 class Terms:
     """What the loss of the active rows is made of, besides their log-probs. Rows that are not policy rows hold 0."""
 
-    old_logprob: Tensor  # [A]
+    old_logprob: Tensor | None  # [A]; None: on policy, the log-probs themselves
     advantage: Tensor  # [A]
     ref_logprob: Tensor | None  # [A]; None when kl_coef is 0
     row_weight: Tensor | None  # [A]
@@ -163,10 +163,10 @@ class Terms:
 
     def cut(self, part: slice) -> Terms:
         """The terms of some rows, with the same denominators."""
-        ref, weight = self.ref_logprob, self.row_weight
+        old, ref, weight = self.old_logprob, self.ref_logprob, self.row_weight
         return replace(
             self,
-            old_logprob=self.old_logprob[part],
+            old_logprob=None if old is None else old[part],
             advantage=self.advantage[part],
             ref_logprob=None if ref is None else ref[part],
             row_weight=None if weight is None else weight[part],
@@ -182,7 +182,7 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     policy = rows.kind == Kind.POLICY
     for name in ("old_logprob", "advantage", "ref_logprob"):
         values = rows.take(name, getattr(call, name), dtype)
-        if name == "ref_logprob" and config.kl_coef == 0.0:
+        if (name == "ref_logprob" and config.kl_coef == 0.0) or (name == "old_logprob" and values is None):
             continue
         if values is None and rows.policy_count is None:
             raise ValueError(f"{name}: required, since only the device knows whether there are policy rows")
@@ -204,9 +204,7 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
             ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count, device_counts[1]),
         )
     ]
-    return Terms(
-        terms["old_logprob"], terms["advantage"], terms.get("ref_logprob"), weight, denominators[0], denominators[1]
-    )
+    return Terms(terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators)
 
 
 def _denominator(
@@ -243,7 +241,7 @@ def row_losses(
     weight; the clamped log-ratio; and whether the row is clipped."""
     clamp = config.log_ratio_clamp
     policy = kind == Kind.POLICY
-    log_ratio = (logprob - terms.old_logprob).clamp(-clamp, clamp)
+    log_ratio = (logprob - (logprob.detach() if terms.old_logprob is None else terms.old_logprob)).clamp(-clamp, clamp)
     ratio = log_ratio.exp()
     unclipped = ratio * terms.advantage
     surrogate = torch.minimum(unclipped, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * terms.advantage)
@@ -267,7 +265,7 @@ def coefficients(kind: Tensor, logprob: Tensor, terms: Terms, config: PolicyLoss
     """d loss / d logprob and d loss / d entropy of each row [A]: the derivatives of `row_losses` over the denominators,
     for code that runs below autograd."""
     clamp = config.log_ratio_clamp
-    log_ratio = logprob - terms.old_logprob
+    log_ratio = torch.zeros_like(logprob) if terms.old_logprob is None else logprob - terms.old_logprob
     ratio, advantage = log_ratio.clamp(-clamp, clamp).exp(), terms.advantage
     held = log_ratio.abs() > clamp
     held |= (advantage > 0) & (ratio > 1.0 + config.clip_high)

@@ -58,7 +58,9 @@ def linear_policy_loss(
         kind: [...] integer, 0 ignored, 1 policy token, 2 rehearsal token, or a mask of bool or float, which counts as 0
             and 1; None: 1 where target is not -100. A row is active when its kind is not 0 and its target not -100; no
             other row reaches a product.
-        old_logprob, advantage: [...], required when there are policy rows, and read there only.
+        old_logprob: [...], read where there are policy rows only; None: on policy, where it is log pi itself, so that
+            every ratio is 1 and its gradient that of log pi.
+        advantage: [...], required when there are policy rows, and read there only.
         ref_logprob: [...], required when kl_coef is not 0 and there are policy rows, and read there only.
         bias: [V] or None.
         row_weight: [...] factor on each row's whole term; None: 1. This and advantage may be [B] or [B, 1] beside a

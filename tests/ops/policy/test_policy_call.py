@@ -9,7 +9,7 @@ import torch
 
 import stable_rlhf.ops as ops
 from helpers.interpreter import interpreted, not_interpreted, run_interpreted
-from helpers.policy_cases import CONFIGS, make_case
+from helpers.policy_cases import CONFIGS, make_case, on_policy_is_its_own_log_probs
 from stable_rlhf.ops import PolicyLossConfig, flags
 from stable_rlhf.ops.policy.formula import RowState, gather_terms, select_rows, total_loss
 from stable_rlhf.ops.policy.fused import COUNTS, METRICS
@@ -261,11 +261,17 @@ def test_late_log_probs(monkeypatch):
 
 
 @interpreted
-def test_log_probs_from_old_code_paths_need_old_logprob(monkeypatch):
+def test_where_the_kinds_are_not_known_advantages_are_required(monkeypatch):
     case = make_case(5, VOCABULARY, kinds=(2,))
     late(monkeypatch)
-    with ops.backend("triton"), pytest.raises(ValueError, match="old_logprob: required, since only the device knows"):
+    with ops.backend("triton"), pytest.raises(ValueError, match="advantage: required, since only the device knows"):
         ops.linear_policy_loss(case["hidden"], case["weight"], case["target"], case["kind"], active_rows=5)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_on_policy(name):
+    on_policy_is_its_own_log_probs("triton", CONFIGS[name])
 
 
 def test_a_wrong_count_is_an_error_on_a_cpu():

@@ -39,7 +39,6 @@ BAD = [
     ({"kind": torch.tensor([1, 2, 3, 0])}, ValueError, "kind: 3 at row 2"),
     ({"kind": torch.tensor([1.0, 2.0, 1.0, 0.0])}, ValueError, "kind: 2.0 at row 1; a mask of floats"),
     ({"kind": torch.tensor([1, 2, 1])}, ValueError, "kind: shape"),
-    ({"old_logprob": None}, ValueError, "old_logprob: required"),
     ({"advantage": None}, ValueError, "advantage: required"),
     ({"advantage": torch.ones(3)}, ValueError, "advantage: shape"),
     ({"advantage": torch.tensor([1.0, 0.0, math.nan, 0.0])}, ValueError, "advantage: non-finite"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.policy_cases import make_case
+from helpers.policy_cases import CONFIGS, make_case, on_policy_is_its_own_log_probs
 from stable_rlhf.ops import PolicyLossConfig
 
 BATCH, LENGTH, VOCABULARY = 4, 9, 31
@@ -156,6 +156,12 @@ def test_an_unscored_policy_token_is_named(backend, value):
     case["old_logprob"][0, 3] = value
     with pytest.raises(ValueError, match=r"old_logprob: non-finite value .* at position 3"):
         run(backend, case)
+
+
+@backends
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_old_log_probs_on_policy(backend, name):
+    on_policy_is_its_own_log_probs(backend, CONFIGS[name])
 
 
 @backends
