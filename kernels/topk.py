@@ -10,7 +10,7 @@ the rows that do. One pass collects these, in a bucket for each cluster; one pro
 by score first, by index where scores tie. What was kept is a bit a row, from which the ascending indices are written.
 
 By all digits, where buckets would be large or one has overflown (many equal scores): the radix selection over all 64
-bits of all rows, 8 passes.
+bits of all rows, 8 passes, or 16 of half the digits where counters for 8 bits would be too many.
 """
 
 from __future__ import annotations
