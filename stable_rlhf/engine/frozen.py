@@ -61,8 +61,9 @@ def set_up(module: Any, arguments: EngineArguments) -> None:
     """Let a module compute as the engine's settings say, where nobody has said otherwise."""
     if arguments.packing:
         module.trunk.pack()
-    if isinstance(module, PolicyModel) and module.workspace_bytes is None:
-        module.workspace_bytes = arguments.loss_workspace_mib << 20
+    bound = arguments.loss_workspace_mib
+    if isinstance(module, PolicyModel) and module.workspace_bytes is None and bound is not None:
+        module.workspace_bytes = bound << 20
 
 
 def read_only(module: Any, arguments: EngineArguments) -> Any:

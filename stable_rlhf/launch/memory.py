@@ -27,7 +27,8 @@ Symbols, all of one device unless said otherwise; every figure is in bytes:
                   Then the final norm, T·h·(2e + 4), and what backward holds on its way, T·e·(2h + 2f)
     communication ZeRO 1 and 2: e · reduce_bucket_size during an update; ZeRO 3: that buffer all the time, and during an
                   update the weights gathered at once, e · min(Q, max_live_parameters), the head at least
-    loss          linear_policy_loss: logits of a chunk of rows, min(loss_workspace_mib, rows·V·e), one row at least;
+    loss          linear_policy_loss: logits of a chunk of rows, min(loss_workspace_mib, rows·V·e), one row at least
+                  (without the setting what a GPU of 80 GB takes: 4·V·h or 3.2 GB, 1 GiB where no head trains);
                   the gradient of hidden states, rows·e·h; where the head trains its gradient, e·V·h, and where the
                   rows need several chunks in 16 bits their float32 sum, 4·V·h
     metarm        with unlabelled responses: the gradient of its ascent, 4·R, and the weights from before it while the
@@ -239,6 +240,13 @@ def loss_bytes(m: ModelSizes, rows: int, itemsize: int, bound: int) -> int:
     return chunk + rows * itemsize * m.hidden + head
 
 
+def _loss_bound(m: ModelSizes, engine: EngineArguments) -> int:
+    """The bound on the loss's logits: the setting, or what ``ops.policy.chunks`` takes on a GPU of 80 GB."""
+    if engine.loss_workspace_mib is not None:
+        return engine.loss_workspace_mib << 20
+    return max(4 * m.vocabulary * m.hidden, 32 * 10**8) if m.trains_head else GIB
+
+
 def _stage(engine: EngineArguments) -> int:
     # As the engine does: without ZeRO there is no right optimiser for 16 bits.
     return max(engine.zero_stage, 1) if engine.half else engine.zero_stage
@@ -345,7 +353,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
         whole = _policy_sizes(recipe, None)
         rows = recipe.sft.per_device_train_batch_size
         moments.append(Moment("sft", "loading", {"loading": _loading([whole], engine, world_size)}))
-        loss = loss_bytes(whole, rows * longest, e, engine.loss_workspace_mib << 20)
+        loss = loss_bytes(whole, rows * longest, e, _loss_bound(whole, engine))
         moments += _training_moments("sft", whole, engine, world_size, rows, longest, **{"loss": loss})
     pairs = 2 * recipe.scorer.per_device_train_batch_size  # chosen and rejected
     moments.append(Moment("scorer", "loading", {"loading": _loading([scorer], engine, world_size)}))
@@ -390,7 +398,7 @@ def estimate(recipe: Recipe, *, world_size: int, devices_per_node: int) -> Estim
     old = ppo.per_device_rehearsal_batch_size if rehearsal else 0
     rows, length = ppo.per_device_train_batch_size + old, max(rolled, longest if old else 0)
     active = ppo.per_device_train_batch_size * ppo.max_new_tokens + old * length
-    loss = loss_bytes(policy, active, e, engine.loss_workspace_mib << 20)
+    loss = loss_bytes(policy, active, e, _loss_bound(policy, engine))
     moments += _training_moments("ppo", policy, engine, world_size, rows, length, **frozen, loss=loss)
     judge = e * scorer.parameters if recipe.evaluate.judge == "scorer" else 0
     items = {"weights": reader, "frozen": reader + judge, "generation": answering} | live

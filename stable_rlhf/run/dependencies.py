@@ -78,6 +78,8 @@ class Dependencies:
         values = self.recipe.as_dict()
         values["evaluate"] = decisive(values["evaluate"])
         values["iterate"]["rounds"] = None  # a round is the same whether or not others follow it
+        if values["engine"]["loss_workspace_mib"] is None:
+            values["engine"]["loss_workspace_mib"] = 256  # as folders say that were made when this was the default
         if self.alone or self.recipe.model_name_or_path is not None:  # the world's own files follow from its stage
             values["data"]["contents"] = contents(self.recipe.data)
         return values

@@ -117,7 +117,7 @@ class EngineArguments:
             token, far slower, for policies that one device cannot hold.
         ema_decay: Also keep the moving average of the policy's weights with this decay, in `ema` beside it (0: none).
         loss_workspace_mib: Memory for the logits of the policy's loss, in MiB; with less it makes them in more parts,
-            which takes longer.
+            which takes longer (none: 256 on a CPU; on a GPU as much as the sum over parts would take, or 4 % of it).
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -137,7 +137,7 @@ class EngineArguments:
     offload_frozen: bool = False
     ds3_gather_for_generation: bool = True
     ema_decay: ShareBelowOne = 0.0
-    loss_workspace_mib: Mebibytes = 256
+    loss_workspace_mib: Mebibytes | None = None
 
     @property
     def half(self) -> bool:

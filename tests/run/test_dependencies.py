@@ -50,6 +50,8 @@ def test_every_kind_of_stage_is_here():
 def test_records_hold_what_they_held(name):
     recipe = Recipe(model_name_or_path="m", scorer_model_name_or_path="s", seed=3)
     sections, kind = recipe.as_dict(), getattr(kinds, name)
+    assert sections["engine"]["loss_workspace_mib"] is None
+    sections["engine"]["loss_workspace_mib"] = 256  # the default of then, which folders hold
     for alone, names in zip((False, True), RECORDED[name], strict=True):
         if names is None:
             continue
