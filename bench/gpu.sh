@@ -7,12 +7,14 @@ set -uo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bench/gpu.sh run1|run2 [--output-dir DIR] [--python PYTHON] [--sources] [--tuned FILE] [--seconds N] [--dry-run]
+usage: bench/gpu.sh run1|run2 [--output-dir DIR] [--python PYTHON] [--sources] [--tuned FILE] [--steps "A B ..."]
+                    [--seconds N] [--dry-run]
 
   --output-dir DIR  at most eight files from both runs (default bench/results/gpu; runs/gpu-dry with --dry-run)
   --python PYTHON   the interpreter (default: $PYTHON, else python3)
   --sources         the sources as package: nothing is built or installed, the C++ module is left out
   --tuned FILE      run2: a table of tuned choices, as run 1 leaves it (default: kernels/tuned.json)
+  --steps "A B"     only these steps, in the order of the run (its files are written anew)
   --seconds N       for everything (default 280; 1500 with --dry-run)
   --dry-run         every step without a GPU: tiny shapes on the CPU, the Triton kernels in the interpreter
 
@@ -27,13 +29,14 @@ root=$PWD run='' output='' python=${PYTHON:-python3} seconds='' sources=0 dry=()
 while [ $# -gt 0 ]; do
     case $1 in
         run1 | run2) run=$1; shift ;;
-        --output-dir | --python | --seconds | --tuned)
+        --output-dir | --python | --seconds | --tuned | --steps)
             [ $# -ge 2 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
             case $1 in
                 --output-dir) output=$2 ;;
                 --python) python=$2 ;;
                 --seconds) seconds=$2 ;;
-                --tuned) more=(--tuned "$(realpath "$2")") ;;
+                --tuned) more+=(--tuned "$(realpath "$2")") ;;
+                --steps) read -r -a steps <<<"$2"; more+=(--steps "${steps[@]}") ;;
             esac
             shift 2 ;;
         --sources) sources=1; shift ;;
@@ -59,7 +62,7 @@ trap 'rm -rf "$scratch"' EXIT
 . bench/gpu/package.sh
 if [ $sources = 1 ]; then use_sources "$root" "$scratch"; fi
 use_wheels "$python" "$root/bench/wheels" "$scratch/peers"
-export BENCH_ROOT=$root PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export BENCH_ROOT=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 left=$((seconds - SECONDS))

@@ -44,9 +44,7 @@ def _linear(dtype: torch.dtype, vocabulary: int, chunks: int, everything: bool =
         v = vocabulary // smaller | (vocabulary & 1)  # odd stays odd
         hidden, weight = normal(rows, width).to(dtype), (normal(v, width) * 0.4).to(dtype)
         target = (normal(rows).abs() * 1e4).long() % v
-        kind = (
-            torch.arange(rows, device=device) * 7 % 4 % 3
-        )  # half of the rows policy, a quarter rehearsal, the rest none
+        kind = torch.arange(rows, device=device) * 7 % 4 % 3  # two rows of no kind, then one of each
         given: dict[str, Any] = {"old_logprob": normal(rows) * 0.3 - 6.0, "advantage": normal(rows)}
         if everything:
             config = PolicyLossConfig(kl_coef=0.1, kl_estimator="k3", entropy_coef=0.01, softcap=9.0, dual_clip=3.0)

@@ -1,7 +1,7 @@
 # Functions of bench/gpu.sh and bench/gpu_study.sh: the package from its sources, and wheels without a network.
 
 # use_sources ROOT SCRATCH: a package without its C++ module in SCRATCH, which is the working folder afterwards: the root's
-# own stable_rlhf folder, which lacks the kernels, would come first.
+# own stable_rlhf folder, which lacks the kernels, would come first. So it would in tests, which are copied too.
 use_sources() {
     cp -r "$1/stable_rlhf" "$2/stable_rlhf"
     rm -f "$2"/stable_rlhf/_C.*  # of another Python, or another machine
@@ -9,6 +9,7 @@ use_sources() {
     cp -r "$1/recipes" "$2/stable_rlhf/recipes"
     ln -s "$1/bench" "$2/bench"
     ln -s "$1/recipes" "$2/recipes"
+    cp -r "$1/tests" "$1/pyproject.toml" "$2/"
     export PYTHONPATH="$2${PYTHONPATH:+:$PYTHONPATH}"
     cd "$2" || exit 1
 }

@@ -16,11 +16,14 @@ FAIL = "BENCH_GPU_FAIL"  # the hook of the tests: "step=raise", "step=die" or "s
 
 @dataclass(frozen=True)
 class Plan:
-    """Args:
-    dry: every step without a GPU, at sizes for that.
-    output: the folder of what a run leaves, eight files at most.
-    tuned: a table of tuned choices to measure beside the defaults, and that run 1 proposes.
-    deadline: by `time.time()`, when the whole run has to be over.
+    """One run.
+
+    Args:
+        run: run1 or run2.
+        dry: every step without a GPU, at sizes for that.
+        output: the folder of what a run leaves.
+        tuned: a table of tuned choices to measure beside the defaults.
+        deadline: when the whole run has to be over, by `time.time()`.
     """
 
     run: str

@@ -105,12 +105,7 @@ def ends(tmp_path, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raise", "die"])
 def test_a_step_that_fails_is_reported_and_the_next_one_runs(how, tmp_path):
-    steps = ["--steps", "facts", "addmm", "profile"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "run1", "--dry-run", "--output-dir", str(tmp_path), *steps],
-        cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600, env={**os.environ, FAIL: f"addmm={how}"},
-    )  # fmt: skip
-    told = done.stdout + done.stderr[-3000:]
+    done, told = walk(tmp_path, "run1", "--steps", "facts addmm profile", **{FAIL: f"addmm={how}"})
     assert done.returncode == 1, told
     _records, found = ends(tmp_path, "run1")
     assert {step for step, end in found.items() if end["status"] == "failed"} == {"addmm"}, told
