@@ -65,6 +65,15 @@ def test_inductor(backend):
 
 
 @not_interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST)
+def test_inductor_of_every_operation(name, backend):
+    case = CASES[name]
+    for x, y in zip(run(case, torch.compile(case.call, fullgraph=True)), run(case), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@not_interpreted
 @pytest.mark.parametrize("name", FIRST)
 def test_operators_promise_the_strides_they_give(name, backend, calls):
     """Columns first or with gaps, as torch.compile's own code asserts of what an operator gives."""
