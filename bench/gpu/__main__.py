@@ -29,8 +29,7 @@ STEPS = {
         "propose",
         "profile",
         "correctness",
-        "memcheck",
-        "racecheck",
+        "sanitizer",
     ),
     "run2": ("facts", "tuned", "peers", "small", "kmeans", "update", "compiled", "tests"),
 }

@@ -78,8 +78,10 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
         "against float64",
         (("case", field("case")), ("error", field("error")), ("allowed", field("allowed")), ("right", field("right"))),
     ),
-    "memcheck": ("memcheck", (("tool", field("tool")), ("status", field("status")), ("told", field("told")))),
-    "racecheck": ("racecheck", (("tool", field("tool")), ("status", field("status")), ("told", field("told")))),
+    "sanitizer": (
+        "compute-sanitizer on tiny inputs",
+        (("tool", field("tool")), ("status", field("status")), ("told", field("told"))),
+    ),
     "peers": ("peers", LINE),
     "compiled": ("torch.compile", LINE),
     "small": ("the other operations", LINE),
