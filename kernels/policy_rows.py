@@ -343,46 +343,24 @@ def row_kernel(
     else:  # a thread reads single logits, beside those of its neighbours
         lanes = tl.arange(0, R)[:, None] + tl.arange(0, LANES)[None, :] * R
     last = (vocabulary - 1) // BLOCK
-    if TERMS:
-        policy_denominator = tl.load(policy_denominator_ptr)
-        rehearsal_denominator = tl.load(rehearsal_denominator_ptr)
 
     first = tl.program_id(0)
-    next_row = first.to(tl.int64)
+    next_row = first
     if HAS_ROW:
-        next_row = tl.load(row_ptr + first)
+        next_row = tl.load(row_ptr + first).to(tl.int32)
     near, far = _load_block(logits_ptr + next_row * row_width, lanes, vocabulary, HALF, "")
-    for at in range(first, count, tl.num_programs(0)):
-        i = tl.cast(at, tl.int64)
+    for i in range(first, count, tl.num_programs(0)):
         row = next_row
         # Where there is no next row nothing of it is read.
-        next_limit = tl.where(at + tl.num_programs(0) < count, vocabulary, 0)
+        next_limit = tl.where(i + tl.num_programs(0) < count, vocabulary, 0)
         next_row = i + tl.num_programs(0)
         if HAS_ROW:
-            next_row = tl.load(row_ptr + next_row, mask=next_limit > 0, other=0)
+            next_row = tl.load(row_ptr + next_row, mask=next_limit > 0, other=0).to(tl.int32)
         logits = logits_ptr + row * row_width
         to_next = (next_row - row) * row_width
-        # All of a row's numbers are asked for now, so that nobody waits for them at its end.
         scale = tl.load(inverse_temperature_ptr + i)
-        wanted = tl.load(target_ptr + i)
-        here = (wanted >= 0) & (wanted < vocabulary)
-        wanted = tl.where(here, wanted, 0).to(tl.int32)
-        target_x = tl.load(logits + wanted, mask=here, other=0.0).to(tl.float32)
-        if TERMS:
-            kind = tl.load(kind_ptr + i)
-            old_logprob = 0.0
-            if HAS_OLD_LOGPROB:
-                old_logprob = tl.load(old_logprob_ptr + i)
-            advantage = tl.load(advantage_ptr + i)
-            ref_logprob = 0.0
-            if KL != 0:
-                ref_logprob = tl.load(ref_logprob_ptr + i)
-            weight = 1.0
-            if HAS_ROW_WEIGHT:
-                weight = tl.load(row_weight_ptr + i)
-        target_slope = 1.0
-        if SOFTCAP:
-            target_x, target_slope = _softcapped(target_x, softcap)
+        target = tl.load(target_ptr + i)
+        target = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)
 
         if STATISTICS:
             power = scale * _LOG2_E
@@ -397,17 +375,35 @@ def row_kernel(
                     False,
                 )  # fmt: skip
                 near, far = next_near, next_far
+            # What a row needs once arrives while its last block is worked on; until here it would take registers.
+            target_x = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
+            if TERMS:
+                policy_denominator = tl.load(policy_denominator_ptr)
+                rehearsal_denominator = tl.load(rehearsal_denominator_ptr)
+                kind = tl.load(kind_ptr + i)
+                old_logprob = 0.0
+                if HAS_OLD_LOGPROB:
+                    old_logprob = tl.load(old_logprob_ptr + i)
+                advantage = tl.load(advantage_ptr + i)
+                ref_logprob = 0.0
+                if KL != 0:
+                    ref_logprob = tl.load(ref_logprob_ptr + i)
+                weight = 1.0
+                if HAS_ROW_WEIGHT:
+                    weight = tl.load(row_weight_ptr + i)
             top_lane, rest_lane, weighted_lane = _add_block(
                 near, far, lanes, vocabulary - last * BLOCK, power, softcap, top_lane, rest_lane, weighted_lane, HALF,
                 DTYPE, SOFTCAP, True,
             )  # fmt: skip
             # Distances from the maximum before they are scaled: the target's is exactly 0 where it is the maximum.
             top, rest, mean = _join(top_lane, rest_lane, weighted_lane, power)
+            if SOFTCAP:
+                target_x, target_slope = _softcapped(target_x, softcap)
             apart = (target_x - top) * scale
             log_sum = _log1p(rest)
             entropy = log_sum - mean
             target_logprob = apart - log_sum
-            logprob = tl.where(here, target_logprob, 0.0)
+            logprob = tl.where(target >= 0, target_logprob, 0.0)
             inverse_sum = 1.0 / (1.0 + rest)
             tl.store(logprob_ptr + i, logprob)
             tl.store(entropy_ptr + i, entropy)
@@ -416,7 +412,7 @@ def row_kernel(
             if HAS_WEIGHTED:
                 tl.store(weighted_ptr + i, mean)
             if HAS_TARGET_LOGIT:
-                tl.store(target_logit_ptr + i, tl.where(here, apart, 0.0))
+                tl.store(target_logit_ptr + i, tl.where(target >= 0, apart, 0.0))
             distance_scale = scale
             if TERMS:
                 if not HAS_OLD_LOGPROB:  # on policy
@@ -437,11 +433,14 @@ def row_kernel(
             entropy = tl.load(entropy_ptr + i)
             c = tl.load(coefficient_ptr + i)
             e = tl.load(entropy_coefficient_ptr + i)
+            target_x = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
+            if SOFTCAP:
+                target_x, target_slope = _softcapped(target_x, softcap)
             target_logprob = (_times(target_x, scale) - top) - log_sum
             inverse_sum = _exp(-log_sum)
 
         if GRADIENT:
-            gradient = gradient_ptr + row * gradient_stride * UNIT
+            gradient = gradient_ptr + tl.cast(gradient_stride, tl.int64) * UNIT * row
             # In place, every thread must have read the target's logit before one of them overwrites it.
             tl.debug_barrier()
             if (c == 0.0) & (e == 0.0):
@@ -457,6 +456,13 @@ def row_kernel(
                 if ENTROPY:  # log p + H = (z - max) + (H - log_sum)
                     slope -= shared * e * (entropy - log_sum)
                     slope_by_distance = -shared * e * distance_scale
+                # The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1.
+                at_target = -c * _expm1(target_logprob)
+                if ENTROPY:
+                    at_target -= e * _exp(target_logprob) * (target_logprob + entropy)
+                at_target = at_target * scale
+                if SOFTCAP:
+                    at_target = at_target * target_slope
                 for step in range(0, last + 1):
                     k = last - step if STATISTICS else step
                     after = k - 1 if STATISTICS else k + 1
@@ -474,12 +480,7 @@ def row_kernel(
                     )  # fmt: skip
                     _store_block(gradient + k * BLOCK, g_near, g_far, lanes, vocabulary - k * BLOCK, HALF)
                     near, far = next_near, next_far
-                # The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1.
-                at_target = -c * _expm1(target_logprob)
-                if ENTROPY:
-                    at_target -= e * _exp(target_logprob) * (target_logprob + entropy)
-                at_target = at_target * scale * target_slope
                 tl.debug_barrier()
-                tl.store(gradient + wanted, at_target.to(OUT), mask=here)
+                tl.store(gradient + target, at_target.to(OUT), mask=target >= 0)
         else:
             near, far = _load_block(logits + to_next, lanes, next_limit, HALF, "")

@@ -251,7 +251,7 @@ def test_policy_rows_of_any_width(softcap, capability, tmp_path, record_property
     """Rows whose width is odd and whose beginnings lie anywhere: narrow loads, but as many programs as at best."""
     from stable_rlhf.kernels.policy import launch_shape
 
-    for vocabulary in (1000, 8191, 25001, 50257):
+    for vocabulary in (1000, 50257):
         shape = launch_shape(vocabulary, torch.bfloat16, softcap)
         code = row_code(shape, "bf16", "bf16", {**PLAIN, "SOFTCAP": softcap}, capability, tmp_path, ())
         record_property("resources", {"block": shape.block, **code.resources})
