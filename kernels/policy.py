@@ -123,6 +123,12 @@ def block_of(shape: RowLaunch, dtype: torch.dtype, aligned: bool) -> int:
     return shape.block if aligned else min(shape.block, shape.warps * 32 * 32 // dtype.itemsize)
 
 
+def registers_of(shape: RowLaunch) -> int | None:
+    """The most registers a thread, so that as many programs as wanted fit a multiprocessor; for one alone the compiler
+    knows."""
+    return None if shape.residency == 1 else min(255, 65536 // (32 * shape.warps * shape.residency))
+
+
 def _programs(device: torch.device, each: int) -> int:
     """Programs that run at once on a device, `each` on a multiprocessor."""
     if device.type != "cuda":
@@ -210,7 +216,7 @@ def _launch(
             BLOCK=block_of(shape, logits.dtype, aligned),
             LANES=lanes,
             num_warps=shape.warps,
-            maxnreg=min(255, 65536 // (32 * shape.warps * shape.residency)),
+            maxnreg=registers_of(shape),
         )
 
 

@@ -20,12 +20,9 @@ pytestmark = [
 ]
 
 
-def holds(code, residency, shared=4096, stack=0):
-    """Nothing is spilled, or so many bytes of what is needed once a row; and so many programs fit a multiprocessor at a
-    time."""
-    assert code.registers > 0 and code.shared <= shared and code.local == 0 and code.stack <= stack, code.resources
-    assert not any(x.spills for loop in code.loops for x in loop.instructions), "spilled in a loop"
-    assert stack or not code.spills, code.resources
+def holds(code, residency, shared=4096):
+    """Nothing is spilled, and so many programs fit a multiprocessor at a time."""
+    assert code.registers > 0 and not code.spills and code.shared <= shared, code.resources
     assert code.residency >= residency, code.resources
 
 
@@ -200,7 +197,7 @@ def gradient_bits(logits: torch.dtype, gradient: str) -> int:
 def row_code(shape, logits, gradient, parts, capability, folder, aligned):
     """The machine code of the row kernel, with the registers that its launch allows. Rows that are aligned are so by
     eight 16-bit logits, which Triton does not see from their stride."""
-    from stable_rlhf.kernels.policy import block_of
+    from stable_rlhf.kernels.policy import block_of, registers_of
     from stable_rlhf.kernels.policy_rows import row_kernel
 
     types = {
@@ -212,8 +209,8 @@ def row_code(shape, logits, gradient, parts, capability, folder, aligned):
     constants = {**off, **parts, "LANES": {"bf16": 8, "fp32": 4}[logits]}
     constants["ALIGNED"] = "logits_ptr" in aligned
     constants["BLOCK"] = block_of(shape, {"bf16": torch.bfloat16, "fp32": torch.float32}[logits], constants["ALIGNED"])
-    most = 65536 // (32 * shape.warps * shape.residency)
-    return build(row_kernel, types, constants, capability, shape.warps, folder, aligned, {"maxnreg": most})
+    options = {"maxnreg": registers_of(shape)}
+    return build(row_kernel, types, constants, capability, shape.warps, folder, aligned, options)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -230,8 +227,7 @@ def test_policy_rows(name, capability, tmp_path, record_property):
     # Both ways of loading and storing, with a mask and without, are in the code; one of them runs.
     counted = [round(len(loop.instructions) * 32 * shape.warps / shape.block, 1) for loop in code.wide_loops]
     record_property("resources", {"block": shape.block, "instructions a logit": counted, **code.resources})
-    # Of chosen rows triton 3.6 keeps one number aside for sm_90, from a row's beginning to its gradient.
-    holds(code, residency=shape.residency, shared=1024, stack=8 if parts.get("HAS_ROW") else 0)
+    holds(code, residency=shape.residency, shared=1024)
     assert len(counted) == len(most), f"a loop over whole blocks does not load 16 bytes at a time: {counted}"
     assert all(number <= bound for number, bound in zip(counted, most, strict=True)), counted
     if parts["GRADIENT"]:
