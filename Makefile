@@ -9,7 +9,7 @@ HOSTILE_BUDGET ?= 240
 # One process a core; a file stays in one process, so that its fixtures are made once.
 PYTEST_ARGS ?= -n auto --dist loadfile
 
-.PHONY: setup quickstart test test-hostile test-isa test-triton36 test-slow lint bench bench-readme bench-guard bench-peers bench-plots clean help
+.PHONY: setup quickstart test test-hostile test-isa test-triton36 test-slow lint dist bench bench-readme bench-guard bench-peers bench-plots clean help
 
 help:
 	@echo "make setup       build .venv with everything the project needs"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-triton36  the gates of the machine code under triton 3.6.0, which is downloaded into build/ once"
 	@echo "make test-slow   the long tests (marked slow)"
 	@echo "make test-hostile  broken inputs, drawn for HOSTILE_BUDGET=$(HOSTILE_BUDGET) seconds: one clear error each, nothing lost"
+	@echo "make dist        sdist and wheels for each Python that is here, each tried in a bare environment (.ci/dist)"
 	@echo "make bench       every operation beside its floor and its peers, five minutes (BENCH_ARGS=$(BENCH_ARGS))"
 	@echo "make bench-guard two minutes of ratios to the floor against the last accepted ones"
 	@echo "make bench-readme measure what docs/benchmarks.md shows, and write its tables and the README's (a quarter of an hour)"
@@ -79,6 +80,10 @@ test-triton36: setup build/triton-3.6.0
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
+
+# Needs nothing of .venv.
+dist:
+	.ci/dist
 
 # The peers, each optional: what is not installed is listed as absent.
 bench-peers: setup

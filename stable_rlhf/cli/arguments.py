@@ -7,7 +7,6 @@ import ast
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
@@ -17,41 +16,11 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from stable_rlhf.cli.usage import USAGE, fail
 from stable_rlhf.settings.ranges import expand_user, is_text, leaves, unwritable
-from stable_rlhf.settings.recipe import LaunchArguments, Recipe
-from stable_rlhf.settings.recipe_file import check_value, read_recipe, suggestion
+from stable_rlhf.settings.recipe import LaunchArguments, Recipe, suggestion
+from stable_rlhf.settings.recipe_file import check_value, read_recipe
 from stable_rlhf.settings.variants import VARIANTS
-from stable_rlhf.show.progress import printable
-
-USAGE = f"""\
-usage: stable-rlhf COMMAND [options]
-
-Advantage Model and Selective Rehearsal (arXiv 2309.10202) for RLHF that stays stable.
-
-whole runs
-  quickstart     the whole method in a generated skill world: no data, no download, a few minutes
-  run RECIPE     every stage of a YAML recipe; finished stages are not redone
-  launch RECIPE  `run` on several devices or nodes; --dry-run: the commands and the memory they need
-  study RECIPE   `run` for several seeds, and a comparison with intervals over them; goes on after a kill
-
-single stages
-  sft            supervised fine-tuning of a policy
-  strength       how sure several reward models are of each preference pair, for reading and for denoising
-  train-scorer   reward model or Advantage Model (--objective rm|am)
-  select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
-  train-ppo      one policy (--variant {"|".join(VARIANTS)})
-  evaluate       a report on scorers (accuracy, calibration, tasks) and on policies against SFT (win, lose, tie)
-
-  env            what a bug report needs: versions, devices, kernels, compilers, launcher variables
-
-`stable-rlhf COMMAND --help` lists a command's settings. Every setting of a recipe can be given on the command line:
-  stable-rlhf run recipes/smollm2-pairs.yaml --data-dir DIR --ppo.total_steps 10
-Several processes (launch writes torchrun's command; deepspeed, torchrun and accelerate launch work as well):
-  stable-rlhf launch --dry-run recipes/h100x8-7b.yaml
-  stable-rlhf launch --devices-per-node 2 recipes/smollm2-pairs.yaml --data-dir DIR
-  stable-rlhf launch --hostfile HOSTS recipes/h100x8-7b.yaml --data-dir DIR
-  deepspeed --num_accelerators 2 --module stable_rlhf run recipes/smollm2-pairs.yaml --data-dir DIR
-"""
 
 _ALIASES = {"--data_dir": "--data.data_dir", "--on_bad_row": "--data.on_bad_row"} | {
     f"--{name}": f"--launch.{name}" for name in LaunchArguments.__dataclass_fields__
@@ -192,16 +161,6 @@ def _plain(message: str, given: Sequence[str], places: Mapping[str, str]) -> str
 def _cut(text: str) -> str:
     """Text of an error, not pages of it."""
     return text if len(text) <= 400 else f"{text[:200]}… ({len(text)} characters)"
-
-
-def fail(message: str, *, hint: str = "") -> NoReturn:
-    """One clear message on standard error, exit status 2."""
-    rank = os.environ.get("RANK", "0")
-    message = printable(message.strip(), lines=False)
-    print(f"stable-rlhf: error: {message}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-    if hint and rank == "0":
-        print(f"  {printable(hint, lines=False)}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def build_parser(command: str) -> _Parser:

@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stable_rlhf import __version__
-from stable_rlhf.cli.arguments import COMMANDS, USAGE, fail, items, parse
+from stable_rlhf import __version__, extras
+from stable_rlhf.cli.usage import USAGE, fail
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine import signals
 from stable_rlhf.run.bounds import check
 from stable_rlhf.settings.ranges import expand_user
-from stable_rlhf.settings.recipe import Recipe
-from stable_rlhf.settings.recipe_file import suggestion
+from stable_rlhf.settings.recipe import Recipe, suggestion
 from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.progress import tolerant_output
 
@@ -52,10 +51,16 @@ def _main(argv: Sequence[str] | None) -> None:
         return
     if command == "env":
         return _print_environment()
-    if command not in COMMANDS:
+    if command not in _COMMANDS:
         fail(
-            f"unknown command {command!r}" + suggestion([command], [*COMMANDS, "env"]), hint="see `stable-rlhf --help`"
+            f"unknown command {command!r}" + suggestion([command], [*_COMMANDS, "env"]), hint="see `stable-rlhf --help`"
         )
+    try:  # at once, not after hours of a run; selection works without DeepSpeed
+        extras.require(command, *(name for name in extras.TRAIN if (command, name) != ("select", "deepspeed")))
+    except extras.MissingExtra as error:
+        fail(str(error))
+    from stable_rlhf.cli.arguments import parse
+
     recipe, own = parse(command, rest)
     try:
         check(recipe)
@@ -71,6 +76,8 @@ def _main(argv: Sequence[str] | None) -> None:
         if "No space left" in str(error):
             hint = "with space made there, the same command goes on from the last checkpoint"
             fail(f"{error}; output_dir is {recipe.output_dir!r}", hint=hint)
+        if isinstance(error, ModuleNotFoundError):
+            fail(extras.explained(error, command), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
         if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, SafetensorError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
         from stable_rlhf.ranks import is_lost_rank
@@ -185,6 +192,7 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
 
 
 def _files(recipe: Recipe, flag: str, given: Sequence[str] | None) -> list[str]:
+    from stable_rlhf.cli.arguments import items
     from stable_rlhf.run.datasets import locate
 
     files = [expand_user(name) for name in items(flag, given)]
@@ -196,6 +204,8 @@ def _files(recipe: Recipe, flag: str, given: Sequence[str] | None) -> list[str]:
 
 def _named(flag: str, given: Sequence[str] | None) -> dict[str, str]:
     """NAME=FOLDER items by name."""
+    from stable_rlhf.cli.arguments import items
+
     named: dict[str, str] = {}
     for item in items(flag, given):
         name, equals, folder = item.partition("=")

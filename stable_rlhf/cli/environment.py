@@ -15,7 +15,7 @@ import torch
 import stable_rlhf
 from stable_rlhf import ops
 from stable_rlhf.ops.backends import extension
-from stable_rlhf.run.summary import device_name, versions
+from stable_rlhf.run.circumstances import device_name, versions
 from stable_rlhf.show.progress import printable
 from stable_rlhf.system.http import SECRET_NAME, without_credentials
 from stable_rlhf.system.machine import installed

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -46,11 +47,22 @@ def backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def extension() -> Any | None:
-    """The C++ module `stable_rlhf._C`, or None where the package was installed without it."""
+    """The C++ module `stable_rlhf._C`, or None where it was not built or does not load."""
     try:
         return importlib.import_module("stable_rlhf._C")
-    except ImportError:
+    except ImportError as error:
+        _tell_of_the_slow_path(str(error))
         return None
+
+
+def _tell_of_the_slow_path(reason: str) -> None:
+    """Once a process, since `extension` asks once: pip shows nothing of a build that went without a compiler."""
+    warnings.warn(
+        f"stable_rlhf runs on the CPU without its C++ module, by PyTorch and more slowly ({reason}); for the fast path "
+        "install a C++17 compiler and reinstall: pip install --force-reinstall --no-deps --no-cache-dir stable-rlhf",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def cpu_isa() -> str:
@@ -113,9 +125,13 @@ def selected(op: str, device: torch.device) -> str:
     return preferred if preferred in implementations and _obstacle(preferred, device) is None else "torch"
 
 
-@torch.compiler.assume_constant_result
 def _traced_choice(op: str, device: str) -> str:
     return selected(op, torch.device(device))
+
+
+# What torch.compiler.assume_constant_result does to a function. Itself it would import torch's compiler, which takes
+# several times as long as all of this package, for callers that never compile.
+_traced_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choice(op: str, device: torch.device) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stable_rlhf.extras import require
 from stable_rlhf.rehearsal import kmeans
 from stable_rlhf.show.progress import progress
 
@@ -363,6 +364,7 @@ def cluster_embeddings(
     that is logged as a warning and stands in `Clusters.notes`. Raises ValueError for the wrong shape or type, NaN or
     infinite values (the first such row is named), and arguments out of range.
     """
+    require("cluster_embeddings", "threadpoolctl", "scipy", "sklearn")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if init not in INITS:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stable_rlhf.data.records import as_text
+from stable_rlhf.extras import require
 
 DEFAULT_EMBEDDING_MODEL = "princeton-nlp/sup-simcse-roberta-base"
 POOLINGS = ("auto", "mean", "cls", "pooler")
@@ -116,6 +117,7 @@ def cannot_load(model: str, error: Exception) -> ValueError:
 
 
 def _load(model: str, *, device: str | None, pooling: str, progress: bool, dtype: Any) -> Any:
+    require("an embedding model", "sentence_transformers", "safetensors")
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer

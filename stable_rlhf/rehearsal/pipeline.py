@@ -12,6 +12,7 @@ import numpy as np
 from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
 from stable_rlhf.data.records import DataError, Demonstration
+from stable_rlhf.extras import require
 from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL
 from stable_rlhf.rehearsal.report import render_selection
 from stable_rlhf.rehearsal.select import Candidate, Selection, as_candidates, select_rehearsal, top_up
@@ -121,6 +122,7 @@ def select_file(
 
     select_file("scored.jsonl.gz", "out", num_clusters=100, top_k=20) is a whole selection.
     """
+    require("select_file", "transformers", "safetensors", "matplotlib", "jinja2", "sklearn")
     rows, scores = read_candidates(candidates, on_bad_row=on_bad_row)
     added = []
     if outside:

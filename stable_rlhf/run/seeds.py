@@ -21,8 +21,9 @@ from stable_rlhf.data.digest import json_digest
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine import signals
 from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.run.circumstances import circumstances
 from stable_rlhf.run.recipe import check_inputs, run_recipe
-from stable_rlhf.run.summary import circumstances, write_pictures
+from stable_rlhf.run.summary import write_pictures
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.page import write_html
 from stable_rlhf.show.progress import say, tolerant_output

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
 from stable_rlhf.engine.signals import whole
-from stable_rlhf.ranks import world_size
 from stable_rlhf.run import evaluation
+from stable_rlhf.run.circumstances import circumstances
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.show.page import Picture, write_html
 from stable_rlhf.show.progress import is_main_process
-from stable_rlhf.system.machine import installed, processor
 
 
 def summarise(
@@ -84,13 +78,6 @@ def _about(recipe: Recipe, kind: str) -> dict[str, Any]:
     return about | {"scorers": {}, "policies": {}, "paper": paper.constants()}
 
 
-def circumstances() -> dict[str, Any]:
-    """What was called, on what."""
-    return {
-        "command": shlex.join(["stable-rlhf", *sys.argv[1:]]), "versions": versions(), "device": device_name()
-    }  # fmt: skip
-
-
 def write_report(summary: dict[str, Any], folder: Path) -> None:
     """``summary.json``, ``report.html``, ``overview.png``, and every picture of the report in ``pictures/``."""
     if not is_main_process():
@@ -114,20 +101,3 @@ def write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
         old.unlink()
     for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a figure."""
-    names = (
-        "stable-rlhf", "torch", "triton", "transformers", "deepspeed", "faiss-cpu", "sentence-transformers", "numpy",
-        "scikit-learn",
-    )  # fmt: skip
-    return {"python": platform.python_version(), **installed(names)}
-
-
-def device_name() -> str:
-    """What the run ran on, in words."""
-    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}{ranks}"
-    return f"CPU {processor()}, {torch.get_num_threads()} threads{ranks}"

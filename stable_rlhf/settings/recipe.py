@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -369,3 +370,17 @@ def with_settings(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         parts.setdefault(section, {})[last] = value
     own = parts.pop("")
     return replace(recipe, **own, **{name: replace(getattr(recipe, name), **part) for name, part in parts.items()})
+
+
+def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """The known name that was probably meant, in words, or nothing."""
+    for name in unknown:
+        if name in GONE:
+            return f": it is gone and {GONE[name]} for good, leave it out"
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        if not near:  # perhaps the right name in the wrong section
+            last = {k.rsplit(".", 1)[-1]: k for k in known}
+            near = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)]
+        if near:
+            return f"; did you mean {near[0]!r}?"
+    return ""

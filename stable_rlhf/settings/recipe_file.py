@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import stat
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stable_rlhf.settings.recipe import GONE
+from stable_rlhf.settings.recipe import suggestion
 
 _LARGEST = 2**20  # bytes; recipes have a few thousand
 _MOST_NODES = 100_000  # with every alias written out
@@ -111,20 +110,6 @@ def check_node(node: yaml.Node) -> Any:
     """
     _size(node, {}, set())
     return yaml.SafeLoader("").construct_document(node)
-
-
-def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """The known name that was probably meant, in words, or nothing."""
-    for name in unknown:
-        if name in GONE:
-            return f": it is gone and {GONE[name]} for good, leave it out"
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        if not near:  # perhaps the right name in the wrong section
-            last = {k.rsplit(".", 1)[-1]: k for k in known}
-            near = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)]
-        if near:
-            return f"; did you mean {near[0]!r}?"
-    return ""
 
 
 def _read(path: str) -> str:

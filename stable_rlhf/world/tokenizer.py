@@ -10,6 +10,7 @@ import re
 import string
 from typing import TYPE_CHECKING, Literal
 
+from stable_rlhf.extras import require
 from stable_rlhf.world.skills import SKILLS, template_pieces
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     up. Texts get no special tokens by themselves, those come from the chat template:
     ``<bos>`` prompt ``<sep>`` response ``<eos>``. It saves and loads with `transformers.AutoTokenizer`.
     """
+    require("a generated world's model", "transformers")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

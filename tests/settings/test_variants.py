@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf.cli.arguments import USAGE, parse
+from stable_rlhf.cli.arguments import parse
+from stable_rlhf.cli.usage import USAGE
 from stable_rlhf.settings.variants import VARIANTS, scorers_that_select
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "train.md"
