@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import stable_rlhf.ops as ops
-from bench.case import COPY_BYTES
+from bench.case import COPY_BYTES, RESULTS
 from bench.common import Step as Call
 from bench.common import Timing, allocator_peak, describe, environment, free_memory, measure, quantile
 from bench.gpu import correctness
@@ -32,6 +32,7 @@ MIXED = {"active": 0.45, "clipped": 0.2, "rehearsal": 0.1}
 ALL = {"active": 1.0, "clipped": 0.0, "rehearsal": 0.0}
 CHUNK_ROWS = (2048, 4096)  # candidates beside one chunk of all rows
 GIB = 1 << 30
+COUNTED = RESULTS / "count.json"
 
 
 def shapes(plan: Plan) -> list[dict[str, int]]:
@@ -173,6 +174,18 @@ def ours(plan: Plan) -> Iterator[Row]:
             free_memory(plan.device)
 
 
+def by_count(shape: dict[str, int], everything: bool) -> float | None:
+    """Milliseconds that `python -m bench count --update` expected of the default, the prediction that a measurement
+    stands beside; None where nothing was counted."""
+    if not COUNTED.exists():
+        return None
+    ending = ", all active" if everything else " % active"
+    for line in json.loads(COUNTED.read_text(encoding="utf-8"))["ops"]:
+        if line["op"] == "linear_policy_loss" and line["shape"] == shape and line["case"].endswith(ending):
+            return float(1e3 * line["seconds"])
+    return None
+
+
 def beside_products(
     plan: Plan, shape: dict[str, int], problem: Problem, calls: dict[str, Call], peak: bool
 ) -> Iterator[Row]:
@@ -183,6 +196,8 @@ def beside_products(
         ratios = sorted(a / b for a, b in zip(bare.samples, timing.samples, strict=False))
         row = {**shape, "active": share, "workspace": name, **milliseconds(timing)}
         row["share"] = quantile(ratios, 0.5) if ratios else None
+        if name in ("default", "no table"):
+            row["by_count_ms"] = by_count(shape, problem.index.numel() == problem.kind.numel())
         if peak and name in calls and plan.device.type == "cuda" and timing.median is not None:
             row["added_gib"] = allocator_peak(calls[name], plan.device) / GIB
         yield row

@@ -50,6 +50,7 @@ LINE: tuple[Column, ...] = (
 )  # fmt: skip
 LOSS: tuple[Column, ...] = (
     ("T x H x V", shape), ("active", field("active")), ("workspace", field("workspace")), ("ms", field("ms")),
+    ("by count ms", field("by_count_ms")),
     ("share of floor", field("share")), ("adds GiB", field("added_gib")), ("", field("failure")),
 )  # fmt: skip
 TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {

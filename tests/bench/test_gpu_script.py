@@ -13,11 +13,12 @@ import time
 
 import pytest
 
-from bench.case import read_lines
+from bench.case import RESULTS, read_lines
 from bench.common import ROOT
 from bench.gpu import __main__ as driver
 from bench.gpu import run1, run2, study, tables
 from bench.gpu.plan import DRY, FAIL, Plan
+from bench.presets import GPU_SHAPES
 from bench.studies.real import DATASETS
 
 
@@ -65,6 +66,15 @@ def test_chunks_that_are_as_fast_as_one_are_chosen():
     # A case that lacks a candidate, as half of the rows may, has no say.
     assert run1.best_chunk_rows([*found, loss(3000, "one chunk", 0.9, 0.45)]) == 4096
     assert run1.best_chunk_rows(found[:2]) is None
+
+
+def test_a_prediction_stands_beside_the_measurement(monkeypatch, tmp_path):
+    monkeypatch.setattr(run1, "COUNTED", RESULTS / "count-before.json")
+    whole, part = (run1.by_count(GPU_SHAPES[0], everything) for everything in (True, False))
+    assert whole > part > 10.0, "milliseconds, fewer for fewer rows"
+    assert run1.by_count({"rows": 1, "width": 1, "vocabulary": 1}, True) is None
+    monkeypatch.setattr(run1, "COUNTED", tmp_path / "none.json")
+    assert run1.by_count(GPU_SHAPES[0], True) is None
 
 
 def test_the_fastest_launch_in_place_is_chosen():
