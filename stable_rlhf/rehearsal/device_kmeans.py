@@ -55,7 +55,7 @@ class _Nearest:
         # Even tiles: a short one at the end would leave most of the device idle.
         rows = min(m, -(-m // -(-m // self._rows) // 128) * 128)
         if self._scores is None or len(self._scores) < rows:
-            self._scores = torch.empty(rows, self._columns, device=parts.device)
+            self._scores = torch.empty(rows, self._columns, dtype=torch.float32, device=parts.device)
         for start in range(0, m, rows):
             self._tile(parts[start : start + rows], self._scores, labels[start : start + rows])
 
@@ -114,7 +114,7 @@ class _Sums:
         self.sums = torch.zeros(c, d, dtype=torch.float64, device=device)
         self.sizes = torch.zeros(c, dtype=torch.int64, device=device)
         self._clusters = torch.arange(c + 1, dtype=torch.int32, device=device)
-        self._runs = torch.arange(c + slab_rows // RUN, device=device)
+        self._runs = torch.arange(c + slab_rows // RUN, dtype=torch.int64, device=device)
 
     def count(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Places of a slab's rows by cluster, int64 [m], and where each cluster begins and ends among them, [c + 1]."""
@@ -162,7 +162,7 @@ def lloyd(rows: DeviceRows, centroids: torch.Tensor, *, niter: int, spherical: b
 
     The centroid of a cluster that became empty moves to the row that is farthest from its own centroid.
     """
-    labels = torch.full((len(rows),), -1, device=rows.device)
+    labels = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
     new, done, converged = torch.empty_like(labels), 0, False
     with progress("k-means", total=niter, unit="iterations") as bar:
         while done < niter and not converged:
@@ -215,7 +215,9 @@ def _move_empty(rows: DeviceRows, labels: torch.Tensor, centroids: torch.Tensor,
     home = labels[place]
     by_home, order = torch.sort(home, stable=True)
     before = torch.empty_like(place)  # rows of the same cluster that are farther
-    before[order] = torch.arange(len(place), device=place.device) - torch.searchsorted(by_home, by_home)
+    before[order] = torch.arange(len(place), dtype=torch.int64, device=place.device) - torch.searchsorted(
+        by_home, by_home
+    )
     allowed = (before < sizes[home] - 1) & (distance > 0)
     picks = torch.sort(allowed.to(torch.int8), descending=True, stable=True)[1][:empty]
     into = torch.sort((sizes == 0).to(torch.int8), descending=True, stable=True)[1][: len(picks)]
@@ -235,7 +237,7 @@ def assign(rows: DeviceRows, centroids: torch.Tensor, *, spherical: bool) -> tor
 
 def distances(rows: DeviceRows, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """float32 [n], the squared distance of every row to the centroid of its cluster, from differences."""
-    squared = torch.empty(len(rows), device=rows.device)
+    squared = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for places, x, _ in rows.slabs():
         squared[places] = centroids.index_select(0, labels[places]).sub_(x).square_().sum(1)
     return squared

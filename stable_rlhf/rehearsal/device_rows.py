@@ -25,7 +25,7 @@ class Inline:
     """Copies where host and device are one: nothing to wait for."""
 
     def buffer(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(rows, width, dtype=dtype)
+        return torch.empty(rows, width, dtype=dtype, device="cpu")
 
     def send(self, target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
         target.copy_(source)
@@ -56,7 +56,7 @@ class Streamed(Inline):
         self._device, self._copies = device, torch.cuda.Stream(device)
 
     def buffer(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(rows, width, dtype=dtype, pin_memory=True)
+        return torch.empty(rows, width, dtype=dtype, device="cpu", pin_memory=True)
 
     def send(self, target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
         with torch.cuda.stream(self._copies):
@@ -73,7 +73,7 @@ class Streamed(Inline):
         self._copies.wait_event(mark)
 
     def read(self, values: torch.Tensor) -> Callable[[], list[int]]:
-        there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        there = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         there.copy_(values, non_blocking=True)
         event = torch.cuda.current_stream().record_event()
 
@@ -146,7 +146,7 @@ class DeviceRows:
         self.offset: torch.Tensor | None = None  # float32 [d]
         self.scale: torch.Tensor | None = None  # float32 [n]
         if self.resident:
-            self._x = torch.empty(self.n, self.d, device=device)
+            self._x = torch.empty(self.n, self.d, dtype=torch.float32, device=device)
             self._parts = torch.empty(self.n, 3 * parts_width(self.d), dtype=torch.bfloat16, device=device)
 
     def __len__(self) -> int:
@@ -193,7 +193,7 @@ class DeviceRows:
         """float32 [n] on the host: the squared length of every row, not finite where the row is not (or is too large).
 
         Keeps the sums of the columns and, where rows stay, the rows."""
-        self._lengths = torch.empty(self.n, device=self.device)
+        self._lengths = torch.empty(self.n, dtype=torch.float32, device=self.device)
         self._total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         for start, stored in self._arriving():
             x = stored.float()
@@ -235,7 +235,7 @@ class DeviceRows:
             yield places, self._x[places], self._parts[places]
 
     def _streamed(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        x = torch.empty(self.slab_rows, self.d, device=self.device)
+        x = torch.empty(self.slab_rows, self.d, dtype=torch.float32, device=self.device)
         parts = torch.empty(self.slab_rows, 3 * parts_width(self.d), dtype=torch.bfloat16, device=self.device)
         for first, stored in self._arriving():
             places = slice(first, first + len(stored))
