@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import struct
 from dataclasses import fields
 
 import torch
@@ -136,19 +137,26 @@ def _programs(device: torch.device, each: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) * each
 
 
+def _float32(x: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", x))[0])
+
+
+def _next_float32(x: float, up: bool) -> float:
+    """The float32 number beside x, which is one and not 0."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", x))
+    return float(struct.unpack("<f", struct.pack("<i", bits + (1 if (x > 0.0) == up else -1)))[0])
+
+
 @functools.cache
-def _log_edge(edge: float, side: float) -> float:
+def _log_edge(edge: float, side: int) -> float:
     """The largest float32 x for which exp(side x), rounded to float32 as the reference compares it, is not beyond the
     edge: above it for side 1, below it for side -1."""
-    at = torch.tensor(edge, dtype=torch.float32, device="cpu")
-    if float(at) in (0.0, math.inf):
+    edge = _float32(edge)
+    if edge in (0.0, math.inf):
         return math.inf
-    beyond = torch.nextafter(at, torch.full_like(at, max(0.0, side * math.inf)))
-    x = side * math.log((float(at) + float(beyond)) / 2.0)
-    rounded = torch.tensor(x, dtype=torch.float32, device="cpu")
-    if float(rounded) > x:
-        rounded = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
-    return float(rounded)
+    x = side * math.log((edge + _next_float32(edge, side > 0)) / 2.0)
+    rounded = _float32(x)
+    return _next_float32(rounded, False) if rounded > x else rounded
 
 
 def _launch(
@@ -193,9 +201,9 @@ def _launch(
             count=count,
             vocabulary=logits.shape[1],
             softcap=float(softcap or 0.0),
-            log_low=-_log_edge(1.0 - config.clip_low, -1.0),
-            log_high=_log_edge(1.0 + config.clip_high, 1.0),
-            log_dual=_log_edge(config.dual_clip or math.inf, 1.0),
+            log_low=-_log_edge(1.0 - config.clip_low, -1),
+            log_high=_log_edge(1.0 + config.clip_high, 1),
+            log_dual=_log_edge(config.dual_clip or math.inf, 1),
             clamp=config.log_ratio_clamp,
             kl_coef=float(config.kl_coef),
             entropy_coef=float(config.entropy_coef),
