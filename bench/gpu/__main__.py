@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from bench.gpu import tables
@@ -38,8 +39,11 @@ STEPS = {
 def read(plan: Plan) -> list[Row]:
     if not plan.lines.exists():
         return []
-    lines = plan.lines.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
+    found: list[Row] = []
+    for line in plan.lines.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # the last one may be half written
+            found.append(json.loads(line))
+    return found
 
 
 def watch(worker: subprocess.Popen[bytes], plan: Plan, begun: int) -> str | None:
@@ -72,8 +76,8 @@ def go(plan: Plan, steps: list[str]) -> None:
             worker = subprocess.Popen(command, cwd=Path.cwd(), stdout=log, stderr=log)
             why = watch(worker, plan, begun)
         ended = {r["step"] for r in read(plan) if r["event"] == "end"}
-        todo = [step for step in todo if step not in ended]
-        if not todo or worker.returncode == LOST:
+        before, todo = len(todo), [step for step in todo if step not in ended]
+        if not todo or (worker.returncode == LOST and len(todo) < before):
             continue
         # The step that was at work, or the first one where the worker did not even come that far.
         failure = why or f"its process ended with status {worker.returncode} ({plan.log.name})"
