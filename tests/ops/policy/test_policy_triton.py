@@ -10,7 +10,8 @@ import torch
 
 import stable_rlhf.ops as ops
 from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
-from helpers.policy_cases import CONFIGS, PER_ROW, fused_of, make_case, naive_loss, naive_row, relative
+from helpers.policy_cases import CONFIGS, PER_ROW, fused_of, make_case, naive_row, relative
+from helpers.policy_rows import check, exact, fresh, make_rows, new_state
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.policy.formula import RowState, Terms
@@ -52,61 +53,6 @@ def kernels():
     from stable_rlhf.kernels import policy
 
     return policy
-
-
-def make_rows(rows: int, vocabulary: int, config: PolicyLossConfig, dtype=torch.float32, seed=0, spread=3.0):
-    """Logits [rows, vocabulary], an untouched state, kinds and terms."""
-    g = torch.Generator().manual_seed(seed)
-    logits = (spread * torch.randn(rows, vocabulary, generator=g)).to(dtype)
-    target = torch.randint(0, vocabulary, (rows,), generator=g)
-    inverse = 0.5 + torch.rand(rows, generator=g)
-    here = torch.log_softmax(logits.float() * inverse[:, None], -1).gather(1, target[:, None])[:, 0]
-    terms = Terms(
-        old_logprob=here + 0.4 * torch.randn(rows, generator=g),
-        advantage=torch.randn(rows, generator=g),
-        ref_logprob=here + 0.4 * torch.randn(rows, generator=g) if config.kl_coef else None,
-        row_weight=0.2 + torch.rand(rows, generator=g),
-        policy_denominator=torch.tensor(3.7),
-        rehearsal_denominator=torch.tensor(5.3),
-    )
-    kind = torch.randint(1, 3, (rows,), generator=g, dtype=torch.int8) if rows > 1 else torch.ones(1, dtype=torch.int8)
-    return logits, new_state(target, inverse), kind, terms
-
-
-def new_state(target, inverse):
-    return RowState(target.clone(), inverse.clone(), *(torch.full_like(inverse, math.nan) for _ in range(6)))
-
-
-def fresh(state: RowState) -> RowState:
-    return new_state(state.target, state.inverse_temperature)
-
-
-def exact(logits, state, kind, terms, config):
-    """Log-probs, entropies and the gradient of the loss with respect to the logits, in float64."""
-    leaf = logits.double().requires_grad_()
-    zeros = torch.zeros(len(kind))
-    loss, logprob, entropy, _ = naive_loss(
-        leaf, state.target, kind, old=terms.old_logprob.double(), adv=terms.advantage.double(),
-        ref=(zeros if terms.ref_logprob is None else terms.ref_logprob).double(), row_weight=terms.row_weight.double(),
-        temperature=1.0 / state.inverse_temperature.double(), config=config,
-        denominators=(float(terms.policy_denominator), float(terms.rehearsal_denominator)),
-    )  # fmt: skip
-    loss.backward()
-    return torch.tensor(logprob).double(), torch.tensor(entropy).double(), leaf.grad
-
-
-def check(state, gradient, want, order=None):
-    """float32 results are right to 1e-5; 16-bit gradients as near as the exact one rounded, times 1.25."""
-    logprob, entropy, exact_gradient = want
-    torch.testing.assert_close(state.logprob.double(), logprob, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
-    if order is not None:
-        dropped = torch.ones(len(logprob), dtype=torch.bool)
-        dropped[order] = False
-        assert order.unique().numel() == order.numel() and not exact_gradient[dropped].any()
-        exact_gradient, gradient = exact_gradient[order], gradient[: order.numel()]
-    rounding = relative(exact_gradient.to(gradient.dtype), exact_gradient)
-    assert relative(gradient, exact_gradient) <= 1.25 * rounding + 1e-5
 
 
 SHAPES = [
@@ -410,6 +356,17 @@ def test_int32_offsets_past_two_to_the_31_elements(monkeypatch):
     far.copy_(logits)
     kernels().policy(far, far, state, kind, terms, SETTINGS["clip"], compact=False)
     assert torch.equal(far, want) and torch.equal(state.logprob, few.logprob)
+
+
+@interpreted
+def test_gaps_are_closed_past_two_to_the_31_elements():
+    """The last row, which starts beyond 2^31 elements, moves to the front."""
+    far = torch.empty(2**31 + 200, dtype=torch.bfloat16).as_strided((3, 90), (2**30 + 7, 1))
+    far.copy_(torch.arange(270).view(3, 90))
+    state = new_state(torch.zeros(3, dtype=torch.int64), torch.ones(3))
+    state.coefficient[:], state.entropy_coefficient[:] = torch.tensor([0.0, 1.0, 1.0]), 0.0
+    want = far[[2, 1]].clone()
+    assert kernels().close_gaps(far, state).tolist() == [2, 1] and torch.equal(far[:2], want)
 
 
 @interpreted
