@@ -60,9 +60,10 @@ def _leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _rows(count: int, vocabulary: int, mixed: bool) -> tuple[Tensor, dict[str, Any]]:
     """Targets and what a loss wants of each row. Logits without data are all alike, so every log-prob is that of a
-    uniform softmax; with it as the old one no row is clipped, and those without an advantage have no gradient."""
+    uniform softmax, or a higher one where not all columns were gone over. With that as the old one no row of a negative
+    advantage is clipped, and those without an advantage have no gradient."""
     kind = torch.full((count,), int(Kind.POLICY), dtype=torch.int64)
-    advantage = torch.ones(count)
+    advantage = torch.full((count,), -1.0)
     if mixed:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         active = order[: round(ACTIVE * count)]
@@ -185,6 +186,10 @@ def policy_cases(shape: Shape) -> list[Case]:
         case("linear_logprob", f"{at}, no gradient", lambda: _logprob(shape), products(rows, 1)),
     ]
     if shape == SHAPES[0]:
+        cases.insert(
+            2, case(op, f"{at}, 45 % active, count given", lambda: _policy(shape, True, active_rows=_active(shape)),
+                    products(_active(shape), 3)),
+        )  # fmt: skip
         cases.insert(3, case(op, f"{at}, 256 MiB", lambda: _policy(shape, False, workspace_bytes=256 * MIB),
                              products(rows, 3)))  # fmt: skip
     return cases

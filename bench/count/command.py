@@ -13,11 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.case import RESULTS
 from bench.common import ROOT, write_json
+from bench.count import page
 
-COUNTED = RESULTS / "count.json"
-BEFORE = RESULTS / "count-before.json"
 DEVICE = "H200 (141 GB), by count: no GPU was used"
 SOURCES = ("stable_rlhf", "kernels")  # what is counted
 
@@ -26,7 +24,7 @@ def add_arguments(count: argparse.ArgumentParser) -> None:
     count.add_argument("--shape", metavar="T,H,V", help="the policy losses at this shape, in place of all cases")
     count.add_argument("--ops", help="comma-separated operations, such as linear_policy_loss,gae (default: all)")
     count.add_argument("--json", action="store_true", help="print one JSON object")
-    count.add_argument("--update", action="store_true", help=f"write {COUNTED.relative_to(ROOT)} and the page")
+    count.add_argument("--update", action="store_true", help=f"write {page.COUNTED.relative_to(ROOT)} and the page")
     count.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object there")
     count.add_argument("--kernels", action="store_true", help="list what each case's time is made of")
 
@@ -80,9 +78,9 @@ def table(lines: list[dict[str, Any]], kernels: bool) -> Table:
 
 
 def run(given: argparse.Namespace, console: Console, log: Console) -> int:
-    from bench.count import page
     from bench.count.cases import all_cases, policy_cases
     from bench.count.counting import Counter
+    from bench.count.wanted import broken
     from stable_rlhf.data.jsonl import to_json
 
     cases = all_cases()
@@ -105,13 +103,16 @@ def run(given: argparse.Namespace, console: Console, log: Console) -> int:
         lines.append(counter.count(case))
         log.log(f"{case.key} ({time.monotonic() - begin:.1f} s)", markup=False, highlight=False)
     made = record(lines, counter.rates)
-    for path in [given.output, COUNTED if given.update else None]:
+    for path in [given.output, page.COUNTED if given.update else None]:
         if path is not None:
             write_json(made, path)
     if given.json:
         print(to_json(made))
         return 0
     console.print(table(lines, given.kernels))
+    if not (given.shape or given.ops):
+        for bound in broken(lines):
+            console.print(f"does not hold: {bound}", markup=False, highlight=False)
     if given.update:
         console.print("the page was written" if page.rewrite() else "the page was up to date")
     return 0

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
 from bench.count.device import _FIRST_ADDRESS, CountError, Device
-from bench.count.trace import Trace, summed
+from bench.count.trace import IrregularLoop, Sectors, Trace, summed
 from bench.count.work import Programs, Sort, Work
 
 _TYPES = {
@@ -31,6 +31,7 @@ _TYPES = {
 }  # fmt: skip
 _SAMPLE = 8  # programs of a launch that is run whole
 _MORE = 64  # further programs that may be run until every kind of row has been met
+_EXACT = 0.005  # of a launch's bytes: how well has to be known which programs have more
 _CONTROL_BYTES = 64  # of a tensor that holds counts and the like: a launch with others is another launch
 
 builder = interpreter.interpreter_builder
@@ -59,7 +60,7 @@ class Launches:
         self._trace: Trace | None = None
         self._touched: set[tuple[bool, int]] = set()  # of tensors with data: (whether written, address)
         self._ends: list[tuple[int, int]] = []  # of the tensors under way, ascending
-        self._sampling = False
+        self._sampling = self._regular = False
         self._patched: set[int] = set()  # modules, by their globals
         self._scopes = contextlib.ExitStack()
 
@@ -117,14 +118,18 @@ class Launches:
                 table: Table = {}
                 self._refuse_partial(tensors)
             else:
-                self._sampling = True
+                self._sampling = self._regular = True
+                counters = _Counters(tensors, programs)
+                sampled = self._in_turn(one, counters)
                 try:
-                    traces = self._some(one, programs, tensors)
-                    table = self._kinds(one, traces, programs, tensors)
+                    traces = self._some(sampled, programs)
+                    table = self._kinds(sampled, traces, programs, tensors)
                 finally:
                     self._sampling = False
+                counters.leave()
         ranges = {(m.address, m.bytes) for x in tensors.values() if (m := self.device.memory(x)) is not None}
-        moved = summed(traces, programs, warps, sorted(ranges), self.cache_bytes)
+        registers = int(kwargs.get("maxnreg") or 0)
+        moved = summed(traces, programs, warps, registers, sorted(ranges), self.cache_bytes)
         if key is not None:
             self._known[key] = moved, table
         self._write_down(label, moved)
@@ -166,6 +171,16 @@ class Launches:
         for name in ("__bool__", "__index__"):
             scope.changed.set_attr(tl.tensor, name, looked_at(getattr(tl.tensor, name)))
 
+        def turns(*args: Any, **_options: Any) -> Iterable[int]:
+            numbers = range(*args)
+            return numbers if self._trace is None else self._trace.turns(numbers)
+
+        scope.changed.set_attr(tl, "range", turns)
+        if not code.__module__.startswith("triton."):
+            known = code.__globals__.get("range", range)
+            code.__globals__["range"] = turns
+            self._scopes.callback(code.__globals__.__setitem__, "range", known)
+
     @contextlib.contextmanager
     def _language(self, code: Any) -> Iterator[None]:
         self._patched = set()
@@ -185,8 +200,12 @@ class Launches:
         self._ends = sorted({(m.address, m.address + m.bytes) for m in memories if m is not None})
         grid = shape[:3]
 
+        def alike() -> bool:
+            kinds, _results = self._of_rows(tensors)
+            return all(bool((x == x[0]).all()) for x in kinds.values())
+
         def _run_program(number: int, traced: bool) -> Trace | None:
-            trace = self._trace = Trace() if traced else None
+            trace = self._trace = Trace(continues=self._sampling and self._regular, alike=alike) if traced else None
             x, rest = divmod(number, grid[1] * grid[2])
             builder.set_grid_idx(x, *divmod(rest, grid[2]))
             try:
@@ -224,37 +243,47 @@ class Launches:
                 traces[program] = trace
         return traces
 
-    def _some(
-        self, one: Callable[[int, bool], Trace | None], programs: int, tensors: dict[str, Tensor]
-    ) -> dict[int, Trace]:
+    def _in_turn(self, one: Callable[[int, bool], Trace | None], counters: _Counters) -> Callable[[int], Trace]:
+        """One program of a sample: it finds the counters as they are when its turn comes, and where a loop does not go
+        on as it began it runs all of it."""
+
+        def run(program: int) -> Trace:
+            try:
+                with counters.before(program):
+                    trace = one(program, True)
+            except IrregularLoop:
+                self._regular = False
+                with counters.before(program):
+                    trace = one(program, True)
+            assert trace is not None
+            return trace
+
+        return run
+
+    def _some(self, one: Callable[[int], Trace], programs: int) -> dict[int, Trace]:
         """The first, the middle and the last program. Where the first ones have more to do, as in a grid that goes over
         its rows in turns, where that ends too."""
         traces: dict[int, Trace] = {}
-        counters = _Counters(tensors, programs)
 
         def weight(program: int) -> int:
             if program not in traces:
-                with counters.before(program):
-                    trace = one(program, True)
-                assert trace is not None
-                traces[program] = trace
+                traces[program] = one(program)
             return traces[program].bytes
 
         low, high = 0, programs - 1
         if weight(low) != weight(high):
-            while high - low > max(1, programs // 256):
+            apart = abs(weight(low) - weight(high)) / max(weight(low), weight(high))
+            while high - low > max(1.0, _EXACT * programs / apart):
                 middle = (low + high) // 2
                 low, high = (middle, high) if weight(middle) == weight(0) else (low, middle)
         weight(programs // 2)
-        counters.leave()
         return traces
 
     # -- results with data of a launch that was sampled ----------------------------------------------------------------
 
     def _kinds(
-        self, one: Callable[[int, bool], Trace | None], traces: dict[int, Trace], programs: int,
-        tensors: dict[str, Tensor],
-    ) -> Table:  # fmt: skip
+        self, one: Callable[[int], Trace], traces: dict[int, Trace], programs: int, tensors: dict[str, Tensor]
+    ) -> Table:
         """What each kind of row gets. Where logits have no data they are all alike, so rows that are alike in what is
         given for each row get the same results: those of a row that ran stand for all of its kind."""
         table: Table = {}
@@ -263,7 +292,7 @@ class Launches:
         for program in itertools.islice(rest, _MORE):
             if self._fill(table, tensors):
                 break
-            one(program, True)
+            one(program)
             self._learn(table, tensors)
         self._fill(table, tensors)
         return table
@@ -289,7 +318,7 @@ class Launches:
         results = {n: x for n, x in here.items() if inside(x, written)}
         kinds = {
             n: x for n, x in here.items()
-            if n not in results and inside(x, read) and (x.is_floating_point() or x.element_size() == 1)
+            if n not in results and inside(x, read) and _tells_kinds(x)
         }  # fmt: skip
         return kinds, results
 
@@ -352,13 +381,13 @@ class Launches:
             else:
                 value = load(pointers, mask, other, policy, volatile)
             if self._trace is not None and known is not None:
-                value.stamp = self._trace.load(known, _stamp(pointers, mask))
+                value.stamp = self._trace.load(*known, _stamp(pointers, mask))
             return value
 
         def masked_store(pointers: Any, value: Any, mask: Any, policy: Any) -> Any:
             known = self._record(pointers, mask, written=True)
             if self._trace is not None and known is not None:
-                self._trace.store(known)
+                self._trace.store(*known)
             return None if _without_data(pointers) else store(pointers, value, mask, policy)
 
         def atomic(pointers: Any, mask: Any, others: tuple[Any, ...], act: Callable[[], Any]) -> Any:
@@ -371,7 +400,7 @@ class Launches:
             else:
                 value = act()
             if self._trace is not None and known is not None:
-                value.stamp = self._trace.atomic(known, _stamp(pointers, *others))
+                value.stamp = self._trace.atomic(*known, _stamp(pointers, *others))
             return value
 
         def atomic_rmw(operation: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
@@ -405,8 +434,8 @@ class Launches:
 
         return stamped
 
-    def _record(self, pointers: Any, mask: Any, written: bool = False) -> Any:
-        """The sectors that an operation touches; None where nothing is recorded."""
+    def _record(self, pointers: Any, mask: Any, written: bool = False) -> tuple[Sectors, int] | None:
+        """The sectors that an operation touches and its first address; None where nothing is recorded."""
         trace = self._trace
         if trace is None:
             return None
@@ -416,7 +445,7 @@ class Launches:
             self._check(int(addresses.min()), int(addresses.max()) + itemsize)
             if not _without_data(pointers) and addresses.size <= 4096:
                 self._touched.update((written, int(a)) for a in np.unique(addresses))
-        return trace.sectors(addresses, itemsize)
+        return trace.sectors(addresses, itemsize), int(addresses.flat[0]) if addresses.size else 0
 
     def _counts(self, pointers: Any) -> bool:
         """Whether they point into a tensor that holds counts and no data of rows."""
@@ -429,6 +458,11 @@ class Launches:
             at -= 1
         if at < 0 or low < self._ends[at][0]:
             raise CountError(f"addresses {low:#x} to {high:#x} lie outside the arguments")
+
+
+def _tells_kinds(x: Tensor) -> bool:
+    """Whether the tensor has data, a value a row, and these are no indices."""
+    return not x.is_meta and x.ndim == 1 and x.numel() > 1 and (x.is_floating_point() or x.element_size() == 1)
 
 
 class _Counters:

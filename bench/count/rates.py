@@ -30,17 +30,17 @@ class Rates:
     load_latency: float = 0.65e-6  # seconds that a load takes that waits for the one before
     threads: int = 2048  # a multiprocessor, at most
     registers: int = 65536
-    registers_of_a_thread: int = 64
+    registers_of_a_thread: int = 64  # where the launch does not bound them
 
     shortest: float = 2e-6  # seconds: no launch takes less of the device
     wake: float = 20e-6  # from the end of the device's work until the host goes on
     host_operation: float = 6e-6  # the host's time for an operation of PyTorch
     host_kernel: float = 100e-6  # and for a Triton kernel with tens of arguments, and what leads up to it
 
-    def resident(self, warps: int) -> int:
+    def resident(self, programs: Programs) -> int:
         """Programs on the device at a time."""
-        threads = 32 * warps
-        each = min(self.threads // threads, self.registers // (threads * self.registers_of_a_thread))
+        threads, registers = 32 * programs.warps, programs.registers or self.registers_of_a_thread
+        each = min(self.threads // threads, self.registers // (threads * registers))
         return self.multiprocessors * max(1, each)
 
     def product_seconds(self, product: Product, moved: float) -> float:
@@ -62,7 +62,7 @@ class Rates:
         """Bytes of a launch from memory and from the second-level cache: a second read is one of memory when the
         programs on the device have touched more than the cache since the first."""
         memory, cache = programs.read + programs.written, programs.shared
-        together = min(programs.number, self.resident(programs.warps))
+        together = min(programs.number, self.resident(programs))
         neighbours = math.ceil(together / self.multiprocessors)
         for distance, amount in programs.reread:
             if distance * together > self.cache_bytes:
@@ -73,7 +73,7 @@ class Rates:
 
     def kernel_seconds(self, programs: Programs) -> float:
         memory, cache = self.kernel_bytes(programs)
-        slots = self.resident(programs.warps)
+        slots = self.resident(programs)
         waves = math.ceil(programs.number / slots)
         # The last wave is not full, or some of the programs on the device have more to do than others.
         balance = waves * slots / programs.number if waves > 1 else programs.heaviest

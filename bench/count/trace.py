@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,16 @@ SECTOR = 32  # bytes, what memory and caches are read by
 _OUTERMOST = "_run_program"  # the function below which a kernel's own frames begin
 
 Sectors = np.ndarray[Any, np.dtype[np.int64]]  # numbers of sectors, ascending and each once
+_MOST_OF_A_TURN = 1000  # operations
 _NONE: Sectors = np.empty(0, dtype=np.int64)
+
+
+def ascending(x: Sectors) -> bool:
+    return len(x) > 0 and bool((x[1:] >= x[:-1]).all())
+
+
+class IrregularLoop(Exception):
+    """A loop did not go on as its first turns did."""
 
 
 @dataclass
@@ -30,42 +39,99 @@ class Trace:
 
     reads: list[Sectors] = field(default_factory=list)
     order: list[Sectors] = field(default_factory=list)  # of all operations
+    first: list[int] = field(default_factory=list)  # the first address of each
+    continues: bool = False  # whether the turns of a regular loop are continued, and most of them not run
+    alike: Callable[[], bool] = lambda: False  # whether the values that were read are the same for all rows: a loop in
+    # which they decided something goes on as it began only then
+    looks: int = 0  # how often something was decided by a value that was loaded
     first_read: Sectors = field(default_factory=lambda: _NONE)
     written: Sectors = field(default_factory=lambda: _NONE)
     rereads: list[tuple[float, float]] = field(default_factory=list)  # (distance in bytes, bytes)
     rounds: int = 0
     _place: tuple[int, ...] = ()
     _after: int = 0  # the next load is in a later round than this
-    _stores: list[Sectors] = field(default_factory=list)
 
     def sectors(self, addresses: np.ndarray[Any, Any], itemsize: int) -> Sectors:
         numbers = addresses.astype(np.uint64).ravel()
         first = (numbers // SECTOR).astype(np.int64)
         last = ((numbers + np.uint64(itemsize - 1)) // SECTOR).astype(np.int64)
-        return np.unique(first if (first == last).all() else np.concatenate([first, last]))
+        every = first if (first == last).all() else np.concatenate([first, last])
+        return every[np.insert(every[1:] != every[:-1], 0, True)] if ascending(every) else np.unique(every)
 
-    def load(self, sectors: Sectors, needs: int) -> int:
+    def load(self, sectors: Sectors, first: int, needs: int) -> int:
         """Records a load that needs values of round `needs`; the round that its own value comes from."""
         place = _place()
         now = max(needs + 1, self._after + 1, self.rounds + (place <= self._place), 1)
         self._place, self.rounds = place, max(self.rounds, now)
-        self.order.append(sectors)
-        self.reads.append(sectors)
+        self._add(sectors, first, True)
         return now
 
-    def store(self, sectors: Sectors) -> None:
-        self.order.append(sectors)
-        self._stores.append(sectors)
-        self.reads.append(_NONE)
+    def store(self, sectors: Sectors, first: int) -> None:
+        self._add(sectors, first, False)
 
-    def atomic(self, sectors: Sectors, needs: int) -> int:
+    def _add(self, sectors: Sectors, first: int, read: bool) -> None:
+        self.order.append(sectors)
+        self.first.append(first)
+        self.reads.append(sectors if read else _NONE)
+
+    def atomic(self, sectors: Sectors, first: int, needs: int) -> int:
         """Nobody waits for an atomic operation unless its value is used."""
-        self.store(sectors)
+        self.store(sectors, first)
         return max(needs + 1, self.rounds, 1)
 
     def fence(self, value_of: int | None = None) -> None:
-        """What follows waits for all loads so far, or for those of one round: the host's language looked at a value."""
+        """What follows waits for all loads so far, or for those of one round: something was decided by a value."""
+        self.looks += value_of is not None
         self._after = max(self._after, self.rounds if value_of is None else value_of)
+
+    def turns(self, numbers: range) -> Iterator[int]:
+        """The turns of a loop. Where the third touches what the second did, each operation a fixed distance further,
+        the others are taken to go on like that, and are not run but for the last two: the first and the last are often
+        others, and the one before the last has to be where it was expected."""
+        count = len(numbers)
+        if not self.continues or count < 7:
+            yield from numbers
+            return
+        yield numbers[0]
+        begin, looks, rounds = [len(self.order)], self.looks, 0
+        for turn in (1, 2):
+            rounds = self.rounds
+            yield numbers[turn]
+            begin.append(len(self.order))
+        shifts = self._shifts(*begin)
+        if shifts is None or (looks != self.looks and not self.alike()):
+            yield from numbers[3:]
+            return
+        for turn in range(3, count - 2):
+            for operation, shift in enumerate(shifts, begin[1]):
+                self._again(operation, (turn - 2) * shift)
+        self.rounds += (count - 5) * (self.rounds - rounds)
+        here = len(self.order)
+        yield numbers[count - 2]
+        expected = [first + (count - 4) * shift for first, shift in zip(self.first[begin[1] :], shifts, strict=False)]
+        if self.first[here:] != expected:
+            raise IrregularLoop
+        yield numbers[count - 1]
+
+    def _shifts(self, begin: int, middle: int, end: int) -> list[int] | None:
+        """How far each operation of a turn is from the same one in the turn before; None where they are not the same,
+        or so many that the turn is better run."""
+        if not 0 < middle - begin == end - middle <= _MOST_OF_A_TURN:
+            return None
+        shifts = []
+        for a, b in zip(range(begin, middle), range(middle, end), strict=True):
+            shift = self.first[b] - self.first[a]
+            alike = len(self.order[a]) == len(self.order[b]) and len(self.reads[a]) == len(self.reads[b])
+            if not alike or (shift % SECTOR and len(self.order[a]) > 1):
+                return None
+            shifts.append(shift)
+        return shifts
+
+    def _again(self, operation: int, shift: int) -> None:
+        """The operation once more, that far from where it was."""
+        first, sectors = self.first[operation] + shift, self.order[operation]
+        moved = sectors + shift // SECTOR if len(sectors) != 1 else np.array([first // SECTOR], dtype=np.int64)
+        self._add(moved, first, len(self.reads[operation]) > 0)
 
     def finish(self) -> None:
         """First reads, and of every later one how much the program has touched in between."""
@@ -89,8 +155,9 @@ class Trace:
             last[where] = at
             held[at] += len(sectors)
         self.first_read = np.unique(np.concatenate(first)) if first else _NONE
-        self.written = np.unique(np.concatenate(self._stores)) if self._stores else _NONE
-        self.order, self.reads, self._stores = [], [], []
+        stores = [x for x, read in zip(self.order, self.reads, strict=True) if not len(read)]
+        self.written = np.unique(np.concatenate(stores)) if stores else _NONE
+        self.order, self.reads, self.first = [], [], []
 
     @property
     def bytes(self) -> int:
@@ -120,7 +187,12 @@ def _weights(sample: Sequence[int], programs: int) -> dict[int, float]:
 
 
 def summed(
-    traces: Mapping[int, Trace], programs: int, warps: int, ranges: Sequence[tuple[int, int]], cache_bytes: float
+    traces: Mapping[int, Trace],
+    programs: int,
+    warps: int,
+    registers: int,
+    ranges: Sequence[tuple[int, int]],
+    cache_bytes: float,
 ) -> Programs:
     """The launch by the traces of some of its programs.
 
@@ -162,7 +234,7 @@ def summed(
             rereads[distance] = rereads.get(distance, 0.0) + weight * amount
     rounds = sorted(trace.rounds for trace in traces.values())
     return Programs(
-        programs, warps, moved["first_read"], moved["written"], tuple(sorted(rereads.items())), shared,
+        programs, warps, registers, moved["first_read"], moved["written"], tuple(sorted(rereads.items())), shared,
         max((traces[p].bytes for p in sample), default=0) / mean if mean else 1.0,
         rounds[(len(rounds) - 1) // 2], rounds[-1],
     )  # fmt: skip

@@ -37,6 +37,7 @@ class Programs:
 
     number: int
     warps: int
+    registers: int  # a thread's, where the launch bounds them; else 0
     read: float  # bytes that come from memory at their first touch
     written: float
     reread: tuple[tuple[float, float], ...]  # (reuse distance, bytes of all programs), both in bytes

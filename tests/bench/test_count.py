@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -13,9 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bench import __main__ as command
+from bench import pages
+from bench.count import page
+from bench.count.cases import SHAPES, Case, all_cases
+from bench.count.counting import Counter, stated
 from bench.count.device import CUDA, CountError, Device
 from bench.count.launches import Launches
 from bench.count.rates import Rates, timed
+from bench.count.wanted import WANTED
 from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Wait, Work
 from helpers.interpreter import interpreted, not_interpreted, run_interpreted
 
@@ -27,7 +33,7 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-@pytest.fixture(autouse=os.environ.get("TRITON_INTERPRET") == "1")
+@pytest.fixture
 def device():
     """A device whose tensors have data up to 64 KiB; everything of a test happens on it."""
     made = Device(limit=64 << 10)
@@ -423,11 +429,111 @@ def test_products_pay_for_waves_that_are_not_full_and_for_memory():
 def test_programs_beyond_a_wave_and_heavy_ones_count():
     def seconds(number: int, heaviest: float = 1.0, rounds: int = 1) -> float:
         read = 1e6 * number
-        return RATES.kernel_seconds(Programs(number, 16, read, 0.0, (), 0.0, heaviest, rounds, rounds)) / number
+        return RATES.kernel_seconds(Programs(number, 16, 0, read, 0.0, (), 0.0, heaviest, rounds, rounds)) / number
 
-    slots = RATES.resident(16)
-    assert slots == 264
+    slots = RATES.resident(Programs(1, 16, 0, 0.0, 0.0, (), 0.0, 1.0, 0, 0))
+    assert slots == 264 == 2 * RATES.resident(Programs(1, 16, 128, 0.0, 0.0, (), 0.0, 1.0, 0, 0))
     assert seconds(slots + 1) == pytest.approx(2 * seconds(slots) * slots / (slots + 1))
     assert seconds(slots, heaviest=1.5) == pytest.approx(1.5 * seconds(slots))
     assert seconds(1, rounds=1000) == pytest.approx(1000 * RATES.load_latency)
     assert math.isclose(RATES.seconds(Work("small", Sort.OPERATION, 8.0)), RATES.shortest)
+
+
+# -- what the count has to say -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counter() -> Counter:
+    """One for all cases: launches that are alike are run once."""
+    return Counter(RATES)
+
+
+def case_named(op: str, ending: str) -> Case:
+    (found,) = (case for case in all_cases() if case.op == op and case.name.endswith(ending))
+    return found
+
+
+@not_interpreted
+@pytest.mark.parametrize("bound", WANTED, ids=str)
+def test_the_results_that_are_kept_hold_the_bounds(bound):
+    lines = page.read(page.COUNTED)["ops"]
+    line = bound.line(lines)
+    assert bound.holds(line), f"{bound.name} is {line[bound.name]}"
+
+
+@not_interpreted
+def test_a_bound_can_fail():
+    lines = page.read(page.BEFORE)["ops"]
+    for bound in WANTED:
+        if "count given" not in bound.ending and bound.name in ("share", "launches"):
+            assert not bound.holds(bound.line(lines)), bound
+
+
+@not_interpreted
+def test_the_page_shows_what_was_counted():
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.rendered(text) == text, "run: python -m bench count --update"
+    assert [match["name"] for match in pages.marked("count").finditer(text)] == ["table", "rates"]
+    before, after = page.read(page.BEFORE), page.read(page.COUNTED)
+    stated_now = json.loads(json.dumps(stated(RATES)))
+    assert before["rates"] == after["rates"] == stated_now, "count both again: their rates differ"
+    assert set(page.RATES) == set(stated_now)
+
+
+@not_interpreted
+def test_both_results_are_of_the_same_cases():
+    before, after = ({(x["op"], x["case"]) for x in page.read(p)["ops"]} for p in (page.BEFORE, page.COUNTED))
+    assert before <= after == {(case.op, case.name) for case in all_cases()}
+
+
+@interpreted
+@pytest.mark.parametrize("ending", ["all active", "45 % active", "captured", "256 MiB", "count given"])
+def test_the_first_shape_holds_its_bounds_now(counter, ending):
+    """The path's code as it is, not what was written down of it."""
+    name = f"{', '.join(map(str, SHAPES[0]))}, {ending}"
+    line = counter.count(case_named("linear_policy_loss", name))
+    bounds = [bound for bound in WANTED if bound.op == "linear_policy_loss" and bound.ending == name]
+    assert bounds and not [str(bound) for bound in bounds if not bound.holds(line)], line
+    rows, width, vocabulary = SHAPES[0]
+    active = rows if ending != "45 % active" and ending != "count given" else round(0.45 * rows)
+    assert line["flops"] <= 3 * 2 * active * width * vocabulary
+
+
+@interpreted
+def test_a_sum_over_chunks_is_one_launch_a_chunk(counter):
+    """No product that is added afterwards, and no [V, H] beside the sum."""
+    name = f"{', '.join(map(str, SHAPES[0]))}, 256 MiB"
+    case = case_named("linear_policy_loss", name)
+    ledger = counter.ledger(case)
+    _rows, width, vocabulary = SHAPES[0]
+    sums = [
+        w for w in ledger.work if w.product is not None and (w.product.rows, w.product.columns) == (vocabulary, width)
+    ]
+    chunks = [w for w in ledger.work if w.product is not None and w.product.columns == vocabulary]
+    assert len(sums) == len(chunks) > 1
+    large = [w for w in ledger.work if w.product is None and w.programs is None and w.bytes > 2.0 * vocabulary * width]
+    assert len(large) == 1  # the sum's own type at the end
+    assert ledger.peak_bytes < 4 * vocabulary * width + 2 * vocabulary * width + (1 << 30)
+
+
+@interpreted
+@pytest.mark.slow
+def test_what_is_kept_is_what_the_code_does(counter):
+    kept = {(line["op"], line["case"]): line for line in page.read(page.COUNTED)["ops"]}
+    for case in all_cases():
+        assert counter.count(case) == kept[case.op, case.name], "run: python -m bench count --update"
+
+
+@interpreted
+def test_the_command(capsys):
+    assert command.main(["count", "--shape", "256,64,2048", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["device"].startswith("H200") and made["rates"] == json.loads(json.dumps(stated(RATES)))
+    assert {line["op"] for line in made["ops"]} == {"linear_policy_loss", "linear_logprob"}
+    fields = {"op", "share", "launches", "synchronisations", "flops", "bytes", "peak_bytes", "seconds", "floor_seconds"}
+    assert all(fields <= set(line) for line in made["ops"])
+    assert command.main(["count", "--shape", "256,64,2048", "--ops", "linear_logprob", "--kernels"]) == 0
+    assert "_row_kernel" in capsys.readouterr().out
+    for wrong in (["--shape", "1,2"], ["--shape", "a,b,c"], ["--ops", "nothing"], ["--update", "--ops", "gae"]):
+        with pytest.raises(SystemExit, match="--"):
+            command.main(["count", *wrong])
