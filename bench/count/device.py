@@ -21,14 +21,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bench.count.operations import CREATIONS, NOTHING, OVERWRITES, PRODUCTS, stops_host, work_of
+from bench.count.operations import ALLOCATIONS, CREATIONS, NOTHING, OVERWRITES, PRODUCTS, stops_host, work_of
 from bench.count.work import Entry, Ledger, Record, Sort, Stop, Wait, Work
 
 MIB = 1 << 20
 CUDA = torch.device("cuda", 0)
 _BLOCK = 512  # bytes, of PyTorch's allocator
 _FIRST_ADDRESS = 1 << 48  # beyond all addresses of a process
-_GAP = 1 << 32  # between tensors without data: what runs over an end meets nothing
+_GAP = 1 << 32  # a tensor without data begins at a multiple: what runs over its end meets nothing
+
+
+# By the identity of their storages, of all devices of the process: the package keeps some tensors from call to call,
+# and those that it made on one device it finds again on the next.
+_memories: dict[int, Memory] = {}
+_addresses = {"next": _FIRST_ADDRESS}
+
+
+def _room(size: int) -> int:
+    """An address with nothing behind it for as many bytes, and a gap after them."""
+    address = _addresses["next"]
+    _addresses["next"] += (size // _GAP + 1) * _GAP
+    return address
 
 
 class CountError(RuntimeError):
@@ -73,11 +86,9 @@ class Device:
     def __init__(self, limit: int = 4 * MIB, capturing: bool = False) -> None:
         self.limit, self.capturing = limit, capturing
         self.described = Described()
-        self.memories: dict[int, Memory] = {}  # by the identity of the storage
         self.entries: list[Entry] = []
         self.live = self.peak = 0
         self.events = 0
-        self._next_address = _FIRST_ADDRESS
         self._pinned: set[int] = set()
         self._unread: dict[int, int] = {}  # pinned storages that a copy is under way to, by the number of its entry
         self._functions, self._operations = _Functions(self), _Operations(self)
@@ -87,28 +98,27 @@ class Device:
     def memory(self, x: Tensor) -> Memory | None:
         """Where x lies on the device; None for a tensor of the host."""
         with torch._C.DisableTorchFunction():
-            return self.memories.get(x.untyped_storage()._cdata)
+            return _memories.get(x.untyped_storage()._cdata)
 
     def adopt(self, x: Tensor) -> Tensor:
         """x, which is on the device from now on."""
         with torch._C.DisableTorchFunction():
             storage = x.untyped_storage()
             key = storage._cdata
-            if key in self.memories:
+            if key in _memories:
                 return x
             real, size = not x.is_meta, storage.nbytes()
             address = storage.data_ptr()
             if not real:
-                address, self._next_address = self._next_address, self._next_address + size + _GAP
-                self._next_address += -self._next_address % _GAP
-            self.memories[key] = Memory(address, size, real)
+                address = _room(size)
+            _memories[key] = Memory(address, size, real)
             weakref.finalize(storage, self._gone, key).atexit = False
         self.live += -(-size // _BLOCK) * _BLOCK
         self.peak = max(self.peak, self.live)
         return x
 
     def _gone(self, key: int) -> None:
-        memory = self.memories.pop(key)
+        memory = _memories.pop(key)
         self.live -= -(-memory.bytes // _BLOCK) * _BLOCK
 
     def address(self, x: Tensor) -> int:
@@ -263,7 +273,10 @@ class Device:
 
         options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         shape = on("meta")
-        return shape if shape.untyped_storage().nbytes() > self.limit else on("cpu")
+        if shape.untyped_storage().nbytes() > self.limit:
+            return shape
+        # What nobody has filled is the same each time.
+        return on("cpu").zero_() if func._schema.name in ALLOCATIONS else on("cpu")
 
     def _through_body(self, name: str, args: Any, kwargs: Any) -> Any:
         """A registered operator's own code, operation by operation."""

@@ -21,8 +21,13 @@ _MOST_OF_A_TURN = 1000  # operations
 _NONE: Sectors = np.empty(0, dtype=np.int64)
 
 
-def ascending(x: Sectors) -> bool:
-    return len(x) > 0 and bool((x[1:] >= x[:-1]).all())
+def _distinct(parts: Sequence[Sectors]) -> Sectors:
+    """All of them in order, each once. (`numpy.unique` is many times slower on so many.)"""
+    if not parts:
+        return _NONE
+    every = np.concatenate(parts)
+    every.sort()
+    return every[np.insert(every[1:] != every[:-1], 0, True)] if len(every) else every
 
 
 class IrregularLoop(Exception):
@@ -56,7 +61,7 @@ class Trace:
         first = (numbers // SECTOR).astype(np.int64)
         last = ((numbers + np.uint64(itemsize - 1)) // SECTOR).astype(np.int64)
         every = first if (first == last).all() else np.concatenate([first, last])
-        return every[np.insert(every[1:] != every[:-1], 0, True)] if ascending(every) else np.unique(every)
+        return _distinct([every])
 
     def load(self, sectors: Sectors, first: int, needs: int) -> int:
         """Records a load that needs values of round `needs`; the round that its own value comes from."""
@@ -86,10 +91,10 @@ class Trace:
 
     def turns(self, numbers: range) -> Iterator[int]:
         """The turns of a loop. Where the third touches what the second did, each operation a fixed distance further,
-        the others are taken to go on like that, and are not run but for the last two: the first and the last are often
-        others, and the one before the last has to be where it was expected."""
+        the others are taken to go on like that, and are not run but for the last three: the first of these for what a
+        turn leaves to the next one, the second has to be where it was expected, and the last is often another one."""
         count = len(numbers)
-        if not self.continues or count < 7:
+        if not self.continues or count < 8:
             yield from numbers
             return
         yield numbers[0]
@@ -106,7 +111,10 @@ class Trace:
             for operation, shift in enumerate(shifts, begin[1]):
                 self._again(operation, (turn - 2) * shift)
         self.rounds += (count - 5) * (self.rounds - rounds)
-        here = len(self.order)
+        here, rounds = len(self.order), self.rounds
+        yield numbers[count - 3]
+        del self.order[here:], self.first[here:], self.reads[here:]
+        self.rounds = rounds
         yield numbers[count - 2]
         expected = [first + (count - 4) * shift for first, shift in zip(self.first[begin[1] :], shifts, strict=False)]
         if self.first[here:] != expected:
@@ -137,7 +145,7 @@ class Trace:
         """First reads, and of every later one how much the program has touched in between."""
         if not self.order:
             return
-        every = np.unique(np.concatenate(self.order))
+        every = _distinct(self.order)
         last = np.full(len(every), -1)  # the operation that touched each sector last
         held = np.zeros(len(self.order) + 1, dtype=np.int64)  # sectors whose last operation is this one
         first = []
@@ -149,14 +157,18 @@ class Trace:
                 again = before[before >= 0]
                 if len(again):
                     behind = np.cumsum(held[::-1])[::-1]  # sectors touched at this operation or later
-                    for operation, count in zip(*np.unique(again, return_counts=True), strict=True):
-                        self.rereads.append((SECTOR * float(behind[operation]), SECTOR * float(count)))
-            np.subtract.at(held, before[before >= 0], 1)
+                    counts = np.bincount(again)
+                    for operation in np.flatnonzero(counts):
+                        self.rereads.append((SECTOR * float(behind[operation]), SECTOR * float(counts[operation])))
+            leaving = before[before >= 0]
+            if len(leaving):
+                counts = np.bincount(leaving)
+                held[: len(counts)] -= counts
             last[where] = at
             held[at] += len(sectors)
-        self.first_read = np.unique(np.concatenate(first)) if first else _NONE
+        self.first_read = _distinct(first)
         stores = [x for x, read in zip(self.order, self.reads, strict=True) if not len(read)]
-        self.written = np.unique(np.concatenate(stores)) if stores else _NONE
+        self.written = _distinct(stores)
         self.order, self.reads, self.first = [], [], []
 
     @property
