@@ -1,6 +1,7 @@
 // Shares rows out to threads in blocks, and adds what the blocks found in their order.
 #include "swav.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -32,7 +33,8 @@ void swav_log_sums(const Swav& call) {
         for (int64_t k = 0; k < call.prototypes; ++k) {
             const float* part = parts.data() + view * blocks * 2 * padded + k;
             double top = -HUGE_VAL, sum = 0.0;
-            for (int64_t b = 0; b < blocks; ++b) top = std::fmax(top, part[b * 2 * padded]);
+            // Not std::fmax, over which g++ 12 for aarch64 fails with an internal error of its vectoriser.
+            for (int64_t b = 0; b < blocks; ++b) top = std::max<double>(top, part[b * 2 * padded]);
             for (int64_t b = 0; b < blocks; ++b) {
                 sum += double(part[b * 2 * padded + padded]) * std::exp(part[b * 2 * padded] - top);
             }

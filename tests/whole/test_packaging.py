@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -93,6 +94,28 @@ def test_wheel_holds_everything(tmp_path):
     assert any(re.fullmatch(r"stable_rlhf/_C\..*\.(so|pyd)", name) for name in files), output
     assert not any(name.startswith(("tests/", "bench/", "kernels/", "csrc/", "recipes/")) for name in files)
     assert any(name.endswith("licenses/LICENSE") for name in files)
+    (wheel,) = tmp_path.glob("*.whl")
+    (metadata,) = (name for name in files if name.endswith(".dist-info/METADATA"))
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().partition("\n\n")[0].splitlines()
+    needed = [line for line in lines if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    assert {re.split(r"[<>=;]", line.split()[1])[0] for line in needed} == {"torch", "triton", "numpy"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cpp")), ids=lambda path: path.name)
+def test_the_cpp_module_compiles_for_aarch64(source, tmp_path):
+    """Compiles: nothing has run it there. Debian's g++-aarch64-linux-gnu."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++")
+    headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    done = subprocess.run(
+        [compiler, "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *headers,
+         "-c", source, "-o", tmp_path / "object.o"],
+        capture_output=True, encoding="utf-8", timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
