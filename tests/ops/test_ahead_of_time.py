@@ -20,9 +20,11 @@ pytestmark = [
 ]
 
 
-def holds(code, residency, shared=4096):
-    """Nothing is spilled, and so many programs fit a multiprocessor at a time."""
-    assert code.registers > 0 and not code.spills and code.shared <= shared, code.resources
+def holds(code, residency, shared=4096, stack=0):
+    """Nothing is spilled in a loop, and elsewhere at most so many bytes; so many programs fit a multiprocessor."""
+    assert code.registers > 0 and code.shared <= shared and code.local == 0 and code.stack <= stack, code.resources
+    assert not any(x.spills for loop in code.loops for x in loop.instructions), "spilled in a loop"
+    assert stack or not code.spills, code.resources
     assert code.residency >= residency, code.resources
 
 
@@ -227,7 +229,8 @@ def test_policy_rows(name, capability, tmp_path, record_property):
     # Both ways of loading and storing, with a mask and without, are in the code; one of them runs.
     counted = [round(len(loop.instructions) * 32 * shape.warps / shape.block, 1) for loop in code.wide_loops]
     record_property("resources", {"block": shape.block, "instructions a logit": counted, **code.resources})
-    holds(code, residency=shape.residency, shared=1024)
+    # With a softcap triton 3.6 stops at 64 registers on sm_90 and sm_100, and puts some numbers of a row aside.
+    holds(code, residency=shape.residency, shared=1024, stack=32 if parts["SOFTCAP"] else 0)
     assert len(counted) == len(most), f"a loop over whole blocks does not load 16 bytes at a time: {counted}"
     assert all(number <= bound for number, bound in zip(counted, most, strict=True)), counted
     if parts["GRADIENT"]:
