@@ -124,10 +124,12 @@ def block_of(shape: RowLaunch, dtype: torch.dtype, aligned: bool) -> int:
     return shape.block if aligned else min(shape.block, shape.warps * 32 * 32 // dtype.itemsize)
 
 
-def registers_of(shape: RowLaunch) -> int | None:
-    """The most registers a thread, so that as many programs as wanted fit a multiprocessor; for one alone the compiler
-    knows."""
-    return None if shape.residency == 1 else min(255, 65536 // (32 * shape.warps * shape.residency))
+def registers_of(shape: RowLaunch, whole_block: bool) -> int | None:
+    """The most registers a thread, so that as many programs as wanted fit a multiprocessor. A whole block takes all
+    that one program can have; with a smaller one the compiler makes room for two programs, and spills, unless told."""
+    if shape.residency == 1 and whole_block:
+        return None
+    return min(255, 65536 // (32 * shape.warps * shape.residency))
 
 
 def _programs(device: torch.device, each: int) -> int:
@@ -224,7 +226,7 @@ def _launch(
             BLOCK=block_of(shape, logits.dtype, aligned),
             LANES=lanes,
             num_warps=shape.warps,
-            maxnreg=registers_of(shape),
+            maxnreg=registers_of(shape, aligned and not softcap),
         )
 
 

@@ -211,7 +211,7 @@ def row_code(shape, logits, gradient, parts, capability, folder, aligned):
     constants = {**off, **parts, "LANES": {"bf16": 8, "fp32": 4}[logits]}
     constants["ALIGNED"] = "logits_ptr" in aligned
     constants["BLOCK"] = block_of(shape, {"bf16": torch.bfloat16, "fp32": torch.float32}[logits], constants["ALIGNED"])
-    options = {"maxnreg": registers_of(shape)}
+    options = {"maxnreg": registers_of(shape, constants["ALIGNED"] and not parts["SOFTCAP"])}
     return build(row_kernel, types, constants, capability, shape.warps, folder, aligned, options)
 
 
