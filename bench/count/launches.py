@@ -35,6 +35,7 @@ _EXACT = 0.005  # of a launch's bytes: how well has to be known which programs h
 _CONTROL_BYTES = 64  # of a tensor that holds counts and the like: a launch with others is another launch
 
 builder = interpreter.interpreter_builder
+_EVICT_FIRST = object()  # a load or store after which its memory may leave the cache before all other
 _UNKNOWN = object()  # the result of rows that are alike in what is given, and not in what they get
 Table = dict[tuple[Any, ...], dict[str, Any]]  # what a row of each kind gets in each result
 
@@ -381,13 +382,13 @@ class Launches:
             else:
                 value = load(pointers, mask, other, policy, volatile)
             if self._trace is not None and known is not None:
-                value.stamp = self._trace.load(*known, _stamp(pointers, mask))
+                value.stamp = self._trace.load(*known, _stamp(pointers, mask), policy is not _EVICT_FIRST)
             return value
 
         def masked_store(pointers: Any, value: Any, mask: Any, policy: Any) -> Any:
             known = self._record(pointers, mask, written=True)
             if self._trace is not None and known is not None:
-                self._trace.store(*known)
+                self._trace.store(*known, policy is not _EVICT_FIRST)
             return None if _without_data(pointers) else store(pointers, value, mask, policy)
 
         def atomic(pointers: Any, mask: Any, others: tuple[Any, ...], act: Callable[[], Any]) -> Any:
@@ -409,6 +410,10 @@ class Launches:
         def atomic_cas(pointers: Any, expected: Any, value: Any, *more: Any) -> Any:
             return atomic(pointers, None, (expected, value), lambda: swap(pointers, expected, value, *more))
 
+        def cache_policy(modifier: Any, eviction: Any) -> Any:
+            """What the interpreter hands on to loads and stores, and does not look at."""
+            return _EVICT_FIRST if str(eviction).lower().endswith("evict_first") else None
+
         def fence() -> Any:
             if self._trace is not None:
                 self._trace.fence()
@@ -419,7 +424,7 @@ class Launches:
             hooks.pop(name, None)
         hooks |= {
             "create_masked_load": masked_load, "create_masked_store": masked_store, "create_atomic_rmw": atomic_rmw,
-            "create_atomic_cas": atomic_cas, "create_barrier": fence,
+            "create_atomic_cas": atomic_cas, "create_barrier": fence, "get_cache_policy": cache_policy,
         }  # fmt: skip
         return hooks
 

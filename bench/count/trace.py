@@ -4,6 +4,7 @@ the traces of a few of its programs."""
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Trace:
     reads: list[Sectors] = field(default_factory=list)
     order: list[Sectors] = field(default_factory=list)  # of all operations
     first: list[int] = field(default_factory=list)  # the first address of each
+    stays: list[bool] = field(default_factory=list)  # whether it asks the cache to keep what it touched
     continues: bool = False  # whether the turns of a regular loop are continued, and most of them not run
     alike: Callable[[], bool] = lambda: False  # whether the values that were read are the same for all rows: a loop in
     # which they decided something goes on as it began only then
@@ -63,20 +65,21 @@ class Trace:
         every = first if (first == last).all() else np.concatenate([first, last])
         return _distinct([every])
 
-    def load(self, sectors: Sectors, first: int, needs: int) -> int:
+    def load(self, sectors: Sectors, first: int, needs: int, stays: bool = True) -> int:
         """Records a load that needs values of round `needs`; the round that its own value comes from."""
         place = _place()
         now = max(needs + 1, self._after + 1, self.rounds + (place <= self._place), 1)
         self._place, self.rounds = place, max(self.rounds, now)
-        self._add(sectors, first, True)
+        self._add(sectors, first, True, stays)
         return now
 
-    def store(self, sectors: Sectors, first: int) -> None:
-        self._add(sectors, first, False)
+    def store(self, sectors: Sectors, first: int, stays: bool = True) -> None:
+        self._add(sectors, first, False, stays)
 
-    def _add(self, sectors: Sectors, first: int, read: bool) -> None:
+    def _add(self, sectors: Sectors, first: int, read: bool, stays: bool) -> None:
         self.order.append(sectors)
         self.first.append(first)
+        self.stays.append(stays)
         self.reads.append(sectors if read else _NONE)
 
     def atomic(self, sectors: Sectors, first: int, needs: int) -> int:
@@ -113,7 +116,7 @@ class Trace:
         self.rounds += (count - 5) * (self.rounds - rounds)
         here, rounds = len(self.order), self.rounds
         yield numbers[count - 3]
-        del self.order[here:], self.first[here:], self.reads[here:]
+        del self.order[here:], self.first[here:], self.reads[here:], self.stays[here:]
         self.rounds = rounds
         yield numbers[count - 2]
         expected = [first + (count - 4) * shift for first, shift in zip(self.first[begin[1] :], shifts, strict=False)]
@@ -139,15 +142,16 @@ class Trace:
         """The operation once more, that far from where it was."""
         first, sectors = self.first[operation] + shift, self.order[operation]
         moved = sectors + shift // SECTOR if len(sectors) != 1 else np.array([first // SECTOR], dtype=np.int64)
-        self._add(moved, first, len(self.reads[operation]) > 0)
+        self._add(moved, first, len(self.reads[operation]) > 0, self.stays[operation])
 
     def finish(self) -> None:
-        """First reads, and of every later one how much the program has touched in between."""
+        """First reads, and of every later one how much the program has touched in between, without what it let go."""
         if not self.order:
             return
         every = _distinct(self.order)
         last = np.full(len(every), -1)  # the operation that touched each sector last
         held = np.zeros(len(self.order) + 1, dtype=np.int64)  # sectors whose last operation is this one
+        stays = np.array(self.stays, dtype=np.int64)
         first = []
         for at, (sectors, read) in enumerate(zip(self.order, self.reads, strict=True)):
             where = np.searchsorted(every, sectors)
@@ -159,17 +163,18 @@ class Trace:
                     behind = np.cumsum(held[::-1])[::-1]  # sectors touched at this operation or later
                     counts = np.bincount(again)
                     for operation in np.flatnonzero(counts):
-                        self.rereads.append((SECTOR * float(behind[operation]), SECTOR * float(counts[operation])))
+                        distance = SECTOR * float(behind[operation]) if stays[operation] else math.inf
+                        self.rereads.append((distance, SECTOR * float(counts[operation])))
             leaving = before[before >= 0]
             if len(leaving):
                 counts = np.bincount(leaving)
-                held[: len(counts)] -= counts
+                held[: len(counts)] -= counts * stays[: len(counts)]
             last[where] = at
-            held[at] += len(sectors)
+            held[at] += len(sectors) * stays[at]
         self.first_read = _distinct(first)
         stores = [x for x, read in zip(self.order, self.reads, strict=True) if not len(read)]
         self.written = _distinct(stores)
-        self.order, self.reads, self.first = [], [], []
+        self.order, self.reads, self.first, self.stays = [], [], [], []
 
     @property
     def bytes(self) -> int:

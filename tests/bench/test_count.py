@@ -74,6 +74,19 @@ def twice_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, FORWARD: tl.constexpr
 
 
 @triton.jit
+def through_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, EVICT: tl.constexpr):
+    """A row is read, something else written, and the row read again."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, n, BLOCK):
+        total += tl.load(from_ptr + begin + lanes)
+    for begin in range(0, 4 * n, BLOCK):
+        tl.store(to_ptr + begin + lanes, total, eviction_policy=EVICT)
+    for begin in range(0, n, BLOCK):
+        tl.store(to_ptr + begin + lanes, tl.load(from_ptr + begin + lanes), eviction_policy=EVICT)
+
+
+@triton.jit
 def rows_kernel(from_ptr, factor_ptr, result_ptr, count_ptr, COLUMNS: tl.constexpr):
     """Programs that take turns over as many rows as the device's memory says."""
     count = tl.load(count_ptr)
@@ -310,6 +323,15 @@ def test_a_row_backwards_hits_what_was_read_last(device):
     memory, _ = rates.kernel_bytes(only(ledger).programs)
     # Going back it meets what it read d bytes before it turned, and has read as much once more and written as much.
     assert memory - 8 * n == pytest.approx(4 * n - rates.cache_bytes / 2, rel=0.01)
+
+
+@interpreted
+@pytest.mark.parametrize(("evict", "misses"), [("", 1), ("evict_first", 0)])
+def test_what_is_let_go_leaves_room_for_the_others(device, evict, misses):
+    n, rates = 1 << 18, replace(RATES, cache_bytes=3e6)
+    with device.counting() as ledger:
+        through_kernel[(1,)](new(n), new(4 * n), n, BLOCK=1 << 12, EVICT=evict, num_warps=16)
+    assert rates.kernel_bytes(only(ledger).programs)[0] == 4 * n * (5 + misses)
 
 
 @interpreted
