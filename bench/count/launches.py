@@ -57,7 +57,7 @@ class Launches:
 
     def __init__(self, device: Device, cache_bytes: float) -> None:
         self.device, self.cache_bytes = device, cache_bytes
-        self._known: dict[Any, tuple[Programs, Table]] = {}
+        self._known: dict[Any, tuple[Programs, Table, list[Tensor]]] = {}
         self._trace: Trace | None = None
         self._touched: set[tuple[bool, int]] = set()  # of tensors with data: (whether written, address)
         self._ends: list[tuple[int, int]] = []  # of the tensors under way, ascending
@@ -105,10 +105,12 @@ class Launches:
             if self.device.memory(x) is None:
                 raise CountError(f"{function.fn.__name__}: {name} is a tensor of the host")
         whole = all(not x.is_meta for x in tensors.values())
-        key = None if whole else self._key(function, given, shape, warps)
+        registers = int(kwargs.get("maxnreg") or 0)
+        key = None if whole else (self._key(function, given, shape, warps), registers)
         found = None if whole else self._known.get(key)
         label = f"{function.fn.__name__}, {warps} warps"
         if found is not None and self._fill(found[1], tensors):
+            _Counters(tensors, programs).leave(found[2])
             self._write_down(label, found[0])
             return
         run = self._prepared(function, code, given, tensors, shape)
@@ -127,12 +129,11 @@ class Launches:
                     table = self._kinds(sampled, traces, programs, tensors)
                 finally:
                     self._sampling = False
-                counters.leave()
+                counters.leave(counters.after_all)
         ranges = {(m.address, m.bytes) for x in tensors.values() if (m := self.device.memory(x)) is not None}
-        registers = int(kwargs.get("maxnreg") or 0)
         moved = summed(traces, programs, warps, registers, sorted(ranges), self.cache_bytes)
         if key is not None:
-            self._known[key] = moved, table
+            self._known[key] = moved, table, counters.after_all
         self._write_down(label, moved)
 
     def _write_down(self, name: str, programs: Programs) -> None:
@@ -144,7 +145,8 @@ class Launches:
                 return repr(x)
             control = not x.is_meta and x.nbytes <= _CONTROL_BYTES and not x.is_floating_point()
             values = tuple(x.flatten().tolist()) if control else None
-            return x.dtype, tuple(x.shape), x.stride(), x.is_meta, values
+            kinds = len(x.unique()) if _tells_kinds(x) else 0  # a mixture is another launch than rows of one kind
+            return x.dtype, tuple(x.shape), x.stride(), x.is_meta, values, kinds
 
         storages: dict[int, int] = {}
         same = [
@@ -481,7 +483,7 @@ class _Counters:
         ]
         self.before_all = [x.clone() for x in self.tensors]
         self.step: list[Tensor] | None = None
-        self.after_all: list[Tensor] | None = None
+        self.after_all = self.before_all
 
     @contextlib.contextmanager
     def before(self, program: int) -> Iterator[None]:
@@ -494,9 +496,9 @@ class _Counters:
         if program == self.programs - 1:
             self.after_all = [x.clone() for x in self.tensors]
 
-    def leave(self) -> None:
-        """As the last program has left them."""
-        for x, last in zip(self.tensors, self.after_all or self.before_all, strict=True):
+    def leave(self, after_all: list[Tensor]) -> None:
+        """As the last program leaves them."""
+        for x, last in zip(self.tensors, after_all, strict=True):
             x.copy_(last)
 
 

@@ -373,11 +373,12 @@ def test_loads_that_wait_for_one_another(device, steps, together, rounds):
 def test_the_last_of_a_sample_is_the_last_of_all(device):
     programs, block = 500, 256
     counter = torch.zeros((), dtype=torch.int32, device=CUDA)
-    with device.counting() as ledger:
-        ticket_kernel[(programs,)](new(programs * block), new(programs * block), counter, BLOCK=block)
-    found = only(ledger).programs
-    assert found.longest >= programs > 10 * found.rounds  # only one goes over all that was written
-    assert counter.tolist() == 0  # as that one leaves it
+    for _ in range(2):  # the second launch is one that is known
+        with device.counting() as ledger:
+            ticket_kernel[(programs,)](new(programs * block), new(programs * block), counter, BLOCK=block)
+        found = only(ledger).programs
+        assert found.longest >= programs > 10 * found.rounds  # only one goes over all that was written
+        assert counter.tolist() == 0  # as that one leaves it
 
 
 @interpreted
@@ -554,14 +555,14 @@ def test_what_is_kept_is_what_the_code_does(counter):
 
 @interpreted
 def test_the_command(capsys):
-    assert command.main(["count", "--shape", "256,64,2048", "--json"]) == 0
+    assert command.main(["count", "--shape", "16,32,256", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["device"].startswith("H200") and made["rates"] == json.loads(json.dumps(stated(RATES)))
     assert {line["op"] for line in made["ops"]} == {"linear_policy_loss", "linear_logprob"}
     fields = {"op", "share", "launches", "synchronisations", "flops", "bytes", "peak_bytes", "seconds", "floor_seconds"}
     assert all(fields <= set(line) for line in made["ops"])
-    assert command.main(["count", "--shape", "256,64,2048", "--ops", "linear_logprob", "--kernels"]) == 0
-    assert "_row_kernel" in capsys.readouterr().out
+    assert command.main(["count", "--shape", "16,32,256", "--ops", "linear_logprob", "--kernels"]) == 0
+    assert "row_kernel" in capsys.readouterr().out
     for wrong in (["--shape", "1,2"], ["--shape", "a,b,c"], ["--ops", "nothing"], ["--update", "--ops", "gae"]):
         with pytest.raises(SystemExit, match="--"):
             command.main(["count", *wrong])
