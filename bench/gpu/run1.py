@@ -211,9 +211,7 @@ def launches(plan: Plan) -> list[tuple[int, int, int]]:
     and their neighbours."""
     if plan.dry:
         return [(128, 1, 1), (256, 1, 2)]
-    return [
-        (16384, 16, 1), (8192, 8, 2), (4096, 4, 4), (8192, 16, 1), (8192, 16, 2), (4096, 8, 4), (32768, 32, 1),
-    ]  # fmt: skip
+    return [(16384, 16, 1), (8192, 8, 2), (4096, 4, 4), (8192, 16, 1), (4096, 8, 4), (16384, 32, 1)]
 
 
 def own_kernels() -> set[str]:
