@@ -78,7 +78,7 @@ def _rows(count: int, vocabulary: int, mixed: bool) -> tuple[Tensor, dict[str, A
     return target.to(CUDA), {name: value.to(CUDA) for name, value in given.items()}
 
 
-def _policy(shape: Shape, mixed: bool, **options: Any) -> Step:
+def policy_step(shape: Shape, mixed: bool, **options: Any) -> Step:
     rows, width, vocabulary = shape
     hidden, weight = _leaf(rows, width), _leaf(vocabulary, width)
     target, given = _rows(rows, vocabulary, mixed)
@@ -180,17 +180,17 @@ def policy_cases(shape: Shape) -> list[Case]:
 
     op = "linear_policy_loss"
     cases = [
-        case(op, f"{at}, all active", lambda: _policy(shape, False), products(rows, 3)),
-        case(op, f"{at}, 45 % active", lambda: _policy(shape, True), products(_active(shape), 3)),
-        case(op, f"{at}, captured", lambda: _policy(shape, False), products(rows, 3), capturing=True),
+        case(op, f"{at}, all active", lambda: policy_step(shape, False), products(rows, 3)),
+        case(op, f"{at}, 45 % active", lambda: policy_step(shape, True), products(_active(shape), 3)),
+        case(op, f"{at}, captured", lambda: policy_step(shape, False), products(rows, 3), capturing=True),
         case("linear_logprob", f"{at}, no gradient", lambda: _logprob(shape), products(rows, 1)),
     ]
     if shape == SHAPES[0]:
         cases.insert(
-            2, case(op, f"{at}, 45 % active, count given", lambda: _policy(shape, True, active_rows=_active(shape)),
+            2, case(op, f"{at}, 45 % active, count given", lambda: policy_step(shape, True, active_rows=_active(shape)),
                     products(_active(shape), 3)),
         )  # fmt: skip
-        cases.insert(3, case(op, f"{at}, 256 MiB", lambda: _policy(shape, False, workspace_bytes=256 * MIB),
+        cases.insert(3, case(op, f"{at}, 256 MiB", lambda: policy_step(shape, False, workspace_bytes=256 * MIB),
                              products(rows, 3)))  # fmt: skip
     return cases
 
