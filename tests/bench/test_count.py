@@ -90,6 +90,15 @@ def through_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, EVICT: tl.constexpr
 
 
 @triton.jit
+def folded_kernel(from_ptr, to_ptr, TURNS: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks in turn; from one on the same ones once more."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for turn in range(0, TURNS):
+        total += tl.load(from_ptr + turn % FOLD * BLOCK + tl.arange(0, BLOCK))
+    tl.store(to_ptr + tl.arange(0, BLOCK), total)
+
+
+@triton.jit
 def rows_kernel(from_ptr, factor_ptr, result_ptr, count_ptr, COLUMNS: tl.constexpr):
     """Programs that take turns over as many rows as the device's memory says."""
     count = tl.load(count_ptr)
@@ -329,6 +338,17 @@ def test_a_row_backwards_hits_what_was_read_last(device):
 
 
 @interpreted
+@pytest.mark.parametrize("fold", [64, 32])
+def test_a_loop_that_does_not_go_on_as_it_began_is_run(device, fold):
+    x = new(64 * 1024)
+    with device.counting() as ledger:
+        folded_kernel[(1,)](x, new(1 << 20), TURNS=64, FOLD=fold, BLOCK=1024)
+    programs = only(ledger).programs
+    assert programs.read == 4 * 1024 * fold and programs.rounds == 64
+    assert sum(amount for _, amount in programs.reread) == 4 * 1024 * (64 - fold)
+
+
+@interpreted
 @pytest.mark.parametrize(("evict", "misses"), [("", 1), ("evict_first", 0)])
 def test_what_is_let_go_leaves_room_for_the_others(device, evict, misses):
     n, rates = 1 << 18, replace(RATES, cache_bytes=3e6)
@@ -390,12 +410,8 @@ def test_an_access_beyond_the_arguments_is_refused(device):
     with pytest.raises(CountError, match="outside the arguments"):
         beyond_kernel[(1,)](x, y, (1 << 20) - 64, BLOCK=128)
     beyond_kernel[(1,)](x, y, (1 << 20) - 128, BLOCK=128)
-
-
-@interpreted
-def test_a_tensor_of_the_host_is_refused(device):
     with pytest.raises(CountError, match="host"):
-        copy_kernel[(1,)](torch.zeros(8), new(8), 8, BLOCK=8)
+        beyond_kernel[(1,)](x, torch.zeros(128), 0, BLOCK=128)
 
 
 @interpreted
