@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -137,9 +136,12 @@ def test_what_does_not_fit_the_policy_is_told_once_it_is_here(
     for name in ("m", "other"):
         tiny_model(layers=2).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens(["word"])
-    other.save_pretrained(tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    other = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = other["model"]["vocab"]
+    first, last = list(vocabulary)[10], list(vocabulary)[-10]
+    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
+    file.write_text(json.dumps(other), encoding="utf-8")
     recipe.scorer_model_name_or_path, recipe.ppo.max_new_tokens = str(tmp_path / "m"), 8
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Say {a} {b}", "task": a} for a in "abcd" for b in "efgh"])
     check_model(recipe, str(tmp_path / "m"))
