@@ -54,8 +54,8 @@ inline Doubles exp_wide(Doubles x) {
     const Doubles r = x - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10;
     Doubles p = kTaylor[0] - Doubles{};
     for (int j = 1; j < 14; ++j) p = p * r + kTaylor[j];
-    const Doubles found = (Doubles)((Longs)p + (((Longs)shifted - (Longs)magic) << 52));
-    return x < -700.0 ? Doubles{} : found;
+    const Doubles power = (Doubles)((Longs)p + (((Longs)shifted - (Longs)magic) << 52));
+    return x < -700.0 ? Doubles{} : power;
 }
 
 void exponentials(const double* x, int64_t n, double* out) {

@@ -67,11 +67,11 @@ private:
                 pybind11::gil_scoped_release without;
                 function.work_(call);
             } else {
-                const auto made = [&] {
+                const auto result = [&] {
                     pybind11::gil_scoped_release without;
                     return function.work_(call);
                 }();
-                return pybind11::cast(made).release().ptr();
+                return pybind11::cast(result).release().ptr();
             }
         } catch (pybind11::error_already_set& error) {
             error.restore();

@@ -29,15 +29,15 @@ Parallel find_parallel() {
     if (torch == nullptr) return nullptr;
     // A symbol by handle is searched in the library and in what it depends on, nowhere else. Intel's and LLVM's runtimes
     // have this entry point too.
-    auto found = reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel"));
+    auto symbol = reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel"));
     dlclose(torch);
-    if (found && pthread_atfork(nullptr, nullptr, [] { forked = true; }) != 0) return nullptr;
-    return found;
+    if (symbol && pthread_atfork(nullptr, nullptr, [] { forked = true; }) != 0) return nullptr;
+    return symbol;
 }
 
 Parallel torch_threads() {
-    static const Parallel found = find_parallel();
-    return forked ? nullptr : found;
+    static const Parallel symbol = find_parallel();
+    return forked ? nullptr : symbol;
 }
 #else
 Parallel torch_threads() { return nullptr; }

@@ -166,25 +166,25 @@ struct RowStatistics {
 template <typename T, bool kSoftcap>
 RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target, const RowShape& shape) {
     alignas(64) float z[kBlock];
-    RowStatistics found{-__builtin_huge_valf(), 0.0, 0.0, 0.0, 0.0f};
+    RowStatistics statistics{-__builtin_huge_valf(), 0.0, 0.0, 0.0, 0.0f};
     bool first = true;
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
         const float largest = horizontal_max(block_z<T, kSoftcap>(logits + begin, count, shape, z));
-        if (target >= begin && target < begin + count) found.target = z[target - begin];
-        if (first || largest > found.max) {
+        if (target >= begin && target < begin + count) statistics.target = z[target - begin];
+        if (first || largest > statistics.max) {
             if (!first) {
-                const double step = double(found.max) - double(largest);
+                const double step = double(statistics.max) - double(largest);
                 const double factor = exp(step);
-                const double sum = found.ones + found.rest;
-                found.weighted = (found.weighted + sum * step) * factor;
-                found.rest = sum * factor;
-                found.ones = 0.0;
+                const double sum = statistics.ones + statistics.rest;
+                statistics.weighted = (statistics.weighted + sum * step) * factor;
+                statistics.rest = sum * factor;
+                statistics.ones = 0.0;
             }
-            found.max = largest;
+            statistics.max = largest;
             first = false;
         }
-        const Floats max = splat(found.max);
+        const Floats max = splat(statistics.max);
         Floats sum0{}, sum1{}, weighted0{}, weighted1{};
         Ints ones{};  // comparisons are -1 where true
         const int64_t whole = (count + kWidth - 1) / kWidth * kWidth;
@@ -207,11 +207,11 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
             sum0 += ea;
             weighted0 += ea * a;
         }
-        for (int k = 0; k < kWidth; ++k) found.ones += ones[k];
-        found.rest += double(horizontal_sum(sum0 + sum1));
-        found.weighted += double(horizontal_sum(weighted0 + weighted1));
+        for (int k = 0; k < kWidth; ++k) statistics.ones += ones[k];
+        statistics.rest += double(horizontal_sum(sum0 + sum1));
+        statistics.weighted += double(horizontal_sum(weighted0 + weighted1));
     }
-    return found;
+    return statistics;
 }
 
 // Gradient of c logprob + e entropy with respect to the logits of one row; `gradient` may be `logits`.

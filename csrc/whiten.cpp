@@ -154,12 +154,12 @@ void bind_type(pybind11::module_& m, const std::string& suffix) {
     const auto bytes = [](std::uintptr_t address) { return reinterpret_cast<const uint8_t*>(address); };
     m.def(("masked_moments_" + suffix).c_str(),
           [=](std::uintptr_t x, std::uintptr_t mask, int64_t n, int num_threads) {
-              Moments made{};
+              Moments moments{};
               {
                   pybind11::gil_scoped_release without;
-                  made = masked_moments<T>(array(x), bytes(mask), n, num_threads);
+                  moments = masked_moments<T>(array(x), bytes(mask), n, num_threads);
               }
-              return pybind11::make_tuple(made.count, made.mean, made.square);
+              return pybind11::make_tuple(moments.count, moments.mean, moments.square);
           });
     m.def(("masked_scale_" + suffix).c_str(),
           [=](std::uintptr_t x, std::uintptr_t mask, int64_t n, double mean, double variance, bool shift_mean,
