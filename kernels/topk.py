@@ -105,7 +105,7 @@ def _check(status_ptr, index, fit, n):
 
 @triton.jit
 def _collect_kernel(
-    score_ptr, cluster_ptr, prefix_ptr, found_ptr, bucket_ptr, status_ptr, n, num_clusters,
+    score_ptr, cluster_ptr, prefix_ptr, candidates_ptr, bucket_ptr, status_ptr, n, num_clusters,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Puts the rows that reach their cluster's bound into its bucket. Their order there is of no consequence."""
@@ -114,26 +114,26 @@ def _collect_kernel(
     _check(status_ptr, index, fit, n)
     bound = tl.load(prefix_ptr + cluster, mask=fit, other=0)
     candidate = fit & _reaches(_key(score, index), bound)
-    place = tl.atomic_add(found_ptr + cluster, 1, mask=candidate)
+    place = tl.atomic_add(candidates_ptr + cluster, 1, mask=candidate)
     tl.store(bucket_ptr + cluster * CAPACITY + place, index.to(tl.int32), mask=candidate & (place < CAPACITY))
 
 
 @triton.jit
 def _select_kernel(
-    score_ptr, found_ptr, bucket_ptr, kept_ptr, groups_ptr, status_ptr, k, CAPACITY: tl.constexpr
+    score_ptr, candidates_ptr, bucket_ptr, kept_ptr, groups_ptr, status_ptr, k, CAPACITY: tl.constexpr
 ):  # fmt: skip
     """Sets the bits of the best k rows of a bucket, or says that there was no place for all candidates."""
     cluster = tl.program_id(0).to(tl.int64)
-    found = tl.load(found_ptr + cluster)
-    if found > CAPACITY:
+    candidates = tl.load(candidates_ptr + cluster)
+    if candidates > CAPACITY:
         tl.store(status_ptr + 1, 1)
-    elif found > 0:
+    elif candidates > 0:
         lane = tl.arange(0, CAPACITY)
-        mine = lane < found
+        mine = lane < candidates
         index = tl.load(bucket_ptr + cluster * CAPACITY + lane, mask=mine, other=0)
         # No score, nor minus infinity, is as low as what stands in the other places.
         score = tl.where(mine, _rising(tl.load(score_ptr + index, mask=mine, other=0.0)), -0x80000000)
-        wanted = tl.minimum(found, k)
+        wanted = tl.minimum(candidates, k)
         # The largest bound that `wanted` scores reach: from the lowest number upwards, bit by bit.
         bound = tl.full((), -0x80000000, tl.int64)
         for step in range(0, 32):
@@ -259,18 +259,18 @@ def _launch(
     blocks, words, groups = triton.cdiv(n, _BLOCK), triton.cdiv(n, 32), triton.cdiv(n, _GROUP.value)
     sizes = (num_clusters << bits, num_clusters if capacity else 0, words, groups, 3)
     sizes = tuple(triton.cdiv(size, 4) * 4 for size in sizes)  # each begins at a multiple of 16 bytes
-    counts, found, kept, per_group, status = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    counts, candidates, kept, per_group, status = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     rows = torch.empty(min(n, k * num_clusters), dtype=torch.int64, device=device)
     if capacity:
         # A cluster whose sample has fewer than k rows has all of its rows in its bucket.
         bound = _bound(score, cluster, counts, num_clusters, k, bits, sampled, 32)
         bucket = torch.empty(num_clusters * capacity, dtype=torch.int32, device=device)
         _collect_kernel[(blocks,)](
-            score, cluster, bound, found, bucket, status, n, num_clusters, CAPACITY=capacity, BLOCK=_BLOCK,
+            score, cluster, bound, candidates, bucket, status, n, num_clusters, CAPACITY=capacity, BLOCK=_BLOCK,
             num_warps=_WARPS,
         )  # fmt: skip
         _select_kernel[(num_clusters,)](
-            score, found, bucket, kept, per_group, status, k, CAPACITY=capacity,
+            score, candidates, bucket, kept, per_group, status, k, CAPACITY=capacity,
             num_warps=max(1, min(8, capacity // 256)),
         )  # fmt: skip
     else:

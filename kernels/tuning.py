@@ -67,13 +67,13 @@ def chunk_rows(device: torch.device) -> int | None:
 def row_launch(device: torch.device, vocabulary: int, dtype: torch.dtype) -> RowLaunch | None:
     """The fastest measured launch for rows of about `vocabulary` logits of `dtype`, or None where nobody measured."""
     kind = str(dtype).removeprefix("torch.")
-    found = [launch for launch in _entry(device).get("row_launches", ()) if launch["dtype"] == kind]
+    launches = [launch for launch in _entry(device).get("row_launches", ()) if launch["dtype"] == kind]
 
     def apart(launch: dict[str, Any]) -> float:
         ratio = launch["vocabulary"] / max(1, vocabulary)
         return max(ratio, 1.0 / ratio)
 
-    nearest = min(found, key=apart, default=None)
+    nearest = min(launches, key=apart, default=None)
     if nearest is None or apart(nearest) > _FAR:
         return None
     return RowLaunch(*(nearest[name] for name in RowLaunch._fields))

@@ -81,34 +81,34 @@ def _first_line(*command: str) -> str | None:
 
 
 def _devices() -> list[tuple[str, str]]:
-    found = [("device", device_name()), ("cpu cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}")]
+    lines = [("device", device_name()), ("cpu cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}")]
     try:
         pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        found.append(("host memory", f"{pages * size / 2**30:.1f} GiB"))
+        lines.append(("host memory", f"{pages * size / 2**30:.1f} GiB"))
     except (ValueError, OSError):
         pass
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found.append((f"gpu {i}", f"{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}"))
+        lines.append((f"gpu {i}", f"{p.name}, {p.total_memory / 2**30:.1f} GiB, sm_{p.major}{p.minor}"))
     if torch.cuda.is_available():
         driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found.append(("driver", driver or "unknown"))
-        found.append(("nccl", ".".join(map(str, torch.cuda.nccl.version()))))
-    return [*found, ("cuda of torch", torch.version.cuda or "none")]
+        lines.append(("driver", driver or "unknown"))
+        lines.append(("nccl", ".".join(map(str, torch.cuda.nccl.version()))))
+    return [*lines, ("cuda of torch", torch.version.cuda or "none")]
 
 
 def _compilers() -> list[tuple[str, str]]:
-    found = []
+    lines = []
     for name, program in _COMPILERS:
         path = shutil.which(program)
         said = _first_line(program, "--version") if path else None
-        found.append((name, f"{said or 'gives no version'} ({path})" if path else "not found"))
-    return found
+        lines.append((name, f"{said or 'gives no version'} ({path})" if path else "not found"))
+    return lines
 
 
 def _package_versions() -> list[tuple[str, str]]:
-    found = versions() | installed(_OTHERS)
-    return [*found.items(), ("commit", commit() or "unknown (installed without its repository)")]
+    packages = versions() | installed(_OTHERS)
+    return [*packages.items(), ("commit", commit() or "unknown (installed without its repository)")]
 
 
 def _variables() -> list[tuple[str, str]]:

@@ -221,9 +221,9 @@ def _lead(summary: dict[str, Any]) -> list[str]:
         "response is known exactly",
         "real": "real preference pairs and prompts",
     }.get(str(summary.get("kind")), "the given data")
-    made = f"trained {' and '.join(articled)}" if names else "ran"
+    deed = f"trained {' and '.join(articled)}" if names else "ran"
     tuned = f", and tuned a language model as {', '.join(variants)}," if variants else ""
-    return [f"This run {made}{tuned} on {where}.", asks]
+    return [f"This run {deed}{tuned} on {where}.", asks]
 
 
 def _scorer_pictures(scorers: dict[str, Any]) -> list[Picture]:
@@ -264,18 +264,18 @@ def _policy_pictures(policies: dict[str, Any]) -> list[Picture]:
 
 def _selections(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What the page says of each selection, by its stage: ``selection`` (Advantage Model) and ``selection-rm``."""
-    found = {}
+    selections = {}
     for key in ("selection", *(f"selection-{scorer}" for scorer in SCORER_NAMES)):
         if selection := summary.get(key):
             scorer = key.partition("-")[2]
-            found[key] = {
+            selections[key] = {
                 **selection,
                 "by": f", scored by: {SCORER_NAMES[scorer]}" if scorer else "",
                 "pictures": _selection_pictures(selection, scorer),
                 "tasks": sorted((selection.get("tasks") or {}).items()),
                 "examples": _examples(selection),
             }
-    return found
+    return selections
 
 
 def _selection_pictures(selection: dict[str, Any], scorer: str) -> list[Picture]:

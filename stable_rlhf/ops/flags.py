@@ -43,9 +43,9 @@ def notes(device: torch.device) -> Tensor:
     return _noted[device]
 
 
-def note(fault: Fault, found: Tensor) -> None:
-    """Notes a fault where the 0-d bool `found` is true; the device is not asked."""
-    notes(found.device)[fault].logical_or_(found)
+def note(fault: Fault, condition: Tensor) -> None:
+    """Notes a fault where the 0-d bool `condition` is true; the device is not asked."""
+    notes(condition.device)[fault].logical_or_(condition)
 
 
 def tell(device: torch.device, values: Sequence[int]) -> None:

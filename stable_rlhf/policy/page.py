@@ -108,11 +108,11 @@ def _known(row: dict[str, float], key: str) -> bool:
 
 def _by_prompt(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to each prompt in the order of the steps, thinned out to a few."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in samples:
-        found.setdefault(shortened(as_text(row["prompt"]), _CHARACTERS), []).append(row)
+        groups.setdefault(shortened(as_text(row["prompt"]), _CHARACTERS), []).append(row)
     shown = []
-    for prompt, rows in found.items():
+    for prompt, rows in groups.items():
         places = {round(i * (len(rows) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)}
         answers = [
             {

@@ -301,12 +301,12 @@ def _on_device(
             places = np.sort(generator.choice(len(train), num_clusters, replace=False))
         else:
             places = device_kmeans.plus_plus(train, num_clusters, distinct, generator)
-        found = device_kmeans.lloyd(train, train.take(places), niter=niter, spherical=spherical)
-        labels = found.labels
-        if train is not rows or not found.converged:
-            labels = device_kmeans.assign(rows, found.centroids, spherical=spherical)
-        inertia = float(device_kmeans.distances(rows, found.centroids, labels).sum(dtype=torch.float64))
-        centroids = found.centroids if rows.offset is None else found.centroids + rows.offset
+        fit = device_kmeans.lloyd(train, train.take(places), niter=niter, spherical=spherical)
+        labels = fit.labels
+        if train is not rows or not fit.converged:
+            labels = device_kmeans.assign(rows, fit.centroids, spherical=spherical)
+        inertia = float(device_kmeans.distances(rows, fit.centroids, labels).sum(dtype=torch.float64))
+        centroids = fit.centroids if rows.offset is None else fit.centroids + rows.offset
         assignment = labels.cpu().numpy()
         return Clusters(
             assignment=assignment,
@@ -317,7 +317,7 @@ def _on_device(
             method="kmeans",
             notes=tuple(notes),
             backend="cuda",
-            iterations=found.iterations,
+            iterations=fit.iterations,
         )
 
 

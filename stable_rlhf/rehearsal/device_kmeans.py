@@ -191,17 +191,17 @@ def iterate(
 ) -> _Step:
     """The nearest centroid of every row into `new`, and the means of the clusters; `labels` are those before."""
     nearest = _Nearest(centroids, spherical)
-    found = _Sums(len(centroids), rows.d, rows.slab_rows, rows.device)
+    totals = _Sums(len(centroids), rows.d, rows.slab_rows, rows.device)
     for places, x, parts in rows.slabs():
         nearest(parts, new[places])
-        order, bounds = found.count(new[places])
+        order, bounds = totals.count(new[places])
         if places.stop == len(rows):
             # On its way while the last slab is added up, so that the device does not wait for the host.
-            news = rows.transfers.read(torch.stack([(new != labels).sum(), (found.sizes == 0).sum()]))
-        found.add(x, order, bounds)
-    means = _means(found.sums, found.sizes, centroids, spherical)
+            news = rows.transfers.read(torch.stack([(new != labels).sum(), (totals.sizes == 0).sum()]))
+        totals.add(x, order, bounds)
+    means = _means(totals.sums, totals.sizes, centroids, spherical)
     changed, empty = news()
-    return _Step(means, found.sizes, changed, empty)
+    return _Step(means, totals.sizes, changed, empty)
 
 
 def _move_empty(rows: DeviceRows, labels: torch.Tensor, centroids: torch.Tensor, step: _Step) -> None:

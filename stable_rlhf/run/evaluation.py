@@ -68,10 +68,16 @@ def _made_from(folder: Path) -> set[tuple[Any, Any]]:
                 (here.parent / name, (name, fingerprint)) for name, fingerprint in record.get("inputs", {}).items()
             ]
             settings = record.get("settings", {})
-            named = [(Path(settings[name]), made) for name, made in settings.get("made_from", {}).items() if made]
+            named = [
+                (Path(settings[name]), fingerprint)
+                for name, fingerprint in settings.get("made_from", {}).items()
+                if fingerprint
+            ]
         except (AttributeError, KeyError, TypeError):
             continue
-        for path, identity in beside + [(path, (_stage_record(path).get("name"), made)) for path, made in named]:
+        for path, identity in beside + [
+            (path, (_stage_record(path).get("name"), fingerprint)) for path, fingerprint in named
+        ]:
             if identity not in stages_before:
                 stages_before.add(identity)
                 waiting.append(path)

@@ -52,7 +52,7 @@ def collect_responses(
             seeds=[stream_seed(seed, "collect", i, j) for i, j in owners], description=f"responses of {alternate.name}",
         )  # fmt: skip
         texts |= {owner: rollout.text for owner, rollout in zip(owners, rollouts, strict=True)}
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for start in range(0, len(rows), per_batch):
         chunk = range(start, min(start + per_batch, len(rows)))
         examples = [encode(tokenizer, rows[i].prompt, texts[i, j]) for i in chunk for j in range(2)]
@@ -60,7 +60,7 @@ def collect_responses(
         theirs = [response_logprobs(a.policy, examples, temperature=a.temperature) for a in alternates]
         for n, i in enumerate(chunk):
             pair = (2 * n, 2 * n + 1)
-            found.append(
+            records.append(
                 {
                     "prompt": rows[i].prompt,
                     "task": rows[i].task,
@@ -69,4 +69,4 @@ def collect_responses(
                     "alt_logprobs": [[alternate[m].tolist() for alternate in theirs] for m in pair],
                 }
             )
-    return found
+    return records

@@ -165,8 +165,8 @@ class MetaRM:
     def _gradient(self, batch: Sequence[int]) -> tuple[float, list[Tensor]]:
         """J, the mean over the prompts of all ranks, and its gradient in float32: of every weight that trains what this
         rank holds."""
-        found = [torch.zeros_like(shard(p), dtype=torch.float32) for p in self.trained]
-        hooks = [p.register_hook(partial(self._keep, p, g)) for p, g in zip(self.trained, found, strict=True)]
+        gradients = [torch.zeros_like(shard(p), dtype=torch.float32) for p in self.trained]
+        hooks = [p.register_hook(partial(self._keep, p, g)) for p, g in zip(self.trained, gradients, strict=True)]
         value, mine = 0.0, batch[rank() :: world_size()]
         width, scale = self.arguments.per_device_train_batch_size, self.engine.loss_scale
         try:
@@ -182,11 +182,11 @@ class MetaRM:
             for hook in hooks:
                 hook.remove()
         if world_size() > 1 and not self._sharded:
-            for gradient in found:
+            for gradient in gradients:
                 dist.all_reduce(gradient)
-        for gradient in found:
+        for gradient in gradients:
             gradient.div_(scale)
-        return sum_over_ranks([value])[0], found
+        return sum_over_ranks([value])[0], gradients
 
     def _keep(self, parameter: Tensor, into: Tensor, gradient: Tensor) -> Tensor:
         """Add a weight's gradient to what is kept of it as soon as it is made; autograd goes on with zeros that take no

@@ -61,7 +61,7 @@ def test_sequence_kernels(name, dtype, capability, tmp_path, record_property):
 
 TOPK_TYPES = {
     **dict.fromkeys(("cluster_ptr", "prefix_ptr", "wanted_ptr", "rows_ptr"), "*i64"),
-    **dict.fromkeys(("counts_ptr", "found_ptr", "bucket_ptr", "kept_ptr", "groups_ptr", "status_ptr"), "*i32"),
+    **dict.fromkeys(("counts_ptr", "candidates_ptr", "bucket_ptr", "kept_ptr", "groups_ptr", "status_ptr"), "*i32"),
     "score_ptr": "*fp32",
 }
 TOPK_KERNELS = {  # constants, warps
