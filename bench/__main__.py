@@ -162,15 +162,15 @@ def cases_of(given: argparse.Namespace) -> list[Case]:
             sys.exit(f"--ops: unknown operation {name!r}; expected some of {', '.join(OPERATIONS)}")
     preset = "quick" if given.quick else given.preset
     if preset:
-        found = [case for case in PRESETS[preset]() if wanted is None or case.op in wanted]
-        found = [case for case in found if given.study in (None, case.study)]
-        if not found:
+        cases = [case for case in PRESETS[preset]() if wanted is None or case.op in wanted]
+        cases = [case for case in cases if given.study in (None, case.study)]
+        if not cases:
             missing = f"no case of --ops {given.ops or 'all'}, --study {given.study or 'all'}"
             others = [name for name in sorted(PRESETS) if given.study in {case.study for case in PRESETS[name]()}]
             here = sorted({case.study for case in PRESETS[preset]() if case.study})
             where = f"that study is in --preset {' and '.join(others)}" if others else f"its studies: {', '.join(here)}"
             sys.exit(f"--preset {preset}: {missing}; {where}")
-        return found
+        return cases
     shape = {"rows": given.rows, "width": given.width, "vocabulary": given.vocabulary}
     # Shares that are nothing stay out of the key: the same case has the same key in every preset.
     more = {"active": given.active, "clipped": given.clipped, "rehearsal": given.rehearsal, "chunks": given.chunks}
@@ -197,8 +197,8 @@ def measured(cases: Sequence[Case], settings: Settings, path: Path, deadline: fl
         if deadline is not None and time.monotonic() - begin > deadline:
             log.print(f"not started before the deadline: {case.key}", markup=False, highlight=False)
             continue
-        made = run_case(case, settings, lambda text: log.log(text, markup=False, highlight=False))
-        lines += [line | {"environment": environment} for line in made]
+        case_lines = run_case(case, settings, lambda text: log.log(text, markup=False, highlight=False))
+        lines += [line | {"environment": environment} for line in case_lines]
         write_lines(lines, path)
     return lines
 
@@ -224,9 +224,9 @@ def run(given: argparse.Namespace, log: Console, console: Console) -> int:
 def default_file(preset: str | None, device: torch.device) -> Path:
     if preset in ("quick", "readme", "dry"):
         return RESULTS / f"{preset}.jsonl"
-    found = environment(device)
-    changed = "-changed" if found["tree_is_dirty"] else ""
-    return RESULTS / f"{slug(found)}-{(found['commit'] or 'unknown')[:8]}{changed}.jsonl"
+    facts = environment(device)
+    changed = "-changed" if facts["tree_is_dirty"] else ""
+    return RESULTS / f"{slug(facts)}-{(facts['commit'] or 'unknown')[:8]}{changed}.jsonl"
 
 
 def list_peers(given: argparse.Namespace, console: Console) -> int:
@@ -237,8 +237,10 @@ def list_peers(given: argparse.Namespace, console: Console) -> int:
                 op, {"rows": 64, "width": 64, "vocabulary": 512, **({"active": 0.5} if op == "policy" else {})}, dtype
             )
             prepared = OPERATIONS[op](case, settings)
-            for name, found in prepared.check(prepared.contenders).items():
-                told = found.get("failure") or f"{found['verdict']}; largest error {max(found['errors'].values()):.1e}"
+            for name, result in prepared.check(prepared.contenders).items():
+                told = (
+                    result.get("failure") or f"{result['verdict']}; largest error {max(result['errors'].values()):.1e}"
+                )
                 console.print(f"{op}, {dtype}: {name}: {told}", markup=False, highlight=False)
     return 0
 
@@ -277,18 +279,18 @@ def guard(given: argparse.Namespace, log: Console, console: Console) -> int:
         return 0
     keys = {case.key for case in cases}
     before = [line for line in read_lines(accepted) if line["case"] in keys]
-    found = compare(before, lines, given.threshold)
-    suspects = {change.case for change in found if change.verdict == SLOWER}
+    changes = compare(before, lines, given.threshold)
+    suspects = {change.case for change in changes if change.verdict == SLOWER}
     if suspects:
         # A neighbour's burst fits into one case; what is really slower is so twice.
         log.print(f"measured again: {', '.join(sorted(suspects))}", markup=False)
         again = measured([case for case in cases if case.key in suspects], settings, scratch, None, log)
-        kept = [change for change in found if change.case not in suspects]
-        found = kept + compare([line for line in before if line["case"] in suspects], again, given.threshold)
+        kept = [change for change in changes if change.case not in suspects]
+        changes = kept + compare([line for line in before if line["case"] in suspects], again, given.threshold)
     scratch.unlink(missing_ok=True)
-    console.print(render.changes(found, everything=True))
-    bad = [change for change in found if change.verdict in (SLOWER, GONE)]
-    console.print(f"guard: {len(bad)} slower or gone, of {len(found)}")
+    console.print(render.changes(changes, everything=True))
+    bad = [change for change in changes if change.verdict in (SLOWER, GONE)]
+    console.print(f"guard: {len(bad)} slower or gone, of {len(changes)}")
     return 1 if bad else 0
 
 
@@ -310,10 +312,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return count.run(given, console, log)
     if given.command == "guard":
         return guard(given, wide(log), console)
-    found = compare(read_lines(given.before), read_lines(given.after), given.threshold)
-    console.print(render.changes(found, given.all))
-    slower = [change for change in found if change.verdict == SLOWER and change.role == "ours"]
-    counts = {verdict: sum(c.verdict == verdict for c in found) for verdict in dict.fromkeys(c.verdict for c in found)}
+    changes = compare(read_lines(given.before), read_lines(given.after), given.threshold)
+    console.print(render.changes(changes, given.all))
+    slower = [change for change in changes if change.verdict == SLOWER and change.role == "ours"]
+    counts = {
+        verdict: sum(c.verdict == verdict for c in changes) for verdict in dict.fromkeys(c.verdict for c in changes)
+    }
     console.print("; ".join(f"{verdict}: {number}" for verdict, number in counts.items()) or "nothing in common")
     return 1 if slower else 0
 

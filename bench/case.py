@@ -128,7 +128,7 @@ def copy_floor(moved: float, device: torch.device) -> Contender:
 def on_backend(backend: str, make: Callable[[], Step]) -> Callable[[], Step]:
     """`make` and the step it gives, with one implementation of our operations forced."""
 
-    def made() -> Step:
+    def build() -> Step:
         with ops.backend(backend):
             step = make()
 
@@ -138,7 +138,7 @@ def on_backend(backend: str, make: Callable[[], Step]) -> Callable[[], Step]:
 
         return run
 
-    return made
+    return build
 
 
 def with_backends(contender: Contender, settings: Settings) -> list[Contender]:

@@ -27,8 +27,8 @@ def mixture_on(device: torch.device, rows: int, width: int, *, groups: int = 200
     x = torch.randn(rows, width, device=device, generator=g).mul_(1.5)
     x += centres[torch.multinomial(shares, rows, replacement=True, generator=g)]
     x /= (1 + torch.arange(width, device=device) / 20).sqrt()
-    found: np.ndarray = (x / x.norm(dim=1, keepdim=True)).cpu().numpy()
-    return found
+    unit_rows: np.ndarray = (x / x.norm(dim=1, keepdim=True)).cpu().numpy()
+    return unit_rows
 
 
 def faiss_kmeans(x: np.ndarray, c: int, niter: int, seed: int, gpu: bool = False) -> float:

@@ -65,12 +65,12 @@ def judge(before: Line, after: Line, threshold: float) -> Change:
 
 def compare(before: Sequence[Line], after: Sequence[Line], threshold: float = 0.10) -> list[Change]:
     """Every contender that was measured before, floors apart: a floor is the measure, not what is measured."""
-    found = {(line["case"], line["peer"]): line for line in after}
+    counterparts = {(line["case"], line["peer"]): line for line in after}
     changes = []
     for old in before:
         if old["status"] != "ok" or old["role"] == "floor":
             continue
-        new = found.get((old["case"], old["peer"]))
+        new = counterparts.get((old["case"], old["peer"]))
         if new is None or new["status"] != "ok":
             changes.append(Change(old["case"], old["peer"], old["role"], old["median_s"], None, GONE))
         else:

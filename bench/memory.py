@@ -27,8 +27,8 @@ def _trim() -> None:
 
 
 def _step(case: Case, settings: Settings, name: str) -> Step:
-    found = OPERATIONS[case.op](case, settings).contenders
-    return next(c for c in found if c.name == name).make()
+    contenders = OPERATIONS[case.op](case, settings).contenders
+    return next(c for c in contenders if c.name == name).make()
 
 
 def main() -> None:

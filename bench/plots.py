@@ -26,7 +26,7 @@ SWEEPS = {
 def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
     """Every plot that the lines suffice for."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    paths = []
     for name, figure in (
         ("sweeps", sweeps(lines)), ("memory", memory(lines)), ("roofline", roofline(lines)), ("parts", parts(lines)),
     ):  # fmt: skip
@@ -34,20 +34,20 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Path]:
             path = folder / f"bench-{name}.png"
             figure.savefig(path, dpi=130, bbox_inches="tight")
             plt.close(figure)
-            made.append(path)
-    return made
+            paths.append(path)
+    return paths
 
 
 def _series(lines: Sequence[Line], study: str, axis: str, value: str) -> dict[str, list[tuple[float, Line]]]:
     """Points by contender, along one number of the shape."""
-    found: dict[str, list[tuple[float, Line]]] = {}
+    series: dict[str, list[tuple[float, Line]]] = {}
     for line in lines:
         shown = line["role"] == "ours" or line["peer"] in COLORS
         if line["study"] == study and line.get(value) is not None and shown and not line["peer"].endswith(", all rows"):
-            found.setdefault(line["peer"], []).append((float(line["shape"].get(axis, 1.0)), line))
-    for points in found.values():
+            series.setdefault(line["peer"], []).append((float(line["shape"].get(axis, 1.0)), line))
+    for points in series.values():
         points.sort(key=lambda point: point[0])
-    return found
+    return series
 
 
 def _plot(axes: Any, name: str, points: list[tuple[float, Line]], value: str, factor: float = 1.0) -> None:
@@ -74,16 +74,16 @@ def _finish(axes: Any, points: Sequence[float], logarithmic: bool) -> None:
 def sweeps(lines: Sequence[Line]) -> Any:
     """Times of the floor, one panel a sweep: ratios share an axis where milliseconds would not."""
     panels = {name: _series(lines, f"sweep:{name}", SWEEPS[name][0], "times_floor") for name in SWEEPS}
-    panels = {name: found for name, found in panels.items() if found}
+    panels = {name: series for name, series in panels.items() if series}
     if not panels:
         return None
     figure, all_axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 7.2), squeeze=False, sharey="row")
-    for column, (name, found) in zip(all_axes.T, panels.items(), strict=True):
+    for column, (name, series) in zip(all_axes.T, panels.items(), strict=True):
         _, label, logarithmic = SWEEPS[name]
-        for peer, points in found.items():
+        for peer, points in series.items():
             _plot(column[0], peer, points, "median_s", 1e3)
             _plot(column[1], peer, points, "times_floor")
-        places = [x for points in found.values() for x, _ in points]
+        places = [x for points in series.values() for x, _ in points]
         for axes in column:
             _finish(axes, places, logarithmic)
             axes.set_yscale("log")
@@ -96,23 +96,23 @@ def sweeps(lines: Sequence[Line]) -> Any:
     all_axes[1][0].set_ylabel("times of the floor")
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.0))
-    shown = [line for found in panels.values() for points in found.values() for _, line in points]
+    shown = [line for series in panels.values() for points in series.values() for _, line in points]
     figure.suptitle(_where(shown), y=0.02, fontsize=8, color="#555555")
     figure.subplots_adjust(top=0.9, hspace=0.18, wspace=0.12)
     return figure
 
 
 def memory(lines: Sequence[Line]) -> Any:
-    found = _series(lines, "sweep:memory", "vocabulary", "peak_mib")
-    if not found:
+    series = _series(lines, "sweep:memory", "vocabulary", "peak_mib")
+    if not series:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    for peer, points in found.items():
+    for peer, points in series.items():
         _plot(axes, peer, points, "peak_mib")
-    _finish(axes, [x for points in found.values() for x, _ in points], True)
+    _finish(axes, [x for points in series.values() for x, _ in points], True)
     axes.set(xlabel="vocabulary V, T 1,024", ylabel="MiB that a call adds, gradients included", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
-    shown = [line for points in found.values() for _, line in points]
+    shown = [line for points in series.values() for _, line in points]
     axes.set_title(_where(shown), fontsize=8, color="#555555")
     return figure
 

@@ -70,10 +70,10 @@ def rate(line: Line) -> str:
 
 def cases(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """Lines by case, the fastest first, those without a time last."""
-    found: dict[str, list[Line]] = {}
+    groups: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(line["case"], []).append(line)
-    return {case: sorted(group, key=lambda x: x["median_s"] or float("inf")) for case, group in found.items()}
+        groups.setdefault(line["case"], []).append(line)
+    return {case: sorted(group, key=lambda x: x["median_s"] or float("inf")) for case, group in groups.items()}
 
 
 def worst_error(line: Line) -> str:
@@ -93,14 +93,14 @@ def remark(line: Line) -> str:
 
 def table(lines: Sequence[Line]) -> Table:
     """Every contender of every case."""
-    made = Table(title="time beside the floor of the same rounds")
-    made.add_column("case, contender", overflow="fold")
+    listing = Table(title="time beside the floor of the same rounds")
+    listing.add_column("case, contender", overflow="fold")
     for name in ("median", "p20", "p80", "× floor", "share", "peak MiB", "page faults", "rate", "error"):
-        made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("remarks", overflow="fold")
+        listing.add_column(name, justify="right", no_wrap=True)
+    listing.add_column("remarks", overflow="fold")
     for group in cases(lines).values():
-        made.add_section()
-        made.add_row(f"[bold]{title(group[0])}[/]", *[""] * 10)
+        listing.add_section()
+        listing.add_row(f"[bold]{title(group[0])}[/]", *[""] * 10)
         for line in group:
             style = {"ours": "green", "floor": "cyan"}.get(line["role"])
             times = [in_units(line[k]) if line.get(k) else "–" for k in ("median_s", "p20_s", "p80_s")]
@@ -108,21 +108,21 @@ def table(lines: Sequence[Line]) -> Table:
             peak = f"{line['peak_mib']:,.0f}" if line.get("peak_mib") is not None else ""
             faults = f"{line['page_faults']:,}" if line.get("page_faults") is not None else ""
             cells = (*times, ratio(line), share, peak, faults, rate(line), worst_error(line), remark(line))
-            made.add_row("  " + line["peer"], *cells, style=style)
-    return made
+            listing.add_row("  " + line["peer"], *cells, style=style)
+    return listing
 
 
 def summary(lines: Sequence[Line]) -> Table:
     """One line a case: ours, and the fastest other that is right."""
-    made = Table(title="ours and the fastest peer")
-    made.add_column("case", overflow="fold")
+    listing = Table(title="ours and the fastest peer")
+    listing.add_column("case", overflow="fold")
     for name in ("ours", "× floor", "peak MiB", "fastest peer", "its time", "× floor", "peak MiB"):
-        made.add_column(name, justify="right", overflow="fold")
+        listing.add_column(name, justify="right", overflow="fold")
     for group in cases(lines).values():
         own = next((x for x in group if x["peer"] == OURS), None)
         peer = next((x for x in group if x["role"] == "peer" and x["status"] == "ok"), None)
-        made.add_row(title(group[0]), *_brief(own), peer["peer"] if peer else "–", *_brief(peer))
-    return made
+        listing.add_row(title(group[0]), *_brief(own), peer["peer"] if peer else "–", *_brief(peer))
+    return listing
 
 
 def _brief(line: Line | None) -> tuple[str, str, str]:
@@ -132,21 +132,21 @@ def _brief(line: Line | None) -> tuple[str, str, str]:
     return in_units(line["median_s"]), ratio(line), peak
 
 
-def changes(found: Sequence[Change], everything: bool = False) -> Table:
-    made = Table(title="after against before, times of the floor")
+def changes(all_changes: Sequence[Change], everything: bool = False) -> Table:
+    listing = Table(title="after against before, times of the floor")
     for name in ("case", "contender"):
-        made.add_column(name, overflow="fold")
+        listing.add_column(name, overflow="fold")
     for name in ("before", "after", "change"):
-        made.add_column(name, justify="right")
-    made.add_column("verdict")
-    for change in found:
+        listing.add_column(name, justify="right")
+    listing.add_column("verdict")
+    for change in all_changes:
         if change.verdict == SAME and not everything:
             continue
         style = {SLOWER: "red", FASTER: "green", NOISE: "yellow"}.get(change.verdict)
         numbers = [f"{value:.3g}" if value else "–" for value in (change.before, change.after)]
         moved = f"{change.share:+.0%}" if change.share is not None else "–"
-        made.add_row(change.case, change.peer, *numbers, moved, change.verdict, style=style)
-    return made
+        listing.add_row(change.case, change.peer, *numbers, moved, change.verdict, style=style)
+    return listing
 
 
 # -- the pages ---------------------------------------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def policy_loss(lines: Sequence[Line]) -> str:
     names = [n for n in {**half, **whole, **real} if not n.endswith(", all rows") and "floor" not in n]
     names.sort(key=lambda n: (not n.startswith(OURS), (half.get(n) or real.get(n) or {}).get("times_floor") or 99.0, n))
 
-    def cell(found: dict[str, Line], name: str) -> str:
-        line = found.get(name)
+    def cell(by_peer: dict[str, Line], name: str) -> str:
+        line = by_peer.get(name)
         if line is None:
             return ""
         return ratio(line) if line["status"] == "ok" else line["status"]
@@ -212,8 +212,8 @@ def policy_loss(lines: Sequence[Line]) -> str:
         if ours["op"] != "logprob-grad":
             return ""
         peers = {x["peer"]: x for x in lines if x["op"] == ours["op"] and x["status"] == "ok"}
-        found = [f"{name} {ratio(peers[name])}" for name in ("plain PyTorch", "torch.compile") if name in peers]
-        return f" ({', '.join(found)}, which keep them)" if found else ""
+        ratios = [f"{name} {ratio(peers[name])}" for name in ("plain PyTorch", "torch.compile") if name in peers]
+        return f" ({', '.join(ratios)}, which keep them)" if ratios else ""
 
     if own:
         text += "\n" + ", ".join(f"{said} {ratio(x)}{kept(x)}" for said, x in own) + ".\n"
@@ -262,8 +262,8 @@ def block(name: str, lines: Sequence[Line]) -> str:
     chosen = [line for line in lines if line["study"] == name]
     if not chosen:
         return f"Not measured yet: `{COMMAND}`.\n"
-    made = policy_loss(chosen) if name == "policy-loss" else plain_table(chosen)
-    return made + "\n" + origin(chosen, name)
+    text = policy_loss(chosen) if name == "policy-loss" else plain_table(chosen)
+    return text + "\n" + origin(chosen, name)
 
 
 def rendered(page: str, lines: Sequence[Line]) -> str:

@@ -35,14 +35,14 @@ def slowed(name: str, step: Step) -> Step:
 
     def run() -> Any:
         begin = time.perf_counter()
-        made = step()
+        outputs = step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         until = now + float(share) * (now - begin)
         while time.perf_counter() < until:
             pass
-        return made
+        return outputs
 
     return run
 
@@ -70,12 +70,12 @@ def run_case(case: Case, settings: Settings, log: Callable[[str], None]) -> list
     lines: dict[str, Line] = {}
     steps: dict[str, Step] = {}
     for contender in wanted:
-        found = report.get(contender.name, {})
+        result = report.get(contender.name, {})
         line = lines[contender.name] = base | {"peer": contender.name, "role": contender.role, "note": contender.note}
-        failure = found.get("failure")
-        if "verdict" in found:
-            line |= {"errors": found["errors"], "verdict": found["verdict"]}
-            if found["verdict"] == "WRONG":
+        failure = result.get("failure")
+        if "verdict" in result:
+            line |= {"errors": result["errors"], "verdict": result["verdict"]}
+            if result["verdict"] == "WRONG":
                 failure = "wrong result, not timed"
         if failure is None:
             try:
@@ -121,18 +121,18 @@ def _times(timing: Timing, prepared: Prepared) -> Line:
     if timing.median is None:
         return {"status": "failed", "failure": timing.failure}
     seconds = timing.median / 1e3
-    found: Line = {
+    line: Line = {
         "status": "ok", "median_s": seconds, "p20_s": quantile(timing.samples, 0.2) / 1e3,
         "p80_s": quantile(timing.samples, 0.8) / 1e3, "rounds": len(timing.samples),
         "samples_s": [float(f"{x / 1e3:.4g}") for x in timing.samples],
     }  # fmt: skip
     if timing.faults:
-        found["page_faults"] = round(statistics.median(timing.faults))
+        line["page_faults"] = round(statistics.median(timing.faults))
     if prepared.flops:
-        found |= {"flops": prepared.flops, "flops_per_s": prepared.flops / seconds}
+        line |= {"flops": prepared.flops, "flops_per_s": prepared.flops / seconds}
     if prepared.moved:
-        found |= {"bytes": prepared.moved, "bytes_per_s": prepared.moved / seconds}
-    return found
+        line |= {"bytes": prepared.moved, "bytes_per_s": prepared.moved / seconds}
+    return line
 
 
 def against_floor(lines: list[Line]) -> None:
@@ -229,7 +229,7 @@ def resident_peak(case: Case, settings: Settings, name: str) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where results come from, with the machine's own rates: products of 2,048 cubed, a copy of 256 MiB."""
-    found = environment(device)
+    facts = environment(device)
 
     def best(step: Step, work: float) -> float:
         steps = {"it": step}
@@ -242,4 +242,4 @@ def machine(device: torch.device) -> dict[str, Any]:
         y = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         rates["bfloat16_flops_per_s"] = best(lambda: y @ y, 2.0 * 8192**3)
     rates["copy_bytes_per_s"] = best(copy_floor(0.0, device).make(), 2.0 * COPY_BYTES)
-    return found | {"rates": rates}
+    return facts | {"rates": rates}

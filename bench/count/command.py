@@ -57,24 +57,24 @@ def record(lines: list[dict[str, Any]], rates: Any) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]], kernels: bool) -> Table:
-    made = Table(title=f"{DEVICE}; every rate is an assumption (bench/count/rates.py)")
-    made.add_column("case", overflow="fold")
+    listing = Table(title=f"{DEVICE}; every rate is an assumption (bench/count/rates.py)")
+    listing.add_column("case", overflow="fold")
     for name in ("share", "ms", "floor ms", "idle ms", "launches", "stops", "late", "TFLOP", "GB", "GiB added"):
-        made.add_column(name, justify="right", no_wrap=True)
+        listing.add_column(name, justify="right", no_wrap=True)
     for line in lines:
-        made.add_section()
-        made.add_row(
+        listing.add_section()
+        listing.add_row(
             f"[bold]{line['op']}[/]: {line['case']}", f"{line['share']:.3f}", f"{1e3 * line['seconds']:.3f}",
             f"{1e3 * line['floor_seconds']:.3f}", f"{1e3 * line['idle_seconds']:.3f}", str(line["launches"]),
             str(line["synchronisations"]), str(line["late_reads"]), f"{line['flops'] / 1e12:.1f}",
             f"{line['bytes'] / 1e9:.2f}", f"{line['peak_bytes'] / 2**30:.2f}",
         )  # fmt: skip
         for part in line["kernels"] if kernels else ():
-            made.add_row(
+            listing.add_row(
                 f"  {part['name']}", "", f"{1e3 * part['seconds']:.3f}", "", "", str(part["launches"]), "", "",
                 f"{part['flops'] / 1e12:.1f}", f"{part['bytes'] / 1e9:.2f}", "",
             )  # fmt: skip
-    return made
+    return listing
 
 
 def run(given: argparse.Namespace, console: Console, log: Console) -> int:
@@ -102,12 +102,12 @@ def run(given: argparse.Namespace, console: Console, log: Console) -> int:
         begin = time.monotonic()
         lines.append(counter.count(case))
         log.log(f"{case.key} ({time.monotonic() - begin:.1f} s)", markup=False, highlight=False)
-    made = record(lines, counter.rates)
+    content = record(lines, counter.rates)
     for path in [given.output, page.COUNTED if given.update else None]:
         if path is not None:
-            write_json(made, path)
+            write_json(content, path)
     if given.json:
-        print(to_json(made))
+        print(to_json(content))
         return 0
     console.print(table(lines, given.kernels))
     if not (given.shape or given.ops):

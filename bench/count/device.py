@@ -300,12 +300,12 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The arguments that an operation writes to."""
-    found = []
+    tensors = []
     for at, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name) if argument.kwarg_only or at >= len(args) else args[at]
-            found += [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-    return found
+            tensors += [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    return tensors
 
 
 def _wide_product(name: str, args: Any, kwargs: Any) -> Tensor:

@@ -107,11 +107,11 @@ class Launches:
         whole = all(not x.is_meta for x in tensors.values())
         registers = int(kwargs.get("maxnreg") or 0)
         key = None if whole else (self._key(function, given, shape, warps), registers)
-        found = None if whole else self._known.get(key)
+        entry = None if whole else self._known.get(key)
         label = f"{function.fn.__name__}, {warps} warps"
-        if found is not None and self._fill(found[1], tensors):
-            _Counters(tensors, programs).leave(found[2])
-            self._write_down(label, found[0])
+        if entry is not None and self._fill(entry[1], tensors):
+            _Counters(tensors, programs).leave(entry[2])
+            self._write_down(label, entry[0])
             return
         run = self._prepared(function, code, given, tensors, shape)
         self._touched = set()

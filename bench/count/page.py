@@ -40,8 +40,8 @@ RATES: dict[str, tuple[str, float, str]] = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _numbers(line: dict[str, Any] | None) -> list[str]:

@@ -222,10 +222,10 @@ def summed(
     mean = sum(traces[p].bytes * w for p, w in weights.items()) / programs
     moved, shared = {}, 0.0
     for kind in ("first_read", "written"):
-        found = {p: getattr(traces[p], kind) for p in sample}
-        common = found[sample[0]]
+        sectors = {p: getattr(traces[p], kind) for p in sample}
+        common = sectors[sample[0]]
         for p in sample[1:]:
-            common = np.intersect1d(common, found[p], assume_unique=True)
+            common = np.intersect1d(common, sectors[p], assume_unique=True)
         if len(sample) == 1:
             common = _NONE
         total = float(SECTOR * len(common))
@@ -235,7 +235,7 @@ def summed(
             inside = common[(common >= low) & (common < high)]
             part = 0.0
             for p, weight in weights.items():
-                own = found[p]
+                own = sectors[p]
                 part += weight * (int(np.count_nonzero((own >= low) & (own < high))) - len(inside))
             most = SECTOR * float(high - low - len(inside))
             over = max(0.0, SECTOR * part - most)

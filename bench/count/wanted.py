@@ -27,8 +27,8 @@ class Bound:
         return f"{self.op}, {self.ending}: {self.name} {bound}"
 
     def line(self, lines: Iterable[Line]) -> Line:
-        (found,) = (line for line in lines if line["op"] == self.op and line["case"].endswith(self.ending))
-        return found
+        (match,) = (line for line in lines if line["op"] == self.op and line["case"].endswith(self.ending))
+        return match
 
     def holds(self, line: Line) -> bool:
         value = line[self.name]

@@ -120,8 +120,8 @@ class Ledger:
     @property
     def stops(self) -> list[str]:
         """Why the host stopped, each time."""
-        found = [entry.why for entry in self.entries if isinstance(entry, Stop)]
-        return found + ["an event with nothing queued behind it" for is_late in self._waits() if not is_late]
+        reasons = [entry.why for entry in self.entries if isinstance(entry, Stop)]
+        return reasons + ["an event with nothing queued behind it" for is_late in self._waits() if not is_late]
 
     @property
     def late_reads(self) -> int:
@@ -131,15 +131,15 @@ class Ledger:
 
 def by_name(ledger: Ledger, seconds: dict[int, float], memory: dict[int, float]) -> list[dict[str, Any]]:
     """The work of a call, added up by name; `seconds` and `memory` by the place among the entries."""
-    found: dict[str, dict[str, Any]] = {}
+    totals: dict[str, dict[str, Any]] = {}
     for at, entry in enumerate(ledger.entries):
         if not isinstance(entry, Work):
             continue
-        line = found.setdefault(
+        line = totals.setdefault(
             entry.name, {"name": entry.name, "launches": 0, "flops": 0, "bytes": 0.0, "seconds": 0.0}
         )
         line["launches"] += entry.launches
         line["flops"] += entry.product.flops if entry.product is not None else 0
         line["bytes"] += memory[at]
         line["seconds"] += seconds[at]
-    return sorted(found.values(), key=lambda line: -line["seconds"])
+    return sorted(totals.values(), key=lambda line: -line["seconds"])

@@ -39,11 +39,11 @@ STEPS = {
 def read(plan: Plan) -> list[Row]:
     if not plan.lines.exists():
         return []
-    found: list[Row] = []
+    rows: list[Row] = []
     for line in plan.lines.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # the last one may be half written
-            found.append(json.loads(line))
-    return found
+            rows.append(json.loads(line))
+    return rows
 
 
 def watch(worker: subprocess.Popen[bytes], plan: Plan, begun: int) -> str | None:

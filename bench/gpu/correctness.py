@@ -119,8 +119,8 @@ def _sequences(device: torch.device, smaller: int) -> Inputs:
     emptied[5] = emptied[4]  # which `gae` allows; a score needs a token
 
     def call(reward: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        made = ops.token_rewards(reward, value, score, bounds, kl_coef=0.1, kl_estimator="k3")
-        return *ops.gae(reward, value, emptied, gamma=0.99, lam=0.95), made, ops.masked_whiten(value, mask)
+        rewards = ops.token_rewards(reward, value, score, bounds, kl_coef=0.1, kl_estimator="k3")
+        return *ops.gae(reward, value, emptied, gamma=0.99, lam=0.95), rewards, ops.masked_whiten(value, mask)
 
     return Inputs((normal(tokens), normal(tokens)), call, 0)
 
@@ -146,12 +146,12 @@ CASES: dict[str, Make] = {
 }
 
 
-def results(made: Inputs, dtype: torch.dtype | None = None) -> list[Tensor]:
+def results(inputs: Inputs, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Outputs and gradients; the leaves first turned into `dtype`."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_(made.losses > 0) for x in made.leaves]
-    out = made.call(*leaves)
-    if made.losses:
-        torch.autograd.backward([x.sum() for x in out[: made.losses]])
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_(inputs.losses > 0) for x in inputs.leaves]
+    out = inputs.call(*leaves)
+    if inputs.losses:
+        torch.autograd.backward([x.sum() for x in out[: inputs.losses]])
     return [x.detach() for x in out] + [x.grad for x in leaves if x.grad is not None]
 
 
@@ -163,18 +163,18 @@ def error_of(got: Tensor, want: Tensor) -> float:
 
 
 def compared(make: Make, device: torch.device, backend: str, smaller: int) -> Row:
-    made = make(device, smaller)
+    inputs = make(device, smaller)
     with ops.backend(backend):
-        got = results(made)
+        got = results(inputs)
     with ops.backend("torch"):
-        plain, want = results(made), results(made, torch.float64)
+        plain, want = results(inputs), results(inputs, torch.float64)
     error, allowed, worst = 0.0, 0.0, True
     for x, y, z in zip(got, plain, want, strict=True):
         if not x.is_floating_point():
             error, allowed, right = float((x != z).sum()) if x.shape == z.shape else 1.0, 0.0, torch.equal(x, z)
         else:
             here, there = error_of(x, z), error_of(y, z)
-            limit = max(FLOORS[made.leaves[0].dtype], 1.5 * there)
+            limit = max(FLOORS[inputs.leaves[0].dtype], 1.5 * there)
             right = here <= limit  # NaN is wrong too
             if not right or here / limit > error / max(allowed, 1e-30):
                 error, allowed = here, limit
@@ -187,9 +187,9 @@ def compared(make: Make, device: torch.device, backend: str, smaller: int) -> Ro
 def work(plan: Plan) -> Iterator[Row]:
     wrong = []
     for name, make in CASES.items():
-        found = compared(make, plan.device, plan.backend, SMALLER if plan.dry else 1)
-        if not found["right"]:
+        result = compared(make, plan.device, plan.backend, SMALLER if plan.dry else 1)
+        if not result["right"]:
             wrong.append(name)
-        yield {"case": name, **found}
+        yield {"case": name, **result}
     if wrong:
         raise AssertionError(f"wrong: {', '.join(wrong)}")

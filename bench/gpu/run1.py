@@ -59,12 +59,12 @@ def milliseconds(timing: Timing) -> Row:
 
 def facts(plan: Plan) -> Iterator[Row]:
     """The machine and its versions; what `nvidia-smi` says of clocks and memory."""
-    found: Row = {"environment": environment(plan.device), "backends": ops.backend_report()}
-    found["compute-sanitizer"] = shutil.which("compute-sanitizer")
-    found["reduced precision reduction"] = bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+    row: Row = {"environment": environment(plan.device), "backends": ops.backend_report()}
+    row["compute-sanitizer"] = shutil.which("compute-sanitizer")
+    row["reduced precision reduction"] = bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
     if plan.device.type == "cuda":
         properties = torch.cuda.get_device_properties(plan.device)
-        found |= {
+        row |= {
             "multiprocessors": properties.multi_processor_count, "l2_mib": properties.L2_cache_size / 2**20,
             "free_gib": torch.cuda.mem_get_info()[0] / GIB,
         }  # fmt: skip
@@ -72,8 +72,8 @@ def facts(plan: Plan) -> Iterator[Row]:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, encoding="utf-8", timeout=20
         )
-        found["nvidia-smi"] = done.stdout.strip() or done.stderr.strip()
-    yield found
+        row["nvidia-smi"] = done.stdout.strip() or done.stderr.strip()
+    yield row
 
 
 def adds_in_float32(device: torch.device) -> str | None:
@@ -102,8 +102,8 @@ def ceilings(plan: Plan) -> Iterator[Row]:
     for size in (COPY_BYTES,) if plan.dry else (COPY_BYTES, 8 * COPY_BYTES):
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        found = milliseconds(timed(plan, {"copy": lambda s=source, t=target: t.copy_(s)})["copy"])  # type: ignore[misc]
-        yield {"product": f"copy of {size >> 20} MiB", "tb_per_s": 2e-9 * size / found["ms"], **found}
+        times = milliseconds(timed(plan, {"copy": lambda s=source, t=target: t.copy_(s)})["copy"])  # type: ignore[misc]
+        yield {"product": f"copy of {size >> 20} MiB", "tb_per_s": 2e-9 * size / times["ms"], **times}
         del source, target
     for shape in shapes(plan):
         yield from products(plan, shape, works)
@@ -129,10 +129,10 @@ def products(plan: Plan, shape: dict[str, int], works: bool) -> Iterator[Row]:
                 total, grad.t(), part, out_dtype=torch.float32, out=total
             )
         for name, timing in timed(plan, calls, rounds=7).items():
-            found = milliseconds(timing)
+            times = milliseconds(timing)
             flops = 2.0 * chunk * width * vocabulary
-            rate = None if found["ms"] is None else flops / found["ms"] / 1e9
-            yield {**shape, "chunk": chunk, "product": name, "tflop_per_s": rate, **found}
+            rate = None if times["ms"] is None else flops / times["ms"] / 1e9
+            yield {**shape, "chunk": chunk, "product": name, "tflop_per_s": rate, **times}
 
 
 # -- ours --------------------------------------------------------------------------------------------------------------
@@ -156,11 +156,11 @@ def workspaces(problem: Problem, plan: Plan) -> dict[str, int | None]:
     rows, vocabulary = problem.index.numel(), problem.weight.shape[0]
     row_bytes = 2 * (-(-vocabulary // 8) * 8)
     if plan.dry:
-        found: dict[str, int | None] = {f"{n} rows": n * row_bytes for n in (4,)}
+        sizes: dict[str, int | None] = {f"{n} rows": n * row_bytes for n in (4,)}
     else:
-        found = {"256 MiB": GIB // 4, "1 GiB": GIB, "4 GiB": 4 * GIB}
-        found |= {f"{n} rows": n * row_bytes for n in CHUNK_ROWS if n < rows}
-    return found | {"one chunk": rows * row_bytes, "default": None}
+        sizes = {"256 MiB": GIB // 4, "1 GiB": GIB, "4 GiB": 4 * GIB}
+        sizes |= {f"{n} rows": n * row_bytes for n in CHUNK_ROWS if n < rows}
+    return sizes | {"one chunk": rows * row_bytes, "default": None}
 
 
 def ours(plan: Plan) -> Iterator[Row]:
@@ -190,9 +190,9 @@ def beside_products(
     plan: Plan, shape: dict[str, int], problem: Problem, calls: dict[str, Call], peak: bool
 ) -> Iterator[Row]:
     share = round(problem.index.numel() / problem.kind.numel(), 2)
-    found = timed(plan, {"bare products": bare_products(3, None)(problem.active()), **calls}, rounds=7, budget=0.7)
-    bare = found["bare products"]
-    for name, timing in found.items():
+    timings = timed(plan, {"bare products": bare_products(3, None)(problem.active()), **calls}, rounds=7, budget=0.7)
+    bare = timings["bare products"]
+    for name, timing in timings.items():
         ratios = sorted(a / b for a, b in zip(bare.samples, timing.samples, strict=False))
         row = {**shape, "active": share, "workspace": name, **milliseconds(timing)}
         row["share"] = quantile(ratios, 0.5) if ratios else None
@@ -223,13 +223,13 @@ def own_kernels() -> set[str]:
 
     import stable_rlhf.kernels as package
 
-    found = set()
+    names = set()
     for module in pkgutil.iter_modules(package.__path__):
         if module.name.startswith("policy"):
             for name, member in vars(importlib.import_module(f"{package.__name__}.{module.name}")).items():
                 if isinstance(member, triton.JITFunction) or hasattr(member, "arg_names"):
-                    found.add(getattr(member, "__name__", name))
-    return found
+                    names.add(getattr(member, "__name__", name))
+    return names
 
 
 def kernel_milliseconds(call: Call, device: torch.device, names: set[str], calls: int = 5) -> float:
@@ -289,11 +289,11 @@ def rows(plan: Plan) -> Iterator[Row]:
 # -- what to tune ------------------------------------------------------------------------------------------------------
 
 
-def best_chunk_rows(found: list[Row]) -> int | None:
+def best_chunk_rows(lines: list[Row]) -> int | None:
     """The fewest rows of a chunk whose shares of the floor are within 1 % of the best candidate's (geometric mean over
     shapes and active shares that all candidates have); None where one chunk of everything is the only one that good."""
     by_case: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in found:
+    for row in lines:
         if row.get("share"):
             case = (row["rows"], row["width"], row["vocabulary"], row["active"])
             by_case.setdefault(case, {})[row["workspace"]] = row["share"]
@@ -306,10 +306,10 @@ def best_chunk_rows(found: list[Row]) -> int | None:
     return next((n for n in CHUNK_ROWS if scores[f"{n} rows"] >= 0.99 * best), None)
 
 
-def best_launches(found: list[Row]) -> list[Row]:
+def best_launches(lines: list[Row]) -> list[Row]:
     """The fastest launch of the row kernel in place, by vocabulary and type."""
     fastest: dict[tuple[int, str], Row] = {}
-    for row in found:
+    for row in lines:
         if row.get("ms") and row["call"] == "in place":
             key = (row["vocabulary"], row["dtype"])
             if key not in fastest or row["ms"] < fastest[key]["ms"]:
@@ -375,14 +375,14 @@ def sanitizer(plan: Plan) -> Iterator[Row]:
     """Every operation once on tiny inputs under tools of compute-sanitizer, side by side, since no time is taken; where
     it is not installed the program runs without."""
     program = [sys.executable, "-m", "bench.gpu.tiny", plan.device.type]
-    found = shutil.which("compute-sanitizer") if plan.device.type == "cuda" else None
+    path = shutil.which("compute-sanitizer") if plan.device.type == "cuda" else None
     # Blocks of their own from the driver: inside one of the allocator's, a read beyond the end is none.
     variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     until = time.time() + min(400.0 if plan.dry else 80.0, plan.left - 3.0)
     with tempfile.TemporaryDirectory() as folder:
         running = []
-        for name in TOOLS if found else ("nothing",):
-            command = [found, "--tool", name, "--error-exitcode", "9", *program] if found else program
+        for name in TOOLS if path else ("nothing",):
+            command = [path, "--tool", name, "--error-exitcode", "9", *program] if path else program
             with Path(folder, name).open("wb") as written:
                 running.append((name, subprocess.Popen(command, env=variables, stdout=written, stderr=written)))
         failed = []
@@ -397,7 +397,7 @@ def sanitizer(plan: Plan) -> Iterator[Row]:
             with (plan.output / "sanitizer.log").open("a", encoding="utf-8") as log:
                 log.write(f"== {name}\n{text[-500_000:]}\n")
             told = [line for line in text.splitlines() if any(title in line for title in SUMMARIES)]
-            yield {"tool": name if found else "no compute-sanitizer, the program alone", "status": status, "told": told}
+            yield {"tool": name if path else "no compute-sanitizer, the program alone", "status": status, "told": told}
             if status:
                 failed.append(f"{name}: {status}")
     if failed:

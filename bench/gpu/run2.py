@@ -78,9 +78,9 @@ def lines(plan: Plan, cases: list[Case], given: Settings) -> Iterator[Row]:
     """Lines of the benchmark suite, one a contender, case by case."""
     for case in cases:
         case = case.tiny() if plan.dry else case
-        made: list[Line] = run_case(case, given, lambda text: print(text, file=sys.stderr, flush=True))
-        yield from (line for line in made if line["status"] != "absent" or line["role"] == "ours")
-        failed = [line for line in made if line["role"] == "ours" and line["status"] == "failed"]
+        case_lines: list[Line] = run_case(case, given, lambda text: print(text, file=sys.stderr, flush=True))
+        yield from (line for line in case_lines if line["status"] != "absent" or line["role"] == "ours")
+        failed = [line for line in case_lines if line["role"] == "ours" and line["status"] == "failed"]
         if failed:
             raise RuntimeError(f"{failed[0]['case']}: {failed[0].get('failure')}")
 
@@ -131,11 +131,11 @@ def replayed(plan: Plan) -> Iterator[Row]:
         with torch.cuda.graph(graph):
             kept = call()
         step = graph.replay
-    found = milliseconds(timed(plan, {"graph": step}, rounds=20)["graph"])
-    seconds = None if found["ms"] is None else found["ms"] / 1e3
+    times = milliseconds(timed(plan, {"graph": step}, rounds=20)["graph"])
+    seconds = None if times["ms"] is None else times["ms"] / 1e3
     shape = {"sequences": sequences, "length": length}
     yield {"op": "gae", "peer": f"{OURS}, replayed graph", "role": "ours", "shape": shape, "median_s": seconds,
-           "failure": found.get("failure"), "status": "ok" if seconds else "failed"}  # fmt: skip
+           "failure": times.get("failure"), "status": "ok" if seconds else "failed"}  # fmt: skip
     if plan.device.type == "cuda":
         del kept
 

@@ -86,9 +86,9 @@ def until(deadline: float, jobs: list[Job], workers: int, plan: Plan) -> Iterato
 def told(lines: list[Line]) -> str:
     """Figures of every seed, then the tables of the page over the seeds that both scorers have."""
     rows = [
-        {**line, "epoch": epoch, **found}
+        {**line, "epoch": epoch, **figures}
         for line in sorted(lines, key=lambda x: (x["dataset"], x["seed"], x["objective"]))
-        for epoch, found in line["epochs"].items()
+        for epoch, figures in line["epochs"].items()
     ]
     names = ("dataset", "objective", "seed", "epoch", "accuracy", "ece", "ece_after_temperature", "loss")
     by_seed = grid("every seed", [(name, lambda row, name=name: row[name]) for name in names], rows)  # type: ignore[misc]

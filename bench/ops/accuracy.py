@@ -96,8 +96,8 @@ def check_outputs(
     want = reference()
 
     def errors_of(make: Callable[[], Step]) -> Errors:
-        found = zip(names, make()(), want, strict=True)
-        return {name: relative_error(a, b) for name, a, b in found}
+        pairs = zip(names, make()(), want, strict=True)
+        return {name: relative_error(a, b) for name, a, b in pairs}
 
     calls = {name: functools.partial(errors_of, make) for name, make in makers.items()}
     return _judge(calls, errors_of(makers["plain PyTorch"]), dtype)

@@ -67,10 +67,10 @@ def _inputs(op: str, shape: Any, dtype: torch.dtype, device: torch.device, seed:
     """Rows and their partners (cosine about 0.8), and prototypes."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(shape["rows"], shape["width"], generator=g)
-    made = [a, a + 0.7 * torch.randn(a.shape, generator=g)]
+    tensors = [a, a + 0.7 * torch.randn(a.shape, generator=g)]
     if op == "swav":
-        made.append(torch.randn(shape["prototypes"], shape["width"], generator=g))
-    return [x.to(device, dtype) for x in made]
+        tensors.append(torch.randn(shape["prototypes"], shape["width"], generator=g))
+    return [x.to(device, dtype) for x in tensors]
 
 
 def _floors(op: str, inputs: list[Tensor], native: bool) -> list[Contender]:

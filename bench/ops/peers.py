@@ -82,10 +82,10 @@ def _trl_chunked() -> Logprob:
     from trl.kernels import ChunkedLogProbFunction
 
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        found: tuple[Tensor, ...] = ChunkedLogProbFunction.apply(
+        outputs: tuple[Tensor, ...] = ChunkedLogProbFunction.apply(
             hidden, weight, None, target, 1.0, 32768, None, 1.0, ()
         )
-        return found[0]
+        return outputs[0]
 
     return logprob
 
@@ -142,8 +142,8 @@ def liger_grpo(problem: Problem) -> Step:
         for function, factor, rows, advantage, old in calls:
             x, target = (hidden, problem.target) if everything else (hidden[rows], problem.target[rows])
             mask = torch.ones(len(rows), 1, device=x.device)
-            made = function(x.unsqueeze(1), weight, target.unsqueeze(1), mask, advantage, old_per_token_logps=old)
-            loss = loss + factor * made[0]
+            outputs = function(x.unsqueeze(1), weight, target.unsqueeze(1), mask, advantage, old_per_token_logps=old)
+            loss = loss + factor * outputs[0]
         return loss
 
     return _step(problem, loss_of)
@@ -187,16 +187,16 @@ def _ignoring(build: Callable[[Problem], Step]) -> Callable[[Problem], Step]:
 def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
     """Every peer on the active rows; with `all_rows`, where some are inactive, once more as its users call it."""
     cut = _lazily(lambda: _cut_cross_entropy(device))
-    found = [
+    contenders = [
         PolicyContender("plain PyTorch", plain),
         PolicyContender("torch.compile", compiled_plain, note="compiled for this shape"),
         PolicyContender("cut-cross-entropy", cut, note="its NLL, then PPO"),
     ]
     if device.type == "cuda":
         unfiltered = _lazily(lambda: _cut_cross_entropy(device, filter_eps=None))
-        found.append(PolicyContender("cut-cross-entropy, no filter", unfiltered, note="filter_eps=None"))
+        contenders.append(PolicyContender("cut-cross-entropy, no filter", unfiltered, note="filter_eps=None"))
     chunked, selective = _lazily(_trl_chunked), _lazily(_trl_selective)
-    found += [
+    contenders += [
         PolicyContender("Liger GRPO", liger_grpo, note="a row is a sequence of one token"),
         PolicyContender("TRL chunked log-prob", chunked, note="trl.kernels"),
         PolicyContender("TRL selective_log_softmax", selective, note="chunks of 256 rows"),
@@ -205,7 +205,7 @@ def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
         ),
     ]
     if not all_rows:
-        return found
+        return contenders
     masked = "a factor 0 for inactive rows"
     as_called = [
         ("plain PyTorch", plain, masked),
@@ -214,7 +214,7 @@ def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
         ("Liger GRPO", liger_grpo_sequences, "sequences with a mask, one a chunk"),
         ("TRL chunked log-prob", chunked, masked),
     ]
-    return found + [
+    return contenders + [
         PolicyContender(f"{name}, all rows", make, all_rows=True, note=note) for name, make, note in as_called
     ]
 

@@ -30,7 +30,7 @@ def real_inputs(model_name: str, text: str, rows: int, device: torch.device) -> 
 
     model, tokenizer = load_causal_lm(model_name).to(device).eval(), load_tokenizer(model_name)
     longest = min(1024, context_length(model.config))
-    states, tokens, found = [], [], 0
+    states, tokens, count = [], [], 0
     for record in read_comparisons([text]).rows:
         best = record.responses[record.pairs[0][0] if record.pairs else 0]
         encoded = encode(tokenizer, record.prompt, best)
@@ -41,11 +41,11 @@ def real_inputs(model_name: str, text: str, rows: int, device: torch.device) -> 
             states_here = model.base_model(ids[None]).last_hidden_state[0]
         states.append(states_here[encoded.prompt_length - 1 : -1])  # position t predicts token t + 1
         tokens.append(ids[encoded.prompt_length :])
-        found += len(tokens[-1])
-        if found >= rows:
+        count += len(tokens[-1])
+        if count >= rows:
             break
-    if found < rows:
-        raise ValueError(f"--text: only {found} response tokens; {rows} are wanted")
+    if count < rows:
+        raise ValueError(f"--text: only {count} response tokens; {rows} are wanted")
     weight = model.get_output_embeddings().weight.detach().float()
     return torch.cat(states)[:rows].float().contiguous(), weight.clone(), torch.cat(tokens)[:rows].contiguous()
 
@@ -75,15 +75,15 @@ def problem_of(case: Case, settings: Settings) -> Problem:
 
 
 def own_contenders(case: Case, settings: Settings) -> list[PolicyContender]:
-    found = [PolicyContender(OURS, peers.ours(), "ours", all_rows=True)]
+    contenders = [PolicyContender(OURS, peers.ours(), "ours", all_rows=True)]
     for name in settings.backends:
         build = functools.partial(lambda name, problem: on_backend(name, lambda: peers.ours()(problem))(), name)
-        found.append(PolicyContender(f"{OURS}, {name} backend", build, "ours", all_rows=True))
+        contenders.append(PolicyContender(f"{OURS}, {name} backend", build, "ours", all_rows=True))
     tolerance = case.shape.get("tolerance")
     if tolerance:
         own = peers.ours(grad_tolerance=tolerance)
-        found.append(PolicyContender(f"{OURS}, tolerance {tolerance:g}", own, "ours", all_rows=True))
-    return found
+        contenders.append(PolicyContender(f"{OURS}, tolerance {tolerance:g}", own, "ours", all_rows=True))
+    return contenders
 
 
 def too_slow(problem: Problem, products: int, limit: float) -> str | None:
@@ -132,10 +132,10 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
         key = (case.op, case.dtype, device.type, bool(case.shape.get("states")))
         if case.op == "policy":
             real = (problem.hidden, problem.weight, problem.target) if case.shape.get("states") else None
-            found = _once(key, names, lambda: check(kept, dtype, device, real))
+            results = _once(key, names, lambda: check(kept, dtype, device, real))
         else:
-            found = _once(key, names, lambda: check_logprob(products > 1, dtype, device))
-        report = {name: dict(result) for name, result in found.items()}
+            results = _once(key, names, lambda: check_logprob(products > 1, dtype, device))
+        report = {name: dict(result) for name, result in results.items()}
         for name, result in report.items():
             if result.get("verdict") == "WRONG" and "tolerance" in name:
                 result["verdict"] = "inexact, as asked"
@@ -143,14 +143,14 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
                 report[name] = {"failure": slow}
         return report
 
-    def made(built: PolicyContender) -> Contender:
-        given = problem if built.all_rows else active
-        return Contender(built.name, functools.partial(built.build, given), built.role, built.note)
+    def bind(contender: PolicyContender) -> Contender:
+        given = problem if contender.all_rows else active
+        return Contender(contender.name, functools.partial(contender.build, given), contender.role, contender.note)
 
     vocabulary, width = problem.weight.shape
     read = problem.weight.nbytes + active.hidden.nbytes
     return Prepared(
-        [made(built) for built in contenders + bare],
+        [bind(contender) for contender in contenders + bare],
         checked,
         # Useful work: the products that the result cannot do without. Making logits twice is not among it.
         flops=2.0 * min(products, 3) * count * width * vocabulary,

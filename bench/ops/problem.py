@@ -108,9 +108,9 @@ def with_gradients(loss_of: Callable[..., Tensor], *inputs: Tensor) -> Step:
 
     def step() -> tuple[Tensor | None, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        made = loss_of(*leaves)
-        (made.sum() if made.dim() else made).backward()
-        return (made.detach(), *(x.grad for x in leaves))
+        loss = loss_of(*leaves)
+        (loss.sum() if loss.dim() else loss).backward()
+        return (loss.detach(), *(x.grad for x in leaves))
 
     return step
 

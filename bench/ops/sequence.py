@@ -39,8 +39,8 @@ def _packed(shape: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Ten
     g = torch.Generator().manual_seed(0)
     sequences, length = shape["sequences"], shape["length"]
     tokens = sequences * length
-    made = [torch.randn(count, generator=g) for count in (tokens, tokens, sequences)]
-    first, second, scores = (x.to(device) for x in made)
+    tensors = [torch.randn(count, generator=g) for count in (tokens, tokens, sequences)]
+    first, second, scores = (x.to(device) for x in tensors)
     return first, second, scores, torch.arange(0, tokens + 1, length, device=device)
 
 
@@ -72,8 +72,8 @@ def gae_work(shape: Mapping[str, Any], device: torch.device) -> Work:
     size, gamma, lam = (shape["sequences"], shape["length"]), 0.99, 0.95
     wide = reward.view(size), value.view(size)
 
-    def flat(made: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(x.reshape(-1) for x in made)
+    def flat(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(x.reshape(-1) for x in pair)
 
     return Work(
         ours=lambda: ops.gae(reward, value, limits, gamma=gamma, lam=lam),
@@ -183,8 +183,8 @@ def errors_of(step: Step, want: list[Tensor], tolerance: float) -> dict[str, Any
 
 
 def _outputs(step: Step) -> list[Tensor]:
-    made = step()
-    return [torch.as_tensor(x).cpu().double() for x in (made if isinstance(made, tuple) else (made,))]
+    outputs = step()
+    return [torch.as_tensor(x).cpu().double() for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 def prepare(case: Case, settings: Settings) -> Prepared:

@@ -77,12 +77,12 @@ FIGURES = {
 
 def figures(policy: dict[str, Any]) -> dict[str, float]:
     """Those of a policy in an evaluation's summary, named as in docs/results/skill_world.json."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for on in ("main", "forget"):
         part = policy[on]
-        found |= {f"{on}_{key}": part[key] for key in ("win", "lose", "kl")}
-        found[f"{on}_gold_gain"] = part["gold"] - part["sft_gold"]
-    return found
+        values |= {f"{on}_{key}": part[key] for key in ("win", "lose", "kl")}
+        values[f"{on}_gold_gain"] = part["gold"] - part["sft_gold"]
+    return values
 
 
 def call(*words: Any, log: Path) -> None:
@@ -116,14 +116,14 @@ def measure(control: str, seed: int, study: Path, folder: Path, recipe: Path = R
     call("train-ppo", *shared, *trained, "--output-dir", here / "policy", log=log)
     policies = [f"changed={here / 'policy' / f'ppo-{what.variant}'}", f"study={source / f'ppo-{what.variant}'}"]
     call("evaluate", *shared, "--policies", *policies, "--output-dir", here / "evaluation", log=log)
-    found = read_json(here / "evaluation" / "evaluation" / "summary.json")["policies"]
+    by_policy = read_json(here / "evaluation" / "evaluation" / "summary.json")["policies"]
     known = summary["policies"][what.variant]
-    if figures(found["study"]) != figures(known):
-        raise RuntimeError(f"{source}: its {what.variant} measures {figures(found['study'])}, not {figures(known)}")
+    if figures(by_policy["study"]) != figures(known):
+        raise RuntimeError(f"{source}: its {what.variant} measures {figures(by_policy['study'])}, not {figures(known)}")
     stage = read_json(here / "policy" / f"ppo-{what.variant}" / "stage.json")
     return {
         "control": control, "variant": what.variant, "settings": list(settings), "clusters": what.clusters,
-        "seed": seed, **figures(found["changed"]), "seconds": round(stage["seconds"], 1),
+        "seed": seed, **figures(by_policy["changed"]), "seconds": round(stage["seconds"], 1),
     }  # fmt: skip
 
 
@@ -160,8 +160,8 @@ def cell(interval: Any, factor: int, *, sign: bool = False) -> str:
 
 
 def mean_row(title: str, rows: dict[int, Line], seeds: Sequence[int]) -> list[str]:
-    found = means({title: {key: [rows[s][key] for s in seeds] for key in FIGURES}})[title]
-    return [title] + [cell(found[key], factor) for key, (_, factor) in FIGURES.items()]
+    mean = means({title: {key: [rows[s][key] for s in seeds] for key in FIGURES}})[title]
+    return [title] + [cell(mean[key], factor) for key, (_, factor) in FIGURES.items()]
 
 
 def minus_row(title: str, ours: dict[int, Line], theirs: dict[int, Line], seeds: Sequence[int]) -> list[str]:
@@ -185,10 +185,10 @@ def block(name: str) -> str:
         scaled = {key: by_seed(lines, key) for key in ("rm-kl", "rm-temperature")}
         am, sr, seeds = of_study("am"), of_study("am-sr"), sorted(scaled["rm-kl"])
         rows = [mean_row("RM-PPO", of_study("rm"), seeds)]
-        rows += [mean_row(CONTROLS[key].title, found, seeds) for key, found in scaled.items()]
+        rows += [mean_row(CONTROLS[key].title, control_rows, seeds) for key, control_rows in scaled.items()]
         rows += [mean_row("AM-PPO", am, seeds), mean_row("AM-PPO-SR", sr, seeds)]
-        for key, found in scaled.items():
-            rows.append(minus_row(f"AM-PPO less {CONTROLS[key].title}", am, found, seeds))
+        for key, control_rows in scaled.items():
+            rows.append(minus_row(f"AM-PPO less {CONTROLS[key].title}", am, control_rows, seeds))
         rows.append(minus_row(f"AM-PPO-SR less {CONTROLS['rm-kl'].title}", sr, scaled["rm-kl"], seeds))
     else:
         sweep, seeds = cluster_rows(lines)
@@ -213,10 +213,10 @@ def again() -> str:
 
 def cluster_rows(lines: Sequence[Line]) -> tuple[dict[int, dict[int, Line]], list[int]]:
     """AM-PPO-SR by number of clusters, the study's own among them, and the seeds that all of them have."""
-    found = {c.clusters: by_seed(lines, name) for name, c in CONTROLS.items() if c.clusters and by_seed(lines, name)}
-    found[STUDY_CLUSTERS] = of_study("am-sr")
-    seeds = sorted(set.intersection(*(set(rows) for rows in found.values())))
-    return dict(sorted(found.items())), seeds
+    sweep = {c.clusters: by_seed(lines, name) for name, c in CONTROLS.items() if c.clusters and by_seed(lines, name)}
+    sweep[STUDY_CLUSTERS] = of_study("am-sr")
+    seeds = sorted(set.intersection(*(set(rows) for rows in sweep.values())))
+    return dict(sorted(sweep.items())), seeds
 
 
 def draw(lines: Sequence[Line]) -> bytes:
@@ -228,9 +228,9 @@ def draw(lines: Sequence[Line]) -> bytes:
             values = [[sweep[count][s][f"{on}_gold_gain"] for s in seeds] for count in counts]
             for column in zip(*values, strict=True):
                 axis.plot(counts, column, "o-", color=FAINT, markersize=3, linewidth=1)
-            found = [seed_mean(v) for v in values]
-            half = [f["high"] - f["value"] for f in found]
-            axis.errorbar(counts, [f["value"] for f in found], yerr=half, fmt="o-", color=KEPT, capsize=3)
+            intervals = [seed_mean(v) for v in values]
+            half = [mean["high"] - mean["value"] for mean in intervals]
+            axis.errorbar(counts, [mean["value"] for mean in intervals], yerr=half, fmt="o-", color=KEPT, capsize=3)
             axis.axhline(0, color=FAINT, linewidth=1)
             axis.set_xscale("log")
             axis.set_xticks(counts, [str(count) for count in counts])

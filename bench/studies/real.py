@@ -155,9 +155,9 @@ def read(dataset: str, plan: Plan) -> Material:
     name, data = plan.recipe.model_name_or_path, plan.recipe.data
     assert name is not None
     files = replace(data, data_dir=str(plan.data_dir), pairs=[DATASETS[dataset].file], on_bad_row="skip", max_pairs=0)
-    found = read_preferences(files, 0)
-    rows, long = encode_comparisons(found, load_tokenizer(name), data.max_length, data.max_prompt_length)
-    material = Material(rows, FeatureCache(), {"read": len(found), "fit": len(found) - long})
+    pairs = read_preferences(files, 0)
+    rows, long = encode_comparisons(pairs, load_tokenizer(name), data.max_length, data.max_prompt_length)
+    material = Material(rows, FeatureCache(), {"read": len(pairs), "fit": len(pairs) - long})
     if 0 < data.max_pairs < len(rows):
         material.rows = material.of(split_rows([item.row for item in rows], [data.max_pairs], 0)[0][: data.max_pairs])
     return material
@@ -189,10 +189,10 @@ def make_hidden_states(dataset: str, plan: Plan) -> None:
 
 @functools.lru_cache(maxsize=len(DATASETS))
 def material(dataset: str, plan: Plan) -> Material:
-    found = read(dataset, plan)
+    content = read(dataset, plan)
     if plan.recipe.scorer.num_trainable_layers is not None:
-        found.cache.load(hidden_states_file(dataset, plan), device())
-    return found
+        content.cache.load(hidden_states_file(dataset, plan), device())
+    return content
 
 
 # One scorer.
@@ -309,13 +309,13 @@ def values(lines: Sequence[Line], dataset: str, objective: str, epoch: int, name
     dataset does not have."""
     of = {o: {x["seed"]: x for x in lines if (x["dataset"], x["objective"]) == (dataset, o)} for o in SCORER_NAMES}
     seeds = sorted(set.intersection(*map(set, of.values())))
-    found = [of[objective][seed]["epochs"][str(epoch)][name] for seed in seeds]
-    return [] if None in found else found
+    figures = [of[objective][seed]["epochs"][str(epoch)][name] for seed in seeds]
+    return [] if None in figures else figures
 
 
-def level(found: Sequence[float]) -> Interval:
+def level(figures: Sequence[float]) -> Interval:
     """Mean over the seeds, of a figure that is never negative."""
-    interval = seed_mean(found)
+    interval = seed_mean(figures)
     return interval if math.isnan(interval["low"]) else interval | {"low": max(0.0, interval["low"])}
 
 
@@ -331,9 +331,9 @@ def compared(lines: Sequence[Line], dataset: str, epoch: int, name: str, how: st
         return "–"
     if how == "ratio":
         return shown(paired_ratio(am, rm), Figure("", 1, 2))
-    found = paired_difference(am, rm)
-    text = shown(found, FIGURES[name], "+")
-    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+    difference = paired_difference(am, rm)
+    text = shown(difference, FIGURES[name], "+")
+    return f"**{text}**" if difference["low"] > 0 or difference["high"] < 0 else text
 
 
 def tables(lines: Sequence[Line]) -> str:
@@ -347,8 +347,8 @@ def tables(lines: Sequence[Line]) -> str:
             for epoch in measured(lines):
                 row = [f"{about.title}: {title}, {epoch}"]
                 for name, figure in FIGURES.items():
-                    found = values(lines, dataset, objective, epoch, name)
-                    row.append(shown(level(found), figure) if found else "–")
+                    by_seed = values(lines, dataset, objective, epoch, name)
+                    row.append(shown(level(by_seed), figure) if by_seed else "–")
                 levels.append(row)
         for epoch in measured(lines):
             against.append(
@@ -404,10 +404,10 @@ def draw(lines: Sequence[Line]) -> bytes:
                     axis.set_visible(False)
                     continue
                 for objective, colour, offset in (("rm", INK, -0.06), ("am", KEPT, 0.06)):
-                    found = np.array([values(lines, dataset, objective, e, name) for e in epochs])  # [epochs, seeds]
-                    found *= FIGURES[name].factor
-                    axis.plot(epochs, found, color=colour, alpha=0.3, linewidth=0.8)
-                    means = [level(of_epoch) for of_epoch in found]
+                    curves = np.array([values(lines, dataset, objective, e, name) for e in epochs])  # [epochs, seeds]
+                    curves *= FIGURES[name].factor
+                    axis.plot(epochs, curves, color=colour, alpha=0.3, linewidth=0.8)
+                    means = [level(of_epoch) for of_epoch in curves]
                     value, low, high = (np.array([m[end] for m in means]) for end in ("value", "low", "high"))
                     axis.errorbar(
                         np.array(epochs) + offset, value, yerr=np.nan_to_num([value - low, high - value]), color=colour,

@@ -148,17 +148,17 @@ class Job(NamedTuple):
 def sample(quickstart: Path, folder: Path) -> None:
     """Answers of the SFT model to every prompt of the pairs, ``SAMPLES`` each: what MetaRM takes from."""
 
-    def answer(made: Path) -> dict[str, Any]:
+    def answer(target: Path) -> dict[str, Any]:
         rows = read_comparisons([quickstart / "pairs" / "pairs.jsonl.gz"]).rows
         prompts = list({row.prompt: row.task for row in rows if isinstance(row.prompt, str)}.items())
         model, tokenizer = load_causal_lm(str(quickstart / "sft")), load_tokenizer(str(quickstart / "sft"))
         ids = [encode_prompt(tokenizer, prompt) for prompt, _ in prompts for _ in range(SAMPLES)]
         seeds = [stream_seed(0, "unlabelled", i) for i in range(len(ids))]
         new_tokens = parse_recipe("quickstart", [])[0].ppo.max_new_tokens
-        found = generate(model, tokenizer, ids, GenerationSettings(new_tokens), seeds=seeds, description="responses")
-        texts = [rollout.text for rollout in found]
+        rollouts = generate(model, tokenizer, ids, GenerationSettings(new_tokens), seeds=seeds, description="responses")
+        texts = [rollout.text for rollout in rollouts]
         write_jsonl(
-            made / "responses.jsonl.gz",
+            target / "responses.jsonl.gz",
             (
                 {"prompt": prompt, "task": task, "responses": texts[SAMPLES * i : SAMPLES * (i + 1)]}
                 for i, (prompt, task) in enumerate(prompts)
@@ -276,8 +276,8 @@ def train(study: str, job: Job, quickstart: Path, folder: Path) -> Line:
     if "labels" in METHODS[job.method]:
         rows = [right(item) for item in rows]
     if recipe.scorer.denoise:
-        found = denoise([item.row for item in rows], parse_bands(job.method, recipe.scorer.denoise)).rows
-        rows = [replace(item, row=row) for item, row in zip(rows, found, strict=True) if row is not None]
+        new_rows = denoise([item.row for item in rows], parse_bands(job.method, recipe.scorer.denoise)).rows
+        rows = [replace(item, row=row) for item, row in zip(rows, new_rows, strict=True) if row is not None]
     settings = ScorerSettings("rm")
     if job.objective == "am":
         assert rows[0].row.alt_logprobs is not None
@@ -373,10 +373,10 @@ def signed(differences: Sequence[float]) -> str:
     """Mean and interval in percentage points, bold where the interval is on one side of 0."""
     if len(differences) < 2:
         return "–"
-    found = seed_mean(differences)
-    value, low, high = (round(100 * found[end], 1) + 0.0 for end in ("value", "low", "high"))  # no -0.0
+    mean = seed_mean(differences)
+    value, low, high = (round(100 * mean[end], 1) + 0.0 for end in ("value", "low", "high"))  # no -0.0
     text = f"{value:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
-    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+    return f"**{text}**" if mean["low"] > 0 or mean["high"] < 0 else text
 
 
 def table(study: str, lines: Sequence[Line]) -> str:
@@ -425,12 +425,12 @@ def draw(study: str, lines: Sequence[Line]) -> bytes:
             axis.axvline(0, color=FAINT, linewidth=1)
             for objective, offset in (("rm", 0.17), ("am", -0.17)):
                 for i, method in enumerate(methods):
-                    found = [100 * x for x in over_plain(lines, method, objective, column)]
-                    if len(found) < 2:
+                    gains = [100 * x for x in over_plain(lines, method, objective, column)]
+                    if len(gains) < 2:
                         continue
                     height = len(methods) - i + offset
-                    mean = seed_mean(found)
-                    axis.plot(found, [height] * len(found), "o", color=FAINT, markersize=3, zorder=3)
+                    mean = seed_mean(gains)
+                    axis.plot(gains, [height] * len(gains), "o", color=FAINT, markersize=3, zorder=3)
                     axis.errorbar(
                         mean["value"], height, xerr=mean["high"] - mean["value"], fmt="o",
                         color=colours[objective], markersize=5, capsize=2, label=None if i else SCORER_NAMES[objective],

@@ -43,8 +43,8 @@ def select(x: np.ndarray, value: np.ndarray, c: int, seed: int, init: str, **opt
     """The package's whole path: inertia, and the rows that are kept."""
     from stable_rlhf.rehearsal import choose, cluster_embeddings
 
-    found = cluster_embeddings(x, c, niter=ITERATIONS, seed=seed, init=init, **options)
-    return found.inertia, choose(value, found.assignment, c, TOP_K).indices
+    clusters = cluster_embeddings(x, c, niter=ITERATIONS, seed=seed, init=init, **options)
+    return clusters.inertia, choose(value, clusters.assignment, c, TOP_K).indices
 
 
 def speed(rounds: int, counts: list[int]) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def speed(rounds: int, counts: list[int]) -> dict[str, Any]:
                 print(f"c {c} {name}: {wall:.2f} s wall, {cpu:.2f} s cpu, inertia {inertia:.1f}", flush=True)
         rows: dict[str, dict[str, Any]] = {
             name: {
-                "wall_s": statistics.median(s[0] for s in found), "cpu_s": statistics.median(s[1] for s in found),
-                "wall_min_s": min(s[0] for s in found), "inertia": statistics.mean(s[2] for s in found),
-                "samples": found,
+                "wall_s": statistics.median(s[0] for s in runs), "cpu_s": statistics.median(s[1] for s in runs),
+                "wall_min_s": min(s[0] for s in runs), "inertia": statistics.mean(s[2] for s in runs),
+                "samples": runs,
             }
-            for name, found in samples.items()
+            for name, runs in samples.items()
         }  # fmt: skip
         peers = [rows[name] for name in ("faiss", "scikit-learn")]
         for row in rows.values():
@@ -110,14 +110,14 @@ def disk_child(path: str, n: int, c: int, train_rows: int, reply: Any) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    wall, cpu, found = timed(lambda: cluster_embeddings(x, c, niter=ITERATIONS, train_rows=train_rows))
-    more_wall, more_cpu, kept = timed(lambda: choose(value, found.assignment, c, TOP_K))
+    wall, cpu, clusters = timed(lambda: cluster_embeddings(x, c, niter=ITERATIONS, train_rows=train_rows))
+    more_wall, more_cpu, kept = timed(lambda: choose(value, clusters.assignment, c, TOP_K))
     running[0] = False
     watcher.join()
     reply.put({
-        "rows": n, "clusters": c, "trained_on": found.trained_on, "wall_s": wall + more_wall, "cpu_s": cpu + more_cpu,
-        "select_wall_s": more_wall, "peak_mib": peak[0], "before_mib": before, "kept": len(kept.indices),
-        "notes": list(found.notes),
+        "rows": n, "clusters": c, "trained_on": clusters.trained_on, "wall_s": wall + more_wall,
+        "cpu_s": cpu + more_cpu, "select_wall_s": more_wall, "peak_mib": peak[0], "before_mib": before,
+        "kept": len(kept.indices), "notes": list(clusters.notes),
     })  # fmt: skip
 
 
@@ -163,8 +163,8 @@ def purity(prompts: Path, model: str, embeddings: str | None) -> dict[str, Any]:
                                  ("without the largest skill", np.flatnonzero(rest), (16, 40, 80))):  # fmt: skip
         for c in counts:
             for name, x in (("unit length", unit), ("as they are", raw)):
-                found = cluster_embeddings(np.ascontiguousarray(x[places]), c)
-                row = skill_purity(found.assignment, skills[places].tolist())
+                clusters = cluster_embeddings(np.ascontiguousarray(x[places]), c)
+                row = skill_purity(clusters.assignment, skills[places].tolist())
                 cases.append({"part": part, "rows": len(places), "skills": len(set(skills[places])),
                               "clusters": c, "rows_are": name, **row})  # fmt: skip
                 print(cases[-1], flush=True)
@@ -176,8 +176,8 @@ def threads() -> dict[str, Any]:
     value = np.random.default_rng(1).normal(size=len(x))
     cases = []
     for c, spherical in ((100, False), (1000, False), (100, True)):
-        found = [select(x, value, c, 7, "kmeans++", threads=t, spherical=spherical) for t in (1, 2, 2)]
-        same = all(np.array_equal(found[0][1], other[1]) and found[0][0] == other[0] for other in found[1:])
+        runs = [select(x, value, c, 7, "kmeans++", threads=t, spherical=spherical) for t in (1, 2, 2)]
+        same = all(np.array_equal(runs[0][1], other[1]) and runs[0][0] == other[0] for other in runs[1:])
         cases.append({"clusters": c, "spherical": spherical, "same_inertia_and_selection": same})
         print(cases[-1], flush=True)
     return {"rows": len(x), "threads": [1, 2, 2], "cases": cases}

@@ -98,8 +98,8 @@ def mended(row: dict[str, Any]) -> dict[str, Any]:
 
 def recall_precision(suspicion: np.ndarray, planted: np.ndarray) -> tuple[list[float], list[float]]:
     """Recall and precision of calling the first 1, 2, ... most suspicious pairs wrong."""
-    found = np.cumsum(planted[np.argsort(-suspicion, kind="stable")])
-    return (found / planted.sum()).tolist(), (found / np.arange(1, len(found) + 1)).tolist()
+    hits = np.cumsum(planted[np.argsort(-suspicion, kind="stable")])
+    return (hits / planted.sum()).tolist(), (hits / np.arange(1, len(hits) + 1)).tolist()
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ def study(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str, A
     )  # fmt: skip
     result: dict[str, Any] = {"seed": seed, **detection(planted.recipe, arguments.labels)}
     if planted.recipe.strength.heads_only:
-        found = heads(planted, arguments.conditions)
+        outcome = heads(planted, arguments.conditions)
     else:
-        found = whole_models(planted, str(arguments.run / "sft"), arguments.conditions)
-    result["gold_accuracy"], result["test_pairs"] = found
+        outcome = whole_models(planted, str(arguments.run / "sft"), arguments.conditions)
+    result["gold_accuracy"], result["test_pairs"] = outcome
     return result
 
 
@@ -222,7 +222,7 @@ def detection(recipe: Recipe, labels: str) -> dict[str, Any]:
         curves[name] = [(recall[i], precision[i]) for i in keep]
     clear = np.array([max(row.meta["gold_chosen"], row.meta["gold_rejected"]) == 1 for row in rows])
 
-    def found(part: np.ndarray) -> dict[str, float]:
+    def rate(part: np.ndarray) -> dict[str, float]:
         both = float((flipped & planted & part).sum())
         return {
             "recall": both / float((planted & part).sum()), "precision": both / max(float((flipped & part).sum()), 1.0)
@@ -230,7 +230,7 @@ def detection(recipe: Recipe, labels: str) -> dict[str, Any]:
 
     return {
         "train_pairs": len(rows), "planted": float(planted.mean()), "flipped": float(flipped.mean()),
-        "all": found(np.ones_like(clear)), "clear": found(clear), "clear_share": float(clear.mean()),
+        "all": rate(np.ones_like(clear)), "clear": rate(clear), "clear_share": float(clear.mean()),
         "wrong_after": float((flipped != planted).mean()), "curves": curves,
     }  # fmt: skip
 
@@ -239,8 +239,8 @@ def interval(values: Sequence[float]) -> str:
     """Mean and 95 % interval over the seeds, in per cent."""
     if len(values) < 2:
         return f"{100 * values[0]:.1f}"
-    found = seed_mean(values)
-    value, low, high = (100 * found[end] for end in ("value", "low", "high"))
+    mean = seed_mean(values)
+    value, low, high = (100 * mean[end] for end in ("value", "low", "high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
@@ -261,9 +261,9 @@ def table(results: list[dict[str, Any]]) -> str:
         "| labels | gold accuracy | over the labels as they are |", "|---|---:|---:|",
     ]  # fmt: skip
     for name in names:
-        found = [r["gold_accuracy"][name] for r in results]
-        gain = interval([f - b for f, b in zip(found, base, strict=True)]) if name != names[0] else ""
-        lines.append(f"| {name} | {interval(found)} | {gain} |")
+        accuracies = [r["gold_accuracy"][name] for r in results]
+        gain = interval([a - b for a, b in zip(accuracies, base, strict=True)]) if name != names[0] else ""
+        lines.append(f"| {name} | {interval(accuracies)} | {gain} |")
     return "\n".join(lines)
 
 

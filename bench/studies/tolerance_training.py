@@ -54,13 +54,13 @@ def parse() -> argparse.Namespace:
 
 
 def sequences(model: str, text: Path, longest: int = 256) -> list[Sequence]:
-    tokenizer, found = load_tokenizer(model), []
+    tokenizer, examples = load_tokenizer(model), []
     for record in read_comparisons([str(text)]).rows:
         best = record.responses[record.pairs[0][0] if record.pairs else 0]
         encoded = encode(tokenizer, record.prompt, best)
         if encoded.prompt_length < min(len(encoded.ids), longest):
-            found.append((torch.tensor(encoded.ids[:longest]), encoded.prompt_length))
-    return found
+            examples.append((torch.tensor(encoded.ids[:longest]), encoded.prompt_length))
+    return examples
 
 
 def batches(rows: list[Sequence], size: int, seed: int) -> Any:

@@ -132,7 +132,7 @@ def main() -> None:
         seconds = {"ours": run_ours, "trl": run_trl}[given.worker](given.folder, given.steps)
         (given.folder / f"{given.worker}.json").write_text(json.dumps(seconds), encoding="utf-8")
         return None
-    found: dict[str, list[float]] = {"ours": [], "trl": []}
+    samples: dict[str, list[float]] = {"ours": [], "trl": []}
     pythons = {"ours": sys.executable, "trl": str(given.peer_python)}
     if given.peer_python is None:
         del pythons["trl"]
@@ -153,10 +153,10 @@ def main() -> None:
             for worker, python in pythons.items():
                 run(worker, python)
                 # The first steps pay for imports and warm-up.
-                found[worker] += json.loads((folder / f"{worker}.json").read_text(encoding="utf-8"))[2:]
-    medians = {worker: statistics.median(seconds) for worker, seconds in found.items() if seconds}
+                samples[worker] += json.loads((folder / f"{worker}.json").read_text(encoding="utf-8"))[2:]
+    medians = {worker: statistics.median(seconds) for worker, seconds in samples.items() if seconds}
     for worker, median in medians.items():
-        print(f"{worker}: {1 / median:.2f} steps a second (median of {len(found[worker])} steps)")
+        print(f"{worker}: {1 / median:.2f} steps a second (median of {len(samples[worker])} steps)")
     if len(medians) == 2:
         print(f"ours is {medians['trl'] / medians['ours']:.2f} times as fast")
     if given.output:
@@ -167,7 +167,7 @@ def main() -> None:
         settings = {"steps": given.steps, "rounds": given.rounds, "threads": given.threads, "batch": BATCH}
         where = environment(torch.device("cpu")) | {"command": "python -m bench.studies.trainer_speed"}
         record = {"what": "trainer-speed", "environment": where, "settings": settings}
-        write_json(record | {"steps_per_s": {k: 1 / m for k, m in medians.items()}, "seconds": found}, given.output)
+        write_json(record | {"steps_per_s": {k: 1 / m for k, m in medians.items()}, "seconds": samples}, given.output)
 
 
 if __name__ == "__main__":
