@@ -24,6 +24,7 @@ from stable_rlhf.ranks import is_lost_rank
 OWN_CODE_ALONE = {"trust_remote_code": False}
 # Files of checkpoints that are JSON and no objects.
 _LISTS = ("modules.json",)
+_MOST_LAYERS = 10_000  # each is built before anything is compared with the file: a wrong number must not take all night
 
 
 @contextmanager
@@ -95,6 +96,7 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
 
     options = {**OWN_CODE_ALONE, **options}
     checked = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _check_layers(location, what)
     with loading(what, location):
         if is_deepspeed_zero3_enabled():
             # There transformers reports neither what is left over nor, but on one rank, what has another size.
@@ -110,6 +112,14 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
     if name := first_not_finite(model.named_parameters()):
         raise ValueError(f"{what}: its weights are not finite: {name} holds NaN or infinity")
     return model
+
+
+def _check_layers(location: str, what: str) -> None:
+    file = Path(location) / "config.json"
+    with loading(what, location):
+        layers = read_json(file).get("num_hidden_layers") if file.is_file() else None
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ValueError(f"{what}: config.json: num_hidden_layers {layers} is more than {_MOST_LAYERS}")
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -69,6 +69,13 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(kind, values, p
         load_backbone(str(folder))
 
 
+def test_layers_beyond_number_are_refused_before_they_are_built(policy, scorer):
+    for folder, load in ((policy, load_causal_lm), (scorer, AdvantageModel.from_pretrained), (policy, load_backbone)):
+        change(folder / "config.json", num_hidden_layers=10**7)
+        with pytest.raises(ValueError, match=r"config\.json: num_hidden_layers 10000000 is more than 10000"):
+            load(str(folder))
+
+
 def test_tied_weights_and_heads_that_are_not_asked_for_are_no_loss(tiny_model, policy, scorer, tokenizer, tmp_path):
     bloom = tiny_model("bloom")
     bloom.save_pretrained(tmp_path / "bloom")  # whose head is its embedding
