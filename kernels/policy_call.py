@@ -156,7 +156,7 @@ def _is_finite(x):
 @triton.jit(do_not_specialize=["rows"])
 def _totals_kernel(
     kind_ptr, logprob_ptr, entropy_ptr, old_logprob_ptr, advantage_ptr, ref_logprob_ptr, row_weight_ptr,
-    policy_denominator_ptr, rehearsal_denominator_ptr, counts_ptr, notes_ptr, loss_ptr, metrics_ptr, rows,
+    policy_denominator_ptr, rehearsal_denominator_ptr, counts_ptr, notes_ptr, loss_ptr, metrics_ptr, of_kind_ptr, rows,
     low, high, dual_clip, clamp, kl_coef, entropy_coef, rehearsal_coef,
     HAS_OLD_LOGPROB: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr, KL: tl.constexpr, DUAL: tl.constexpr,
     LATE: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
@@ -225,7 +225,10 @@ def _totals_kernel(
     poison = tl.where(bad, float("nan"), 0.0).to(tl.float64)
     policy_mean = tl.sum(policy_lane, 0) / tl.load(policy_denominator_ptr).to(tl.float64) + poison
     rehearsal_mean = tl.sum(rehearsal_lane, 0) / tl.load(rehearsal_denominator_ptr).to(tl.float64) + poison
-    count = tl.maximum(tl.load(counts_ptr + 1), 1).to(tl.float64)
+    policies = tl.load(counts_ptr + 1)
+    tl.store(of_kind_ptr, policies)
+    tl.store(of_kind_ptr + 1, tl.load(counts_ptr + 2))
+    count = tl.maximum(policies, 1).to(tl.float64)
     tl.store(loss_ptr, (policy_mean + rehearsal_coef * rehearsal_mean).to(tl.float32))
     tl.store(metrics_ptr, policy_mean.to(tl.float32))
     tl.store(metrics_ptr + 1, rehearsal_mean.to(tl.float32))
@@ -240,6 +243,7 @@ def totals(rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig) 
     Statistics and arguments that are not finite are noted on the device, and make the loss NaN."""
     assert rows.counts is not None
     loss, metrics = state.logprob.new_empty(()), state.logprob.new_empty(6)
+    of_kind = rows.counts.new_empty(2)  # a tensor of its own: results of an operator share no memory
     late = rows.policy_count is None
     kl = int(config.kl_estimator[1]) if config.kl_coef != 0.0 else 0
     per_row = (terms.old_logprob, terms.advantage, terms.ref_logprob, terms.row_weight)
@@ -248,10 +252,10 @@ def totals(rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig) 
             rows.kind, state.logprob, state.entropy,
             *(state.logprob if x is None else x.contiguous() for x in per_row),
             terms.policy_denominator, terms.rehearsal_denominator, rows.counts, notes(loss.device), loss, metrics,
-            rows.kind.numel(), 1.0 - config.clip_low, 1.0 + config.clip_high, config.dual_clip or math.inf,
+            of_kind, rows.kind.numel(), 1.0 - config.clip_low, 1.0 + config.clip_high, config.dual_clip or math.inf,
             config.log_ratio_clamp, float(config.kl_coef), float(config.entropy_coef), float(config.rehearsal_coef),
             HAS_OLD_LOGPROB=terms.old_logprob is not None, HAS_ROW_WEIGHT=terms.row_weight is not None, KL=kl,
             DUAL=config.dual_clip is not None, LATE=late,
             TERMS=_KL_TERMS, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
-    return loss, metrics, rows.counts[1:3]
+    return loss, metrics, of_kind

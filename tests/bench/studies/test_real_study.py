@@ -157,4 +157,4 @@ def test_a_study_in_two_processes(data, tmp_path):
     assert code == 0, said[-2000:]
     assert [found["pairs"]["train"] for found in read_lines(path)] == [12] * 4
     code, said = study("1", changes=(*data, *whole, "scorer.margin=1.0", "data.max_length=39"))
-    assert code == 1 and "measured with data.max_length 40" in said
+    assert code == 1 and "measured with other settings, data.max_length 40, scorer.margin unset" in said
