@@ -52,14 +52,10 @@ if [ ${#dry[@]} -gt 0 ]; then
 else
     output=${output:-bench/results/gpu} seconds=${seconds:-280}
 fi
-mkdir -p "$output" || exit 1
-output=$(cd "$output" && pwd)
-case $python in ./* | */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
-scratch=$(mktemp -d) || exit 1
-trap 'rm -rf "$scratch"' EXIT
 
 # shellcheck source=gpu/package.sh
 . bench/gpu/package.sh
+use_folders "$output" "$python"
 if [ $sources = 1 ]; then use_sources "$root" "$scratch"; fi
 use_wheels "$python" "$root/bench/wheels" "$scratch/peers"
 export BENCH_ROOT=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

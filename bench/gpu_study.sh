@@ -58,13 +58,9 @@ else
     [ -e "$data" ] || { echo "gpu_study.sh: no folder $data (--data-dir)" >&2; exit 1; }
     more=(--data-dir "$(realpath "$data")" --model "$model")
 fi
-mkdir -p "$output" || exit 1
-output=$(cd "$output" && pwd)
-case $python in ./* | */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
-scratch=$(mktemp -d) || exit 1
-trap 'rm -rf "$scratch"' EXIT
 # shellcheck source=gpu/package.sh
 . bench/gpu/package.sh
+use_folders "$output" "$python"
 if [ $sources = 1 ]; then use_sources "$root" "$scratch"; fi
 use_wheels "$python" "$root/bench/carry/study" "$scratch/packages"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

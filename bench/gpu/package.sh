@@ -1,5 +1,14 @@
 # Functions of bench/gpu.sh and bench/gpu_study.sh: the package from its sources, and wheels without a network.
 
+# use_folders OUTPUT PYTHON: `output` and `python` as whole paths, a `scratch` folder that goes with the script.
+use_folders() {
+    mkdir -p "$1" || exit 1
+    output=$(cd "$1" && pwd) python=$2
+    case $python in ./* | */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
+    scratch=$(mktemp -d) || exit 1
+    trap 'rm -rf "$scratch"' EXIT
+}
+
 # use_sources ROOT SCRATCH: a package without its C++ module in SCRATCH, which is the working folder afterwards: the root's
 # own stable_rlhf folder, which lacks the kernels, would come first. So it would in tests, which are copied too.
 use_sources() {

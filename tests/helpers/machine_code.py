@@ -7,6 +7,7 @@ loads bring a thread are the instructions a logit.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -14,11 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+needed = [  # of tests that build kernels
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
+    pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"),
+]
 REGISTERS, WARPS, SHARED, PROGRAMS = 65536, 64, 100 << 10, 32  # of a multiprocessor, the least of sm_80, 90 and 100
 
 _INSTRUCTION = re.compile(r"^\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?P<text>[^;]*?)\s*;", re.MULTILINE)

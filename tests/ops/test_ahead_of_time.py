@@ -4,7 +4,6 @@ triton 3.6.0."""
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -14,10 +13,7 @@ tl = pytest.importorskip("triton.language")
 machine_code = pytest.importorskip("helpers.machine_code")
 build = machine_code.build
 
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-    pytest.mark.skipif(not machine_code.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"),
-]
+pytestmark = machine_code.needed
 
 
 def holds(code, residency, shared=4096, stack=0):

@@ -15,10 +15,7 @@ tl = pytest.importorskip("triton.language")
 machine_code = pytest.importorskip("helpers.machine_code")
 build = machine_code.build
 
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
-    pytest.mark.skipif(not machine_code.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"),
-]
+pytestmark = machine_code.needed
 CONSTANTS = {"BLOCK": 4096}
 TYPES = {"x_ptr": "*bf16", "place_ptr": "*i32", "stride": "i32", "count": "i32"}
 POINTERS = ("x_ptr", "count")

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.kernels import tuning
-from stable_rlhf.ops.checks import statistics_dtype
+from stable_rlhf.ops.checks import check_values, statistics_dtype
+from stable_rlhf.ops.flags import Fault, note
 from stable_rlhf.ops.operators import (
     Differentiable,
     Form,
@@ -340,6 +341,8 @@ def _logprob(call: PolicyCall) -> tuple[Tensor, ...]:
     products = _products(call, rows, call.weight, (False, False, False))
     state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
     check_statistics(state.logprob, state.entropy, rows, call.origin)
+    if call.backend == "triton" and not check_values(state.logprob.device):  # of a loss the totals note it
+        note(Fault.LOGITS, ~(state.logprob.isfinite() & state.entropy.isfinite()).all())
     results = [state.logprob, state.entropy, state.max, state.log_sum]
     if rows.policy_count is None:
         results = [torch.where(rows.kind == Kind.IGNORED, 0.0, x) for x in results]

@@ -261,6 +261,25 @@ def test_late_log_probs(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_log_probs_of_non_finite_logits_are_told_later(value, monkeypatch):
+    from stable_rlhf.ops.policy import fused
+
+    case = make_case(9, VOCABULARY)
+    case["target"].clamp_(min=0)
+    bad = case["hidden"].clone()
+    bad[5] = value
+    late(monkeypatch)
+    monkeypatch.setattr(fused, "check_values", lambda device: False)
+    with ops.backend("triton"):
+        ops.linear_logprob(case["hidden"], case["weight"], case["target"])
+        assert not flags.notes(CPU).any()
+        ops.linear_logprob(bad, case["weight"], case["target"])
+        with pytest.raises(ValueError, match=r"non-finite logits: in an earlier call"):
+            ops.linear_logprob(case["hidden"], case["weight"], case["target"])
+
+
+@interpreted
 def test_where_the_kinds_are_not_known_advantages_are_required(monkeypatch):
     case = make_case(5, VOCABULARY, kinds=(2,))
     late(monkeypatch)
