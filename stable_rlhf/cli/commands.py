@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stable_rlhf import __version__, extras
+from stable_rlhf import __version__
 from stable_rlhf.cli.usage import USAGE, fail
 from stable_rlhf.data.jsonl import read_json, to_json
 from stable_rlhf.engine import signals
@@ -21,6 +21,7 @@ from stable_rlhf.settings.ranges import expand_user
 from stable_rlhf.settings.recipe import Recipe, suggestion
 from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.progress import tolerant_output
+from stable_rlhf.system import extras
 
 if TYPE_CHECKING:
     from stable_rlhf.run.dependencies import StageKind

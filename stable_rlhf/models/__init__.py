@@ -1,5 +1,5 @@
 """Language models: loading them, splitting a backbone, log-probs and losses inside one forward."""
 
-from stable_rlhf.extras import require
+from stable_rlhf.system.extras import require
 
 require("stable_rlhf.models", "transformers", "safetensors")

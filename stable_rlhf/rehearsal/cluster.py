@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stable_rlhf.extras import require
 from stable_rlhf.rehearsal import kmeans
 from stable_rlhf.show.progress import progress
+from stable_rlhf.system.extras import require
 
 METHODS = ("kmeans", "gmm")
 BACKENDS = ("auto", "cpu", "cuda", "faiss", "flash-kmeans")

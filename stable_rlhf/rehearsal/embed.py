@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stable_rlhf.data.records import as_text
-from stable_rlhf.extras import require
+from stable_rlhf.system.extras import require
 
 DEFAULT_EMBEDDING_MODEL = "princeton-nlp/sup-simcse-roberta-base"
 POOLINGS = ("auto", "mean", "cls", "pooler")

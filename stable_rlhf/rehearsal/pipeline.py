@@ -12,7 +12,6 @@ import numpy as np
 from stable_rlhf.data.jsonl import to_json, write_jsonl
 from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
 from stable_rlhf.data.records import DataError, Demonstration
-from stable_rlhf.extras import require
 from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL
 from stable_rlhf.rehearsal.report import render_selection
 from stable_rlhf.rehearsal.select import Candidate, Selection, as_candidates, select_rehearsal, top_up
@@ -20,6 +19,7 @@ from stable_rlhf.rehearsal.store import embed_to_folder, embedding_key
 from stable_rlhf.rehearsal.sweep import sweep_clusters
 from stable_rlhf.show.page import write_html
 from stable_rlhf.show.progress import is_main_process, say
+from stable_rlhf.system.extras import require
 
 _CLUSTERING = ("method", "niter", "spherical", "init", "train_rows", "backend", "devices", "threads")
 _NOT_IN_KEY = ("batch_size", "device", "shard_rows", "encoder")  # they do not say what the embeddings are

@@ -1,6 +1,6 @@
 """Scorers: the Advantage Model of arXiv 2309.10202 and the plain reward model it is compared with."""
 
-from stable_rlhf.extras import require
+from stable_rlhf.system.extras import require
 
 require("stable_rlhf.scorer", "transformers", "safetensors")
 

@@ -1,1 +1,1 @@
-"""What belongs to the machine around the package: locks on folders, servers over HTTP."""
+"""What belongs to the machine around the package: installed extras, locks on folders, servers over HTTP."""

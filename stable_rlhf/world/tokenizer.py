@@ -10,7 +10,7 @@ import re
 import string
 from typing import TYPE_CHECKING, Literal
 
-from stable_rlhf.extras import require
+from stable_rlhf.system.extras import require
 from stable_rlhf.world.skills import SKILLS, template_pieces
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.cli import Done
 from helpers.launch import ROOT, command, worker_environment
-from stable_rlhf.extras import BROUGHT, EXTRAS, TRAIN
+from stable_rlhf.system.extras import BROUGHT, EXTRAS, TRAIN
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OPTIONAL = PROJECT["optional-dependencies"]

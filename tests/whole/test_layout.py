@@ -35,6 +35,11 @@ def test_no_test_imports_a_test(room):
     assert not found
 
 
+def test_no_module_stands_outside_a_room():
+    loose = {path.stem for path in (ROOT / "stable_rlhf").glob("*.py")}
+    assert loose == {"__init__", "__main__", "metrics", "ranks"}
+
+
 def test_a_folder_of_tests_is_named_for_a_room():
     rooms = {p.stem for p in (ROOT / "stable_rlhf").iterdir()}
     assert {"ops", "engine"} < FOLDERS <= rooms | {"bench", "docs", "helpers", "hostile", "whole"}
