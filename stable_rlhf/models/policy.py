@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf import ops
+from stable_rlhf.integrations.logit_map import logit_map
 from stable_rlhf.models.loading import text_decoder
-from stable_rlhf.models.logits import logit_map
 from stable_rlhf.models.trunk import Trunk
 
 

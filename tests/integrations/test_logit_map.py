@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stable_rlhf.data.encoding import pad_sequences
-from stable_rlhf.models.logits import LogitMap, logit_map
+from stable_rlhf.integrations.logit_map import LogitMap, logit_map
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.ops import PolicyLossConfig
 

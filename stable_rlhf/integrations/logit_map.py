@@ -33,8 +33,11 @@ class LogitMap(NamedTuple):
 
 
 @torch.no_grad()
-def logit_map(causal_lm: Any) -> LogitMap:
+def logit_map(causal_lm: Any, *, behind_head: bool = False) -> LogitMap:
     """Measure a transformers model's map from its head's output to its logits.
+
+    A family may scale what goes into its head (MiniCPM3). That counts for who takes the decoder's states to the head,
+    and not for who takes what the head itself is given: ``behind_head``.
 
     Its own ``forward`` runs with stand-ins for decoder and head, so it touches no weight: they may lie in shards or on
     the meta device.
@@ -50,13 +53,14 @@ def logit_map(causal_lm: Any) -> LogitMap:
     z = torch.tensor(_POINTS, dtype=torch.float64, device="cpu").repeat(-(-head.out_features // len(_POINTS)))
     z = z[: max(head.out_features, len(_POINTS))][None, None]  # [1, 1, V]: a mask or a bias of single tokens would show
     try:
-        stand_in = _with_given_head_output(causal_lm, place, z.clone())  # some change it in place
+        stand_in = _with_given_head_output(causal_lm, place, z.clone(), behind_head)
         logits = stand_in(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), use_cache=False).logits.double()
         slope, bound = (float(logits[0, 0, _POINTS.index(at)]) for at in (_TINY, _HUGE))
         scale = round(slope / _TINY, 12)  # without the model's own rounding: not 0.9999999999999996
         measured = LogitMap(scale, None if bound > 0.5 * scale * _HUGE else round(bound / scale, 12))
         known = scale > 0 and logits.shape == z.shape and torch.allclose(logits, measured(z), rtol=1e-5, atol=1e-12)
-        known = known and (scale == 1 or head.bias is None)  # a scale before the head would not be one of its bias
+        # a scale before the head would not be one of its bias
+        known = known and (scale == 1 or behind_head or getattr(head, "bias", None) is None)
     except Exception as error:  # any: it is the model's own code
         raise ValueError(f"model: cannot find out what {name} does to its head's output: {error}") from error
     if not known:
@@ -76,7 +80,20 @@ class _Decoded(tuple[Tensor]):
         return None
 
 
-def _with_given_head_output(causal_lm: Any, place: str, z: Tensor) -> Any:
+class _Given(nn.Module):
+    """A head that gives ``z``, or what it is given."""
+
+    def __init__(self, z: Tensor, whatever: bool) -> None:
+        super().__init__()
+        self.z, self.whatever = z, whatever
+        self.weight: Any = z.new_empty(0)  # a forward may ask for its type
+        self.bias = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (self.z if self.whatever else hidden).clone()  # some change it in place
+
+
+def _with_given_head_output(causal_lm: Any, place: str, z: Tensor, behind_head: bool) -> Any:
     """A second object of the model that gives the logits it would make of the head's output ``z``."""
 
     def stand_in(module: Any) -> Any:
@@ -86,8 +103,6 @@ def _with_given_head_output(causal_lm: Any, place: str, z: Tensor) -> Any:
         return clone
 
     whole = copy.copy(causal_lm)
-    head: Any = nn.Identity()
-    head.weight, head.bias = z.new_empty(0), None  # a forward may ask for the weight's type
     decoder = stand_in(causal_lm.base_model)  # and its own `decoder`, which OPT calls past it
-    whole._modules = {**causal_lm._modules, causal_lm.base_model_prefix: decoder, place: head}
+    whole._modules = {**causal_lm._modules, causal_lm.base_model_prefix: decoder, place: _Given(z, behind_head)}
     return whole
