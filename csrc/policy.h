@@ -18,6 +18,9 @@ enum class RowsMode : int {
 // What a row is; stable_rlhf.ops.policy.types has the same numbers.
 enum class Kind : int8_t { ignored = 0, policy = 1, rehearsal = 2 };
 
+// What the ratio of a policy row is taken for; in the order of stable_rlhf.ops.policy.types.OBJECTIVES.
+enum class Objective : int { ppo = 0, cispo = 1, reinforce = 2 };
+
 // What the loss of a row is made of; pointers are [n] and may be null where the option is off.
 struct PolicyTerms {
     const Kind* kind;
@@ -28,8 +31,14 @@ struct PolicyTerms {
     double clip_low, clip_high;
     double dual_clip;             // 0: off
     double kl_coef;
-    int kl_estimator;             // 1, 2, 3
+    double kl_clamp;              // bound on the estimate; 0: off
+    double kl_ratio_max;          // bound on the ratio that multiplies a gradient apart; 0: off
+    int kl_estimator;             // 1, 2, 3; 4: the absolute value
+    bool kl_apart;                // the gradient is that of estimator 2
+    bool kl_unbiased;             // times the ratio
+    Objective objective;
     double entropy_coef;
+    double entropy_scale;         // 1 / entropy_denominator; 0: the row's own weight and policy_scale
     double log_ratio_clamp;
     double policy_scale;          // 1 / policy_denominator
     double rehearsal_scale;       // rehearsal_coef / rehearsal_denominator

@@ -263,6 +263,29 @@ void row_gradient(const T* logits, T* gradient, int64_t vocabulary, int64_t targ
 
 inline double clamped(double x, double bound) { return x > bound ? bound : x < -bound ? -bound : x; }
 
+// d KL term / d logprob, for a log-ratio to the old policy that is `inside` its clamp or held there.
+inline double kl_slope(const PolicyTerms& t, double apart, double ratio, bool inside) {
+    const bool held = fabs(apart) > t.log_ratio_clamp;
+    apart = clamped(apart, t.log_ratio_clamp);
+    if (t.kl_apart) {
+        if (held) return 0.0;
+        if (!t.kl_unbiased) return apart;
+        return apart * (t.kl_ratio_max > 0 && ratio > t.kl_ratio_max ? t.kl_ratio_max : ratio);
+    }
+    double steep = 1.0, estimate = apart;
+    switch (t.kl_estimator) {
+        case 2: steep = apart; estimate = 0.5 * apart * apart; break;
+        case 3: steep = -expm1(-apart); estimate = apart - steep; break;
+        case 4: steep = apart > 0 ? 1.0 : apart < 0 ? -1.0 : 0.0; estimate = fabs(apart); break;
+    }
+    if (held) steep = 0.0;
+    if (t.kl_clamp > 0 && fabs(estimate) > t.kl_clamp) {
+        steep = 0.0;
+        estimate = clamped(estimate, t.kl_clamp);
+    }
+    return t.kl_unbiased ? ratio * (steep + (inside ? estimate : 0.0)) : steep;
+}
+
 // d loss / d logprob and d loss / d entropy of row i, given its log-prob.
 inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float* c, float* e) {
     const double weight = t.row_weight ? double(t.row_weight[i]) : 1.0;
@@ -274,21 +297,23 @@ inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float*
     const double scale = weight * t.policy_scale, advantage = t.advantage[i];
     const double log_ratio = t.old_logprob ? logprob - double(t.old_logprob[i]) : 0.0;
     const double ratio = exp(clamped(log_ratio, t.log_ratio_clamp));
-    bool free = fabs(log_ratio) <= t.log_ratio_clamp;
-    // In float32, as the reference compares: a ratio at an edge is on the same side for both.
-    const float rounded = float(ratio);
-    if (advantage > 0 && rounded > float(1.0 + t.clip_high)) free = false;
-    if (advantage < 0 && rounded < float(1.0 - t.clip_low)) free = false;
-    if (t.dual_clip > 0 && advantage < 0 && rounded > float(t.dual_clip)) free = false;
-    double slope = free ? -advantage * ratio : 0.0;
-    if (t.kl_coef != 0) {
-        const double apart = logprob - double(t.ref_logprob[i]);
-        if (fabs(apart) <= t.log_ratio_clamp) {
-            slope += t.kl_coef * (t.kl_estimator == 1 ? 1.0 : t.kl_estimator == 2 ? apart : -expm1(-apart));
-        }
+    const bool inside = fabs(log_ratio) <= t.log_ratio_clamp;
+    double slope = -advantage;
+    if (t.objective == Objective::cispo) {
+        const double low = 1.0 - t.clip_low, high = 1.0 + t.clip_high;
+        slope *= ratio < low ? low : ratio > high ? high : ratio;
+    } else if (t.objective == Objective::ppo) {
+        bool free = inside;
+        // In float32, as the reference compares: a ratio at an edge is on the same side for both.
+        const float rounded = float(ratio);
+        if (advantage > 0 && rounded > float(1.0 + t.clip_high)) free = false;
+        if (advantage < 0 && rounded < float(1.0 - t.clip_low)) free = false;
+        if (t.dual_clip > 0 && advantage < 0 && rounded > float(t.dual_clip)) free = false;
+        slope = free ? slope * ratio : 0.0;
     }
+    if (t.kl_coef != 0) slope += t.kl_coef * kl_slope(t, logprob - double(t.ref_logprob[i]), ratio, inside);
     *c = float(scale * slope);
-    *e = float(-scale * t.entropy_coef);
+    *e = float(-(t.entropy_scale > 0 ? t.entropy_scale : scale) * t.entropy_coef);
 }
 
 template <typename T, bool kSoftcap>

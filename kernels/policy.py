@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stable_rlhf.kernels.policy_call import capturing
+from stable_rlhf.kernels.policy_call import capturing, kl_number
 from stable_rlhf.kernels.policy_rows import row_kernel
 from stable_rlhf.kernels.tuning import RowLaunch, row_launch
 from stable_rlhf.ops.policy.formula import RowState, Terms
-from stable_rlhf.ops.policy.types import DEFAULT, PolicyLossConfig
+from stable_rlhf.ops.policy.types import DEFAULT, OBJECTIVES, PolicyLossConfig
 
 
 @triton.jit
@@ -210,6 +210,8 @@ def _launch(
             kl_coef=float(config.kl_coef),
             entropy_coef=float(config.entropy_coef),
             rehearsal_coef=float(config.rehearsal_coef),
+            kl_clamp=config.kl_clamp or math.inf,
+            kl_ratio_max=config.kl_ratio_max or math.inf,
             STATISTICS=statistics,
             TERMS=terms is not None,
             GRADIENT=gradient is not None,
@@ -220,7 +222,12 @@ def _launch(
             HAS_OLD_LOGPROB=optional["old_logprob"] is not None,
             HAS_ROW_WEIGHT=optional["row_weight"] is not None,
             SOFTCAP=bool(softcap),
-            KL=int(config.kl_estimator[1]) if config.kl_coef != 0.0 else 0,
+            OBJECTIVE=OBJECTIVES.index(config.objective),
+            KL=kl_number(config),
+            KL_APART=config.kl_apart,
+            KL_UNBIASED=config.kl_unbiased,
+            KL_CLAMPED=config.kl_clamp is not None,
+            HAS_ENTROPY_DENOMINATOR=optional["entropy_denominator"] is not None,
             ENTROPY=entropy,
             ALIGNED=aligned,
             BLOCK=block_of(shape, logits.dtype, aligned),
@@ -292,14 +299,14 @@ def policy(
     Args:
         row: which row of logits and gradient each active row is; None: in order.
         compact: leave out rows whose gradient is exactly zero, which costs one synchronisation. Not done under graph
-            capture, nor with a KL or entropy term, which leaves hardly a row without gradient.
+            capture, nor with a KL or entropy term or another objective, which leave hardly a row without gradient.
 
     Returns:
         which of the rows each gradient row belongs to, or None: all of them in order.
     """
     entropy = config.entropy_coef != 0.0
     compact = compact and state.target.numel() > 0 and row is None and config.kl_coef == 0.0 and not entropy
-    compact = compact and not capturing(logits)
+    compact = compact and config.objective == "ppo" and not capturing(logits)
     _launch(
         logits, gradient, state, config.softcap, statistics=True, entropy=entropy, leave_out=compact, row=row,
         kind=kind, terms=terms, config=config,

@@ -16,9 +16,25 @@ from torch import Tensor
 
 from stable_rlhf.kernels.sequence import _kl
 from stable_rlhf.ops.checks import INTEGERS, check_tensor, check_values
-from stable_rlhf.ops.flags import Fault, notes, tell
-from stable_rlhf.ops.policy.formula import Rows, RowState, Terms, row_temperature, select_rows
-from stable_rlhf.ops.policy.types import IGNORE, Kind, PolicyCall, PolicyLossConfig
+from stable_rlhf.ops.flags import Fault, note, notes, tell
+from stable_rlhf.ops.policy.formula import (
+    Rows,
+    RowState,
+    Sequences,
+    Terms,
+    row_temperature,
+    select_rows,
+    total_loss,
+)
+from stable_rlhf.ops.policy.types import (
+    IGNORE,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    Kind,
+    PolicyCall,
+    PolicyLossConfig,
+    PolicyLossOutput,
+)
 
 _POLICY, _REHEARSAL = tl.constexpr(int(Kind.POLICY)), tl.constexpr(int(Kind.REHEARSAL))
 _IGNORE = tl.constexpr(IGNORE)
@@ -29,6 +45,8 @@ _FAULTS = len(Fault)
 COUNTS = 5  # active, policy, rehearsal, of an unknown kind (or too many or few), with a target out of range
 _BLOCK, _WARPS = 2048, 8
 _KL_TERMS = 11  # of k3's series, in float32
+_CISPO, _REINFORCE = (tl.constexpr(OBJECTIVES.index(name)) for name in ("cispo", "reinforce"))
+_ABS = tl.constexpr(KL_ESTIMATORS.index("abs") + 1)
 
 
 @triton.jit(do_not_specialize=["rows", "wanted"])
@@ -156,10 +174,11 @@ def _is_finite(x):
 @triton.jit(do_not_specialize=["rows"])
 def _totals_kernel(
     kind_ptr, logprob_ptr, entropy_ptr, old_logprob_ptr, advantage_ptr, ref_logprob_ptr, row_weight_ptr,
-    policy_denominator_ptr, rehearsal_denominator_ptr, counts_ptr, notes_ptr, loss_ptr, metrics_ptr, of_kind_ptr, rows,
-    low, high, dual_clip, clamp, kl_coef, entropy_coef, rehearsal_coef,
-    HAS_OLD_LOGPROB: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr, KL: tl.constexpr, DUAL: tl.constexpr,
-    LATE: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    policy_denominator_ptr, rehearsal_denominator_ptr, entropy_denominator_ptr, counts_ptr, notes_ptr, loss_ptr,
+    metrics_ptr, of_kind_ptr, rows, low, high, dual_clip, clamp, kl_coef, kl_clamp, entropy_coef, rehearsal_coef,
+    HAS_OLD_LOGPROB: tl.constexpr, HAS_ROW_WEIGHT: tl.constexpr, HAS_ENTROPY_DENOMINATOR: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, DUAL: tl.constexpr, LATE: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss and metrics. LATE: rows of kind 0 are among them, whose log-prob and entropy become 0, and values that the
     host has not seen: the loss is NaN where `select` found one wrong."""
@@ -169,6 +188,12 @@ def _totals_kernel(
     kl_lane = tl.zeros((BLOCK,), tl.float64)
     entropy_lane = tl.zeros((BLOCK,), tl.float64)
     clipped_lane = tl.zeros((BLOCK,), tl.int32)
+    below_lane = tl.zeros((BLOCK,), tl.int32)
+    above_lane = tl.zeros((BLOCK,), tl.int32)
+    reference_lane = tl.zeros((BLOCK,), tl.float64)
+    bonus_scale = entropy_coef
+    if HAS_ENTROPY_DENOMINATOR:
+        bonus_scale = entropy_coef * (tl.load(policy_denominator_ptr) / tl.load(entropy_denominator_ptr))
     largest_lane = tl.zeros((BLOCK,), tl.float32)
     logits_lane = tl.zeros((BLOCK,), tl.int32)  # rows whose statistics are not finite
     per_row_lane = tl.zeros((BLOCK,), tl.int32)
@@ -195,21 +220,49 @@ def _totals_kernel(
             known = known & _is_finite(old)
         log_ratio = tl.minimum(tl.maximum(logprob - old, -clamp), clamp)
         ratio = tl.exp(log_ratio)
-        unclipped = ratio * advantage
-        surrogate = tl.minimum(unclipped, tl.minimum(tl.maximum(ratio, low), high) * advantage)
-        if DUAL:
-            surrogate = tl.where(advantage < 0.0, tl.maximum(surrogate, dual_clip * advantage), surrogate)
+        below = ratio < low
+        above = ratio > high
+        if OBJECTIVE == _CISPO:
+            surrogate = tl.minimum(tl.maximum(ratio, low), high) * advantage * logprob
+            clipped = below | above
+        elif OBJECTIVE == _REINFORCE:
+            surrogate = advantage * logprob
+            clipped = ratio != ratio
+            below = clipped
+            above = clipped
+        else:
+            unclipped = ratio * advantage
+            surrogate = tl.minimum(unclipped, tl.minimum(tl.maximum(ratio, low), high) * advantage)
+            if DUAL:
+                surrogate = tl.where(advantage < 0.0, tl.maximum(surrogate, dual_clip * advantage), surrogate)
+            clipped = surrogate != unclipped
+            below = below & (advantage < 0.0)
+            above = above & (advantage > 0.0)
         term = -surrogate
         if KL != 0:
             ref = tl.load(ref_logprob_ptr + at, mask=policy, other=0.0)
             known = known & _is_finite(ref)
-            term += kl_coef * _kl(tl.minimum(tl.maximum(logprob - ref, -clamp), clamp), KL, TERMS)
-        term -= entropy_coef * entropy
-        policy_lane += tl.where(policy, term * weight, 0.0).to(tl.float64)
+            apart = tl.minimum(tl.maximum(logprob - ref, -clamp), clamp)
+            if KL == _ABS:
+                estimate = tl.abs(apart)
+            else:
+                estimate = _kl(apart, KL, TERMS)
+            estimate = tl.minimum(tl.maximum(estimate, -kl_clamp), kl_clamp)
+            reference_lane += tl.where(policy, estimate, 0.0).to(tl.float64)
+            if KL_TIMES_RATIO:
+                estimate = estimate * ratio
+            term += kl_coef * estimate
+        if HAS_ENTROPY_DENOMINATOR:
+            term = term * weight - bonus_scale * entropy
+        else:
+            term = (term - bonus_scale * entropy) * weight
+        policy_lane += tl.where(policy, term, 0.0).to(tl.float64)
         rehearsal_lane += tl.where(kind == _REHEARSAL, -logprob * weight, 0.0).to(tl.float64)
         kl_lane += tl.where(policy, _kl(-log_ratio, 3, TERMS), 0.0).to(tl.float64)
         entropy_lane += tl.where(policy, entropy, 0.0).to(tl.float64)
-        clipped_lane += (policy & (surrogate != unclipped)).to(tl.int32)
+        clipped_lane += (policy & clipped).to(tl.int32)
+        below_lane += (policy & below).to(tl.int32)
+        above_lane += (policy & above).to(tl.int32)
         largest_lane = tl.maximum(largest_lane, tl.where(policy, ratio, 0.0))
         # Minimum and maximum lose NaN: what is not finite is looked for, and spoils the loss below.
         logits_lane += (taking_part & ((_is_finite(logprob) & _is_finite(entropy)) == 0)).to(tl.int32)
@@ -233,29 +286,64 @@ def _totals_kernel(
     tl.store(metrics_ptr, policy_mean.to(tl.float32))
     tl.store(metrics_ptr + 1, rehearsal_mean.to(tl.float32))
     tl.store(metrics_ptr + 2, (tl.sum(clipped_lane, 0) / count).to(tl.float32))
-    tl.store(metrics_ptr + 3, (tl.sum(kl_lane, 0) / count).to(tl.float32))
-    tl.store(metrics_ptr + 4, tl.max(largest_lane, 0))
-    tl.store(metrics_ptr + 5, (tl.sum(entropy_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 3, (tl.sum(below_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 4, (tl.sum(above_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 5, (tl.sum(kl_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 6, (tl.sum(reference_lane, 0) / count).to(tl.float32))
+    tl.store(metrics_ptr + 7, tl.max(largest_lane, 0))
+    tl.store(metrics_ptr + 8, (tl.sum(entropy_lane, 0) / count).to(tl.float32))
 
 
 def totals(rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
     """`formula.total_loss` in one launch: loss, the metrics in the order of `fused.METRICS`, and the two counts.
     Statistics and arguments that are not finite are noted on the device, and make the loss NaN."""
     assert rows.counts is not None
-    loss, metrics = state.logprob.new_empty(()), state.logprob.new_empty(6)
+    loss, metrics = state.logprob.new_empty(()), state.logprob.new_empty(9)
     of_kind = rows.counts.new_empty(2)  # a tensor of its own: results of an operator share no memory
     late = rows.policy_count is None
-    kl = int(config.kl_estimator[1]) if config.kl_coef != 0.0 else 0
     per_row = (terms.old_logprob, terms.advantage, terms.ref_logprob, terms.row_weight)
+    own_denominator = terms.entropy_denominator
     with torch.cuda.device_of(loss):
         _totals_kernel[(1,)](
             rows.kind, state.logprob, state.entropy,
             *(state.logprob if x is None else x.contiguous() for x in per_row),
-            terms.policy_denominator, terms.rehearsal_denominator, rows.counts, notes(loss.device), loss, metrics,
-            of_kind, rows.kind.numel(), 1.0 - config.clip_low, 1.0 + config.clip_high, config.dual_clip or math.inf,
-            config.log_ratio_clamp, float(config.kl_coef), float(config.entropy_coef), float(config.rehearsal_coef),
-            HAS_OLD_LOGPROB=terms.old_logprob is not None, HAS_ROW_WEIGHT=terms.row_weight is not None, KL=kl,
+            terms.policy_denominator, terms.rehearsal_denominator,
+            terms.policy_denominator if own_denominator is None else own_denominator, rows.counts, notes(loss.device),
+            loss, metrics, of_kind, rows.kind.numel(), 1.0 - config.clip_low, 1.0 + config.clip_high,
+            config.dual_clip or math.inf, config.log_ratio_clamp, float(config.kl_coef), config.kl_clamp or math.inf,
+            float(config.entropy_coef), float(config.rehearsal_coef),
+            HAS_OLD_LOGPROB=terms.old_logprob is not None, HAS_ROW_WEIGHT=terms.row_weight is not None,
+            HAS_ENTROPY_DENOMINATOR=own_denominator is not None, OBJECTIVE=OBJECTIVES.index(config.objective),
+            KL=kl_number(config), KL_TIMES_RATIO=config.kl_unbiased and not config.kl_apart,
             DUAL=config.dual_clip is not None, LATE=late,
             TERMS=_KL_TERMS, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return loss, metrics, of_kind
+
+
+def noted_totals(
+    rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig, sequences: Sequences
+) -> PolicyLossOutput:
+    """`formula.total_loss`, which takes ratios of whole sequences, with what is not finite noted as in `totals`."""
+    part = rows.kind != Kind.IGNORED
+    finite = state.logprob.isfinite() & state.entropy.isfinite()
+    for values in (state.logprob, state.entropy):
+        values.copy_(torch.where(part, values, 0.0))
+    bad = (part & ~finite).any()
+    note(Fault.LOGITS, bad)
+    per_row = torch.zeros_like(bad)
+    for value in (terms.old_logprob, terms.advantage, terms.ref_logprob, terms.row_weight):
+        if value is not None:
+            per_row = per_row | (part & ~value.isfinite()).any()
+    note(Fault.PER_ROW, per_row)
+    out = total_loss(rows, state.logprob, state.entropy, terms, config, sequences)
+    bad = bad | per_row
+    if rows.policy_count is None:
+        assert rows.counts is not None
+        bad = bad | (rows.counts[3:COUNTS] > 0).any()
+    return out._replace(loss=torch.where(bad, math.nan, out.loss))
+
+
+def kl_number(config: PolicyLossConfig) -> int:
+    """The estimator of the KL's value as the kernels count them; 0: no KL."""
+    return KL_ESTIMATORS.index(config.kl_base) + 1 if config.kl_coef != 0.0 else 0

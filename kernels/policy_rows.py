@@ -12,11 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stable_rlhf.ops.policy.types import Kind
+from stable_rlhf.ops.policy.types import OBJECTIVES, Kind
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _POLICY, _REHEARSAL = tl.constexpr(int(Kind.POLICY)), tl.constexpr(int(Kind.REHEARSAL))
+_CISPO, _REINFORCE = (tl.constexpr(OBJECTIVES.index(name)) for name in ("cispo", "reinforce"))
 # Below every logit, and finite, so that exp(FLOOR - top) (FLOOR - top) is 0. Logits from 1.7e38 on are called
 # non-finite.
 _FLOOR = tl.constexpr(-(2.0**127))
@@ -247,29 +248,60 @@ def _clamped(x, bound):
 @triton.jit
 def _coefficients(
     logprob, kind, old_logprob, advantage, ref_logprob, weight, policy_denominator, rehearsal_denominator,
-    log_low, log_high, log_dual, clamp, kl_coef, entropy_coef, rehearsal_coef, KL: tl.constexpr,
+    entropy_denominator, log_low, log_high, log_dual, clamp, kl_coef, kl_clamp, kl_ratio_max, entropy_coef,
+    rehearsal_coef, OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_APART: tl.constexpr, KL_UNBIASED: tl.constexpr,
+    KL_CLAMPED: tl.constexpr, HAS_ENTROPY_DENOMINATOR: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logprob and d loss / d entropy of a row; of one that is of neither kind 0, whatever it holds."""
     log_ratio = logprob - old_logprob
     ratio = _exp(_clamped(log_ratio, clamp))
-    # A ratio at an edge is on the side that its float32 value is on, whatever an approximate exp says.
-    held = tl.abs(log_ratio) > clamp
-    held = held | ((advantage > 0.0) & (log_ratio > log_high))
-    held = held | ((advantage < 0.0) & (log_ratio < log_low))
-    held = held | ((advantage < 0.0) & (log_ratio > log_dual))
-    slope = tl.where(held, 0.0, -advantage * ratio)
+    inside = tl.abs(log_ratio) <= clamp
+    if OBJECTIVE == _REINFORCE:
+        slope = -advantage
+    elif OBJECTIVE == _CISPO:
+        slope = -advantage * _exp(_clamped(tl.minimum(tl.maximum(log_ratio, log_low), log_high), clamp))
+    else:
+        # A ratio at an edge is on the side that its float32 value is on, whatever an approximate exp says.
+        held = tl.abs(log_ratio) > clamp
+        held = held | ((advantage > 0.0) & (log_ratio > log_high))
+        held = held | ((advantage < 0.0) & (log_ratio < log_low))
+        held = held | ((advantage < 0.0) & (log_ratio > log_dual))
+        slope = tl.where(held, 0.0, -advantage * ratio)
     if KL != 0:
         apart = logprob - ref_logprob
-        if KL == 1:
-            pull = 1.0
-        elif KL == 2:
+        free = tl.abs(apart) <= clamp
+        apart = _clamped(apart, clamp)
+        if KL_APART:
             pull = apart
+            if KL_UNBIASED:
+                pull = pull * tl.minimum(ratio, kl_ratio_max)
+            pull = tl.where(free, pull, 0.0)
         else:
-            pull = -_expm1(-_clamped(apart, clamp))
-        slope += tl.where(tl.abs(apart) <= clamp, kl_coef * pull, 0.0)
+            if KL == 1:
+                pull = tl.full(apart.shape, 1.0, tl.float32)
+                estimate = apart
+            elif KL == 2:
+                pull = apart
+                estimate = 0.5 * apart * apart
+            elif KL == 3:
+                pull = -_expm1(-apart)
+                estimate = apart - pull
+            else:
+                pull = tl.where(apart > 0.0, 1.0, tl.where(apart < 0.0, -1.0, 0.0))
+                estimate = tl.abs(apart)
+            if KL_CLAMPED:
+                free = free & (tl.abs(estimate) <= kl_clamp)
+                estimate = _clamped(estimate, kl_clamp)
+            pull = tl.where(free, pull, 0.0)
+            if KL_UNBIASED:
+                pull = ratio * (pull + tl.where(inside, estimate, 0.0))
+        slope += kl_coef * pull
     scale = weight / policy_denominator
+    bonus = scale * entropy_coef
+    if HAS_ENTROPY_DENOMINATOR:
+        bonus = entropy_coef / entropy_denominator
     rehearsal = tl.where(kind == _REHEARSAL, -weight * rehearsal_coef / rehearsal_denominator, 0.0)
-    return tl.where(kind == _POLICY, scale * slope, rehearsal), tl.where(kind == _POLICY, -scale * entropy_coef, 0.0)
+    return tl.where(kind == _POLICY, scale * slope, rehearsal), tl.where(kind == _POLICY, -bonus, 0.0)
 
 
 # Chunks begin at any row, so the alignment of what is per row says nothing and must not multiply the kernels.
@@ -277,6 +309,7 @@ _PER_ROW = (
     "row_ptr", "target_ptr", "inverse_temperature_ptr", "logprob_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr",
     "coefficient_ptr", "entropy_coefficient_ptr", "weighted_ptr", "target_logit_ptr", "kind_ptr", "old_logprob_ptr",
     "advantage_ptr", "ref_logprob_ptr", "row_weight_ptr", "policy_denominator_ptr", "rehearsal_denominator_ptr",
+    "entropy_denominator_ptr",
 )  # fmt: skip
 
 
@@ -302,6 +335,7 @@ def row_kernel(
     row_weight_ptr,
     policy_denominator_ptr,
     rehearsal_denominator_ptr,
+    entropy_denominator_ptr,
     logits_stride,
     gradient_stride,
     count,
@@ -314,6 +348,8 @@ def row_kernel(
     kl_coef,
     entropy_coef,
     rehearsal_coef,
+    kl_clamp,
+    kl_ratio_max,
     STATISTICS: tl.constexpr,
     TERMS: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -324,7 +360,12 @@ def row_kernel(
     HAS_OLD_LOGPROB: tl.constexpr,
     HAS_ROW_WEIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
+    KL_APART: tl.constexpr,
+    KL_UNBIASED: tl.constexpr,
+    KL_CLAMPED: tl.constexpr,
+    HAS_ENTROPY_DENOMINATOR: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -380,6 +421,9 @@ def row_kernel(
             if TERMS:
                 policy_denominator = tl.load(policy_denominator_ptr)
                 rehearsal_denominator = tl.load(rehearsal_denominator_ptr)
+                entropy_denominator = policy_denominator
+                if HAS_ENTROPY_DENOMINATOR:
+                    entropy_denominator = tl.load(entropy_denominator_ptr)
                 kind = tl.load(kind_ptr + i)
                 old_logprob = 0.0
                 if HAS_OLD_LOGPROB:
@@ -419,8 +463,9 @@ def row_kernel(
                     old_logprob = logprob
                 c, e = _coefficients(
                     logprob, kind, old_logprob, advantage, ref_logprob, weight, policy_denominator,
-                    rehearsal_denominator, log_low, log_high, log_dual, clamp, kl_coef, entropy_coef, rehearsal_coef,
-                    KL,
+                    rehearsal_denominator, entropy_denominator, log_low, log_high, log_dual, clamp, kl_coef, kl_clamp,
+                    kl_ratio_max, entropy_coef, rehearsal_coef, OBJECTIVE, KL, KL_APART, KL_UNBIASED, KL_CLAMPED,
+                    HAS_ENTROPY_DENOMINATOR,
                 )  # fmt: skip
                 tl.store(coefficient_ptr + i, c)
                 tl.store(entropy_coefficient_ptr + i, e)

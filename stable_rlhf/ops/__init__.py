@@ -9,7 +9,13 @@ from stable_rlhf.ops.advantage.loss import AdvantageLoss, AdvantageLossOutput, a
 from stable_rlhf.ops.backends import backend, backend_report
 from stable_rlhf.ops.contrastive.info_nce import info_nce
 from stable_rlhf.ops.contrastive.swav import swav_loss
-from stable_rlhf.ops.policy.loss import PolicyHead, linear_logprob, linear_policy_loss, policy_loss
+from stable_rlhf.ops.policy.loss import (
+    PolicyHead,
+    linear_logprob,
+    linear_policy_loss,
+    logprob_policy_loss,
+    policy_loss,
+)
 from stable_rlhf.ops.policy.products import release_workspace
 from stable_rlhf.ops.policy.types import PolicyLossConfig, PolicyLossOutput
 from stable_rlhf.ops.sequence import gae, masked_whiten, token_rewards
@@ -29,6 +35,7 @@ __all__ = [
     "info_nce",
     "linear_logprob",
     "linear_policy_loss",
+    "logprob_policy_loss",
     "masked_whiten",
     "policy_loss",
     "release_workspace",

@@ -37,10 +37,13 @@ _FINE = 0  # SequenceStatus of csrc/sequence.h
 def log_ratio_kl(log_ratio: Tensor, estimator: str) -> Tensor:
     """Schulman's estimators of KL(p || q) per sample from log_ratio = log p - log q, the sample drawn from p.
 
-    k1 = log_ratio; k2 = log_ratio^2 / 2; k3 = exp(-log_ratio) - 1 + log_ratio. The caller clamps log_ratio.
+    k1 = log_ratio; k2 = log_ratio^2 / 2; k3 = exp(-log_ratio) - 1 + log_ratio; abs = |log_ratio|. The caller clamps
+    log_ratio.
     """
     if estimator == "k1":
         return log_ratio
+    if estimator == "abs":
+        return log_ratio.abs()
     if estimator == "k2":
         return 0.5 * log_ratio * log_ratio
     return torch.expm1(-log_ratio) + log_ratio

@@ -61,6 +61,16 @@ def cases() -> dict[str, Case]:
         given = {"old_logprob": old, "advantage": advantage, "grad_tolerance": 0.1, "grad_scale": 4.0}
         return policy(ops.linear_policy_loss(h, w, target, **given))
 
+    def by_sequence(h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        config = PolicyLossConfig(kl_coef=0.1, kl_unbiased=True, entropy_coef=0.01, importance_level="sequence")
+        options = {**per_row, "config": config, "cu_seqlens": whole(0, 3, 8), "entropy_denominator": 3.0}
+        return policy(ops.linear_policy_loss(h, w, target, kind, workspace_bytes=300, **options))
+
+    def from_logprobs(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        config = PolicyLossConfig(kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.01, objective="cispo")
+        options = {name: per_row[name] for name in ("old_logprob", "advantage", "ref_logprob", "row_weight")}
+        return policy(ops.logprob_policy_loss(x, kind, entropy=y, config=config, **options))
+
     def from_logits(z: Tensor) -> tuple[Tensor, ...]:
         return policy(ops.policy_loss(z, target, kind, **per_row))
 
@@ -93,7 +103,9 @@ def cases() -> dict[str, Case]:
         "linear_policy_loss": Case("linear_policy_loss", (hidden, weight, bias), linear),
         "linear_policy_loss by columns": Case("linear_policy_loss", (hidden, weight), plain),
         "linear_policy_loss in 16 bits": Case("linear_policy_loss", (hidden.bfloat16(), weight.bfloat16()), plain),
+        "linear_policy_loss by sequence": Case("linear_policy_loss", (hidden, weight), by_sequence),
         "policy_loss": Case("policy_loss", (logits,), from_logits),
+        "logprob_policy_loss": Case("logprob_policy_loss", (-normal(8).abs(), normal(8).abs()), from_logprobs),
         "linear_logprob": Case("linear_logprob", (hidden, weight), logprob, 2),
         "linear_logprob in float64": Case("linear_logprob", (hidden.double(), weight.double()), logprob, 2),
         "advantage_loss": Case("advantage_loss", (reward, expected), am),

@@ -34,6 +34,9 @@ def penalty(name, kind=torch.Tensor):
     return [leaf.grad for leaf in leaves]
 
 
+IN_PYTORCH = ("linear_logprob in float64", "logprob_policy_loss")  # on every backend
+
+
 @cpp
 @pytest.mark.parametrize("kind", [torch.Tensor, Subclass])
 @pytest.mark.parametrize("name", LOSSES)
@@ -41,7 +44,7 @@ def test_second_derivatives(name, kind):
     with ops.backend("torch"):
         want = penalty(name)
     with ops.backend("cpu"):
-        if name not in ("advantage_score", "linear_logprob in float64"):  # a score is linear, float64 is PyTorch's
+        if name not in ("advantage_score", *IN_PYTORCH):  # a score is linear
             with pytest.raises(RuntimeError, match=f"{CASES[name].op}: no second derivatives; call backward without"):
                 penalty(name, kind)
             return
@@ -98,7 +101,7 @@ def test_results_that_are_data_have_no_derivative(name):
 
 
 @cpp
-@pytest.mark.parametrize("name", [name for name in CASES if name != "linear_logprob in float64"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in IN_PYTORCH])
 def test_a_backend_without_transforms_says_so(name):
     with (
         ops.backend("cpu"),

@@ -33,6 +33,11 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def checked_loss(op: str, call: PolicyCall, process_group: object | None, logit_scale: float = 1.0) -> PolicyCall:
     """The call of a loss with all checked but values of the per-row arguments."""
+    return ready(op, checked_rows(call), process_group, logit_scale)
+
+
+def checked_rows(call: PolicyCall) -> PolicyCall:
+    """The same, for log-probs that exist already."""
     if not isinstance(call.config, PolicyLossConfig):
         raise ValueError(f"config: expected a PolicyLossConfig, got {type(call.config).__name__}")
     target = call.target
@@ -41,14 +46,28 @@ def checked_loss(op: str, call: PolicyCall, process_group: object | None, logit_
         values[name] = _per_row(name, getattr(call, name), target, by_sequence=name in ("advantage", "row_weight"))
     check_constant("row_weight", call.row_weight)
     denominators: dict[str, Any] = {}
-    for name in ("policy_denominator", "rehearsal_denominator"):
+    for name in ("policy_denominator", "rehearsal_denominator", "entropy_denominator"):
         value = getattr(call, name)
         check_constant(name, value)
         if isinstance(value, Tensor):
             check_tensor(name, value, dtypes=FLOATS + INTEGERS)
         given = value is None or isinstance(value, Tensor)
         denominators[name] = value if given else float(check_not_negative(name, value))
-    return ready(op, _divided_by_row(call._replace(**values, **denominators)), process_group, logit_scale)
+    check_sequences(call)
+    return _divided_by_row(call._replace(**values, **denominators))
+
+
+def check_sequences(call: PolicyCall) -> None:
+    """Where the sequences of the rows are: needed for their ratios alone."""
+    bounds, target = call.cu_seqlens, call.target
+    if bounds is not None:
+        check_tensor("cu_seqlens", bounds, device=target.device, dtypes=INTEGERS)
+        if bounds.ndim != 1 or bounds.numel() < 1:
+            raise ValueError(f"cu_seqlens: shape {tuple(bounds.shape)} instead of [S + 1]")
+    elif call.config.importance_level == "sequence" and target.ndim != 2:
+        raise ValueError(
+            f"cu_seqlens: required for ratios of sequences, since target of shape {tuple(target.shape)} is not [B, L]"
+        )
 
 
 def ready(op: str, call: PolicyCall, process_group: object | None, logit_scale: float = 1.0) -> PolicyCall:

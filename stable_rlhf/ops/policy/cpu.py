@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
 from stable_rlhf.ops.policy.formula import RowState, Terms
-from stable_rlhf.ops.policy.types import LOGITS_TYPES, PolicyLossConfig
+from stable_rlhf.ops.policy.types import KL_ESTIMATORS, LOGITS_TYPES, OBJECTIVES, PolicyLossConfig
 
 _STATISTICS, _POLICY, _GIVEN = 0, 1, 2  # RowsMode of csrc/policy.h
 
@@ -89,7 +89,10 @@ def policy(
         _POLICY, logits, gradient, state, config.softcap,
         row=_address(row), kind=kind.data_ptr(), kept=_address(kept), clip_low=config.clip_low,
         clip_high=config.clip_high, dual_clip=config.dual_clip or 0.0, kl_coef=config.kl_coef,
-        kl_estimator=int(config.kl_estimator[1]), entropy_coef=config.entropy_coef,
+        kl_clamp=config.kl_clamp or 0.0, kl_ratio_max=config.kl_ratio_max or 0.0,
+        kl_estimator=KL_ESTIMATORS.index(config.kl_base) + 1, kl_apart=config.kl_apart, kl_unbiased=config.kl_unbiased,
+        objective=OBJECTIVES.index(config.objective), entropy_coef=config.entropy_coef,
+        entropy_scale=0.0 if terms.entropy_denominator is None else 1.0 / float(terms.entropy_denominator),
         log_ratio_clamp=config.log_ratio_clamp, policy_scale=1.0 / float(terms.policy_denominator),
         rehearsal_scale=config.rehearsal_coef / float(terms.rehearsal_denominator),
         **{name: _address(value) for name, value in float32.items()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,7 @@ class Terms:
     row_weight: Tensor | None  # [A]
     policy_denominator: Tensor  # 0-d
     rehearsal_denominator: Tensor  # 0-d
+    entropy_denominator: Tensor | None = None  # 0-d; None: the policy rows' own, and their weights
 
     def cut(self, part: slice) -> Terms:
         """The terms of some rows, with the same denominators."""
@@ -176,7 +178,7 @@ class Terms:
 def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     """The active rows of the per-row arguments, checked; `dtype` is that of the statistics."""
     config = call.config
-    if config.kl_coef != 0.0 and config.kl_estimator == "k1":
+    if config.kl_coef != 0.0 and config.kl_estimator == "k1" and not config.kl_unbiased:
         warn_k1()
     terms: dict[str, Tensor] = {}
     policy = rows.kind == Kind.POLICY
@@ -202,8 +204,11 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
         for name, value, count, on_device in (
             ("policy_denominator", call.policy_denominator, rows.policy_count, device_counts[0]),
             ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count, device_counts[1]),
+            ("entropy_denominator", call.entropy_denominator, rows.policy_count, device_counts[0]),
         )
     ]
+    if call.entropy_denominator is None or config.entropy_coef == 0.0:
+        denominators.pop()
     return Terms(terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators)
 
 
@@ -234,80 +239,210 @@ def _denominator(
     return torch.full((), float(count if value is None else value) if count else 1.0, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each active row belongs to, for ratios of whole sequences."""
+
+    of_row: Tensor  # [A]
+    count: int
+
+    def mean(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """Of each row [A]: the mean of `values` over the chosen rows of its sequence."""
+        wide = torch.where(chosen, values, 0.0).double()
+        if wide.is_cuda:
+            # Atomic additions come in any order. Multiples of 2^-30 sum exactly in float64, so it does not show.
+            wide = wide + ((wide * 2.0**30).round() / 2.0**30 - wide).detach()
+        sums, counts = (
+            wide.new_zeros(self.count).index_add(0, self.of_row, x) for x in (wide, chosen.to(torch.float64))
+        )
+        return (sums / counts.clamp(min=1.0)).to(values.dtype)[self.of_row]
+
+
+def sequences_of(call: PolicyCall, rows: Rows) -> Sequences | None:
+    """The sequences of a call whose ratios are those of sequences."""
+    if call.config.importance_level == "token":
+        return None
+    bounds, shape, device = call.cu_seqlens, rows.shape, rows.target.device
+    places = rows.index
+    if places is None:
+        places = torch.arange(shape.numel(), device=device, dtype=torch.int64)
+    if bounds is None:
+        return Sequences(torch.div(places, max(shape[-1], 1), rounding_mode="floor"), shape[0])
+    bounds = bounds.to(torch.int64)
+    if check_values(device):
+        ends = bounds.tolist()
+        if ends[0] != 0 or ends[-1] != shape.numel() or any(b < a for a, b in pairwise(ends)):
+            raise ValueError(f"cu_seqlens: does not rise from 0 to the number of rows, {shape.numel()}")
+    # A limit that is wrong on a GPU, where nobody has looked, must not write beyond the sums.
+    of_row = torch.searchsorted(bounds[1:].contiguous(), places, right=True).clamp(max=max(bounds.numel() - 2, 0))
+    return Sequences(of_row, bounds.numel() - 1)
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Per row [A]; a row's terms have its weight in them."""
+
+    policy: Tensor  # 0 for rows of the other kind, as is the next
+    rehearsal: Tensor
+    log_ratio: Tensor  # of the token, clamped
+    ratio: Tensor  # that the objective takes
+    kl: Tensor  # estimate towards the reference policy
+    clipped: Tensor
+    below: Tensor  # the ratio is below the clip's range, and is held there
+    above: Tensor
+
+
 def row_losses(
-    kind: Tensor, logprob: Tensor, entropy: Tensor, terms: Terms, config: PolicyLossConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row [A]: the policy term and the rehearsal term (each 0 for rows of the other kind), both with the row's
-    weight; the clamped log-ratio; and whether the row is clipped."""
-    clamp = config.log_ratio_clamp
+    kind: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    terms: Terms,
+    config: PolicyLossConfig,
+    sequences: Sequences | None = None,
+) -> RowLosses:
+    clamp, advantage = config.log_ratio_clamp, terms.advantage
     policy = kind == Kind.POLICY
-    log_ratio = (logprob - (logprob.detach() if terms.old_logprob is None else terms.old_logprob)).clamp(-clamp, clamp)
-    ratio = log_ratio.exp()
-    unclipped = ratio * terms.advantage
-    surrogate = torch.minimum(unclipped, ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * terms.advantage)
-    if config.dual_clip is not None:
-        bound = config.dual_clip * terms.advantage
-        surrogate = torch.where(terms.advantage < 0, torch.maximum(surrogate, bound), surrogate)
-    term = -surrogate
+    log_ratio = logprob - (logprob.detach() if terms.old_logprob is None else terms.old_logprob)
+    of_token = log_ratio.clamp(-clamp, clamp)
+    ratio = (of_token if sequences is None else sequences.mean(log_ratio, policy).clamp(-clamp, clamp)).exp()
+    low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
+    below, above = policy & (ratio < low), policy & (ratio > high)
+    if config.objective == "ppo":
+        unclipped = ratio * advantage
+        surrogate = torch.minimum(unclipped, ratio.clamp(low, high) * advantage)
+        if config.dual_clip is not None:
+            surrogate = torch.where(advantage < 0, torch.maximum(surrogate, config.dual_clip * advantage), surrogate)
+        below, above, clipped = below & (advantage < 0), above & (advantage > 0), policy & (surrogate != unclipped)
+    elif config.objective == "cispo":
+        surrogate = ratio.clamp(low, high).detach() * advantage * logprob
+        clipped = below | above
+    else:
+        surrogate = advantage * logprob
+        below = above = clipped = torch.zeros_like(policy)
+    term, kl = -surrogate, torch.zeros_like(logprob)
     if config.kl_coef != 0.0:
         assert terms.ref_logprob is not None
-        reference = (logprob - terms.ref_logprob).clamp(-clamp, clamp)
-        term = term + config.kl_coef * log_ratio_kl(reference, config.kl_estimator)
-    if config.entropy_coef != 0.0:
+        apart = (logprob - terms.ref_logprob).clamp(-clamp, clamp)
+        kl = estimate = _kl_estimate(apart, config)
+        if config.kl_apart:
+            by = _kl_ratio(ratio, config) * log_ratio_kl(apart, "k2")
+            estimate = kl.detach() + (by - by.detach())
+        elif config.kl_unbiased:
+            estimate = kl * ratio
+        term = term + config.kl_coef * estimate
+    if config.entropy_coef != 0.0 and terms.entropy_denominator is None:
         term = term - config.entropy_coef * entropy
-    term, nll = torch.where(policy, term, 0.0), torch.where(policy, 0.0, -logprob)
+    term, nll = torch.where(policy, term, 0.0), torch.where(kind == Kind.REHEARSAL, -logprob, 0.0)
     if terms.row_weight is not None:
         term, nll = term * terms.row_weight, nll * terms.row_weight
-    return term, nll, log_ratio, policy & (surrogate != unclipped)
+    if terms.entropy_denominator is not None:  # over which every row counts alike
+        share = config.entropy_coef * terms.policy_denominator / terms.entropy_denominator
+        term = term - torch.where(policy, share * entropy, 0.0)
+    return RowLosses(term, nll, of_token, ratio, kl, clipped, below, above)
+
+
+def _kl_estimate(apart: Tensor, config: PolicyLossConfig) -> Tensor:
+    estimate = log_ratio_kl(apart, config.kl_base)
+    return estimate if config.kl_clamp is None else estimate.clamp(-config.kl_clamp, config.kl_clamp)
+
+
+def _kl_ratio(ratio: Tensor, config: PolicyLossConfig) -> Tensor | float:
+    """What multiplies the gradient of a KL whose value is another estimator's."""
+    if not config.kl_unbiased:
+        return 1.0
+    return ratio.detach() if config.kl_ratio_max is None else ratio.detach().clamp(max=config.kl_ratio_max)
 
 
 def coefficients(kind: Tensor, logprob: Tensor, terms: Terms, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
     """d loss / d logprob and d loss / d entropy of each row [A]: the derivatives of `row_losses` over the denominators,
-    for code that runs below autograd."""
+    for code that runs below autograd. Ratios are those of tokens."""
     clamp = config.log_ratio_clamp
     log_ratio = torch.zeros_like(logprob) if terms.old_logprob is None else logprob - terms.old_logprob
     ratio, advantage = log_ratio.clamp(-clamp, clamp).exp(), terms.advantage
-    held = log_ratio.abs() > clamp
-    held |= (advantage > 0) & (ratio > 1.0 + config.clip_high)
-    held |= (advantage < 0) & (ratio < 1.0 - config.clip_low)
-    if config.dual_clip is not None:
-        held |= (advantage < 0) & (ratio > config.dual_clip)
-    slope = torch.where(held, 0.0, -advantage * ratio)
+    low, high, inside = 1.0 - config.clip_low, 1.0 + config.clip_high, log_ratio.abs() <= clamp
+    if config.objective == "ppo":
+        held = ~inside | ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
+        if config.dual_clip is not None:
+            held |= (advantage < 0) & (ratio > config.dual_clip)
+        slope = torch.where(held, 0.0, -advantage * ratio)
+    elif config.objective == "cispo":
+        slope = -advantage * ratio.clamp(low, high)
+    else:
+        slope = -advantage
     if config.kl_coef != 0.0:
         assert terms.ref_logprob is not None
-        apart = logprob - terms.ref_logprob
-        steep = {"k1": torch.ones_like(apart), "k2": apart, "k3": -torch.expm1(-apart)}[config.kl_estimator]
-        slope = slope + torch.where(apart.abs() <= clamp, config.kl_coef * steep, 0.0)
+        slope = slope + config.kl_coef * _kl_slope(logprob - terms.ref_logprob, ratio, inside, config)
     policy = kind == Kind.POLICY
     by_logprob = torch.where(
         policy, slope / terms.policy_denominator, -config.rehearsal_coef / terms.rehearsal_denominator
     )
-    by_entropy = torch.where(policy, -config.entropy_coef / terms.policy_denominator, 0.0)
+    by_entropy = torch.where(policy, -config.entropy_coef / (
+        terms.policy_denominator if terms.entropy_denominator is None else terms.entropy_denominator
+    ), 0.0)  # fmt: skip
     if terms.row_weight is not None:
-        by_logprob, by_entropy = by_logprob * terms.row_weight, by_entropy * terms.row_weight
+        by_logprob = by_logprob * terms.row_weight
+        by_entropy = by_entropy * terms.row_weight if terms.entropy_denominator is None else by_entropy
     return by_logprob, by_entropy
 
 
+def _kl_slope(apart: Tensor, ratio: Tensor, inside: Tensor, config: PolicyLossConfig) -> Tensor:
+    """d / d logprob of the KL term, for a ratio whose log-ratio is `inside` its clamp or held there."""
+    clamp = config.log_ratio_clamp
+    held = apart.abs() > clamp
+    apart = apart.clamp(-clamp, clamp)
+    if config.kl_apart:
+        return torch.where(held, 0.0, apart * _kl_ratio(ratio, config))
+    steep = {"k1": torch.ones_like(apart), "k2": apart, "k3": -torch.expm1(-apart), "abs": apart.sign()}[config.kl_base]
+    if config.kl_clamp is not None:
+        held = held | (log_ratio_kl(apart, config.kl_base).abs() > config.kl_clamp)
+    steep = torch.where(held, 0.0, steep)
+    if not config.kl_unbiased:
+        return steep
+    return ratio * (steep + torch.where(inside, _kl_estimate(apart, config), 0.0))
+
+
+def _number(known: int | None, counts: Tensor | None, place: int, device: torch.device) -> Tensor:
+    """How many rows of a kind there are, as a tensor of its own."""
+    if known is None:
+        assert counts is not None
+        return counts[place].clone()
+    return torch.full((), known, device=device, dtype=torch.int64)
+
+
 def total_loss(
-    rows: Rows, logprob: Tensor, entropy: Tensor, terms: Terms, config: PolicyLossConfig
+    rows: Rows,
+    logprob: Tensor,
+    entropy: Tensor,
+    terms: Terms,
+    config: PolicyLossConfig,
+    sequences: Sequences | None = None,
 ) -> PolicyLossOutput:
     """The loss and its metrics from the active rows' statistics [A]; differentiable in both of them."""
-    term, nll, log_ratio, clipped = row_losses(rows.kind, logprob, entropy, terms, config)
-    policy_mean = term.sum() / terms.policy_denominator
-    rehearsal_mean = nll.sum() / terms.rehearsal_denominator
+    each = row_losses(rows.kind, logprob, entropy, terms, config, sequences)
+    policy_mean = each.policy.sum() / terms.policy_denominator
+    rehearsal_mean = each.rehearsal.sum() / terms.rehearsal_denominator
     with torch.no_grad():
-        assert rows.policy_count is not None and rows.rehearsal_count is not None
-        policy, count = rows.kind == Kind.POLICY, max(rows.policy_count, 1)
-        ratio = torch.where(policy, log_ratio.exp(), 0.0)
+        policy, device = rows.kind == Kind.POLICY, logprob.device
+        policies = _number(rows.policy_count, rows.counts, 1, device)
+        rehearsals = _number(rows.rehearsal_count, rows.counts, 2, device)
+        count = policies.clamp(min=1)
+        ratio = torch.where(policy, each.ratio, 0.0)
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(policy, values, 0.0).sum() / count
+
         metrics = {
             "policy_loss": policy_mean.detach(),
             "rehearsal_loss": rehearsal_mean.detach(),
-            "clip_fraction": clipped.sum().to(logprob.dtype) / count,
-            "approx_kl": torch.where(policy, log_ratio_kl(-log_ratio, "k3"), 0.0).sum() / count,
+            "clip_fraction": mean(each.clipped.to(logprob.dtype)),
+            "clip_fraction_low": mean(each.below.to(logprob.dtype)),
+            "clip_fraction_high": mean(each.above.to(logprob.dtype)),
+            "approx_kl": mean(log_ratio_kl(-each.log_ratio, "k3")),
+            "ref_kl": mean(each.kl),
             "max_ratio": torch.cat([ratio.new_zeros(1), ratio]).max(),
-            "entropy": torch.where(policy, entropy, 0.0).sum() / count,
-            "policy_tokens": torch.full((), rows.policy_count, device=ratio.device, dtype=torch.int64),
-            "rehearsal_tokens": torch.full((), rows.rehearsal_count, device=ratio.device, dtype=torch.int64),
+            "entropy": mean(entropy),
+            "policy_tokens": policies,
+            "rehearsal_tokens": rehearsals,
         }
     loss = policy_mean + config.rehearsal_coef * rehearsal_mean
     return PolicyLossOutput(loss, rows.scatter(logprob.detach()), rows.scatter(entropy.detach()), metrics)
@@ -405,4 +540,20 @@ def loss_of(call: PolicyCall) -> PolicyLossOutput:
     rows = select_rows(call, call.width)
     terms = gather_terms(rows, call, statistics_dtype(call.source.dtype))
     logprob, entropy = statistics_of(call, rows, call.config.entropy_coef != 0.0)
-    return total_loss(rows, logprob, entropy, terms, call.config)
+    return total_loss(rows, logprob, entropy, terms, call.config, sequences_of(call, rows))
+
+
+def loss_of_logprobs(call: PolicyCall, entropy: Tensor | None) -> PolicyLossOutput:
+    """The loss of log-probs, the call's `source` [...]; differentiable in them and in entropies [...]."""
+    rows = select_rows(call, 1)
+    dtype = statistics_dtype(call.source.dtype)
+    logprob, entropies = (
+        x.reshape(-1) if rows.index is None else x.reshape(-1)[rows.index]
+        for x in (call.source, torch.zeros_like(call.source) if entropy is None else entropy)
+    )
+    logprob, entropies = logprob.to(dtype), entropies.to(dtype)
+    if check_values(logprob.device):
+        check_finite("logprob", logprob.detach())
+        check_finite("entropy", entropies.detach())
+    terms = gather_terms(rows, call, dtype)
+    return total_loss(rows, logprob, entropies, terms, call.config, sequences_of(call, rows))

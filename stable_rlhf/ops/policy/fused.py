@@ -8,8 +8,10 @@
 
 The same for every device; the row kernels are `cpu` (C++) and `kernels.policy` (Triton). Each forward makes the
 gradients along with the loss, because a token's gradient depends on its log-prob alone; the backward only scales them.
-Without any gradient asked for, only the statistics are made. The backend "torch" is the reference: under
-`torch.compile` it runs inside the operator too, because how many rows are active depends on values.
+Without any gradient asked for, only the statistics are made. Ratios of whole sequences are known when all their rows
+are: then the statistics come first, and the gradients in a second pass that makes the logits again. The backend "torch"
+is the reference: under `torch.compile` it runs inside the operator too, because how many rows are active depends on
+values.
 """
 
 from __future__ import annotations
@@ -37,11 +39,14 @@ from stable_rlhf.ops.policy import chunks
 from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
+    Sequences,
     Terms,
     check_statistics,
     gather_terms,
     loss_of,
+    loss_of_logprobs,
     select_rows,
+    sequences_of,
     statistics_of,
     total_loss,
 )
@@ -49,7 +54,10 @@ from stable_rlhf.ops.policy.products import CHUNK_ROWS, HeadProducts, Selection,
 from stable_rlhf.ops.policy.split_vocabulary import SplitVocabulary
 from stable_rlhf.ops.policy.types import Kind, PolicyCall, PolicyLossConfig, PolicyLossOutput
 
-METRICS = ("policy_loss", "rehearsal_loss", "clip_fraction", "approx_kl", "max_ratio", "entropy")
+METRICS = (
+    "policy_loss", "rehearsal_loss", "clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl",
+    "max_ratio", "entropy",
+)  # fmt: skip
 COUNTS = ("policy_tokens", "rehearsal_tokens")
 _INPUTS = ("source", "weight", "bias")  # fields of a call that get gradients
 
@@ -237,13 +245,15 @@ def _chosen_rows(call: PolicyCall, vocabulary: int) -> Rows:
 
 
 def _totals(
-    call: PolicyCall, rows: Rows, state: RowState, terms: Terms
+    call: PolicyCall, rows: Rows, state: RowState, terms: Terms, sequences: Sequences | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, log-probs, entropies, metrics and counts."""
     if call.backend != "triton":
-        return _flat(total_loss(rows, state.logprob, state.entropy, terms, call.config))
-    from stable_rlhf.kernels.policy_call import totals
+        return _flat(total_loss(rows, state.logprob, state.entropy, terms, call.config, sequences))
+    from stable_rlhf.kernels.policy_call import noted_totals, totals
 
+    if sequences is not None:
+        return _flat(noted_totals(rows, state, terms, call.config, sequences))
     loss, metrics, counts = totals(rows, state, terms, call.config)
     return loss, rows.scatter(state.logprob), rows.scatter(state.entropy), metrics, counts
 
@@ -258,30 +268,51 @@ def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
         return *_flat(out), *by_autograd
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
     rows = _chosen_rows(call, vocabulary)
-    terms = gather_terms(rows, call, torch.float32)
+    terms, sequences = gather_terms(rows, call, torch.float32), sequences_of(call, rows)
     make = _from_logits if call.weight is None else _from_hidden
-    state, gradients = make(kernels, call, rows, terms)
+    state, gradients = make(kernels, call, rows, terms, sequences)
     check_statistics(state.logprob, state.entropy, rows, call.origin)
-    return *_totals(call, rows, state, terms), *gradients
+    return *_totals(call, rows, state, terms, sequences), *gradients
+
+
+def _set_coefficients(
+    state: RowState, rows: Rows, terms: Terms, config: PolicyLossConfig, sequences: Sequences
+) -> None:
+    """The coefficients of rows whose ratios hang together, from all rows' statistics."""
+    part = rows.kind != Kind.IGNORED
+    with autograd_inside(state.logprob.device):
+        logprob, entropy = (torch.where(part, x, 0.0).requires_grad_() for x in (state.logprob, state.entropy))
+        loss = total_loss(rows, logprob, entropy, terms, config, sequences).loss
+        by_logprob, by_entropy = torch.autograd.grad(loss, (logprob, entropy), allow_unused=True)
+    assert by_logprob is not None
+    state.coefficient.copy_(by_logprob)
+    if by_entropy is None:
+        state.entropy_coefficient.zero_()
+    else:
+        state.entropy_coefficient.copy_(by_entropy)
 
 
 def _from_hidden(
-    kernels: Any, call: PolicyCall, rows: Rows, terms: Terms
+    kernels: Any, call: PolicyCall, rows: Rows, terms: Terms, sequences: Sequences | None
 ) -> tuple[RowState, tuple[Tensor, Tensor, Tensor]]:
     assert call.weight is not None
-    products = _products(call, rows, call.weight, call.needs)
+    config, workspace_bytes = call.config, call.workspace_bytes
     gradients: Gradients = (None, None, None)
-    if any(call.needs):
-        state, gradients = policy(
-            kernels, products, rows, terms, call.config, call.workspace_bytes, call.grad_tolerance
-        )
-    else:
-        state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
+    if any(call.needs) and sequences is None:
+        products = _products(call, rows, call.weight, call.needs)
+        state, gradients = policy(kernels, products, rows, terms, config, workspace_bytes, call.grad_tolerance)
+        return state, _or_empty(call, rows, gradients)
+    products = _products(call, rows, call.weight, (False, False, False))
+    state = statistics(kernels, products, rows, config.softcap, workspace_bytes)
+    if any(call.needs) and sequences is not None:
+        _set_coefficients(state, rows, terms, config, sequences)
+        products = _products(call, rows, call.weight, call.needs)
+        gradients = given(kernels, products, state, config.softcap, workspace_bytes)
     return state, _or_empty(call, rows, gradients)
 
 
 def _from_logits(
-    kernels: Any, call: PolicyCall, rows: Rows, terms: Terms
+    kernels: Any, call: PolicyCall, rows: Rows, terms: Terms, sequences: Sequences | None
 ) -> tuple[RowState, tuple[Tensor, Tensor, Tensor]]:
     logits, config = call.source, call.config
     flat = logits.contiguous().view(-1, logits.shape[-1])
@@ -290,9 +321,13 @@ def _from_logits(
     if call.needs[0]:
         new = torch.empty_like if rows.index is None else torch.zeros_like
         gradient = new(logits, memory_format=torch.contiguous_format)
+    if call.needs[0] and sequences is None:
         kernels.policy(flat, gradient.view(flat.shape), state, rows.kind, terms, config, row=rows.index, compact=False)
     else:
         kernels.statistics(flat, state, config.softcap, row=rows.index)
+    if call.needs[0] and sequences is not None:
+        _set_coefficients(state, rows, terms, config, sequences)
+        kernels.given(flat, gradient.view(flat.shape), state, config.softcap, row=rows.index)
     return state, (gradient, logits.new_empty(0), logits.new_empty(0))
 
 
@@ -312,6 +347,44 @@ linear_policy_loss, policy_loss = (
     loss_operation(name, PolicyCall, _INPUTS, 8, body=_loss_and_gradients, shapes=_loss_shapes)
     for name in ("linear_policy_loss", "policy_loss")
 )
+
+
+class LogprobLossCall(NamedTuple):
+    """A call of the loss from log-probs that exist; `call` has the rest, and target in the place of its source."""
+
+    logprob: Tensor  # [...]
+    entropy: Tensor | None  # [...]
+    call: PolicyCall
+
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        return self.call.needs[:2]
+
+    def loss(self) -> PolicyLossOutput:
+        return loss_of_logprobs(self.call._replace(source=self.logprob), self.entropy)
+
+
+def _loss_of_logprobs(call: LogprobLossCall) -> tuple[Tensor, ...]:
+    logprob = call.logprob.detach().requires_grad_()
+    entropy = None if call.entropy is None else call.entropy.detach().requires_grad_()
+    inputs = [x if need else None for x, need in zip((logprob, entropy), call.needs, strict=True)]
+    with autograd_inside(logprob.device):
+        out = call._replace(logprob=logprob, entropy=entropy).loss()
+        asked = [x for x in inputs if x is not None]
+        made = iter(torch.autograd.grad(out.loss, asked, allow_unused=True, materialize_grads=True) if asked else ())
+    gradients = (logprob.new_empty(0) if x is None else next(made).contiguous() for x in inputs)
+    return *_flat(out), *gradients
+
+
+def _shapes_of_logprob_loss(call: LogprobLossCall) -> tuple[Tensor, ...]:
+    placed = call.call._replace(source=call.logprob, needs=(False, False, False))
+    return *_loss_shapes(placed)[:5], *shapes_of_gradients(call.needs, call.logprob, call.entropy)
+
+
+logprob_policy_loss = loss_operation(
+    "logprob_policy_loss", LogprobLossCall, ("logprob", "entropy"), 7,
+    body=_loss_of_logprobs, shapes=_shapes_of_logprob_loss,
+)  # fmt: skip
 
 
 # -- log-probs ---------------------------------------------------------------------------------------------------------

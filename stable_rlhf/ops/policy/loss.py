@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf.ops.backends import register
-from stable_rlhf.ops.checks import check_flag, check_number, check_positive, check_tensor
+from stable_rlhf.ops.checks import FLOATS, check_flag, check_number, check_positive, check_tensor
 from stable_rlhf.ops.operators import needs_operator, requires_grad
 from stable_rlhf.ops.policy import fused
-from stable_rlhf.ops.policy.arguments import check_linear, checked_loss, in_one_type, ready, tokens
+from stable_rlhf.ops.policy.arguments import check_linear, checked_loss, checked_rows, in_one_type, ready, tokens
 from stable_rlhf.ops.policy.formula import loss_of, select_rows, statistics_of
 from stable_rlhf.ops.policy.types import DEFAULT, PolicyCall, PolicyLossConfig, PolicyLossOutput, check_softcap
 
@@ -31,6 +31,8 @@ def linear_policy_loss(
     config: PolicyLossConfig = DEFAULT,
     policy_denominator: float | Tensor | None = None,
     rehearsal_denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     grad_tolerance: float = 0.0,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
@@ -49,6 +51,16 @@ def linear_policy_loss(
         rehearsal row  l = -log pi        (eq. 9 as printed lacks the log and the sign of a loss)
         loss = sum_policy row_weight l / policy_denominator
              + rehearsal_coef sum_rehearsal row_weight l / rehearsal_denominator
+
+    The config's `objective` puts other terms in the place of the clipped one, sg holding a factor constant:
+
+        "cispo"        -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A log pi             (arXiv 2506.13585)
+        "reinforce"    -A log pi
+        importance_level "sequence": lr is the mean of the sequence's lr, whatever the objective  (arXiv 2507.18071)
+        kl_unbiased    kl_coef rho kl(...), with the gradient of both
+
+    A sequence's ratio is known when all its rows are, so there the logits are made twice: four products in place of
+    three, and `grad_tolerance` is exact.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64; the leading dimensions are target's.
@@ -70,6 +82,10 @@ def linear_policy_loss(
             constants too: they are detached, and get no gradient.
         policy_denominator, rehearsal_denominator: what the sum over each kind is divided by, a positive float or 0-d
             tensor; None: the number of such rows in this call.
+        entropy_denominator: what the sum of the policy rows' entropies is divided by, in which all rows count alike;
+            None: the bonus is a part of each row's term, under its row_weight and policy_denominator.
+        cu_seqlens: [S + 1] integer, 0 first and the number of rows last: which of the flattened rows are a sequence,
+            read where importance_level is "sequence" only; None: each row of a target [B, L] is one.
         grad_tolerance: tau; 0 is exact. Otherwise, chunk by chunk, vocabulary columns that hold next to nothing are
             left out of both backward products: a row's gradient by its logits is off by at most tau |c| / temperature
             in L1 norm (c = d loss / d log pi of the row), so its hidden gradient by at most that times the largest norm
@@ -104,14 +120,18 @@ def linear_policy_loss(
     call = checked_loss("linear_policy_loss", PolicyCall(
         hidden, weight, bias, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
         ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
-        rehearsal_denominator=rehearsal_denominator, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
+        rehearsal_denominator=rehearsal_denominator, entropy_denominator=entropy_denominator, cu_seqlens=cu_seqlens,
+        logits_dtype=logits_dtype, workspace_bytes=workspace_bytes,
         active_rows=active_rows, grad_tolerance=grad_tolerance,
     ), process_group, logit_scale)  # fmt: skip
     if call.backend == "torch" and not needs_operator(hidden, call.backend):
         return loss_of(_with_one_head(call))
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
         unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
-        call = call._replace(row_weight=unit * grad_scale)
+        apart = call.entropy_denominator
+        call = call._replace(
+            row_weight=unit * grad_scale, entropy_denominator=None if apart is None else apart / grad_scale
+        )
     loss, logprob, entropy, metrics, counts, *_ = fused.linear_policy_loss(in_one_type(call))
     if grad_scale != 1.0:
         loss = loss / grad_scale
@@ -132,6 +152,8 @@ def policy_loss(
     config: PolicyLossConfig = DEFAULT,
     policy_denominator: float | Tensor | None = None,
     rehearsal_denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     process_group: object | None = None,
     logit_scale: float = 1.0,
 ) -> PolicyLossOutput:
@@ -146,7 +168,7 @@ def policy_loss(
     call = checked_loss("policy_loss", PolicyCall(
         logits, None, None, target, temperature, config, kind, old_logprob=old_logprob, advantage=advantage,
         ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
-        rehearsal_denominator=rehearsal_denominator,
+        rehearsal_denominator=rehearsal_denominator, entropy_denominator=entropy_denominator, cu_seqlens=cu_seqlens,
     ), process_group, logit_scale)  # fmt: skip
     if call.backend == "torch" and not needs_operator(logits, call.backend):
         return loss_of(call)
@@ -154,6 +176,55 @@ def policy_loss(
         call._replace(needs=requires_grad(logits, None, None))
     )
     return _output(loss, logprob, entropy, metrics, counts)
+
+
+def logprob_policy_loss(
+    logprob: Tensor,
+    kind: Tensor | None = None,
+    *,
+    entropy: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    advantage: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    config: PolicyLossConfig = DEFAULT,
+    policy_denominator: float | Tensor | None = None,
+    rehearsal_denominator: float | Tensor | None = None,
+    entropy_denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> PolicyLossOutput:
+    """The loss of `linear_policy_loss` from log-probs that exist already, in plain PyTorch on every device.
+
+    Two such rows cost what two numbers cost: use it where a framework hands out log-probs. Hidden states at hand,
+    `linear_policy_loss` takes one product less than making log-probs and their gradient (three, not four).
+
+    Args:
+        logprob: [...] log pi of each token, floating point; the loss is differentiable in it. What a row that is not
+            active holds is not looked at.
+        kind: [...] as in `linear_policy_loss`; None: every row is a policy token.
+        entropy: [...] of the tokens' distributions, differentiable, required when entropy_coef is not 0.
+
+    The other arguments, the result and the errors are those of `linear_policy_loss`.
+    """
+    check_tensor("logprob", logprob, dtypes=FLOATS)
+    target = torch.zeros(logprob.shape, dtype=torch.int64, device=logprob.device)
+    call = checked_rows(PolicyCall(
+        logprob, None, None, target, 1.0, config, kind, old_logprob=old_logprob, advantage=advantage,
+        ref_logprob=ref_logprob, row_weight=row_weight, policy_denominator=policy_denominator,
+        rehearsal_denominator=rehearsal_denominator, entropy_denominator=entropy_denominator, cu_seqlens=cu_seqlens,
+    ))  # fmt: skip
+    if config.softcap is not None:
+        raise ValueError(f"config: softcap={config.softcap} is for logits, and log-probs have it in them")
+    if entropy is not None:
+        check_tensor("entropy", entropy, shape=tuple(logprob.shape), device=logprob.device, dtypes=FLOATS)
+    elif config.entropy_coef != 0.0:
+        raise ValueError("entropy: required, entropy_coef is not 0")
+    needs = (*requires_grad(logprob, entropy), False)
+    apart = fused.LogprobLossCall(logprob, entropy, call._replace(source=target, needs=needs))
+    if not needs_operator(logprob, "torch"):
+        return apart.loss()
+    loss, logprobs, entropies, metrics, counts, *_ = fused.logprob_policy_loss(apart)
+    return _output(loss, logprobs, entropies, metrics, counts)
 
 
 def linear_logprob(
