@@ -1,0 +1,62 @@
+"""The adapters for TRL in runs of the real one: trl 1.16.0 beside transformers 5.23.0, in an environment of its own.
+
+`build/frameworks/trl` is made once; where it cannot be installed the tests are skipped. Each prints its versions.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.frameworks import framework_python, run_code, run_in
+from helpers.launch import ROOT, environment
+
+
+@pytest.fixture(scope="session")
+def python() -> Path:
+    return framework_python("trl", "trl==1.16.0", "datasets==5.2.0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["logprob", "reward"])
+def test_trl_with_ours_is_trl(case, python):
+    out = run_in(python, "trl_worker", case)
+    print(out)
+    assert out.startswith("trl 1.16.0 transformers 5.")
+
+
+PAGE = (ROOT / "docs" / "guide" / "integrations.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [block for block in BLOCKS if "integrations.tr" in block])
+def test_what_the_page_says_runs(code, python, tmp_path):
+    """Pasted into a script, in the framework's environment. Negative control: with another name it does not."""
+    run_code(python, code, tmp_path)
+    with pytest.raises(AssertionError, match=r"ImportError|AttributeError"):
+        run_code(python, re.sub(r"(from stable_rlhf\.integrations\.\w+ import) \w+", r"\1 nothing", code), tmp_path)
+
+
+def test_it_is_imported_without_trl():
+    """Until one of the classes is asked for."""
+    code = """
+import sys
+sys.modules["trl"] = None
+import stable_rlhf.integrations.trl as ours
+assert not {name for name in sys.modules if name.startswith("transformers")}
+for name in ("AdvantageRewardTrainer", "patch_logprob"):
+    try:
+        getattr(ours, name)()
+    except ImportError as error:
+        print(name, error.name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["AdvantageRewardTrainer", "patch_logprob"]
