@@ -56,6 +56,11 @@ def check_tensor(
         raise ValueError(f"{name}: on device {value.device}, the other tensors are on {device}")
     if value.is_meta:
         raise ValueError(f"{name}: on device meta, where tensors have no values")
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):  # no import of all that DTensor is
+        raise ValueError(
+            f"{name}: a DTensor, of which this rank has a part; call inside the forward of the module that owns it"
+            f" (ops.PolicyHead is one), or give {name}.full_tensor()"
+        )
     if torch.compiler.is_compiling():
         return value
     if value.is_neg():  # its memory holds the values with the other sign

@@ -42,8 +42,16 @@ def close(got, want, dtype) -> None:
     assert error <= scale, error
 
 
-def split_vocabulary(rank: int, dtype: torch.dtype) -> None:
+BY_SEQUENCE = {
+    "config": PolicyLossConfig(kl_coef=0.2, kl_unbiased=True, entropy_coef=0.1, importance_level="sequence"),
+    "cu_seqlens": torch.tensor([0, 9, 9, 20, ROWS]),
+}
+CISPO = {"config": PolicyLossConfig(objective="cispo", kl_coef=0.1, kl_estimator="k3+", entropy_coef=0.1)}
+
+
+def split_vocabulary(rank: int, dtype: torch.dtype, **more) -> None:
     inputs, target, options = case(dtype)
+    options |= more
     mine = slice(0, 40) if rank == 0 else slice(40, VOCABULARY)  # slices of different sizes
     whole = {n: v.clone().requires_grad_() for n, v in inputs.items()}
     part = {n: (v if n == "hidden" else v[mine]).clone().requires_grad_() for n, v in inputs.items()}
@@ -120,6 +128,13 @@ def under_fsdp(want: list[float]) -> None:
 
     model = Tied()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    _, target, options = case(torch.float32)
+    try:
+        ops.linear_policy_loss(torch.zeros(ROWS, WIDTH), model.head.weight, target, **options)
+    except ValueError as error:
+        assert str(error).startswith("weight: a DTensor"), error
+    else:
+        raise AssertionError("a shard was taken for the whole weight")
     got = steps(model, plain_step(torch.optim.SGD(model.parameters(), lr=0.02)))
     assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-5), (got, want)
 
@@ -156,7 +171,8 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     if sys.argv[1] == "split":
         for dtype in (torch.float32, torch.bfloat16):
-            split_vocabulary(rank, dtype)
+            for more in ({}, BY_SEQUENCE, CISPO):
+                split_vocabulary(rank, dtype, **more)
     elif sys.argv[1] == "fsdp":
         under_fsdp(expected())
     else:
