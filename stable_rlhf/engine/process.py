@@ -17,6 +17,8 @@ from stable_rlhf.ranks import barrier, device, sum_over_ranks, world_size
 # The others wait while rank 0 asks a judge, embeds candidates or reads its files again. A rank that hangs is found long
 # before, by watchdog.py.
 _TIMEOUT_MINUTES = 6 * 60
+# Nobody works yet while ranks come together: one that does not come will not.
+_MEETING_MINUTES = 30
 _LET_GO = 0.3  # seconds
 
 
@@ -57,18 +59,33 @@ def start(seed: int) -> None:
             }
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES)))
-        try:
-            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
+        _meet(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    torch.manual_seed(seed)
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """The process group, whose collectives wait for `timeout`, of ranks that come together in less."""
+    minutes = float(os.environ.get("STABLE_RLHF_MEETING_MINUTES", _MEETING_MINUTES))
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
             raise ValueError(
                 f"rendezvous port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} is taken, perhaps by "
                 "another run; give the launcher another --master_port"
             ) from error
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    torch.manual_seed(seed)
+        if "timed out" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"rank {os.environ['RANK']}: another rank has ended or was not started: waited {minutes:g} minutes at "
+            f"{place} for all {os.environ['WORLD_SIZE']} (STABLE_RLHF_MEETING_MINUTES says how long)"
+        ) from error
 
 
 def finish() -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from stable_rlhf.engine import engine as engine_module
+from stable_rlhf.engine import process
 from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import read_only
 from stable_rlhf.engine.process import start
@@ -91,11 +92,12 @@ def test_ranks_wait_for_hours_or_as_long_as_deepspeed_is_told(plain, monkeypatch
     asked = {}
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(process, "_meet", lambda backend, timeout: asked.update(met=timeout))
     monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
     if given is not None:
         monkeypatch.setenv("DEEPSPEED_TIMEOUT", given)
     start(0)
-    assert asked["timeout"] == wanted
+    assert asked["timeout"] == asked["met"] == wanted
 
 
 def test_a_reference_keeps_tied_weights_tied(tiny_model):

@@ -112,6 +112,16 @@ def test_a_rank_that_dies(server, files, scorer, tmp_path):
     assert weights(tmp_path / "out" / "ppo-am-sr") == weights(tmp_path / "whole" / "ppo-am-sr")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes(server, files, tmp_path, rank):
+    """It was killed before the ranks met: the other one waits for minutes, not for the hours of a collective."""
+    (done,) = server.ranks(
+        1, *small_sft(files), "--output-dir", tmp_path / "out", cwd=tmp_path, WORLD_SIZE="2", RANK=str(rank),
+        LOCAL_RANK=str(rank), STABLE_RLHF_MEETING_MINUTES="0.05",
+    )  # fmt: skip
+    done.refused(f"rank {rank}: another rank has ended or was not started: waited 0.05 minutes at 127.0.0.1:", "all 2")
+
+
 def test_a_reward_that_is_nan(server, files, scorer, tmp_path):
     """On one rank or on both, all end: the scorer's weights are finite, what they give is not."""
     from safetensors.torch import load_file, save_file
