@@ -103,6 +103,7 @@ def _with_given_head_output(causal_lm: Any, place: str, z: Tensor, behind_head: 
         return clone
 
     whole = copy.copy(causal_lm)
+    whole.__dict__.pop("forward", None)  # patched by a trainer, and so bound to the model: the family's own is asked
     decoder = stand_in(causal_lm.base_model)  # and its own `decoder`, which OPT calls past it
     whole._modules = {**causal_lm._modules, causal_lm.base_model_prefix: decoder, place: _Given(z, behind_head)}
     return whole

@@ -29,6 +29,15 @@ def test_trl_with_ours_is_trl(case, python):
     assert out.startswith("trl 1.16.0 transformers 5.")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["losses", "train", "rehearsal"])
+def test_fused_grpo_is_trls_grpo(case, python):
+    """Every loss type, each with a control that is off; whole runs; and rehearsal rows in the same pass."""
+    out = run_in(python, "trl_grpo_worker", case)
+    print(out)
+    assert out.startswith("trl 1.16.0 transformers 5.")
+
+
 PAGE = (ROOT / "docs" / "guide" / "integrations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
 
@@ -49,7 +58,7 @@ import sys
 sys.modules["trl"] = None
 import stable_rlhf.integrations.trl as ours
 assert not {name for name in sys.modules if name.startswith("transformers")}
-for name in ("AdvantageRewardTrainer", "patch_logprob"):
+for name in ("AdvantageRewardTrainer", "FusedGRPOTrainer", "patch_logprob"):
     try:
         getattr(ours, name)()
     except ImportError as error:
@@ -59,4 +68,6 @@ for name in ("AdvantageRewardTrainer", "patch_logprob"):
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment(), timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["AdvantageRewardTrainer", "patch_logprob"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "AdvantageRewardTrainer", "FusedGRPOTrainer", "patch_logprob",
+    ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""TRL: its log-probs by `ops.linear_logprob`, and rewards with bounds.
+"""TRL: its log-probs by `ops.linear_logprob`, GRPO in one pass with rehearsal, rewards with bounds.
 
-Importing this imports no TRL; a subclass of TRL's trainers does when it is asked for.
+Importing this imports no TRL; its classes are subclasses of TRL's trainers, so asking for one of them does.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from torch import Tensor
 from stable_rlhf import ops
 
 if TYPE_CHECKING:
+    from stable_rlhf.integrations.trl.grpo import FusedGRPOTrainer
     from stable_rlhf.integrations.trl.reward import AdvantageRewardTrainer
 
-__all__ = ["AdvantageRewardTrainer", "LogprobPatch", "patch_logprob"]
+__all__ = ["AdvantageRewardTrainer", "FusedGRPOTrainer", "LogprobPatch", "patch_logprob"]
 
 _FUNCTION = "_ChunkedLogProbFunction"  # of trl.trainer.utils, looked up there on each call
 _MADE_HERE = {"log_probs", "entropy"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "FusedGRPOTrainer":
+        from stable_rlhf.integrations.trl.grpo import FusedGRPOTrainer
+
+        return FusedGRPOTrainer
     if name == "AdvantageRewardTrainer":
         from stable_rlhf.integrations.trl.reward import AdvantageRewardTrainer
 

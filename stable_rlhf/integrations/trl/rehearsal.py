@@ -1,0 +1,96 @@
+"""Rehearsal rows for a TRL trainer: TRL's data formats to token ids, and which rows come when."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """A tokenised example, and from which token on it is learnt."""
+
+    ids: list[int]
+    first: int
+
+
+class RehearsalRows:
+    """A data set in a random order, anew in each epoch, cut into batches that depend on their number alone: so a run
+    that is resumed goes on where it was.
+
+    Examples are in TRL's formats: ``prompt`` and ``completion`` (which is learnt), or ``messages`` or ``text`` (all of
+    which is); strings or conversations; or ``input_ids`` with ``completion_mask``.
+    """
+
+    def __init__(self, dataset: Any, processing_class: Any, seed: int) -> None:
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
+            raise ValueError(
+                f"rehearsal_dataset: takes a data set with a length and rows, got {type(dataset).__name__}"
+                f"{' of no row' if hasattr(dataset, '__len__') and not len(dataset) else ''}"
+            )
+        self._dataset, self._seed = dataset, seed
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        encode(dataset[0], self._tokenizer)  # an unknown format is told before the first step
+
+    def batch(self, number: int, size: int) -> list[Row]:
+        """Batch ``number`` of batches of ``size`` rows."""
+        return [self._row(i) for i in range(number * size, (number + 1) * size)]
+
+    def _row(self, i: int) -> Row:
+        epoch, place = divmod(i, len(self._dataset))
+        if epoch != self._epoch:
+            generator = torch.Generator(device="cpu").manual_seed(self._seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._dataset), generator=generator)
+        return encode(self._dataset[int(self._order[place])], self._tokenizer)
+
+
+def encode(example: dict[str, Any], tokenizer: Any) -> Row:
+    """
+    Raises:
+        ValueError: the example has none of the known formats, or nothing to learn.
+    """
+    from trl.data_utils import apply_chat_template, is_conversational
+
+    if "input_ids" in example:
+        ids = list(example["input_ids"])
+        mask = list(example.get("completion_mask") or [1] * len(ids))
+        first = mask.index(1) if 1 in mask else len(ids)
+        return _checked(ids, first, example)
+    talk = is_conversational(example)
+    if talk:
+        example = apply_chat_template({k: v for k, v in example.items() if k in _FIELDS}, tokenizer)
+    if not {"text"} <= {*example} and not {"prompt", "completion"} <= {*example}:
+        raise ValueError(
+            "rehearsal_dataset: rows hold prompt and completion, messages, text, or input_ids; these hold "
+            + ", ".join(example)
+        )
+    before, after = (example["prompt"], example["completion"]) if "prompt" in example else ("", example["text"])
+    end = "" if talk or after.endswith(tokenizer.eos_token or "") else tokenizer.eos_token
+    ids = tokenizer(text=before + after + end, add_special_tokens=not talk)["input_ids"]
+    alone = tokenizer(text=before, add_special_tokens=not talk)["input_ids"] if before else []
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False))  # tokens may join over the border
+    return _checked(ids, sum(1 for _ in same), example)
+
+
+_FIELDS = ("prompt", "completion", "messages", "chat_template_kwargs")
+
+
+def _checked(ids: list[int], first: int, example: dict[str, Any]) -> Row:
+    if max(first, 1) >= len(ids):
+        raise ValueError(f"rehearsal_dataset: a row has nothing to learn: {str(example)[:80]}")
+    return Row(ids, first)
+
+
+def padded(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and targets [R, L], padded on the right; targets are shifted, -100 where nothing is
+    learnt."""
+    ids = torch.full((len(rows), max(len(row.ids) for row in rows)), pad)
+    mask, target = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        tokens, learnt = torch.tensor(row.ids), slice(max(row.first, 1) - 1, len(row.ids) - 1)
+        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
+        target[i, learnt] = tokens[1:][learnt]
+    return ids.to(device), mask.to(device), target.to(device)
