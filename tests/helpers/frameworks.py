@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import os
 import subprocess
 import sys
 import venv
@@ -17,9 +18,16 @@ FOLDER = ROOT / "build" / "frameworks"
 _KEPT = ("torch", "transformers", "accelerate", "numpy")  # what this environment pins: no framework may move it
 
 
-def framework_python(name: str, *requirements: str) -> Path:
+def framework_python(name: str, *requirements: str, alone: bool = False, **settings: str) -> Path:
     """The interpreter of ``build/frameworks/<name>``: an environment with ``requirements`` in which this one's
-    libraries are found too. It is made once, by pip; the test is skipped where that does not work."""
+    libraries are found too. It is made once, by pip; the test is skipped where that does not work.
+
+    Args:
+        requirements: brought in with what they ask for, but for the libraries that this environment pins.
+        alone: these and nothing else, each as it is named: for a framework with pins of its own, which then go before
+            this environment's libraries.
+        settings: environment variables of the installation.
+    """
     folder = FOLDER / name
     python, done = folder / "bin" / "python", folder / "installed.txt"
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -34,8 +42,11 @@ def framework_python(name: str, *requirements: str) -> Path:
         (packages / "beside.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
         pins = folder / "pins.txt"
         pins.write_text("".join(f"{kept}=={importlib.metadata.version(kept)}\n" for kept in _KEPT), encoding="utf-8")
-        install = [python, "-m", "pip", "install", "--quiet", "--constraint", pins, *requirements]
-        result = subprocess.run([*map(str, install)], capture_output=True, encoding="utf-8", timeout=900)
+        how = ["--no-deps", "--no-build-isolation"] if alone else ["--constraint", str(pins)]
+        result = subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", *how, *requirements], capture_output=True,
+            encoding="utf-8", timeout=900, env=os.environ | settings,
+        )  # fmt: skip
         if result.returncode:
             pytest.skip(f"{', '.join(requirements)} cannot be installed: {result.stderr.strip()[-300:]}")
         done.write_text("\n".join(requirements) + "\n", encoding="utf-8")
@@ -62,3 +73,26 @@ def run_code(python: Path, code: str, folder: Path, **extra: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def verl_python() -> Path:
+    """verl 0.9.1, whose transformers is older than this environment's, and what its import asks for."""
+    return framework_python(
+        "verl", "verl==0.9.1", "transformers==5.9.0", "huggingface-hub==1.33.0", "tokenizers==0.22.2", "httpx==0.28.1",
+        "httpcore==1.0.9", "h11", "anyio", "idna", "certifi", "ray==2.55.0", "jsonschema==4.26.0",
+        "jsonschema-specifications", "referencing", "rpds-py", "attrs", "msgpack", "protobuf", "filelock", "click",
+        "tensordict==0.10.0", "pyvers==0.2.3", "orjson==3.13.0", "cloudpickle", "omegaconf==2.4.0",
+        "antlr4-python3-runtime==4.9.3", "hydra-core==1.3.8", "codetiming==1.4.0", "torchdata==0.11.0",
+        "datasets==5.2.0", "pyarrow==26.0.1", "dill==0.4.1", "multiprocess==0.70.19", "xxhash", "pandas==3.1.1",
+        "python-dateutil", "fsspec", alone=True,
+    )  # fmt: skip
+
+
+def openrlhf_python() -> Path:
+    """OpenRLHF 0.11.2 and what its models and trainers ask for; of flash-attn the Python alone, which they import."""
+    return framework_python(
+        "openrlhf", "openrlhf==0.11.2", "transformers==5.15.0", "huggingface-hub==1.33.0", "tokenizers==0.22.2",
+        "httpx==0.28.1", "httpcore==1.0.9", "h11", "anyio", "idna", "certifi", "pylatexenc==2.11", "einops==0.8.2",
+        "peft", "flash-attn==2.8.3", alone=True, FLASH_ATTENTION_FORCE_BUILD="TRUE",
+        FLASH_ATTENTION_SKIP_CUDA_BUILD="TRUE",
+    )  # fmt: skip

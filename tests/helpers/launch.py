@@ -35,7 +35,7 @@ def command(worker: str, *arguments: object) -> list[str]:
 
 def worker_environment(**extra: str) -> dict[str, str]:
     """:func:`environment`, in which a worker finds ``bench`` and ``helpers`` wherever it is started."""
-    return environment(PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), **extra)
+    return environment(**{"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), **extra})
 
 
 def run_worker(worker: str, *arguments: object, ranks: int = 0, **extra: str) -> str:
