@@ -51,6 +51,19 @@ def test_what_the_page_says_runs(code, python, tmp_path):
         run_code(python, re.sub(r"(from stable_rlhf\.integrations\.\w+ import) \w+", r"\1 nothing", code), tmp_path)
 
 
+@pytest.mark.slow
+def test_the_memory_study_compares_the_same_loss(python, tmp_path):
+    code = """
+import runpy, sys
+sys.argv[1:] = ["--rows", "64", "--width", "32", "--vocabulary", "4096", "--threads", "1"]
+runpy.run_module("bench.studies.trl_memory", run_name="__main__")
+"""
+    rows = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| (\S+) \|$", run_code(python, code, tmp_path), flags=re.MULTILINE)
+    assert len(rows) == 4
+    losses = [float(loss) for *_, loss in rows]
+    assert max(losses) - min(losses) <= 1.001e-4 and abs(losses[0]) > 1e-3
+
+
 def test_it_is_imported_without_trl():
     """Until one of the classes is asked for."""
     code = """
