@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.frameworks import openrlhf_python, run_in
+from helpers.frameworks import openrlhf_python, run_code, run_in
+from helpers.launch import ROOT
 from stable_rlhf.integrations.openrlhf import BoundedPairLoss, patch_actor
 
 
@@ -64,3 +65,22 @@ def test_an_actor_that_sees_images_is_refused():
     actor.model, actor.is_vlm = nn.Linear(2, 2), True
     with pytest.raises(ValueError, match="images"):
         patch_actor(actor)
+
+
+# flash-attn's CUDA part, which a GPU has, and a Triton kernel of its.
+STUB = """import sys, types
+sys.modules["flash_attn_2_cuda"] = types.ModuleType("flash_attn_2_cuda")
+sys.modules["flash_attn.ops.triton.cross_entropy"] = None
+"""
+PAGE = (ROOT / "docs" / "guide" / "integrations.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_what_the_page_says_runs(python, tmp_path):
+    """Pasted into a script. Negative control: with another name it does not run."""
+    (code,) = re.findall(r"^```python\n([^`]*integrations\.openrlhf.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    run_code(python, STUB + code, tmp_path)
+    with pytest.raises(AssertionError, match="ImportError"):
+        run_code(
+            python, STUB + re.sub(r"(from stable_rlhf\.integrations\.\w+ import) \w+", r"\1 nothing", code), tmp_path
+        )

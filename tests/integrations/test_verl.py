@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.frameworks import run_in, verl_python
+from helpers.frameworks import run_code, run_in, verl_python
 from helpers.launch import ROOT
 
 
@@ -52,3 +52,15 @@ def test_memory_of_a_logprob_step(python):
     )
     print(f"log-probs and entropy, backward, 1,024 tokens, V 151,936: ours {ours} MiB, verl's {theirs} MiB")
     assert ours < theirs / 2
+
+
+PAGE = (ROOT / "docs" / "guide" / "integrations.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_what_the_page_says_runs(python, tmp_path):
+    """Pasted into a script. Negative control: with another name it does not run."""
+    (code,) = re.findall(r"^```python\n([^`]*integrations\.verl.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    run_code(python, code, tmp_path)
+    with pytest.raises(AssertionError, match="ImportError"):
+        run_code(python, re.sub(r"(from stable_rlhf\.integrations\.\w+ import) \w+", r"\1 nothing", code), tmp_path)
