@@ -2,10 +2,10 @@
 
     python -m bench.studies.trl_memory [--rows 512] [--width 896] [--vocabulary 151936] [--dtype bfloat16]
 
-It runs in an environment with TRL. The model is one small decoder block under a head of that size, whose weight trains;
-rows are response tokens. Each contender has a process of its own: a tiny call first, then the resident set's peak in a
-full step over what it was with the model made and no gradient. The weight's gradient, which every contender must make,
-is in the peak.
+It runs in an environment with TRL. The model is one small decoder block under a head of that size, whose weight trains,
+while the embedding of the same size does not; rows are response tokens. Each contender has a process of its own: a tiny
+call first, then the resident set's peak in a full step over what it was with the model made and no gradient. The
+weight's gradient, which every contender must make, is in the peak.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def build(width: int, vocabulary: int, dtype: torch.dtype) -> Any:
 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        head_dim=16, tie_word_embeddings=True,
+        head_dim=16, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
+    model.model.embed_tokens.requires_grad_(False)
     return model.to(dtype)
 
 

@@ -25,8 +25,9 @@ class FusedGRPOTrainer(GRPOTrainer):
     """TRL's ``GRPOTrainer``: the same losses, weights and metrics, from
     :func:`stable_rlhf.integrations.transformers.fused_policy_loss`.
 
-    What one pass cannot say (``sapo``, ``vespo``, ``top_entropy_quantile`` below 1, ``off_policy_mask_threshold``,
-    ``cast_lm_head_to_fp32``, images, and few bounds, see the page) is TRL's own loss on our log-probs.
+    What one pass cannot say is TRL's own loss on our log-probs: ``sapo``, ``vespo``, ``top_entropy_quantile`` below 1,
+    ``off_policy_mask_threshold``, ``cast_lm_head_to_fp32``, images, models that do more to their logits than scale and
+    cap them, and a few bounds (docs/guide/integrations.md).
 
     Args:
         rehearsal_dataset: examples to go on learning beside the rewards (SFT or pre-training data), in TRL's formats:
@@ -39,7 +40,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *arguments: Any, rehearsal_dataset: Any = None, rehearsal_coef: float = 0.01, **named: Any):
         super().__init__(*arguments, **named)
-        self._unsaid = _unsaid(self)
+        self._unsaid = _unsaid(self) or _refused(self.model)
         self._scored: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._rehearsal, self._rehearsal_coef = None, PolicyLossConfig(rehearsal_coef=rehearsal_coef).rehearsal_coef
         self._at = (-1, 0)  # step, calls in it
@@ -47,8 +48,6 @@ class FusedGRPOTrainer(GRPOTrainer):
             if self._unsaid:
                 raise ValueError(f"rehearsal_dataset: cannot join a loss with {self._unsaid}; change that, or leave it")
             self._rehearsal = RehearsalRows(rehearsal_dataset, self.processing_class, self.args.seed)
-        if not self._unsaid:
-            fuse_lm_head(self.model)
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> Any:
         if self._scored is not None:
@@ -202,3 +201,12 @@ def _unsaid(trainer: Any) -> str | None:
         and arguments.delta <= 1.0 + trainer.epsilon_high,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _refused(model: Any) -> str | None:
+    """Why a model cannot be fused, or it is from now on."""
+    try:
+        fuse_lm_head(model)
+    except ValueError as error:
+        return f"this {error}"
+    return None

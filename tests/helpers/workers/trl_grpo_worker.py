@@ -83,8 +83,8 @@ def trainer(kind, settings, **named):
         "gradient_accumulation_steps": 2, "max_grad_norm": 0.0,
     }  # fmt: skip
     return kind(
-        model=tiny(), reward_funcs=share_of_digits, train_dataset=PROMPTS, processing_class=TOKENIZER,
-        args=GRPOConfig(tempfile.mkdtemp(), **(arguments | settings)), **named,
+        model=named.pop("model", None) or tiny(), reward_funcs=share_of_digits, train_dataset=PROMPTS,
+        processing_class=TOKENIZER, args=GRPOConfig(tempfile.mkdtemp(), **(arguments | settings)), **named,
     )  # fmt: skip
 
 
@@ -252,7 +252,17 @@ def rehearsal() -> None:
     logged = [entry["rehearsal_loss"] for entry in whole.state.log_history if "rehearsal_loss" in entry]
     print("rehearsal losses", logged)
     assert len(logged) == 4 and logged[-1] < logged[0]
+    bent = tiny()
+
+    class Bent(type(bent)):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = output.logits.relu()
+            return output
+
+    bent.__class__ = Bent
     for named, words in (
+        ({"rehearsal_dataset": REHEARSAL, "model": bent}, "cannot join a loss with this model: Bent turns"),
         ({"rehearsal_dataset": REHEARSAL, "settings": OWN["sapo"]}, "cannot join a loss with loss_type='sapo'"),
         ({"rehearsal_dataset": []}, "got list of no row"),
         ({"rehearsal_dataset": iter(REHEARSAL)}, "takes a data set with a length"),
