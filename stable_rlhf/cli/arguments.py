@@ -51,6 +51,11 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("--policy", {"help": "The policy to be tuned, for importance weights (Eq. 8)."}),
     ],
     "strength": [],
+    "export": [
+        ("--scorer", {"required": True, "help": "Folder that train-scorer wrote. Its reward model goes to --output-dir "
+                      "as transformers' AutoModelForSequenceClassification loads it, with one label; README.md there "
+                      "says what its logit is."}),
+    ],
     "select": [
         ("--scorer", {"help": "Folder that train-scorer wrote: it scores what the policy answers to --data.prompts."}),
         ("--candidates", {"nargs": "+", "action": "extend", "metavar": "FILE",

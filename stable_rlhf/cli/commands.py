@@ -278,6 +278,14 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     _single(EVALUATION.name, EVALUATION, recipe, inputs, run)
 
 
+def _export(recipe: Recipe, own: argparse.Namespace) -> None:
+    from stable_rlhf.run.export import export_scorer
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("export is the work of one process: call it without a launcher")
+    print(to_json(export_scorer(own.scorer, recipe.output_dir), indent=1))
+
+
 def _study(recipe: Recipe, own: argparse.Namespace) -> None:
     from stable_rlhf.run.seeds import run_study
     from stable_rlhf.show.progress import printable
@@ -321,4 +329,5 @@ def _print_environment() -> None:
 _COMMANDS = {
     "quickstart": _run, "run": _run, "launch": _launch, "study": _study, "sft": _sft, "strength": _strength,
     "train-scorer": _train_scorer, "select": _select, "train-ppo": _train_ppo, "evaluate": _evaluate,
+    "export": _export,
 }  # fmt: skip

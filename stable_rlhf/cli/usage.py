@@ -26,6 +26,7 @@ single stages
   train-scorer   reward model or Advantage Model (--objective rm|am)
   select         rehearsal data: embed, cluster, keep the best of each cluster (--scorer DIR, or --candidates FILE)
   train-ppo      one policy (--variant {"|".join(VARIANTS)})
+  export         a scorer's reward model for plain transformers (sequence classification): --scorer DIR --output-dir D
   evaluate       a report on scorers (accuracy, calibration, tasks) and on policies against SFT (win, lose, tie)
 
   env            what a bug report needs: versions, devices, kernels, compilers, launcher variables

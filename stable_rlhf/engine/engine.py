@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,10 +296,13 @@ class Engine:
             return None
         return functools.partial(gathered_once, self.plain, self.deepspeed)
 
-    def save_model(self, folder: Path, *, average: bool = False) -> None:
-        """Write the transformers model, adapters merged, or its moving average; every rank calls this."""
+    def save_model(
+        self, folder: Path, *, average: bool = False, beside: Mapping[str, Tensor] | None = None
+    ) -> None:  # fmt: skip
+        """Write the transformers model, adapters merged, or its moving average, and the tensors ``beside`` its own;
+        every rank calls this."""
         value_of: Whole = self.average.whole if average and self.average is not None else whole
-        save_model(self.plain, folder, value_of)
+        save_model(self.plain, folder, value_of, beside)
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; all ranks call this."""

@@ -80,10 +80,10 @@ def plain_weights(model: nn.Module, value_of: Whole = whole) -> dict[str, Tensor
     return weights
 
 
-def save_model(model: Any, folder: Path, value_of: Whole = whole) -> None:
-    """Write a transformers model to ``folder`` as safetensors, and its adapter, where it has one, to
-    ``folder/adapter``. Every rank calls this; rank 0 writes."""
-    weights = plain_weights(model, value_of)
+def save_model(model: Any, folder: Path, value_of: Whole = whole, beside: Mapping[str, Tensor] | None = None) -> None:
+    """Write a transformers model to ``folder`` as safetensors, with the tensors ``beside`` its own, and its adapter,
+    where it has one, to ``folder/adapter``. Every rank calls this; rank 0 writes."""
+    weights = {**plain_weights(model, value_of), **(beside or {})}
     if is_main_process():
         model.save_pretrained(folder, state_dict=weights)
     if adapted_layers(model):

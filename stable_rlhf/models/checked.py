@@ -83,11 +83,14 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **options: Any) -> Any:
+def load_whole(
+    auto: Any, location: str, what: str, *, heads: bool = True, beside: Collection[str] = (), **options: Any
+) -> Any:
     """``auto.from_pretrained(location)``, every weight of it from the checkpoint and none left over.
 
     Weights that the model ties are no loss, nor are buffers, which its code fills in. Without ``heads`` those on top of
-    the decoder do not count either: a scorer needs a policy's decoder alone, and the other way round.
+    the decoder do not count either: a scorer needs a policy's decoder alone, and the other way round. Names in
+    ``beside`` may be left over.
 
     Raises:
         ValueError: the checkpoint does not fit its own configuration, cannot be read, or holds NaN.
@@ -104,6 +107,7 @@ def load_whole(auto: Any, location: str, what: str, *, heads: bool = True, **opt
                 model, info = _quietly(auto, location, {**checked, "device_map": "meta"})
         else:
             model, info = _quietly(auto, location, checked)
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(beside)
     if problem := _misfits(model, info, heads):
         raise ValueError(f"{what}: its weights do not fit its config.json: {problem}")
     if is_deepspeed_zero3_enabled():

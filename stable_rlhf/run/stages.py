@@ -438,7 +438,7 @@ def run_ppo(
     if of_scorer.objective != variant.scorer:
         raise ValueError(
             f"variant {variant.name!r} needs a scorer with objective {variant.scorer!r}; {scorer!r} has "
-            f"{of_scorer.objective!r}"
+            f"{of_scorer.objective!r}" + (" (no e(x), so no advantage)" if variant.scorer == "am" else "")
         )
     if of_scorer.objective == "am" and of_scorer.num_policies == of_scorer.num_alternates:
         raise ValueError(

@@ -19,12 +19,16 @@ from stable_rlhf.models.checked import first_not_finite, load_whole, read_tensor
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import context_length, load_tokenizer, prefer_flash_attention
 from stable_rlhf.models.trunk import Trunk, length_batches
+from stable_rlhf.scorer.classifier import is_classifier, load_classifier
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.settings.ranges import CountOrNone, Positive, Rows, check_settings
 from stable_rlhf.show.progress import progress
 
 _SETTINGS_FILE = "advantage_model.json"
 _HEADS_FILE = "heads.safetensors"
+# Beside a backbone's weights: AutoModelForSequenceClassification, which would give the folder a head of random numbers,
+# ends at a `score` of this size, and every other class leaves it out.
+NO_CLASSIFIER = {"score.weight": torch.zeros(0, device="cpu", dtype=torch.float32)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ class AdvantageModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write backbone and tokenizer (which plain transformers loads), heads and settings to a folder."""
-        self.trunk.backbone.save_pretrained(folder)
+        backbone = self.trunk.backbone
+        backbone.save_pretrained(folder, state_dict={**backbone.state_dict(), **NO_CLASSIFIER})
         self.save_heads(folder)
 
     def save_heads(self, folder: str | Path) -> None:
@@ -194,13 +199,18 @@ class AdvantageModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, num_trainable_layers: int | None = None
     ) -> AdvantageModel:
-        """Load what :meth:`save_pretrained` wrote. A missing path is an error, never a fresh model."""
+        """Load what :meth:`save_pretrained` wrote, or somebody's sequence-classification model with one label, which is
+        a reward model (without e(x)). A missing path is an error, never a fresh model."""
         from transformers import AutoModel
 
         folder = check_scorer_folder(folder)
         what = f"scorer {str(folder)!r}"
+        if not (folder / _SETTINGS_FILE).is_file():
+            return cls._from_classifier(folder, what, dtype, num_trainable_layers)
         settings = _read_settings(folder / _SETTINGS_FILE)
-        backbone = load_whole(AutoModel, str(folder), what, dtype=dtype, use_safetensors=True)
+        backbone = load_whole(
+            AutoModel, str(folder), what, beside=NO_CLASSIFIER, dtype=dtype, use_safetensors=True
+        )  # fmt: skip
         prefer_flash_attention(backbone, dtype)
         model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)
         heads = read_tensors(folder / _HEADS_FILE)
@@ -214,10 +224,23 @@ class AdvantageModel(nn.Module):
         model.load_state_dict(heads, strict=False)
         return model.eval()
 
+    @classmethod
+    def _from_classifier(
+        cls, folder: Path, what: str, dtype: torch.dtype, num_trainable_layers: int | None
+    ) -> AdvantageModel:
+        backbone, weight, bias = load_classifier(str(folder), what, dtype)
+        prefer_flash_attention(backbone, dtype)
+        settings = ScorerSettings(objective="rm")
+        model = cls(backbone, load_tokenizer(str(folder)), settings, num_trainable_layers=num_trainable_layers)
+        model.reward_head.load_state_dict({"weight": weight, "bias": bias})
+        return model.eval()
+
 
 def check_scorer_folder(folder: str | Path) -> Path:
     """Refuse a folder that holds no scorer, before hours are spent on what it is to score."""
     folder = Path(folder)
+    if not (folder / _SETTINGS_FILE).exists() and is_classifier(folder):
+        return folder
     for name in (_SETTINGS_FILE, _HEADS_FILE, "config.json"):
         if not (folder / name).is_file():
             raise ValueError(f"scorer {str(folder)!r}: no {name} there; is it a folder that train-scorer wrote?")

@@ -25,7 +25,7 @@ from stable_rlhf.ranks import barrier, rank, sum_over_ranks, world_size
 from stable_rlhf.scorer.comparisons import EncodedComparison, eval_metrics, score_pairs
 from stable_rlhf.scorer.contrastive import Contrastive
 from stable_rlhf.scorer.metarm import MetaRM
-from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.scorer.model import NO_CLASSIFIER, AdvantageModel
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import ScorerArguments
 from stable_rlhf.show.progress import is_main_process, say
@@ -254,7 +254,7 @@ def train_scorer(
 
 def _save(engine: Engine, model: AdvantageModel, folder: Path) -> None:
     """The backbone as transformers loads it, and the heads beside it."""
-    engine.save_model(folder)
+    engine.save_model(folder, beside=NO_CLASSIFIER)
     heads = [m for name, m in model.named_children() if name in HEADS]
     with gathered([p for head in heads for p in head.parameters()]):
         if is_main_process():

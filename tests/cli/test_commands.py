@@ -28,6 +28,7 @@ COMMANDS = (
     "select",
     "train-ppo",
     "evaluate",
+    "export",
 )
 PAIR = {"prompt": "Reverse the letters of jnfl", "chosen": "lfnj", "rejected": "jnfl"}
 
@@ -78,7 +79,7 @@ def test_help_of_a_command(cli, command):
     assert "--output_dir" in done.out and "default: runs/default" in done.out
     assert "``" not in done.out and "configuration file." not in done.out
     own = {"train-scorer": "--objective {am,rm}", "launch": "--dry_run", "select": "--scorer SCORER",
-           "train-ppo": "--variant {rejection", "evaluate": "--policies NAME=FOLDER",
+           "train-ppo": "--variant {rejection", "evaluate": "--policies NAME=FOLDER", "export": "--scorer SCORER",
            "study": "--validation"}.get(command)  # fmt: skip
     assert own is None or own in done.out
 
@@ -133,6 +134,8 @@ def test_help_wins_over_other_arguments(cli, command):
         ("train-ppo", ["required: --variant, --scorer"]),
         ("train-ppo --variant am", ["required: --scorer"]),
         ("train-ppo --scorer x", ["required: --variant"]),
+        ("export", ["required: --scorer"]),
+        ("export --scorer nowhere", ["scorer 'nowhere': no advantage_model.json there"]),
         ("evaluate", ["give --scorers NAME=FOLDER, --policies NAME=FOLDER, or both"]),
         ("evaluate --scorers bad", ["--scorers", "'bad' is not NAME=FOLDER"]),
         ("evaluate --scorers rm=x --test-pairs nowhere.jsonl", ["nowhere.jsonl: no such file"]),
@@ -508,6 +511,41 @@ def test_a_result_in_another_type_of_numbers_is_not_taken_for_finished(cli, sett
     cli(*call).worked()
     assert "finished before" in cli(*call).worked().err
     cli(*call, "--engine.bf16", "true").refused("was made with other settings (engine.bf16: False -> True)")
+
+
+@pytest.mark.parametrize(
+    "how", ["", "--engine.zero_stage 3", "--engine.lora_r 2", "--scorer.num_trainable_layers 1", "--engine.bf16 true"]
+)
+def test_a_trained_scorer_is_exported(cli, settings, files, tmp_path, how):
+    """However it was trained; the folder is whole or not there, and what lies there already is left alone."""
+    cli("train-scorer", "--objective", "am", *settings, *how.split(), "--data.pairs", files / "pairs.jsonl",
+        "--scorer.head_learning_rate", "1e-2", "--output-dir", "o").worked()  # fmt: skip
+    export = ["export", "--scorer", "o/scorer-am", "--output-dir", "d"]
+    told = json.loads(cli(*export).worked().out)
+    assert told["class"] == "LlamaForSequenceClassification" and told["folder"] == "d" and not Path("d.tmp").exists()
+    cli(*export).refused("output_dir 'd' is not empty", "nothing is overwritten")
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from stable_rlhf.data.encoding import encode
+    from stable_rlhf.scorer import AdvantageModel
+
+    scorer = AdvantageModel.from_pretrained(tmp_path / "o" / "scorer-am")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "d", dtype=torch.float32)
+    example = encode(scorer.tokenizer, PAIR["prompt"], PAIR["chosen"])
+    with torch.no_grad():
+        reward = scorer(*scorer.prepare([example]))[0]
+        logit = model(torch.tensor([example.ids])).logits[0] + told["bias"]
+    torch.testing.assert_close(logit, reward, rtol=0, atol=1e-6)
+    if not how:
+        with pytest.raises(RuntimeError):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "o" / "scorer-am")
+        # And back: a reward model, of which no variant that needs the advantage is trained.
+        ppo = ["train-ppo", *settings, "--scorer", "d", "--data.prompts", files / "prompts.jsonl",
+               "--data.forget_tasks", "old", "--output-dir", "p"]  # fmt: skip
+        cli(*ppo, "--variant", "am").refused("variant 'am' needs a scorer with objective 'am'", "no e(x)")
+        cli("evaluate", "--scorers", "rm=d", "--test-pairs", files / "pairs.jsonl", "--output-dir", "e",
+            "--data.max_length", 40, "--data.max_prompt_length", 40).worked()  # fmt: skip
 
 
 def test_foreign_folders_are_left_alone(cli, settings, files, tmp_path):
