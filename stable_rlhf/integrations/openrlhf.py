@@ -26,8 +26,7 @@ def patch_actor(actor: Any) -> Callable[[], None]:
     Calls with ``action_mask`` or ``return_logprobs`` return what they did; their ``output`` (``return_output=True``)
     has ``entropy`` and ``aux_loss``, and no logits. Every other call, ``generate`` and saving are the actor's own. With
     an ``action_mask`` only its tokens reach the head: entropies elsewhere are 0. Tied heads, softcaps, logit scales and
-    LoRA are as in :func:`~stable_rlhf.integrations.transformers.fuse_lm_head`; patch before or after DeepSpeed wraps
-    the model.
+    LoRA are as in :func:`~stable_rlhf.integrations.transformers.fuse_lm_head`; patch before DeepSpeed wraps the model.
 
     Returns:
         A function that undoes it.
