@@ -1,6 +1,7 @@
 """Peak memory of GRPO's loss and backward at a large vocabulary, beside TRL's own.
 
     python -m bench.studies.trl_memory [--rows 512] [--width 896] [--vocabulary 151936] [--dtype bfloat16]
+        [--tied]
 
 It runs in an environment with TRL. The model is one small decoder block under a head of that size, whose weight trains,
 while the embedding of the same size does not; rows are response tokens. Each contender has a process of its own: a tiny
@@ -30,16 +31,16 @@ CONTENDERS = {
 }
 
 
-def build(width: int, vocabulary: int, dtype: torch.dtype) -> Any:
+def build(width: int, vocabulary: int, dtype: torch.dtype, tied: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        head_dim=16, tie_word_embeddings=False,
+        head_dim=16, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
-    model.model.embed_tokens.requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(tied)
     return model.to(dtype)
 
 
@@ -89,10 +90,10 @@ def make(name: str, model: Any, rows: int) -> Any:
     return step
 
 
-def measure(name: str, rows: int, width: int, vocabulary: int, dtype: str) -> dict[str, float]:
+def measure(name: str, rows: int, width: int, vocabulary: int, dtype: str, tied: bool) -> dict[str, float]:
     kind = getattr(torch, dtype)
-    make(name, build(32, 64, kind), 8)()
-    model = build(width, vocabulary, kind)
+    make(name, build(32, 64, kind, tied), 8)()
+    model = build(width, vocabulary, kind, tied)
     step = make(name, model, rows)
     gc.collect()
     before = resident_mib("VmRSS")
@@ -109,15 +110,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--tied", action="store_true", help="the head is the embedding, which has a gradient of its own"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--contender", choices=tuple(CONTENDERS), help="this one, in this process")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    shape = (chosen.rows, chosen.width, chosen.vocabulary, chosen.dtype)
+    shape = (chosen.rows, chosen.width, chosen.vocabulary, chosen.dtype, chosen.tied)
     if chosen.contender:
         print(json.dumps(measure(chosen.contender, *shape)))
         return
-    print(f"{processor()}, {chosen.threads} threads; rows, width, vocabulary, type: {shape}")
+    print(f"{processor()}, {chosen.threads} threads; rows, width, vocabulary, type, tied: {shape}")
     print("| log-probs and gradient by | peak MiB | of it the weight's gradient | loss |\n|---|---|---|---|")
     for name, words in CONTENDERS.items():
         arguments = [*sys.argv[1:], "--contender", name]
