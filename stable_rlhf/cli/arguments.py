@@ -63,7 +63,7 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "train-ppo": [
         ("--variant", {"choices": list(VARIANTS), "required": True, "help": "Which policy to train."}),
-        ("--scorer", {"required": True, "help": "Folder that train-scorer wrote."}),
+        ("--scorer", {"help": "Folder that train-scorer wrote; left out where rewards.functions has no scorer."}),
         ("--rehearsal", {"help": f"rehearsal.jsonl.gz that select wrote ({_REHEARSE})."}),
     ],
     "evaluate": [

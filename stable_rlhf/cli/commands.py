@@ -19,6 +19,7 @@ from stable_rlhf.engine import signals
 from stable_rlhf.run.bounds import check
 from stable_rlhf.settings.ranges import expand_user
 from stable_rlhf.settings.recipe import Recipe, suggestion
+from stable_rlhf.settings.stages import SCORER
 from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.progress import tolerant_output
 from stable_rlhf.system import extras
@@ -251,6 +252,9 @@ def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
         raise ValueError(
             f"--variant {variant.name} needs --rehearsal, the rehearsal.jsonl.gz that `stable-rlhf select` wrote"
         )
+    if (own.scorer is None) == (SCORER in recipe.rewards.functions):
+        words = "has" if own.scorer is None else "does not have"
+        raise ValueError(f"--scorer: give it where rewards.functions has {SCORER!r}, and else not; it {words} it")
     inputs = {"variant": variant.name, "scorer_folder": own.scorer, "rehearsal": own.rehearsal}
     run = partial(run_ppo, recipe, variant, policy, own.scorer, rehearsal)
     _single(PPO.named(variant.name), PPO, recipe, inputs, run)

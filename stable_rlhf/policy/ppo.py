@@ -3,6 +3,7 @@
 for every step:
     sample responses with the policy              rollout/: generate, or a vLLM server that gets its weights first
     observe them                                  the scorer's score; policy, reference and critic at every token
+    add rewards of one's own                      reward_functions.py
     rewards: score at the end, KL at each token   experience.py
     advantages                                    GAE, whitened over all ranks, corrected for another rollout engine;
                                                   critic-free: the score less the KL penalty to come
@@ -44,6 +45,7 @@ from stable_rlhf.policy.kl import KLController
 from stable_rlhf.policy.metrics import rollout_metrics
 from stable_rlhf.policy.mixed_batch import mix, mixed_loss
 from stable_rlhf.policy.page import write_page
+from stable_rlhf.policy.reward_functions import Rewards
 from stable_rlhf.policy.scores import less_penalty, refuse_nonfinite, scores_or_nan
 from stable_rlhf.policy.sft import save_policy
 from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, on_first_rank, rank, sum_over_ranks, world_size
@@ -69,6 +71,7 @@ def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
 class PPOTrainer:
     """Holds the policy's engine, the frozen reference and the scorer; :meth:`train` is the algorithm.
 
+    ``scorer``: None where the settings' rewards do without.
     ``reference``: the initial policy, where it is another than the one that training begins with, or a copy cannot be
     taken (a policy loaded in shards, without LoRA).
     ``rollouts``: where responses come from; None: the policy itself.
@@ -78,7 +81,7 @@ class PPOTrainer:
         self,
         policy: PolicyModel,
         tokenizer: Any,
-        scorer: AdvantageModel,
+        scorer: AdvantageModel | None,
         recipe: Recipe,
         *,
         reference: PolicyModel | None = None,
@@ -114,12 +117,13 @@ class PPOTrainer:
             gradient_accumulation_steps=self.accumulation, skip_nonfinite=recipe.guard.on_nonfinite == "skip",
         )  # fmt: skip
         self.reference = self.engine.without_adapters if copy is None else read_only(copy, recipe.engine)
-        self.scorer = read_only(scorer, recipe.engine)
+        self.rewards = Rewards(recipe.rewards, arguments.max_new_tokens)
+        self.scorer = None if scorer is None else read_only(scorer, recipe.engine)
         self.rollouts = rollouts or LocalRollouts(policy.causal_lm, tokenizer, self.engine.gathers_for_generation)
         self.sampling = GenerationSettings(
             arguments.max_new_tokens, arguments.temperature, arguments.top_p, tuple(arguments.stop)
         )
-        self.shares_features = share_lower(policy.trunk, scorer.trunk)
+        self.shares_features = scorer is not None and share_lower(policy.trunk, scorer.trunk)
         self.cache = FeatureCache()
         self.cache.fill(policy.trunk, [e.ids for e in self.rehearsal], description="rehearsal hidden states")
         self.loss_config = PolicyLossConfig(
@@ -156,13 +160,14 @@ class PPOTrainer:
                     self.show(samples, step, loop.tracker)
                 asked = [prompts[rows[place]] for place in self.places]
                 rollouts = self.sample(asked, step)
-                experiences = self.with_advantages(self.observe(rollouts))
+                observed, of_rewards = self.rewarded(asked, rollouts, self.observe(rollouts), step)
+                experiences = self.with_advantages(observed)
                 metrics = self.update(experiences, step)
 
                 golds = [gold(p.row, r.text) for p, r in zip(asked, rollouts, strict=True)] if gold else []
                 of_rollouts, tokens = rollout_metrics(rollouts, experiences, golds)
                 loop.tokens += tokens
-                metrics |= of_rollouts | {"kl_coef": self.kl.value, "seconds": loop.seconds}
+                metrics |= of_rollouts | of_rewards | {"kl_coef": self.kl.value, "seconds": loop.seconds}
                 self.kl.update(metrics["kl"])
                 try:
                     self.watch(asked, experiences, metrics, step)
@@ -210,9 +215,19 @@ class PPOTrainer:
         seeds = [stream_seed(self.seed, "rollout", step, place) for place in self.places]
         return self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
 
+    def rewarded(
+        self, asked: Sequence[EncodedPrompt], rollouts: Sequence[Rollout], observed: Sequence[Experience], step: int
+    ) -> tuple[list[Experience], dict[str, float]]:
+        """What was observed, with the score that all rewards give, less the penalty; and the mean of each reward."""
+        scores, figures = self.rewards.of(
+            [p.row for p in asked], rollouts, [e.score for e in observed], step=step, steps=self.arguments.total_steps
+        )
+        scores = less_penalty(scores, rollouts, self.arguments.missing_eos_penalty)
+        return [replace(e, score=score) for e, score in zip(observed, scores, strict=True)], figures
+
     @torch.no_grad()
     def observe(self, rollouts: Sequence[Rollout]) -> list[Experience]:
-        """Score rollouts and attach the policy's, the reference's and the critic's view of every token."""
+        """Attach the scorer's score, and the policy's, the reference's and the critic's view of every token."""
         self.engine.eval()
         parts = [self._observed(chunk) for chunk in chunks(rollouts, self.arguments.per_device_train_batch_size)]
         experiences = [experience for part in parts for experience in part]
@@ -226,7 +241,6 @@ class PPOTrainer:
         seen = view(trunk, examples, features)
         policy, reference = self.engine(*seen, temperature=temperature), self.reference(*seen, temperature=temperature)
         scores = self._scores(examples, seen.inputs if self.shares_features else None)
-        scores = less_penalty(scores, rollouts, self.arguments.missing_eos_penalty)
         experiences: list[Experience] = []
         for i, (example, rollout) in enumerate(zip(examples, rollouts, strict=True)):
             where, known = response_span(example), rollout.logprobs
@@ -245,6 +259,8 @@ class PPOTrainer:
         return experiences
 
     def _scores(self, chunk: Sequence[Encoded], inputs: dict[str, torch.Tensor] | None) -> list[float]:
+        if self.scorer is None:
+            return [0.0] * len(chunk)
         prepared, last, prompt_last = self.scorer.prepare(chunk) if inputs is None else (inputs, None, None)
         if last is None or prompt_last is None:
             device = self.policy.trunk.device
@@ -387,12 +403,13 @@ class PPOTrainer:
         """Answer fixed prompts, with the same draws every time, and keep the answers and their scores."""
         seeds = [stream_seed(self.seed, "samples", i) for i in range(len(prompts))]
         rollouts = self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
+        observed, _ = self.rewarded(prompts, rollouts, self.observe(rollouts), step)
         rows = [
             {
                 "prompt": prompt.row.prompt, "task": prompt.row.task, "response": rollout.text,
                 "score": experience.score, "length": len(rollout.encoded.response), "finished": rollout.finished,
             }
-            for prompt, rollout, experience in zip(prompts, rollouts, self.observe(rollouts), strict=True)
+            for prompt, rollout, experience in zip(prompts, rollouts, observed, strict=True)
         ]  # fmt: skip
         tracker.sample(step, rows)
 

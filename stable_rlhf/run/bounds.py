@@ -8,6 +8,8 @@ from typing import Any
 
 from stable_rlhf.settings.ranges import check_settings
 from stable_rlhf.settings.recipe import Recipe, StudyArguments
+from stable_rlhf.settings.stages import BUILT_IN_REWARDS, REGEX, SCORER
+from stable_rlhf.system import plugins
 from stable_rlhf.system.http import SECRET_NAME, check_address, has_credentials, without_credentials
 
 
@@ -40,6 +42,7 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")
     if not all(recipe.ppo.stop):
         raise ValueError("ppo.stop: an empty string would end every response at once")
+    _check_rewards(recipe)
     _check_outside(recipe)
     if recipe.guard.on_kl == "lower_target" and (recipe.ppo.kl_target is None or recipe.guard.max_kl is None):
         raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")
@@ -86,6 +89,30 @@ def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _texts(value, name)
+
+
+def _check_rewards(recipe: Recipe) -> None:
+    rewards = recipe.rewards
+    functions, weights = rewards.functions, rewards.weights
+    if not functions or len(set(functions)) < len(functions):
+        raise ValueError(f"rewards.functions: name at least one, each once, got {functions}")
+    if weights and len(weights) != len(functions):
+        raise ValueError(f"rewards.weights: expected one for each of the {len(functions)} functions, got {weights}")
+    if weights and not any(weights):
+        raise ValueError("rewards.weights: all are 0, so there is no reward at all")
+    for spec in functions:
+        if spec != SCORER and spec not in BUILT_IN_REWARDS:
+            plugins.split(f"rewards.functions ({', '.join([SCORER, *BUILT_IN_REWARDS])}, or your own)", spec)
+    if (REGEX in functions) != (rewards.pattern is not None):
+        raise ValueError(f"rewards.pattern and {REGEX!r} in rewards.functions: give both, or neither")
+    try:
+        re.compile(rewards.pattern or "")
+    except re.error as error:
+        raise ValueError(f"rewards.pattern: not a regular expression: {error}") from None
+    if functions != [SCORER] and any(v.training == "rejection" for v in recipe.variant_rows):
+        raise ValueError("rewards.functions: the variant 'rejection' takes 'scorer' alone")
+    if SCORER not in functions and recipe.iterate.rounds > 1:
+        raise ValueError(f"iterate.rounds above 1 trains a scorer each round: put {SCORER!r} into rewards.functions")
 
 
 def _check_lengths(recipe: Recipe) -> None:

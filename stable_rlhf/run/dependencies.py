@@ -13,10 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stable_rlhf.data.digest import file_digest
 from stable_rlhf.data.jsonl import read_json
 from stable_rlhf.data.records import DataError
 from stable_rlhf.run.datasets import contents, digests
 from stable_rlhf.settings.recipe import Recipe, decisive
+from stable_rlhf.settings.stages import RewardArguments
+from stable_rlhf.system import plugins
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ SCORER = StageKind(
 SELECTION = StageKind("selection", "seed engine data ppo select")
 SELECTION_OF_FILES = StageKind("selection", "seed data select", policy=False)
 # Of rejection sampling too, whose folder is `ppo-rejection`.
-PPO = StageKind("ppo", "seed engine data ppo", alone="scorer evaluate")
+PPO = StageKind(
+    "ppo", "seed engine data ppo", alone="scorer evaluate",
+    also=lambda recipe: "rewards" if recipe.rewards != RewardArguments() else "",  # as folders of before have it
+)  # fmt: skip
 RESPONSES = StageKind("responses", "seed engine data ppo iterate")
 EVALUATION = StageKind("evaluation", "seed data evaluate", in_run="variants", alone="engine scorer ppo")
 
@@ -80,6 +86,7 @@ class Dependencies:
         values["iterate"]["rounds"] = None  # a round is the same whether or not others follow it
         if values["engine"]["loss_workspace_mib"] is None:
             values["engine"]["loss_workspace_mib"] = 256  # as folders say that were made when this was the default
+        values["rewards"] |= {"timeout": None, "contents": own_contents(self.recipe.rewards)}
         if self.alone or self.recipe.model_name_or_path is not None:  # the world's own files follow from its stage
             values["data"]["contents"] = contents(self.recipe.data)
         return values
@@ -107,6 +114,12 @@ def shifted_responses(recipe: Recipe) -> dict[str, Any]:
     """MetaRM's file, an input of a scorer where there is one."""
     name = recipe.scorer.meta_responses
     return {"meta_responses": digests(recipe.data, [name])} if name else {}
+
+
+def own_contents(rewards: RewardArguments) -> dict[str, str]:
+    """A digest of each file that reward functions are written in: with other functions it is another stage."""
+    files = {spec: plugins.source(spec) for spec in rewards.functions}
+    return {spec: file_digest(path, "sha256")[:16] for spec, path in files.items() if path is not None}
 
 
 def _made_with(path: str) -> str | None:

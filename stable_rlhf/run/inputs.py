@@ -14,7 +14,7 @@ from stable_rlhf.policy.rejection import check_rounds
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
 from stable_rlhf.run.datasets import check_evaluation_sets, load_prompts, locate
-from stable_rlhf.run.stages import check_gold, check_same_tokenizer
+from stable_rlhf.run.stages import check_gold, check_rewards, check_same_tokenizer
 from stable_rlhf.run.strength import check_column
 from stable_rlhf.scorer.metarm import check_meta_batch
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
@@ -37,6 +37,8 @@ def check_inputs(recipe: Recipe) -> None:
         )
     if recipe.model_name_or_path is not None:
         alternates = _check_files(recipe)
+    else:
+        check_rewards(recipe, [])
     check_policies(recipe, alternates)
     if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
         check_meta_batch(recipe.scorer)
@@ -60,7 +62,7 @@ def check_inputs(recipe: Recipe) -> None:
 def _check_files(recipe: Recipe) -> int:
     """Read every data file once; returns the number of alternate policies in the pairs."""
     data = recipe.data
-    for name in ("pairs", "prompts"):
+    for name in ("pairs", "prompts") if needs_pairs(recipe) else ("prompts",):
         if not getattr(data, name):
             raise DataError(f"data.{name}: name at least one file")
     if recipe.evaluate.judge == "scorer" and not data.judge_fraction:
@@ -69,15 +71,23 @@ def _check_files(recipe: Recipe) -> int:
         raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
     prompts = read_prompts(locate(data, data.prompts), on_bad_row=data.on_bad_row).rows
     check_evaluation_sets(data, prompts)
+    check_rewards(recipe, prompts)
     for files in filter(None, (data.eval_main, data.eval_forget)):
         prompts += read_prompts(locate(data, files), on_bad_row=data.on_bad_row).rows
     check_gold(recipe.evaluate, prompts)
     for files in filter(None, (data.demonstrations, data.rehearsal)):
         read_demonstrations(locate(data, files), on_bad_row=data.on_bad_row)
+    if not data.pairs:
+        return 0
     pairs = read_comparisons(locate(data, data.pairs), on_bad_row=data.on_bad_row).rows
     if recipe.scorer.denoise and recipe.strength.check is not None:
         check_column(recipe.strength.check, pairs)
     return _alternates(pairs)
+
+
+def needs_pairs(recipe: Recipe) -> bool:
+    """Whether a run trains a scorer, to reward, to select or to judge."""
+    return bool(recipe.scorers) or recipe.evaluate.judge == "scorer" or bool(recipe.scorer.denoise)
 
 
 def _alternates(pairs: Sequence[Comparison]) -> int:

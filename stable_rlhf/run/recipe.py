@@ -75,7 +75,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     # 4. Scorers, and the one that only judges.
     ground = _Ground(recipe, run, depends, policy, backbone, inputs)
     cache = FeatureCache()  # scorers on the same frozen lower blocks share their hidden states
-    scorers = {objective: ground.scorer(objective, objective, cache) for objective in ("rm", "am")}
+    scorers = {objective: ground.scorer(objective, objective, cache) for objective in recipe.scorers}
     judge = ground.scorer("judge", "rm", cache, split="judge") if recipe.evaluate.judge == "scorer" else None
     if recipe.iterate.rounds == 1:
         cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
@@ -90,7 +90,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     policies: dict[str, Stage] = {}
     for variant in recipe.variant_rows:
         selection = selections[variant.scorer] if variant.rehearsal else None
-        last = policies[variant.name] = ground.policy_of(variant, variant.name, scorers[variant.scorer], selection)
+        last = policies[variant.name] = ground.policy_of(variant, variant.name, scorers.get(variant.scorer), selection)
         for number in range(2, recipe.iterate.rounds + 1):
             name = f"{variant.name}-round-{number}"
             work = partial(stages.run_responses, recipe, str(last.folder))
@@ -142,13 +142,15 @@ class _Ground:
         return self.run.stage(name, self.depends.of(dependencies.SELECTION), work, [*self.inputs, scorer])
 
     def policy_of(
-        self, variant: Variant, name: str, scorer: Stage, selection: Stage | None, *, before: Stage | None = None
-    ) -> Stage:
+        self, variant: Variant, name: str, scorer: Stage | None, selection: Stage | None,
+        *, before: Stage | None = None,
+    ) -> Stage:  # fmt: skip
         """``before``: the policy of the round before, from which this one goes on."""
         rehearsal = selection.folder / "rehearsal.jsonl.gz" if selection else None
         policy, reference = (str(before.folder), self.policy) if before else (self.policy, None)
-        work = partial(stages.run_ppo, self.recipe, variant, policy, str(scorer.folder), rehearsal, reference=reference)
-        sources = [*self.inputs, *filter(None, (selection, before)), scorer]
+        folder = str(scorer.folder) if scorer else None
+        work = partial(stages.run_ppo, self.recipe, variant, policy, folder, rehearsal, reference=reference)
+        sources = [*self.inputs, *filter(None, (selection, before, scorer))]
         return self.run.stage(dependencies.PPO.named(name), self.depends.of(dependencies.PPO), work, sources)
 
 

@@ -32,8 +32,9 @@ from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import mean_entropies
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
+from stable_rlhf.policy.reward_functions import Rewards
 from stable_rlhf.policy.sft import train_sft
-from stable_rlhf.ranks import barrier, device, gather_objects, rank, world_size
+from stable_rlhf.ranks import barrier, device, gather_objects, on_first_rank, rank, together, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
 from stable_rlhf.run.datasets import encode_demonstrations, load_demonstrations, load_preferences, load_prompts, locate
@@ -50,7 +51,7 @@ from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, check_scorer_folder
 from stable_rlhf.scorer.train import train_scorer
 from stable_rlhf.settings.recipe import SAMPLE_PROMPTS, EngineArguments, EvaluateArguments, Recipe
-from stable_rlhf.settings.stages import HOT_TEMPERATURE, PPOArguments, ScorerArguments, SelectArguments
+from stable_rlhf.settings.stages import HOT_TEMPERATURE, SCORER, PPOArguments, ScorerArguments, SelectArguments
 from stable_rlhf.settings.variants import Variant
 from stable_rlhf.show.progress import is_main_process, say
 
@@ -420,30 +421,24 @@ def select_settings(s: SelectArguments) -> dict[str, Any]:
 
 
 def run_ppo(
-    recipe: Recipe, variant: Variant, policy: str, scorer: str, rehearsal: Path | None, folder: Path,
+    recipe: Recipe, variant: Variant, policy: str, scorer: str | None, rehearsal: Path | None, folder: Path,
     *, reference: str | None = None,
 ) -> Result:  # fmt: skip
-    """Train one policy. ``reference``: the initial policy of the KL penalty, where ``policy`` has moved on from it."""
+    """Train one policy. ``scorer``: None where the rewards do without. ``reference``: the initial policy of the KL
+    penalty, where ``policy`` has moved on from it."""
     tokenizer = load_tokenizer(policy)
     splits = load_prompts(recipe.data, tokenizer, recipe.seed)
     prompts = splits.train
     check_gold(recipe.evaluate, [p.row for p in prompts])
     arguments: PPOArguments = recipe.ppo
-    layers = recipe.scorer.num_trainable_layers
-    with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
-        scorer_model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype, num_trainable_layers=layers)
-    check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
-    check_scorer_context(recipe, prompts, scorer)
-    of_scorer = scorer_model.settings
-    if of_scorer.objective != variant.scorer:
-        raise ValueError(
-            f"variant {variant.name!r} needs a scorer with objective {variant.scorer!r}; {scorer!r} has "
-            f"{of_scorer.objective!r}" + (" (no e(x), so no advantage)" if variant.scorer == "am" else "")
-        )
-    if of_scorer.objective == "am" and of_scorer.num_policies == of_scorer.num_alternates:
-        raise ValueError(
-            f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K"
-        )
+    check_rewards(recipe, [p.row for p in prompts])
+    scorer_model = None
+    if SCORER in recipe.rewards.functions:
+        if scorer is None:
+            raise ValueError(f"rewards.functions has {SCORER!r}: give one (--scorer)")
+        scorer_model = _load_scorer(recipe, variant, scorer)
+        check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
+        check_scorer_context(recipe, prompts, scorer)
     layers = arguments.num_trainable_layers
     model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=variant.critic)
     reference_model = None
@@ -453,6 +448,8 @@ def run_ppo(
     gold = _gold(recipe)
     seed = stream_seed(recipe.seed, "ppo")  # the same prompts and draws for every variant
     if variant.training == "rejection":
+        if scorer_model is None or recipe.rewards.functions != [SCORER]:
+            raise ValueError(f"rewards.functions: rejection sampling takes {SCORER!r} alone")
         return train_rejection(
             model, tokenizer, scorer_model, prompts, recipe, folder, seed=seed, gold=gold, reference=reference_model
         )
@@ -479,6 +476,34 @@ def run_ppo(
     )  # fmt: skip
     name = f"PPO {variant.name}"
     return trainer.train(prompts, folder, name=name, gold=gold, samples=splits.main[:SAMPLE_PROMPTS])
+
+
+def check_rewards(recipe: Recipe, rows: Sequence[PromptRow]) -> None:
+    """Load every reward function and try it on the first rows.
+
+    Raises:
+        ValueError: see `Rewards`; on every rank.
+    """
+    with together(ValueError):
+        rewards = Rewards(recipe.rewards, recipe.ppo.max_new_tokens)
+    on_first_rank(lambda: rewards.check(rows), ValueError)
+
+
+def _load_scorer(recipe: Recipe, variant: Variant, scorer: str) -> AdvantageModel:
+    layers = recipe.scorer.num_trainable_layers
+    with loading_in_shards(recipe.engine, frozen=True) if layers is None else nullcontext():
+        model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype, num_trainable_layers=layers)
+    settings = model.settings
+    if settings.objective != variant.scorer:
+        raise ValueError(
+            f"variant {variant.name!r} needs a scorer with objective {variant.scorer!r}; {scorer!r} has "
+            f"{settings.objective!r}" + (" (no e(x), so no advantage)" if variant.scorer == "am" else "")
+        )
+    if settings.objective == "am" and settings.num_policies == settings.num_alternates:
+        raise ValueError(
+            f"scorer {scorer!r} has N = K, which scores every response 0 without alternates; PPO needs N > K"
+        )
+    return model
 
 
 def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts | None:

@@ -29,15 +29,17 @@ from stable_rlhf.settings.ranges import (
 )
 from stable_rlhf.settings.stages import (
     HOT_TEMPERATURE,
+    SCORER,
     IterateArguments,
     PPOArguments,
+    RewardArguments,
     ScorerArguments,
     SelectArguments,
     SFTArguments,
     StrengthArguments,
     WorldArguments,
 )
-from stable_rlhf.settings.variants import VARIANTS, Variant, VariantName
+from stable_rlhf.settings.variants import VARIANTS, Variant, VariantName, scorers_that_select
 
 if TYPE_CHECKING:
     import torch
@@ -315,6 +317,7 @@ class Recipe:
         strength: Preference strength of the pairs.
         select: Rehearsal selection.
         ppo: PPO.
+        rewards: What PPO's responses are scored by.
         iterate: Rounds of PPO and MetaRM.
         evaluate: Comparison with SFT.
         study: Seeds of ``stable-rlhf study``; no single run reads it.
@@ -341,6 +344,7 @@ class Recipe:
     strength: StrengthArguments = field(default_factory=StrengthArguments)
     select: SelectArguments = field(default_factory=SelectArguments)
     ppo: PPOArguments = field(default_factory=PPOArguments)
+    rewards: RewardArguments = field(default_factory=RewardArguments)
     iterate: IterateArguments = field(default_factory=IterateArguments)
     evaluate: EvaluateArguments = field(default_factory=EvaluateArguments)
     study: StudyArguments = field(default_factory=StudyArguments)
@@ -352,6 +356,11 @@ class Recipe:
     def variant_rows(self) -> list[Variant]:
         """The rows of ``variants``."""
         return [VARIANTS[name] for name in self.variants]
+
+    @property
+    def scorers(self) -> list[str]:
+        """The scorers that a run trains: both, to be compared, or where no reward asks for one those that select."""
+        return ["rm", "am"] if SCORER in self.rewards.functions else scorers_that_select(self.variant_rows)
 
     def as_dict(self) -> dict[str, Any]:
         """All settings by section, with those that are gone: records of runs compare them."""

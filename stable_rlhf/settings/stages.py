@@ -22,12 +22,15 @@ from stable_rlhf.settings.ranges import (
     ShareBelowOne,
     Temperature,
     Threshold,
+    Timeout,
     Tokens,
     Width,
     Workers,
     expand_paths,
 )
 
+SCORER = "scorer"  # among `rewards.functions`
+EXACT_NUMBER, REGEX, LENGTH = BUILT_IN_REWARDS = ("exact_number", "regex", "length")
 HOT_TEMPERATURE = 1.1  # the second alternate policy of the skill world is SFT sampled at this temperature
 
 
@@ -287,6 +290,35 @@ class PPOArguments:
     warmup_ratio: Share = 0.0
     rejection_samples: Rows = 4
     rejection_threshold: Threshold | None = None
+
+
+@dataclass
+class RewardArguments:
+    """What PPO's responses are scored by (docs/guide/train.md).
+
+    Args:
+        functions: ``scorer``; functions of your own, path/to/file.py:name or package.module:name; ``exact_number`` (the
+            response's last number is the answer's), ``regex`` (the pattern is found), ``length`` (a share of
+            ppo.max_new_tokens). A response's score is the weighted sum of those that apply to it. Without ``scorer``
+            none is trained but for selection.
+        weights: One a function, below 0 to punish (none: 1 each).
+        on_failure: A function that raises, takes too long or gives no finite number: ``stop``, or ``zero`` counts it as
+            0 for that response (metric reward_failures) and goes on.
+        timeout: Seconds that a function may take for the responses of a step.
+        answer: Column of the prompts that has the answer of ``exact_number``, GSM8K's ``#### n`` or any text with a
+            number.
+        pattern: Regular expression of ``regex``, Python's.
+    """
+
+    functions: list[PathName] = field(default_factory=lambda: [SCORER])
+    weights: list[Number] = field(default_factory=list)
+    on_failure: Literal["stop", "zero"] = "stop"
+    timeout: Timeout = 60.0
+    answer: str = "answer"
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass

@@ -189,10 +189,13 @@ def test_rollouts_are_observed_by_the_scorer_the_policy_and_the_reference(make, 
         assert experience.value.shape == logprob.shape and (experience.features is not None) == (layers is not None)
 
 
-def test_the_penalty_is_subtracted_from_unfinished_rollouts_only(make, tokenizer):
-    rollouts = as_rollouts(tokenizer)
-    plain = [e.score for e in make().observe(rollouts)]
-    punished = [e.score for e in make(replace(ARGUMENTS, missing_eos_penalty=2.5)).observe(rollouts)]
+def test_the_penalty_is_subtracted_from_unfinished_rollouts_only(make, tokenizer, prompts):
+    rollouts, scores = as_rollouts(tokenizer), []
+    for trainer in (make(), make(replace(ARGUMENTS, missing_eos_penalty=2.5))):
+        rewarded, figures = trainer.rewarded(prompts[:4], rollouts, trainer.observe(rollouts), 0)
+        scores.append([e.score for e in rewarded])
+        assert figures == {}  # the scorer alone is the metric `score`
+    plain, punished = scores
     assert [a - b for a, b in zip(plain, punished, strict=True)] == pytest.approx([0, 0, 2.5, 2.5], abs=1e-6)
 
 

@@ -20,12 +20,12 @@ SETTINGS = dict(leaves(Recipe))
 # On purpose: each of these numbers means something.
 NEGATIVE = {
     "ppo.entropy_coef", "ppo.missing_eos_penalty", "ppo.rejection_threshold", "select.criteria", "select.minimum",
-    "select.maximum",
+    "select.maximum", "rewards.weights",
 }  # fmt: skip
 # Text that names no file and no folder.
 WORDS = {
     "title", "data.forget_tasks", "engine.lora_target_modules", "launch.rendezvous", "rollout.server", "strength.check",
-    "ppo.stop", "evaluate.judge_base_url", "evaluate.judge_model", "evaluate.judge_api_key_env",
+    "ppo.stop", "rewards.answer", "rewards.pattern", "evaluate.judge_base_url", "evaluate.judge_model", "evaluate.judge_api_key_env",
 }  # fmt: skip
 
 
