@@ -1,23 +1,20 @@
-"""Steps of PPO a second, beside TRL's PPO trainer: the quickstart's model, batch and lengths, random weights.
+"""Steps of PPO a second: the quickstart's model, batch and lengths, random weights.
 
-    python -m bench.studies.trainer_speed --peer-python PEER/bin/python [--steps 12] [--rounds 3]
+    python -m bench.studies.trainer_speed [--steps 12] [--rounds 3]
 
-TRL dropped its PPO trainer after 0.29, so it runs in an environment of its own (`pip install trl==0.29.0` and what it
-needs). The two take turns. Ours does PPO with Selective Rehearsal (32 rehearsal sequences in every micro-step, which
-TRL's has nothing like) and a value head on the policy; TRL trains a second whole model as its critic.
+It is PPO with Selective Rehearsal (32 rehearsal sequences in every micro-step) and a value head on the policy. A round
+is a process of its own. TRL's PPO trainer, which `bench/results/trainer-speed.json` has beside it, ended with TRL 0.29.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -77,50 +74,13 @@ def run_ours(folder: Path, steps: int) -> list[float]:
     return [row["seconds"] for row in curve]
 
 
-def run_trl(folder: Path, steps: int) -> list[float]:
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    name = str(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    config = PPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=BATCH // MICRO, num_ppo_epochs=EPOCHS, num_mini_batches=MINI_BATCHES,
-        total_episodes=steps * BATCH, local_rollout_forward_batch_size=BATCH, response_length=NEW_TOKENS,
-        stop_token="eos", num_sample_generations=0, report_to="none", save_strategy="no", logging_strategy="no",
-        temperature=1.0, use_cpu=True, bf16=False, **SETTINGS,
-    )  # fmt: skip
-
-    marks: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
-
-    policy, reference = (AutoModelForCausalLM.from_pretrained(name) for _ in range(2))
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(name, num_labels=1) for _ in range(2))
-    dataset = Dataset.from_list([{"input_ids": ids} for ids in prompts])
-    PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
-        value_model=value, train_dataset=dataset, eval_dataset=dataset.select(range(MICRO)), callbacks=[Clock()],
-    ).train()  # fmt: skip
-    return [after - before for before, after in itertools.pairwise(marks)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", type=Path, help="python of an environment with trl 0.29")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", choices=("prepare", "ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("prepare", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -129,36 +89,28 @@ def main() -> None:
         torch.set_num_threads(given.threads)
         if given.worker == "prepare":
             return prepare(given.folder)
-        seconds = {"ours": run_ours, "trl": run_trl}[given.worker](given.folder, given.steps)
-        (given.folder / f"{given.worker}.json").write_text(json.dumps(seconds), encoding="utf-8")
+        (given.folder / "ours.json").write_text(json.dumps(run_ours(given.folder, given.steps)), encoding="utf-8")
         return None
-    samples: dict[str, list[float]] = {"ours": [], "trl": []}
-    pythons = {"ours": sys.executable, "trl": str(given.peer_python)}
-    if given.peer_python is None:
-        del pythons["trl"]
+    samples: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def run(worker: str, python: str) -> None:
+        def run(worker: str) -> None:
             done = subprocess.run(
-                [python, __file__, "--worker", worker, "--folder", name, "--steps", str(given.steps), "--threads",
-                 str(given.threads)], capture_output=True, encoding="utf-8", cwd=folder,
+                [sys.executable, __file__, "--worker", worker, "--folder", name, "--steps", str(given.steps),
+                 "--threads", str(given.threads)], capture_output=True, encoding="utf-8", cwd=folder,
                 env=os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
             if done.returncode:
                 sys.exit(f"{worker} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
-        run("prepare", sys.executable)
+        run("prepare")
         for _ in range(given.rounds):
-            for worker, python in pythons.items():
-                run(worker, python)
-                # The first steps pay for imports and warm-up.
-                samples[worker] += json.loads((folder / f"{worker}.json").read_text(encoding="utf-8"))[2:]
-    medians = {worker: statistics.median(seconds) for worker, seconds in samples.items() if seconds}
-    for worker, median in medians.items():
-        print(f"{worker}: {1 / median:.2f} steps a second (median of {len(samples[worker])} steps)")
-    if len(medians) == 2:
-        print(f"ours is {medians['trl'] / medians['ours']:.2f} times as fast")
+            run("ours")
+            # The first steps pay for imports and warm-up.
+            samples += json.loads((folder / "ours.json").read_text(encoding="utf-8"))[2:]
+    median = statistics.median(samples)
+    print(f"{1 / median:.2f} steps a second (median of {len(samples)} steps)")
     if given.output:
         import torch
 
@@ -167,7 +119,7 @@ def main() -> None:
         settings = {"steps": given.steps, "rounds": given.rounds, "threads": given.threads, "batch": BATCH}
         where = environment(torch.device("cpu")) | {"command": "python -m bench.studies.trainer_speed"}
         record = {"what": "trainer-speed", "environment": where, "settings": settings}
-        write_json(record | {"steps_per_s": {k: 1 / m for k, m in medians.items()}, "seconds": samples}, given.output)
+        write_json(record | {"steps_per_s": {"ours": 1 / median}, "seconds": {"ours": samples}}, given.output)
 
 
 if __name__ == "__main__":
