@@ -30,6 +30,7 @@ from stable_rlhf.system.machine import installed, processor
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 FEWEST_ROUNDS = 3
+PEERS = ROOT / "build" / "peers"  # a folder for each peer that cannot lie beside this environment's libraries
 
 Step = Callable[[], Any]
 
@@ -205,9 +206,15 @@ def resident_mib(name: str) -> float:
 # -- the record of the machine -----------------------------------------------------------------------------------------
 
 PACKAGES = (
-    "stable-rlhf", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl",
-    "quack-kernels", "flash-attn", "flash-kmeans", "faiss-cpu", "scikit-learn", "sentence-transformers", "deepspeed",
+    "stable-rlhf", "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "verl",
+    "pandas", "datasets", "quack-kernels", "flash-attn", "flash-kmeans", "faiss-cpu", "scikit-learn",
+    "sentence-transformers", "deepspeed",
 )  # fmt: skip
+
+
+def find_peers() -> None:
+    """Makes what `make bench-peers` put into folders of its own importable, behind everything that is installed."""
+    sys.path += [str(folder) for folder in sorted(PEERS.glob("*")) if str(folder) not in sys.path]
 
 
 def _without_folders(word: str) -> str:
@@ -239,6 +246,7 @@ def cpu_features() -> list[str]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a result comes from: device, versions, commit (`BENCH_COMMIT` where there is no git folder)."""
+    find_peers()
     changed = _output_of("git", "status", "--porcelain", "--", ".", ":!bench/results")
     record: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -15,7 +15,8 @@ from bench.case import OURS, Line
 
 COLORS = {OURS: "#0b6e4f", "plain PyTorch": "#c8553d", "torch.compile": "#e09f3e", "cut-cross-entropy": "#335c9e",
           "Liger GRPO": "#7b4b94", "TRL chunked log-prob": "#5f6b6d", "TRL selective_log_softmax": "#a3b18a",
-          "F.linear_cross_entropy": "#b08968"}  # fmt: skip
+          "F.linear_cross_entropy": "#b08968", "Liger scaled cross-entropy": "#b88cc4",
+          "verl fused head and PPO loss": "#d1495b"}  # fmt: skip
 SWEEPS = {
     "rows": ("rows", "rows T, all active", True),
     "vocabulary": ("vocabulary", "vocabulary V", True),

@@ -172,7 +172,8 @@ def policy_loss(lines: Sequence[Line]) -> str:
     half = {x["peer"]: x for x in policy if x["shape"].get("active", 1) < 1}
     whole = {x["peer"]: x for x in policy if x["shape"].get("active", 1) == 1 and not x["shape"].get("states")}
     real = {x["peer"]: x for x in policy if x["shape"].get("states")}
-    names = [n for n in {**half, **whole, **real} if not n.endswith(", all rows") and "floor" not in n]
+    given = {**half, **whole, **real}
+    names = list(dict.fromkeys(n.removesuffix(", all rows") for n in given if "floor" not in n))
     names.sort(key=lambda n: (not n.startswith(OURS), (half.get(n) or real.get(n) or {}).get("times_floor") or 99.0, n))
 
     def cell(by_peer: dict[str, Line], name: str) -> str:

@@ -103,12 +103,15 @@ def check_outputs(
     return _judge(calls, errors_of(makers["plain PyTorch"]), dtype)
 
 
-def check_logprob(gradient: bool, dtype: torch.dtype, device: torch.device) -> Report:
+def check_logprob(
+    contenders: list[PolicyContender], gradient: bool, dtype: torch.dtype, device: torch.device
+) -> Report:
+    """Log-probs, and with `gradient` those of their sum, of every contender against float64."""
     problem = _small_problem(_random(dtype, device)).active()
-    wide = {c.name: c.build(problem.to(torch.float64)) for c in logprob_contenders(gradient)}
+    judge = next(c for c in logprob_contenders(gradient) if c.name == "plain PyTorch")
     names = ("log-prob", "hidden", "weight")[: 3 if gradient else 1]
-    makers = {c.name: functools.partial(c.build, problem) for c in logprob_contenders(gradient)}
-    return check_outputs(makers, wide["plain PyTorch"], names, dtype)
+    makers = {c.name: functools.partial(c.build, problem) for c in (judge, *contenders)}
+    return check_outputs(makers, judge.build(problem.to(torch.float64)), names, dtype)
 
 
 def check_logits(dtype: torch.dtype, device: torch.device) -> Report:

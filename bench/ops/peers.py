@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 import stable_rlhf.ops as ops
 from bench.case import OURS, Contender
 from bench.common import Step
+from bench.ops import verl_peer
 from bench.ops.problem import (
     POLICY,
     REHEARSAL,
@@ -90,20 +92,41 @@ def _trl_chunked() -> Logprob:
     return logprob
 
 
-def _selective_log_softmax(logits: Tensor, target: Tensor) -> Tensor:
-    """What TRL's function of this name computes: row by row, and in 16 bits where the logits are."""
-    if logits.dtype in (torch.float32, torch.float64):
-        sums = torch.stack([row.logsumexp(-1) for row in logits])
-        return logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - sums
-    rows = [row.log_softmax(-1)[token] for row, token in zip(logits, target, strict=True)]
-    return torch.stack(rows)
+def _trl_fused_head() -> Logprob:
+    """The head that TRL's trainers put on a model, on one whose backbone gives the hidden states back as they are.
+    Without Triton it scores every position, those of the target -100 too, so that its tiles keep their shapes."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    head = SimpleNamespace(weight=None, bias=None)
+
+    class Model:
+        config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+        def base_model(self, hidden: Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(last_hidden_state=hidden)
+
+        def get_output_embeddings(self) -> SimpleNamespace:
+            return head
+
+        def forward(self, hidden: Tensor, **how: Any) -> Any:
+            raise NotImplementedError("the fused head alone is asked for")
+
+    model = Model()
+    add_fused_lm_head(model)
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        head.weight = weight
+        try:
+            outputs = model.forward(hidden.unsqueeze(0), shift_labels=target.unsqueeze(0), fused_lm_head=True)
+        finally:
+            head.weight = None  # a step keeps nothing of an earlier one
+        return outputs.log_probs.squeeze(0)
+
+    return logprob
 
 
 def _trl_selective(chunk: int = 256) -> Logprob:
-    try:
-        from trl.trainer.utils import selective_log_softmax
-    except Exception:  # TRL's trainers import much that a benchmark does not need
-        selective_log_softmax = _selective_log_softmax
+    from trl.trainer.utils import selective_log_softmax
 
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         parts = []
@@ -111,6 +134,18 @@ def _trl_selective(chunk: int = 256) -> Logprob:
             logits = F.linear(hidden[begin : begin + chunk], weight)
             parts.append(selective_log_softmax(logits, target[begin : begin + chunk]))
         return torch.cat(parts)
+
+    return logprob
+
+
+def _liger_scaled() -> Logprob:
+    """Liger's NLL a token, CUTLASS kernels on Hopper and chunks in plain PyTorch elsewhere; without its entropy."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        outputs = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, 1.0, -100, 1, False)
+        nll: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        return -nll
 
     return logprob
 
@@ -195,14 +230,16 @@ def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
     if device.type == "cuda":
         unfiltered = _lazily(lambda: _cut_cross_entropy(device, filter_eps=None))
         contenders.append(PolicyContender("cut-cross-entropy, no filter", unfiltered, note="filter_eps=None"))
-    chunked, selective = _lazily(_trl_chunked), _lazily(_trl_selective)
+    chunked, selective, scaled = _lazily(_trl_chunked), _lazily(_trl_selective), _lazily(_liger_scaled)
     contenders += [
         PolicyContender("Liger GRPO", liger_grpo, note="a row is a sequence of one token"),
+        PolicyContender("Liger scaled cross-entropy", scaled, note="its NLL, then PPO"),
         PolicyContender("TRL chunked log-prob", chunked, note="trl.kernels"),
         PolicyContender("TRL selective_log_softmax", selective, note="chunks of 256 rows"),
         PolicyContender(
             "F.linear_cross_entropy", _lazily(_torch_linear_cross_entropy), note="chunked, its NLL, then PPO"
         ),
+        PolicyContender("verl fused head and PPO loss", verl_peer.policy, note=f"{verl_peer.HEAD}, {verl_peer.LOSS}"),
     ]
     if not all_rows:
         return contenders
@@ -212,7 +249,11 @@ def policy_peers(device: torch.device, all_rows: bool) -> list[PolicyContender]:
         ("torch.compile", compiled_plain, masked),
         ("cut-cross-entropy", _ignoring(cut), "target -100 for inactive rows"),
         ("Liger GRPO", liger_grpo_sequences, "sequences with a mask, one a chunk"),
+        ("Liger scaled cross-entropy", _ignoring(scaled), "target -100 for inactive rows"),
         ("TRL chunked log-prob", chunked, masked),
+        # On the active rows alone it is the chunked log-prob.
+        ("TRL fused head", _ignoring(_lazily(_trl_fused_head)), "target -100 for inactive rows"),
+        ("verl fused head and PPO loss", verl_peer.policy, "sequences with a mask"),
     ]
     return contenders + [
         PolicyContender(f"{name}, all rows", make, all_rows=True, note=note) for name, make, note in as_called
@@ -245,11 +286,22 @@ def logprob_contenders(gradient: bool) -> list[PolicyContender]:
         function = torch.compile(plain_logprob, dynamic=False)
         return _logprob_step(p, lambda h, w: function(h, w, p.target), gradient)
 
+    def of(make: Callable[[], Logprob]) -> Callable[[Problem], Step]:
+        def build(p: Problem) -> Step:
+            function = make()
+            return _logprob_step(p, lambda h, w: function(h, w, p.target), gradient)
+
+        return build
+
     return [
         PolicyContender(OURS, own(False), "ours"),
         PolicyContender(f"{OURS}, entropy", own(True), "ours"),
         PolicyContender("plain PyTorch", whole),
         PolicyContender("torch.compile", compiled),
+        PolicyContender("Liger scaled cross-entropy", of(_liger_scaled)),
+        PolicyContender("TRL chunked log-prob", of(_trl_chunked), note="trl.kernels"),
+        PolicyContender("TRL fused head", of(_trl_fused_head)),
+        PolicyContender("verl fused head", of(verl_peer.logprob), note=f"{verl_peer.HEAD}; entropy besides"),
     ]
 
 

@@ -134,7 +134,7 @@ def prepare_linear(case: Case, settings: Settings) -> Prepared:
             real = (problem.hidden, problem.weight, problem.target) if case.shape.get("states") else None
             results = _once(key, names, lambda: check(kept, dtype, device, real))
         else:
-            results = _once(key, names, lambda: check_logprob(products > 1, dtype, device))
+            results = _once(key, names, lambda: check_logprob(kept, products > 1, dtype, device))
         report = {name: dict(result) for name, result in results.items()}
         for name, result in report.items():
             if result.get("verdict") == "WRONG" and "tolerance" in name:

@@ -6,10 +6,8 @@ that reads its inputs from memory can be faster. Cases that fit the caches can b
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +16,19 @@ from torch import Tensor
 import stable_rlhf.ops as ops
 from bench.case import OURS, Case, Contender, Prepared, Settings, copy_floor, on_reference, with_backends
 from bench.common import Step, describe
+from bench.ops import verl_peer
 from bench.ops.accuracy import relative_error
 
 
 @dataclass
 class Work:
-    """Peers by name, each a step that makes its result from nothing; ours; the same in float64, for the errors."""
+    """Ours and its peers, each a step that makes its result from nothing; the same in float64, for the errors."""
 
     ours: Step
     truth: Step
-    peers: dict[str, Step]
+    peers: list[Contender]
     moved: float
     flops: float
-    absent: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-5
 
 
@@ -55,16 +53,8 @@ def _loop_over_tokens(reward: Tensor, value: Tensor, gamma: float, lam: float) -
     return advantage, advantage + value
 
 
-def _reversed_list(reward: Tensor, value: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """As in TRL's PPOTrainer, which keeps this inside its training loop: a list of columns, reversed and stacked."""
-    last, columns, length = torch.zeros_like(reward[:, 0]), [], reward.shape[1]
-    for t in reversed(range(length)):
-        next_values: Tensor | float = value[:, t + 1] if t < length - 1 else 0.0
-        delta = reward[:, t] + gamma * next_values - value[:, t]
-        last = delta + gamma * lam * last
-        columns.append(last)
-    advantage = torch.stack(columns[::-1], dim=1)
-    return advantage, advantage + value
+def _ready(name: str, step: Step) -> Contender:
+    return Contender(name, lambda: step)
 
 
 def gae_work(shape: Mapping[str, Any], device: torch.device) -> Work:
@@ -75,13 +65,17 @@ def gae_work(shape: Mapping[str, Any], device: torch.device) -> Work:
     def flat(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return tuple(x.reshape(-1) for x in pair)
 
+    def verl() -> Step:
+        advantages = verl_peer.gae()
+        return lambda: flat(advantages(*wide, gamma, lam))
+
     return Work(
         ours=lambda: ops.gae(reward, value, limits, gamma=gamma, lam=lam),
         truth=lambda: flat(_loop_over_tokens(wide[0].double(), wide[1].double(), gamma, lam)),
-        peers={
-            "loop over tokens": lambda: flat(_loop_over_tokens(*wide, gamma, lam)),
-            "TRL's reversed list": lambda: flat(_reversed_list(*wide, gamma, lam)),
-        },
+        peers=[
+            _ready("loop over tokens", lambda: flat(_loop_over_tokens(*wide, gamma, lam))),
+            Contender("verl GAE", verl, note=f"{verl_peer.GAE}; it whitens besides"),
+        ],
         moved=4.0 * reward.nbytes,
         flops=6.0 * reward.numel(),
     )
@@ -101,7 +95,7 @@ def rewards_work(shape: Mapping[str, Any], device: torch.device) -> Work:
     return Work(
         ours=lambda: ops.token_rewards(logprob, ref_logprob, score, limits, kl_coef=0.1, kl_estimator=estimator),
         truth=lambda: plain(logprob.double(), ref_logprob.double(), score.double()),
-        peers={"plain PyTorch": lambda: plain(logprob, ref_logprob, score)},
+        peers=[_ready("plain PyTorch", lambda: plain(logprob, ref_logprob, score))],
         moved=3.0 * logprob.nbytes,
         flops=4.0 * logprob.numel(),
     )
@@ -121,7 +115,7 @@ def whiten_work(shape: Mapping[str, Any], device: torch.device) -> Work:
     return Work(
         ours=lambda: ops.masked_whiten(x, mask),
         truth=lambda: plain(x.double()),
-        peers={"plain PyTorch": lambda: plain(x)},
+        peers=[_ready("plain PyTorch", lambda: plain(x))],
         moved=2.0 * x.nbytes + mask.nbytes,
         flops=6.0 * x.numel(),
         tolerance=1e-4,  # plain PyTorch's float32 sums
@@ -143,24 +137,18 @@ def topk_work(shape: Mapping[str, Any], device: torch.device) -> Work:
         starts = np.cumsum(sizes) - sizes
         return np.sort(order[np.arange(n) - np.repeat(starts, sizes) < k])
 
-    peers: dict[str, Step] = {"numpy lexsort": lexsort}
-    absent = {}
-    if importlib.util.find_spec("pandas") is not None:
+    def groupby() -> Step:
         import pandas as pd
 
         frame = pd.DataFrame({"score": scores, "cluster": labels})
-        peers["pandas groupby-nlargest"] = lambda: np.sort(
-            frame.groupby("cluster")["score"].nlargest(k).index.get_level_values(1).to_numpy()
-        )
-    else:
-        absent["pandas groupby-nlargest"] = "not installed: pandas"
+        return lambda: np.sort(frame.groupby("cluster")["score"].nlargest(k).index.get_level_values(1).to_numpy())
+
     return Work(
         ours=lambda: ops.topk_by_cluster(score, cluster, clusters, k),
         truth=lexsort,
-        peers=peers,
+        peers=[_ready("numpy lexsort", lexsort), Contender("pandas groupby-nlargest", groupby)],
         moved=float(score.nbytes + cluster.nbytes),
         flops=float(n),
-        absent=absent,
         tolerance=0.0,
     )
 
@@ -191,8 +179,7 @@ def prepare(case: Case, settings: Settings) -> Prepared:
     device = torch.device(settings.device)
     work = WORKS[case.op](case.shape, device)
     own = Contender(OURS, lambda: work.ours, "ours")
-    contenders = [*with_backends(own, settings), on_reference(own)]
-    contenders += [Contender(name, functools.partial(lambda step: step, step)) for name, step in work.peers.items()]
+    contenders = [*with_backends(own, settings), on_reference(own), *work.peers]
 
     def checked(wanted: list[Contender]) -> dict[str, Any]:
         want, report = _outputs(work.truth), {}
@@ -206,4 +193,4 @@ def prepare(case: Case, settings: Settings) -> Prepared:
         return report
 
     floor = copy_floor(work.moved, device)
-    return Prepared([*contenders, floor], checked, work.flops, work.moved, dict(work.absent))
+    return Prepared([*contenders, floor], checked, work.flops, work.moved)
