@@ -80,6 +80,8 @@ def _main(argv: Sequence[str] | None) -> None:
             fail(f"{error}; output_dir is {recipe.output_dir!r}", hint=hint)
         if isinstance(error, ModuleNotFoundError):
             fail(extras.explained(error, command), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
+        if isinstance(error, signals.StoppedByCallback):
+            fail(str(error), hint="the same command goes on from there")
         if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, SafetensorError)):
             fail(str(error), hint="STABLE_RLHF_DEBUG=1 shows where it came from")
         from stable_rlhf.ranks import is_lost_rank

@@ -31,6 +31,10 @@ class Stopped(BaseException):
         self.number, self.kept = number, kept
 
 
+class StoppedByCallback(Exception):
+    """A user's callback ends this command (hooks.py); what was done is saved, on all ranks alike."""
+
+
 class _State:
     """What this process has got, and how it may end."""
 

@@ -115,9 +115,9 @@ class Snapshots:
         """Whether the settings ask for a snapshot after ``step``."""
         return self.arguments.save_steps > 0 and step % self.arguments.save_steps == 0
 
-    def save(self, step: int, state: dict[str, Any], *, last: int) -> None:
-        """Write a snapshot after ``step`` when one is due, or a signal asks for the end; ``last`` is the stage's last
-        step, which needs none.
+    def save(self, step: int, state: dict[str, Any], *, last: int, asked: bool = False) -> None:
+        """Write a snapshot after ``step`` when one is due or ``asked`` for, or a signal asks for the end; ``last`` is
+        the stage's last step, which needs none.
 
         ``state``: what the trainer carries besides (counts, moments, a controller's coefficient), as JSON has it.
 
@@ -128,7 +128,7 @@ class Snapshots:
         if step >= last:
             return
         stop = stop_asked()
-        if stop or self.due(step):
+        if stop or asked or self.due(step):
             self._write(step, state)
         if stop:
             raise Stopped(stop, f"stage {self.stage} is saved after step {step}")

@@ -32,7 +32,7 @@ from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import read_only, release
 from stable_rlhf.engine.loop import Loop
 from stable_rlhf.engine.order import micro_steps, shuffled_steps, stream_seed
-from stable_rlhf.engine.signals import Stopped
+from stable_rlhf.engine.signals import Stopped, StoppedByCallback
 from stable_rlhf.engine.snapshots import Kept
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.models.features import FeatureCache, share_lower
@@ -180,7 +180,7 @@ class PPOTrainer:
                 try:
                     if loop.end(step, metrics, self.state(), note=note):
                         page()
-                except Stopped:
+                except (Stopped, StoppedByCallback):
                     page()
                     raise
             if sample_steps:

@@ -49,6 +49,8 @@ def check(recipe: Recipe) -> None:
     if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
         raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
     _check_seeds(recipe.study)
+    for spec in recipe.callbacks:
+        plugins.split("callbacks", spec)
 
 
 def _check_outside(recipe: Recipe) -> None:

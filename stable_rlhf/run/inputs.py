@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
 from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.engine.hooks import check_callbacks
 from stable_rlhf.engine.tracking import check_reporters
 from stable_rlhf.models.loading import context_length, load_config, load_tokenizer
 from stable_rlhf.policy.ppo import check_sizes
@@ -45,6 +46,7 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.scorer.meta_responses:
         read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
     check_reporters(recipe.report_to)
+    check_callbacks(recipe.callbacks)
     check_key(recipe.evaluate)
     if any(v.training == "rejection" for v in recipe.variant_rows):
         check_rounds(recipe.ppo)

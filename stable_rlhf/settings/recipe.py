@@ -302,6 +302,8 @@ class Recipe:
         seed: Seed of everything random.
         variants: Which policies to train and compare.
         report_to: ``tensorboard``, ``wandb``, ``trackio`` or none of them; metrics.jsonl is always written.
+        callbacks: Classes of your own, path/to/file.py:Class or package.module:Class, whose ``on_step_end`` and
+            ``on_stage_end`` see every trained step and stage, and may stop one (docs/guide/train.md).
         model_shape: transformers' config fields of the policy (``model_type`` first), for the memory estimate of
             ``launch`` alone and only where the model's own config is not on this machine.
         scorer_model_shape: The same for scorer_model_name_or_path (unset: model_shape).
@@ -330,6 +332,7 @@ class Recipe:
     seed: Seed = 0
     variants: list[VariantName] = field(default_factory=lambda: ["rm", "am", "am-sr"])
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    callbacks: list[PathName] = field(default_factory=list)
     model_shape: dict[str, Any] = field(default_factory=dict)
     scorer_model_shape: dict[str, Any] = field(default_factory=dict)
     launch: LaunchArguments = field(default_factory=LaunchArguments)
