@@ -72,6 +72,10 @@ _OWN: dict[str, list[tuple[str, dict[str, Any]]]] = {
                        "held-out pairs that train-scorer scored."}),
         ("--test_pairs", {"nargs": "+", "action": "extend", "metavar": "FILE",
                           "help": "Preference files, every pair of which the scorers are measured on."}),
+        ("--benchmark", {"choices": ["rewardbench", "rewardbench2"], "help": "Measure the scorers on RewardBench or "
+                         "RewardBench 2: accuracy by subset, beside the calibration figures of the same pairs."}),
+        ("--benchmark_data", {"metavar": "NAME", "help": "Where from: a .jsonl, .jsonl.gz or .parquet file in the "
+                              "published format, or a data set of a hub (default: the published one)."}),
         ("--policies", {"nargs": "+", "action": "extend", "metavar": "NAME=FOLDER",
                         "help": "Policies to compare with --model_name_or_path, each with a name: am=DIR am-sr=DIR"}),
         ("--judge_scorer", {"help": "Scorer folder that judges."}),

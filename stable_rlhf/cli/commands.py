@@ -273,6 +273,7 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     test_pairs = _files(recipe, "--test_pairs", own.test_pairs)
     if test_pairs and not scorers:
         raise ValueError("--test_pairs are for scorers: give --scorers NAME=FOLDER as well")
+    benchmark = _benchmark(recipe, own, bool(scorers), bool(test_pairs))
     baseline = _policy(recipe) if policies else None
     inputs: dict[str, Any] = {
         **{f"scorers.{name}": folder for name, folder in scorers.items()},
@@ -280,8 +281,32 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
         "judge_scorer": own.judge_scorer,
         "test_pairs": digests(recipe.data, test_pairs),
     }
-    run = partial(evaluate_models, recipe, baseline, policies, scorers, test_pairs, own.judge_scorer)
+    if benchmark is not None:
+        name, source = benchmark
+        inputs["benchmark"] = [name, source, *digests(recipe.data, [source] if source else []).values()]
+    run = partial(evaluate_models, recipe, baseline, policies, scorers, test_pairs, own.judge_scorer, benchmark)
     _single(EVALUATION.name, EVALUATION, recipe, inputs, run)
+
+
+def _benchmark(
+    recipe: Recipe, own: argparse.Namespace, scorers: bool, test_pairs: bool
+) -> tuple[str, str | None] | None:
+    """Which benchmark, and the file (as a path) or the hub's data set that it is read from."""
+    from stable_rlhf.run.datasets import locate
+
+    if own.benchmark is None:
+        if own.benchmark_data is not None:
+            raise ValueError("--benchmark_data says where a benchmark is: give --benchmark rewardbench or rewardbench2")
+        return None
+    if not scorers or test_pairs:
+        what = "is measured in place of --test_pairs: leave one out" if test_pairs else "is for scorers: give --scorers"
+        raise ValueError(f"--benchmark {what}")
+    source = own.benchmark_data
+    if source is not None and source.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        source = str(locate(recipe.data, [source])[0])
+        if not Path(source).is_file():
+            raise ValueError(f"--benchmark_data: {source}: no such file")
+    return own.benchmark, source
 
 
 def _export(recipe: Recipe, own: argparse.Namespace) -> None:

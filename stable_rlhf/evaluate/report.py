@@ -8,6 +8,7 @@ from stable_rlhf.data.records import as_text
 from stable_rlhf.evaluate import figures
 from stable_rlhf.evaluate.findings import SCORER_NAMES, VARIANT_NAMES, findings, scorer_names, variant_names, verdict
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
+from stable_rlhf.evaluate.rewardbench import TITLES
 from stable_rlhf.rehearsal import figures as selection_figures
 from stable_rlhf.show.page import Picture, drawn, render, shortened
 
@@ -79,6 +80,35 @@ def _scorer_rows(scorers: dict[str, Any]) -> Rows:
         ]
         rows.append((name, cells))
     return rows
+
+
+def _benchmark_rows(benchmark: dict[str, Any] | None) -> tuple[list[str], Rows]:
+    """Scorers, and a row for the benchmark's score, each section and each subset."""
+    if not benchmark:
+        return [], []
+    parts = benchmark["scorers"]
+    first = next(iter(parts.values()))
+    rows: Rows = [("score", [(_percent(part["score"]), "") for part in parts.values()])]
+    for name in first.get("sections") or ():
+        rows.append((name, [(_percent(part["sections"][name]), "") for part in parts.values()]))
+    for name, subset in first["subsets"].items():
+        cells = [part["subsets"][name] for part in parts.values()]
+        rows.append(
+            (f"{name} ({subset['n']})", [_interval(c) if "low" in c else (_percent(c["value"]), "") for c in cells])
+        )
+    return list(parts), rows
+
+
+def _benchmark_words(benchmark: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the page has of a benchmark."""
+    if not benchmark:
+        return None
+    names, rows = _benchmark_rows(benchmark)
+    known = scorer_names(benchmark["scorers"])
+    return {
+        "title": TITLES[benchmark["name"]], "columns": [f"{known[name]} %" for name in names], "rows": rows,
+        "source": benchmark["source"], "items": benchmark["items"], "two": benchmark["name"] == "rewardbench2",
+    }  # fmt: skip
 
 
 def _gold(entry: dict[str, Any]) -> str:
@@ -345,6 +375,7 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         bins=sorted({part["bins"] for part in scorers.values() if part}),
         ece_chance=[_percent(p["ece_if_calibrated"]) for p in scorers.values() if p and "ece_if_calibrated" in p],
         temperature_fits=sorted({part.get("temperature_fit", "fitted") for part in scorers.values() if part}),
+        benchmark=_benchmark_words(summary.get("benchmark")),
         policy_columns=POLICY_COLUMNS,
         policy_rows=policy_rows,
         paper_policy_rows=_paper_policy_rows(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_rlhf.data.encoding import encode_prompt, encode_rows
+from stable_rlhf.data.digest import json_digest
+from stable_rlhf.data.encoding import Encoded, encode, encode_prompt, encode_rows
 from stable_rlhf.data.jsonl import is_finite, read_json, write_jsonl
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.readers import read_comparisons, tell_skipped
@@ -17,6 +18,7 @@ from stable_rlhf.engine.tracking import read_metrics
 from stable_rlhf.evaluate.chat import ChatJudge
 from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge, compare
 from stable_rlhf.evaluate.policies import mean_kl
+from stable_rlhf.evaluate.rewardbench import HUB, Item, benchmark_figures, pairs_of, read_benchmark
 from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.ranks import barrier, device, on_first_rank
@@ -137,6 +139,40 @@ def _test_scores(recipe: Recipe, name: str, folder: str, rows: list[Comparison])
     if long:
         say(f"  {long} of {len(rows)} comparisons are too long for scorer {name}: left out")
     return {**score_pairs(model, test), "rows": pairs_digest(test)}
+
+
+def evaluate_benchmark(
+    recipe: Recipe, scorers: Mapping[str, str], benchmark: str, source: str | None
+) -> tuple[Result, Result]:
+    """What :func:`scorer_figures` says of each scorer on a benchmark's pairs, and the benchmark's own figures."""
+    items = read_benchmark(benchmark, source)
+    digest = json_digest([[i.prompt, i.responses, i.right] for i in items], sort_keys=False)
+    figures: Result = {}
+    own: Result = {"name": benchmark, "source": source or HUB[benchmark][0], "items": len(items), "scorers": {}}
+    for name, folder in scorers.items():
+        say(f"  scorer {name}")
+        model = AdvantageModel.from_pretrained(folder, dtype=recipe.engine.dtype).to(device())
+        scores, cut = _benchmark_scores(model, items)
+        if cut:
+            say(
+                f"  {cut} responses were longer than the {model.max_length} tokens of scorer {name}, and were cut there"
+            )
+        own["scorers"][name] = {**benchmark_figures(benchmark, items, scores), "cut": cut}
+        figures[name] = scorer_figures(recipe, {**pairs_of(items, scores), "rows": digest})
+    return figures, own
+
+
+def _benchmark_scores(model: AdvantageModel, items: Sequence[Item]) -> tuple[list[list[float]], int]:
+    """Scores of each item's responses; how many responses had to be cut at the scorer's context."""
+    encoded = [
+        encode(model.tokenizer, item.prompt, response, source=item.source)
+        for item in items
+        for response in item.responses
+    ]
+    most = model.max_length
+    fitting = [e if len(e) <= most else Encoded(e.ids[:most], min(e.prompt_length, most)) for e in encoded]
+    scores = iter(model.score_encoded(fitting, description="benchmark").tolist())
+    return [[next(scores) for _ in item.responses] for item in items], sum(len(e) > most for e in encoded)
 
 
 def _kept_scores(name: str, folder: str) -> dict[str, Any]:

@@ -45,16 +45,21 @@ def summarise(
 
 def evaluate_models(
     recipe: Recipe, baseline: str | None, policies: Mapping[str, str], scorers: Mapping[str, str],
-    test_pairs: list[str], judge_scorer: str | None, folder: Path,
+    test_pairs: list[str], judge_scorer: str | None, benchmark: tuple[str, str | None] | None, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure models of earlier runs: scorers on pairs, policies against ``baseline``; the report goes to ``folder``.
+    ``benchmark``: one whose pairs the scorers are measured on, and where it is read from (None: where it was
+    published).
 
     Returns the figures without the score of every single pair, which is in ``summary.json``.
     """
     from stable_rlhf.evaluate.findings import findings
 
     summary = _about(recipe, "evaluation")
-    summary["scorers"] = evaluation.evaluate_scorers(recipe, scorers, test_pairs)
+    if benchmark is None:
+        summary["scorers"] = evaluation.evaluate_scorers(recipe, scorers, test_pairs)
+    else:
+        summary["scorers"], summary["benchmark"] = evaluation.evaluate_benchmark(recipe, scorers, *benchmark)
     if policies:
         assert baseline is not None
         comparison = evaluation.run_evaluate(recipe, baseline, policies, judge_scorer, folder)["policies"]
@@ -64,7 +69,9 @@ def evaluate_models(
     summary["findings"] = findings(summary)
     write_report(summary, folder)
     lists = ("chosen", "rejected", "pair_tasks", "reliability", "reliability_after_temperature", "difference_curve")
+    found = {"benchmark": summary["benchmark"]} if benchmark else {}
     return {
+        **found,
         "scorers": {n: {k: v for k, v in part.items() if k not in lists} for n, part in summary["scorers"].items()},
         "policies": {n: {k: v for k, v in part.items() if k != "curve"} for n, part in summary["policies"].items()},
     }

@@ -16,6 +16,7 @@ EXTRAS = {
     "sentence_transformers": "embed", "faiss": "embed",
     "peft": "lora",
     "gguf": "smollm2",
+    "datasets": "data",
     "wandb": "tracking", "trackio": "tracking",
 }  # fmt: skip
 
