@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.files import write_lines
-from helpers.frameworks import framework_python, run_in
+from helpers.frameworks import framework_python, run_code, run_in
 from stable_rlhf.data.records import DataError
 from stable_rlhf.evaluate.report import make_report
 from stable_rlhf.evaluate.rewardbench import SECTIONS, Item, benchmark_figures, pairs_of, read_benchmark, ties_figures
@@ -54,12 +54,41 @@ def draw(items: list[Item], seed: int = 0) -> list[list[float]]:
     ]
 
 
+@pytest.fixture(scope="session")
+def python() -> Path:
+    return framework_python("rewardbench", "--no-deps", "rewardbench==0.1.4", "datasets==5.2.0", "pandas", "pyarrow",
+                            "dill", "multiprocess", "xxhash", "pytz", "tzdata")  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("benchmark", ROWS)
-def test_figures_are_the_packages(benchmark, tmp_path):
+def test_a_parquet_file_is_read_as_lines_are(benchmark, python, tmp_path):
+    """And a data set under a name, which is a folder here, by the published split; a wrong name is one clear error."""
+    code = f"""
+from dataclasses import replace
+import pandas
+from stable_rlhf.evaluate.rewardbench import HUB, read_benchmark
+lines = read_benchmark({benchmark!r}, "rows.jsonl")
+frame = pandas.read_json("rows.jsonl", lines=True, dtype=False)
+frame.to_parquet("rows.parquet")
+folder = __import__("pathlib").Path("set/data"); folder.mkdir(parents=True)
+frame.to_parquet(folder / (HUB[{benchmark!r}][1] + "-00000-of-00001.parquet"))
+bare = [replace(item, source="") for item in lines]
+for source in ("rows.parquet", "./set"):
+    assert [replace(item, source="") for item in read_benchmark({benchmark!r}, source)] == bare, source
+try:
+    read_benchmark({benchmark!r}, "nobody/nothing")
+except ValueError as error:
+    print(error)
+"""
+    write_lines(tmp_path / "rows.jsonl", ROWS[benchmark]())
+    assert run_code(python, code, tmp_path, HF_HUB_OFFLINE="1").startswith("nobody/nothing: cannot be read: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", ROWS)
+def test_figures_are_the_packages(benchmark, python, tmp_path):
     """rewardbench 0.1.4's own functions on the same file and scores, in an environment of its own."""
-    python = framework_python("rewardbench", "--no-deps", "rewardbench==0.1.4", "datasets==5.2.0", "pandas", "pyarrow",
-                              "dill", "multiprocess", "xxhash", "pytz", "tzdata")  # fmt: skip
     path = write_lines(tmp_path / "rows.jsonl", ROWS[benchmark]())
     items = read_benchmark(benchmark, str(path))
     scores = draw(items)
