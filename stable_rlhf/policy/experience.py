@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded
+from stable_rlhf.policy import estimators
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def with_advantages(
     experiences: Sequence[Experience],
     *,
     kl_coef: float,
+    estimator: str = "gae",
     kl_estimator: str = "k1",
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -72,29 +74,63 @@ def with_advantages(
     group: Any = None,
     device: torch.device | str = "cpu",
 ) -> list[Experience]:
-    """The same experiences, with ``advantage`` and ``returns``.
+    """The same experiences, with ``advantage`` and ``returns`` of every token.
 
     Reward of a token: −β · (log π_old − log π_init); the score is added at the response's last token (EOS when the
-    response has one), never after it. Advantages by GAE, whitened over all ranks' valid tokens; returns are not.
+    response has one), never after it. Advantages by GAE, or without a critic by `estimators.score` or
+    `estimators.reinforce_plus_plus`, whitened over all ranks' valid tokens; returns are not.
 
     Args:
+        estimator: ``gae``, ``score`` or ``reinforce_plus_plus``, which is whitened whatever ``whiten`` says.
         group: The ranks to whiten over; None: this process alone.
         device: Where to whiten; the group's backend has to serve it (NCCL sums on GPUs alone).
     """
+    reward, cu_seqlens = _rewards(experiences, kl_coef, kl_estimator)
+    if estimator == "reinforce_plus_plus":
+        advantage, returns = estimators.reinforce_plus_plus(
+            reward, cu_seqlens, gamma=gamma, group=group, device=device
+        )  # fmt: skip
+    else:
+        if estimator == "score":
+            advantage = returns = estimators.score(reward, cu_seqlens)
+        else:
+            value = torch.cat([e.value for e in experiences])
+            advantage, returns = ops.gae(reward, value, cu_seqlens, gamma=gamma, lam=lam)
+        if whiten:
+            advantage = ops.masked_whiten(advantage.to(device), group=group).cpu()
+    lengths = [len(e.encoded.response) for e in experiences]
+    parts = zip(experiences, advantage.split(lengths), returns.split(lengths), strict=True)
+    return [replace(experience, advantage=a, returns=r) for experience, a, r in parts]
+
+
+def scores_less_kl(experiences: Sequence[Experience], kl_coef: float, kl_estimator: str = "k1") -> list[float]:
+    """Each response's score, less the KL penalty of its tokens: the sum of their rewards."""
+    if not kl_coef:
+        return [e.score for e in experiences]
+    penalties, _ = _rewards([replace(e, score=0.0) for e in experiences], kl_coef, kl_estimator)
+    parts = penalties.double().split([len(e.encoded.response) for e in experiences])
+    return [e.score + float(part.sum()) for e, part in zip(experiences, parts, strict=True)]
+
+
+def with_one_advantage(experiences: Sequence[Experience], advantages: Sequence[float]) -> list[Experience]:
+    """The same experiences, every token of a response with its response's advantage."""
+    return [
+        replace(e, advantage=torch.full_like(e.old_logprob, a), returns=torch.full_like(e.old_logprob, a))
+        for e, a in zip(experiences, advantages, strict=True)
+    ]
+
+
+def _rewards(experiences: Sequence[Experience], kl_coef: float, kl_estimator: str) -> tuple[Tensor, Tensor]:
+    """Every token's reward [T], and where responses begin and end in it [B + 1]."""
     lengths = [len(e.encoded.response) for e in experiences]
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
-    value = torch.cat([e.value for e in experiences])
     reward = ops.token_rewards(
         torch.cat([e.old_logprob for e in experiences]),
         torch.cat([e.ref_logprob for e in experiences]),
         torch.tensor([e.score for e in experiences], dtype=torch.float32, device="cpu"),
         cu_seqlens, kl_coef=kl_coef, kl_estimator=kl_estimator,
     )  # fmt: skip
-    advantage, returns = ops.gae(reward, value, cu_seqlens, gamma=gamma, lam=lam)
-    if whiten:
-        advantage = ops.masked_whiten(advantage.to(device), group=group).cpu()
-    parts = zip(experiences, advantage.split(lengths), returns.split(lengths), strict=True)
-    return [replace(experience, advantage=a, returns=r) for experience, a, r in parts]
+    return reward, cu_seqlens
 
 
 def logprob_gap(experiences: Sequence[Experience]) -> Tensor:

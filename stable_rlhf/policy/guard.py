@@ -100,6 +100,31 @@ _RULES = (
         "and no repetition penalty; or set ppo.rollout_importance_clip 2",
     ),
     _Rule(
+        "rollout_ratio_max", lambda now, _: now.get("rollout_ratio_max", 1) > 10,
+        "for some token the trainer is over ten times more certain than the rollout engine that drew it: one dtype in "
+        "both, the present weights in both; ppo.rollout_importance_clip 2 bounds what such a token weighs",
+    ),
+    _Rule(
+        "rollout_ratio_min", lambda now, _: now.get("rollout_ratio_min", 1) < 0.1,
+        "some token that the rollout engine drew has less than a tenth of its probability in the trainer: one dtype in "
+        "both, the present weights in both, top_p 1",
+    ),
+    _Rule(
+        "groups_without_signal", lambda now, before: _lasting(now, before, "groups_without_signal") > 0.5,
+        "the responses to most prompts all score the same, and teach nothing: leave out prompts that are too easy or "
+        "too hard, raise num_generations or temperature, or set ppo.dynamic_sampling 3",
+    ),
+    _Rule(
+        "group_score_std", lambda now, before: _drop(now, before, "group_score_std", 0.3),
+        "responses to one prompt score ever more alike, and grpo divides by what is left: look whether entropy falls "
+        "too; raise temperature, or choose ppo.advantage_estimator dr_grpo or rloo",
+    ),
+    _Rule(
+        "group_length_correlation", lambda now, before: _lasting(now, before, "group_length_correlation") > 0.6,
+        "of the responses to one prompt the longer ones have scored higher for steps: the reward may pay for length "
+        "alone; look at samples, set ppo.overlong_buffer, or train the scorer on pairs of like lengths",
+    ),
+    _Rule(
         "skipped_updates", lambda now, _: now.get("skipped_updates", 0) > 0,
         "updates of this step that were left out, the weights untouched: look at this step's data; lower learning_rate",
     ),

@@ -32,6 +32,8 @@ class MixedBatch:
     advantage: Tensor
     value: Tensor
     returns: Tensor
+    ref_logprob: Tensor
+    lengths: Tensor  # [B, 1] tokens of a rollout's response; 1 for rehearsal
 
 
 def mix(
@@ -46,12 +48,16 @@ def mix(
     inputs, target = view(policy.trunk, examples, features)
     kind = torch.where(target >= 0, POLICY, IGNORED)
     kind[len(experiences) :][target[len(experiences) :] >= 0] = REHEARSAL
-    rows = torch.zeros(4, *target.shape, dtype=torch.float32, device="cpu")
+    rows = torch.zeros(5, *target.shape, dtype=torch.float32, device="cpu")
     for i, e in enumerate(experiences):
         assert e.advantage is not None and e.returns is not None
-        rows[:, i, response_span(e.encoded)] = torch.stack([e.old_logprob, e.advantage, e.value, e.returns])
-    old_logprob, advantage, value, returns = rows.to(target.device)
-    return MixedBatch(inputs, target, kind, old_logprob, advantage, value, returns)
+        rows[:, i, response_span(e.encoded)] = torch.stack(
+            [e.old_logprob, e.advantage, e.value, e.returns, e.ref_logprob]
+        )
+    lengths = [[len(e.encoded.response)] for e in experiences] + [[1]] * len(rehearsal)
+    old_logprob, advantage, value, returns, ref_logprob = rows.to(target.device)
+    counts = torch.tensor(lengths, dtype=torch.float32, device=target.device)
+    return MixedBatch(inputs, target, kind, old_logprob, advantage, value, returns, ref_logprob, counts)
 
 
 def clipped_value_loss(value: Tensor, old_value: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:
@@ -70,32 +76,40 @@ def mixed_loss(
     vf_coef: float,
     policy_denominator: float,
     rehearsal_denominator: float,
+    tokens: float | None = None,
+    sequence_means: bool = False,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_PPO + γ · NLL + vf_coef · L_value of one micro-batch, each sum divided by its own global count; L_value is 0
     without a critic.
 
+    ``policy_denominator`` divides L_PPO, a sum over tokens or, with ``sequence_means``, over responses of the mean over
+    their tokens. ``tokens``: the mini-batch's policy tokens on all ranks, over which L_value and the metrics are means
+    (unset: policy_denominator is their number).
+
     Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut; ``max_log_ratio``,
     the largest |log π − log π_old|, is a maximum instead. ``grad_scale``: see :func:`linear_policy_loss`."""
     # Rehearsal text was not sampled at this temperature: its NLL is the model's own.
     temperatures = torch.where(batch.kind == REHEARSAL, 1.0, temperature)
-    result = engine(
-        batch.inputs, batch.target,
-        temperature=temperatures,
-        loss={
-            "kind": batch.kind, "old_logprob": batch.old_logprob, "advantage": batch.advantage, "config": config,
-            "policy_denominator": policy_denominator, "rehearsal_denominator": rehearsal_denominator,
-            "grad_scale": grad_scale,
-        },
-    )  # fmt: skip
+    tokens = policy_denominator if tokens is None else tokens
+    arguments: dict[str, Any] = {
+        "kind": batch.kind, "old_logprob": batch.old_logprob, "advantage": batch.advantage, "config": config,
+        "policy_denominator": policy_denominator, "rehearsal_denominator": rehearsal_denominator,
+        "grad_scale": grad_scale,
+    }  # fmt: skip
+    if config.kl_coef:
+        arguments["ref_logprob"] = batch.ref_logprob
+    if sequence_means:
+        arguments["row_weight"] = 1 / batch.lengths
+    result = engine(batch.inputs, batch.target, temperature=temperatures, loss=arguments)
     output = result["output"]
     ours = batch.kind == POLICY
     value_loss = torch.zeros((), device=ours.device, dtype=torch.float32)
     if "value" in result:
         error = clipped_value_loss(result["value"], batch.value, batch.returns, cliprange_value)
-        value_loss = torch.where(ours, error, 0.0).sum() / policy_denominator
+        value_loss = torch.where(ours, error, 0.0).sum() / tokens
     loss = output.loss + vf_coef * value_loss
-    share = ours.sum().float() / policy_denominator  # this micro-batch's weight in means over policy tokens
+    share = ours.sum().float() / tokens  # this micro-batch's weight in means over policy tokens
     metrics = {
         "loss": loss.detach(),
         "policy_loss": output.metrics["policy_loss"],

@@ -33,6 +33,15 @@ _PANELS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
         {"logprob_gap": "mean", "logprob_gap_max": "largest"},
         True,
     ),
+    (
+        "Trainer / rollout engine, probability",
+        "ratio, tokens",
+        {"rollout_ratio_max": "largest", "rollout_ratio_min": "smallest"},
+        True,
+    ),
+    ("Groups", "share", {"groups_without_signal": "all scores equal"}, False),
+    ("Scores within a group", "standard deviation", {"group_score_std": "score"}, False),
+    ("Length against score within a group", "correlation", {"group_length_correlation": "Pearson's"}, False),
     ("Share that ended by itself", "", {"finished": "finished"}, False),
     ("KL coefficient", "", {"kl_coef": "β"}, True),
 )

@@ -4,9 +4,10 @@ for every step:
     sample responses with the policy              rollout/: generate, or a vLLM server that gets its weights first
     observe them                                  the scorer's score; policy, reference and critic at every token
     add rewards of one's own                      reward_functions.py
+    groups of equal scores: other prompts         where ``ppo.dynamic_sampling`` asks for that
     rewards: score at the end, KL at each token   experience.py
     advantages                                    GAE, whitened over all ranks, corrected for another rollout engine;
-                                                  critic-free: the score less the KL penalty to come
+                                                  critic-free: estimators.py, over the responses to a prompt or tokens
     for every mini-batch:
         one mixed batch: rollouts + rehearsal     mixed_batch.py
         one loss, one backward, one step
@@ -39,20 +40,29 @@ from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import chunks, response_span, view
 from stable_rlhf.ops import PolicyLossConfig
-from stable_rlhf.policy.experience import Experience, RunningMoments, corrected_for_rollouts, with_advantages
+from stable_rlhf.policy.estimators import OF_GROUPS, without_signal
+from stable_rlhf.policy.experience import (
+    Experience,
+    RunningMoments,
+    corrected_for_rollouts,
+    scores_less_kl,
+    with_advantages,
+    with_one_advantage,
+)
 from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.policy.kl import KLController
-from stable_rlhf.policy.metrics import rollout_metrics
+from stable_rlhf.policy.metrics import group_metrics, rollout_metrics
 from stable_rlhf.policy.mixed_batch import mix, mixed_loss
 from stable_rlhf.policy.page import write_page
 from stable_rlhf.policy.reward_functions import Rewards
-from stable_rlhf.policy.scores import less_penalty, refuse_nonfinite, scores_or_nan
+from stable_rlhf.policy.scores import less_overlong, less_penalty, refuse_nonfinite, scores_or_nan
 from stable_rlhf.policy.sft import save_policy
 from stable_rlhf.ranks import barrier, gather_objects, max_over_ranks, on_first_rank, rank, sum_over_ranks, world_size
 from stable_rlhf.rollout.local import GenerationSettings, LocalRollouts, Rollout, RolloutEngine
 from stable_rlhf.scorer.model import AdvantageModel
+from stable_rlhf.settings.advantages import check_advantages
 from stable_rlhf.settings.recipe import Recipe
-from stable_rlhf.settings.stages import PPOArguments
+from stable_rlhf.settings.stages import EstimatorName, PPOArguments
 from stable_rlhf.show.progress import is_main_process
 
 
@@ -75,6 +85,8 @@ class PPOTrainer:
     ``reference``: the initial policy, where it is another than the one that training begins with, or a copy cannot be
     taken (a policy loaded in shards, without LoRA).
     ``rollouts``: where responses come from; None: the policy itself.
+    ``estimator``: of advantages; None: ``ppo.advantage_estimator``. ``gae`` needs a policy with a value head, the
+    others one without.
     """
 
     def __init__(
@@ -88,10 +100,18 @@ class PPOTrainer:
         rehearsal: Sequence[Encoded] = (),
         moving_average: bool = False,
         rollouts: RolloutEngine | None = None,
+        estimator: EstimatorName | None = None,
         seed: int = 0,
     ) -> None:
         arguments = recipe.ppo
+        check_advantages(arguments)
         check_sizes(arguments)
+        self.estimator: EstimatorName = estimator or arguments.advantage_estimator
+        if (self.estimator == "gae") != (policy.value_head is not None):
+            raise ValueError(
+                f"estimator {self.estimator!r} needs a policy {'with' if self.estimator == 'gae' else 'without'} a "
+                f"value head: PolicyModel(..., value_head={self.estimator == 'gae'})"
+            )
         self.tokenizer, self.policy, self.recipe, self.arguments = tokenizer, policy, recipe, arguments
         # A copy, taken before the engine shards the policy, unless the adapters of LoRA can be switched off.
         copy = reference or (None if recipe.engine.lora_r else policy.reference())
@@ -103,6 +123,9 @@ class PPOTrainer:
             list(range(arguments.rollout_batch_size)), arguments.per_device_train_batch_size, rank(), world_size()
         )
         self.places = [place for share in shares for place in share]  # this rank's, in the global batch
+        # [B] of the global batch: the responses to a prompt stand side by side, on whatever ranks.
+        places = torch.arange(arguments.rollout_batch_size, dtype=torch.int64, device="cpu")
+        self.groups = places // arguments.num_generations
         self.accumulation = arguments.rollout_batch_size // (
             arguments.num_mini_batches * arguments.per_device_train_batch_size * world_size()
         )
@@ -131,7 +154,13 @@ class PPOTrainer:
             clip_high=arguments.cliprange if arguments.cliprange_high is None else arguments.cliprange_high,
             entropy_coef=arguments.entropy_coef,
             rehearsal_coef=arguments.rehearsal_coef if self.rehearsal else 0.0,
-        )
+            objective=arguments.objective, importance_level=arguments.importance_level, dual_clip=arguments.dual_clip,
+        )  # fmt: skip
+        if arguments.kl_in == "loss":
+            self.loss_config = replace(
+                self.loss_config, kl_coef=arguments.kl_coef, kl_estimator=arguments.kl_estimator,
+                kl_unbiased=arguments.kl_unbiased,
+            )  # fmt: skip
 
     def train(
         self,
@@ -147,7 +176,8 @@ class PPOTrainer:
         a = self.arguments
         sample_steps = self.recipe.rollout.sample_steps if samples else 0
         settings = {"ppo": asdict(a), "guard": asdict(self.recipe.guard), "seed": self.seed, "ranks": world_size()}
-        batches = shuffled_steps(len(prompts), a.rollout_batch_size, a.total_steps, stream_seed(self.seed, "prompts"))
+        asked_for = a.rollout_batch_size // a.num_generations
+        batches = shuffled_steps(len(prompts), asked_for, a.total_steps, stream_seed(self.seed, "prompts"))
         with Loop(
             name, batches, self.engine, self.recipe, folder, steps=a.total_steps, kept=self._kept(), settings=settings
         ) as loop:  # fmt: skip
@@ -158,15 +188,16 @@ class PPOTrainer:
                 self.publish(folder, step)
                 if sample_steps and step % sample_steps == 0:
                     self.show(samples, step, loop.tracker)
-                asked = [prompts[rows[place]] for place in self.places]
-                rollouts = self.sample(asked, step)
-                observed, of_rewards = self.rewarded(asked, rollouts, self.observe(rollouts), step)
+                asked = [prompts[rows[place // a.num_generations]] for place in self.places]
+                asked, rollouts, observed, of_rewards = self.collect(prompts, asked, step)
                 experiences = self.with_advantages(observed)
                 metrics = self.update(experiences, step)
 
                 golds = [gold(p.row, r.text) for p, r in zip(asked, rollouts, strict=True)] if gold else []
                 of_rollouts, tokens = rollout_metrics(rollouts, experiences, golds)
                 loop.tokens += tokens
+                if a.num_generations > 1:
+                    metrics |= self.of_groups(experiences)
                 metrics |= of_rollouts | of_rewards | {"kl_coef": self.kl.value, "seconds": loop.seconds}
                 self.kl.update(metrics["kl"])
                 try:
@@ -210,20 +241,69 @@ class PPOTrainer:
 
         on_first_rank(load, ValueError)  # and nobody samples before the weights are there
 
-    def sample(self, prompts: Sequence[EncodedPrompt], step: int) -> list[Rollout]:
-        """One response to each prompt of this rank; a prompt's place in the global batch seeds its draws."""
-        seeds = [stream_seed(self.seed, "rollout", step, place) for place in self.places]
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], step: int, places: Sequence[int] | None = None, attempt: int = 0
+    ) -> list[Rollout]:
+        """One response to each prompt of this rank, or of those at some of its ``places``; a prompt's place in the
+        global batch, and the attempt at it, seed its draws."""
+        again = (attempt,) if attempt else ()
+        seeds = [
+            stream_seed(self.seed, "rollout", step, place, *again)
+            for place in (self.places if places is None else places)
+        ]
         return self.rollouts.sample([p.ids for p in prompts], self.sampling, seeds=seeds)
 
     def rewarded(
         self, asked: Sequence[EncodedPrompt], rollouts: Sequence[Rollout], observed: Sequence[Experience], step: int
     ) -> tuple[list[Experience], dict[str, float]]:
-        """What was observed, with the score that all rewards give, less the penalty; and the mean of each reward."""
+        """What was observed, with the score that all rewards give, less the penalties; and the mean of each reward."""
         scores, figures = self.rewards.of(
             [p.row for p in asked], rollouts, [e.score for e in observed], step=step, steps=self.arguments.total_steps
         )
-        scores = less_penalty(scores, rollouts, self.arguments.missing_eos_penalty)
+        a = self.arguments
+        scores = less_penalty(scores, rollouts, a.missing_eos_penalty)
+        scores = less_overlong(scores, rollouts, a.max_new_tokens, a.overlong_buffer, a.overlong_penalty)
         return [replace(e, score=score) for e, score in zip(observed, scores, strict=True)], figures
+
+    def collect(
+        self, prompts: Sequence[EncodedPrompt], asked: Sequence[EncodedPrompt], step: int
+    ) -> tuple[list[EncodedPrompt], list[Rollout], list[Experience], dict[str, float]]:
+        """What was asked on this rank, the responses, what was observed of them, and figures of the rewards: those of
+        the first draw, whatever is sampled anew.
+
+        Groups whose scores are all equal are sampled anew, from other prompts, ``dynamic_sampling`` times at most
+        (arXiv 2503.14476)."""
+        asked = list(asked)
+        rollouts = self.sample(asked, step)
+        observed, figures = self.rewarded(asked, rollouts, self.observe(rollouts), step)
+        resampled = 0
+        for attempt in range(1, self.arguments.dynamic_sampling + 1):
+            dull = set(without_signal(self._of_all_ranks([e.score for e in observed]), self.groups).tolist())
+            if not dull:
+                break
+            resampled += len(dull)
+            anew = [i for i, place in enumerate(self.places) if int(self.groups[place]) in dull]
+            # As many rows on every rank, since all of them run the same forwards under ZeRO-3: some answer rows that
+            # need no answer.
+            most = int(max_over_ranks([len(anew)])[0])
+            rows = anew + [i for i in range(len(asked)) if i not in set(anew)][: most - len(anew)]
+            others = [prompts[self._another(step, attempt, self.places[i]) % len(prompts)] for i in rows]
+            answers = self.sample(others, step, [self.places[i] for i in rows], attempt)
+            seen, _ = self.rewarded(others, answers, self.observe(answers), step)
+            for i, prompt, answer, experience in zip(anew, others, answers, seen, strict=False):
+                asked[i], rollouts[i], observed[i] = prompt, answer, experience
+        if self.arguments.num_generations > 1:
+            figures = figures | {"resampled_groups": float(resampled)}
+        return asked, rollouts, observed, figures
+
+    def _another(self, step: int, attempt: int, place: int) -> int:
+        """A number that chooses the prompt of a place's whole group."""
+        return stream_seed(self.seed, "another prompt", step, attempt, int(self.groups[place]))
+
+    def _of_all_ranks(self, values: Sequence[float]) -> torch.Tensor:
+        """[B] float64: a number of each response, in the order of the global batch, the same on every rank."""
+        everyone = sorted(chain(*gather_objects(list(zip(self.places, values, strict=True)))))
+        return torch.tensor([value for _, value in everyone], dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def observe(self, rollouts: Sequence[Rollout]) -> list[Experience]:
@@ -278,14 +358,18 @@ class PPOTrainer:
             self.moments.update(*sum_over_ranks([len(scores), sum(scores), sum(s * s for s in scores)]))
             experiences = [replace(e, score=self.moments.normalise(e.raw_score)) for e in experiences]
         a = self.arguments
-        group = torch.distributed.group.WORLD if world_size() > 1 else None
-        # Without a critic every value is 0. Undiscounted GAE then gives each token the score, less the KL penalty from
-        # that token on; an Advantage Model's score is an advantage already (Eq. 8), nothing is left to subtract.
-        gamma, lam = (a.gamma, a.lam) if self.policy.value_head is not None else (1.0, 1.0)
-        experiences = with_advantages(
-            experiences, kl_coef=self.kl.value, kl_estimator=a.kl_estimator, gamma=gamma, lam=lam,
-            whiten=a.whiten_advantages, group=group, device=self.policy.trunk.device,
-        )  # fmt: skip
+        kl_coef = self.kl.value if a.kl_in == "reward" else 0.0
+        if of_groups := OF_GROUPS.get(self.estimator):
+            scale = {"scale": a.advantage_scale} if self.estimator == "grpo" else {}
+            everyones = self._of_all_ranks(scores_less_kl(experiences, kl_coef, a.kl_estimator))
+            advantages = of_groups(everyones, self.groups, **scale).tolist()
+            experiences = with_one_advantage(experiences, [advantages[place] for place in self.places])
+        else:
+            group = torch.distributed.group.WORLD if world_size() > 1 else None
+            experiences = with_advantages(
+                experiences, estimator=self.estimator, kl_coef=kl_coef, kl_estimator=a.kl_estimator, gamma=a.gamma,
+                lam=a.lam, whiten=a.whiten_advantages, group=group, device=self.policy.trunk.device,
+            )  # fmt: skip
         if a.rollout_importance_clip is not None:
             experiences = corrected_for_rollouts(experiences, a.rollout_importance_clip)
         return experiences
@@ -345,15 +429,21 @@ class PPOTrainer:
         tokens = sum_over_ranks([sum(len(e.encoded.response) for micro in micros for e in micro)])[0]
         lengths = [len(e.response) for part in rehearsal for e in part]
         counts = {"mean": sum(lengths), "sum": len(lengths)}
+        responses = a.rollout_batch_size // a.num_mini_batches
+        denominators = {
+            "token_mean": tokens, "sequence_mean": responses, "sequence_sum": responses * a.max_new_tokens
+        }  # fmt: skip
+        config = replace(self.loss_config, kl_coef=self.kl.value) if a.kl_in == "loss" else self.loss_config
         metrics: dict[str, float] = {}
         largest, moved, too_far = 0.0, True, False
         for i, (micro, rehearsed) in enumerate(zip(micros, rehearsal, strict=True)):
             share = rehearsed[rank() * len(rehearsed) // world : (rank() + 1) * len(rehearsed) // world]
             loss, parts = mixed_loss(
-                self.engine, mix(self.policy, micro, share, self.cache), self.loss_config,
+                self.engine, mix(self.policy, micro, share, self.cache), config,
                 temperature=a.temperature, cliprange_value=a.cliprange_value, vf_coef=a.vf_coef,
-                policy_denominator=tokens, rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
-                grad_scale=self.engine.loss_scale,
+                policy_denominator=denominators[a.loss_aggregation], tokens=tokens,
+                rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
+                sequence_means=a.loss_aggregation == "sequence_mean", grad_scale=self.engine.loss_scale,
             )  # fmt: skip
             largest = max(largest, float(parts.pop("max_log_ratio")))
             for name, part in parts.items():
@@ -381,6 +471,12 @@ class PPOTrainer:
             rows = torch.randint(len(self.rehearsal), size, generator=generator, dtype=torch.int64, device="cpu")
             sequences += [self.rehearsal[i] for i in rows.tolist()]
         return sequences
+
+    def of_groups(self, experiences: Sequence[Experience]) -> dict[str, float]:
+        """Figures of the step's groups over all ranks, by the scorer's own scores."""
+        scores = self._of_all_ranks([e.raw_score for e in experiences])
+        lengths = self._of_all_ranks([float(len(e.encoded.response)) for e in experiences])
+        return group_metrics(scores, lengths, self.groups)
 
     # -- around the algorithm ------------------------------------------------------------------------------------------
 

@@ -36,3 +36,14 @@ def refuse_nonfinite(scores: Sequence[float], rollouts: Sequence[Rollout]) -> No
 def less_penalty(scores: Sequence[float], rollouts: Sequence[Rollout], penalty: float) -> list[float]:
     """Scores, those of responses that did not end by themselves less ``penalty``."""
     return [s - (0.0 if r.finished else penalty) for s, r in zip(scores, rollouts, strict=True)]
+
+
+def less_overlong(
+    scores: Sequence[float], rollouts: Sequence[Rollout], longest: int, buffer: int, penalty: float
+) -> list[float]:
+    """Scores less DAPO's penalty of length (arXiv 2503.14476, eq. 13): 0 up to ``buffer`` tokens below ``longest``,
+    from there in proportion up to ``penalty`` at ``longest``. No ``buffer``: the scores as they are."""
+    if not buffer:
+        return list(scores)
+    beyond = [max(0, len(r.encoded.response) - (longest - buffer)) / buffer for r in rollouts]
+    return [s - penalty * min(1.0, over) for s, over in zip(scores, beyond, strict=True)]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from stable_rlhf.settings.advantages import check_advantages
 from stable_rlhf.settings.ranges import check_settings
 from stable_rlhf.settings.recipe import Recipe, StudyArguments
 from stable_rlhf.settings.stages import BUILT_IN_REWARDS, REGEX, SCORER
@@ -43,6 +44,7 @@ def check(recipe: Recipe) -> None:
     if not all(recipe.ppo.stop):
         raise ValueError("ppo.stop: an empty string would end every response at once")
     _check_rewards(recipe)
+    check_advantages(recipe.ppo)
     _check_outside(recipe)
     if recipe.guard.on_kl == "lower_target" and (recipe.ppo.kl_target is None or recipe.guard.max_kl is None):
         raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")

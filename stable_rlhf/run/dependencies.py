@@ -21,6 +21,14 @@ from stable_rlhf.settings.recipe import Recipe, decisive
 from stable_rlhf.settings.stages import RewardArguments
 from stable_rlhf.system import plugins
 
+# Settings that came when there were folders already: at their defaults they do what was done before, and no record
+# holds them.
+LATER = (
+    "ppo.num_generations", "ppo.advantage_estimator", "ppo.advantage_scale", "ppo.dynamic_sampling",
+    "ppo.overlong_buffer", "ppo.overlong_penalty", "ppo.kl_in", "ppo.kl_unbiased", "ppo.objective",
+    "ppo.importance_level", "ppo.loss_aggregation", "ppo.dual_clip",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StageKind:
@@ -87,6 +95,10 @@ class Dependencies:
         if values["engine"]["loss_workspace_mib"] is None:
             values["engine"]["loss_workspace_mib"] = 256  # as folders say that were made when this was the default
         values["rewards"] |= {"timeout": None, "contents": own_contents(self.recipe.rewards)}
+        defaults = Recipe().as_dict()
+        for section, _, name in (setting.partition(".") for setting in LATER):
+            if values[section][name] == defaults[section][name]:
+                del values[section][name]
         if self.alone or self.recipe.model_name_or_path is not None:  # the world's own files follow from its stage
             values["data"]["contents"] = contents(self.recipe.data)
         return values

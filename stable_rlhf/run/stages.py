@@ -440,7 +440,8 @@ def run_ppo(
         check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
         check_scorer_context(recipe, prompts, scorer)
     layers = arguments.num_trainable_layers
-    model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=variant.critic)
+    critic = variant.training == "ppo" and variant.estimator(arguments) == "gae"
+    model = load_policy(policy, recipe.engine, num_trainable_layers=layers, value_head=critic)
     reference_model = None
     if reference is not None or (in_shards(recipe.engine, policy, layers) and not recipe.engine.lora_r):
         # Another model, or shards, which cannot be copied.
@@ -472,7 +473,8 @@ def run_ppo(
                 )
     trainer = PPOTrainer(
         model, tokenizer, scorer_model, recipe, reference=reference_model, rehearsal=rehearsed,
-        moving_average=variant.moving_average, rollouts=_server(recipe, tokenizer, model), seed=seed,
+        moving_average=variant.moving_average, rollouts=_server(recipe, tokenizer, model),
+        estimator=variant.estimator(arguments), seed=seed,
     )  # fmt: skip
     name = f"PPO {variant.name}"
     return trainer.train(prompts, folder, name=name, gold=gold, samples=splits.main[:SAMPLE_PROMPTS])

@@ -31,6 +31,8 @@ from stable_rlhf.settings.ranges import (
 
 SCORER = "scorer"  # among `rewards.functions`
 EXACT_NUMBER, REGEX, LENGTH = BUILT_IN_REWARDS = ("exact_number", "regex", "length")
+EstimatorName = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "score"]
+GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo")  # estimators that hold a response against others to its prompt
 HOT_TEMPERATURE = 1.1  # the second alternate policy of the skill world is SFT sampled at this temperature
 
 
@@ -227,7 +229,15 @@ class PPOArguments:
         learning_rate: Learning rate of the policy's trunk.
         head_learning_rate: Learning rate of the value head (unset: as the trunk).
         total_steps: Rollout steps.
-        rollout_batch_size: Prompts per step, over all devices.
+        rollout_batch_size: Responses per step, over all devices: ``num_generations`` to each prompt.
+        num_generations: Responses to each prompt of a step, a group.
+        advantage_estimator: ``gae`` with a critic. Without one: ``grpo``, ``dr_grpo`` and ``rloo`` hold each response
+            against its group, ``reinforce_plus_plus`` whitens discounted returns, ``score`` takes the score itself.
+        advantage_scale: What ``grpo`` divides by: the standard deviation of each ``group``, or of the whole ``batch``.
+        dynamic_sampling: Groups whose scores are all equal teach nothing: they are taken from other prompts instead, in
+            so many rounds at most (0: they stay).
+        overlong_buffer: The score falls along the last so many tokens before max_new_tokens (0: it does not).
+        overlong_penalty: By how much, at max_new_tokens.
         num_ppo_epochs: Passes over each rollout batch.
         num_mini_batches: Optimiser steps per pass.
         per_device_train_batch_size: Rollouts per device and micro-step.
@@ -235,17 +245,25 @@ class PPOArguments:
         rehearsal_coef: The paper's gamma: weight of the rehearsal NLL.
         rehearsal_reduction: ``mean`` over rehearsal tokens, or the paper's ``sum`` per sequence.
         rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.
-        kl_coef: The paper's beta: weight of the per-token KL penalty in the reward.
-        kl_estimator: Estimator of that penalty.
+        kl_coef: The paper's beta: weight of the per-token KL penalty.
+        kl_in: Where that penalty is: in the ``reward``, or in the ``loss``.
+        kl_estimator: Estimator of that penalty; in the loss ``k2`` or ``k3``.
+        kl_unbiased: In the loss: weigh each token's penalty by its probability ratio, with the gradient of both.
         kl_target: Lead kl_coef towards this KL to the initial policy, in nats a response (unset: kl_coef is constant).
+        objective: ``ppo`` clips the probability ratio, ``cispo`` clips it as a constant weight of the log-probability,
+            ``reinforce`` takes none.
+        importance_level: The ratio of each ``token``, or one a ``sequence``, its geometric mean (GSPO).
+        loss_aggregation: ``token_mean``: over a mini-batch's tokens; ``sequence_mean``: over each response's, then over
+            responses; ``sequence_sum``: over responses of the sum over each one's, over max_new_tokens.
         cliprange: Clip range of the probability ratio.
         cliprange_high: Upper clip range, when different.
+        dual_clip: Bound above 1 on the ratio where the advantage is negative (unset: none).
         cliprange_value: Clip range of the value function.
         vf_coef: Weight of the value loss.
         entropy_coef: Weight of the entropy bonus.
         gamma: Discount (not the paper's gamma, which is ``rehearsal_coef``).
         lam: GAE's lambda.
-        whiten_advantages: Normalise advantages over all ranks and tokens.
+        whiten_advantages: Normalise advantages over all ranks and tokens; not those that are relative to a group.
         missing_eos_penalty: Subtracted from the score of a response that did not end by itself.
         max_new_tokens: Longest response.
         temperature: Sampling temperature of rollouts, used for their log-probs too.
@@ -262,6 +280,12 @@ class PPOArguments:
     head_learning_rate: LearningRate | None = None
     total_steps: Count = 100
     rollout_batch_size: Rows = 256
+    num_generations: Rows = 1
+    advantage_estimator: EstimatorName = "gae"
+    advantage_scale: Literal["group", "batch"] = "group"
+    dynamic_sampling: CountOrNone = 0
+    overlong_buffer: CountOrNone = 0
+    overlong_penalty: Coefficient = 1.0
     num_ppo_epochs: Rows = 1
     num_mini_batches: Rows = 1
     per_device_train_batch_size: Rows = 8
@@ -270,10 +294,16 @@ class PPOArguments:
     rehearsal_reduction: Literal["mean", "sum"] = "mean"
     rehearsal_prompts_in_ppo: bool = True
     kl_coef: Coefficient = 0.05
+    kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_unbiased: bool = False
     kl_target: Positive | None = None
+    objective: Literal["ppo", "cispo", "reinforce"] = "ppo"
+    importance_level: Literal["token", "sequence"] = "token"
+    loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     cliprange: Coefficient = 0.2
     cliprange_high: Coefficient | None = None
+    dual_clip: Positive | None = None
     cliprange_value: Coefficient = 0.2
     vf_coef: Coefficient = 0.1
     entropy_coef: Number = 0.0

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from stable_rlhf.settings.stages import EstimatorName, PPOArguments
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -17,7 +19,7 @@ class Variant:
         colour: As pictures have it.
         scorer: Reward model (``rm``) or Advantage Model (``am``); with rehearsal it scores the candidates as well.
         training: ``ppo``, or ``rejection`` sampling.
-        advantages: ``gae`` with a critic, or without one the ``score``, less the KL penalty to come.
+        advantages: Its estimator of advantages; None: ``ppo.advantage_estimator``.
         rehearsal: Whether selected responses of the initial policy are rehearsed.
         moving_average: Whether scores are normalised by their moving average.
     """
@@ -27,14 +29,13 @@ class Variant:
     colour: str
     scorer: Literal["rm", "am"]
     training: Literal["ppo", "rejection"] = "ppo"
-    advantages: Literal["gae", "score"] = "gae"
+    advantages: EstimatorName | None = None
     rehearsal: bool = False
     moving_average: bool = False
 
-    @property
-    def critic(self) -> bool:
-        """Whether the policy learns a value head."""
-        return self.training == "ppo" and self.advantages == "gae"
+    def estimator(self, ppo: PPOArguments) -> EstimatorName:
+        """Its estimator of advantages under these settings; ``gae`` alone has a critic."""
+        return self.advantages or ppo.advantage_estimator
 
 
 # In the order of reports.

@@ -29,7 +29,8 @@ from stable_rlhf.settings.stages import PPOArguments
 CALM = {
     "kl": 0.5, "clip_fraction": 0.05, "approx_kl": 0.01, "entropy": 2.0, "length": 20.0, "score": 1.0, "finished": 0.9,
     "gradient_norm": 0.4, "max_log_ratio": 0.3, "logprob_gap": 1e-6, "skipped_updates": 0.0, "score_std": 0.5,
-    "score_length_correlation": 0.1,
+    "score_length_correlation": 0.1, "groups_without_signal": 0.2, "group_score_std": 0.4,
+    "group_length_correlation": 0.1, "rollout_ratio_max": 1.1, "rollout_ratio_min": 0.9,
 }  # fmt: skip
 
 
@@ -58,6 +59,9 @@ def test_a_calm_run_is_left_in_peace(capsys):
         ({"entropy": 5.0}, "entropy", "turning into noise"),
         ({"logprob_gap": 0.2}, "logprob_gap", "ppo.rollout_importance_clip"),
         ({"skipped_updates": 1.0}, "skipped_updates", "weights untouched"),
+        ({"group_score_std": 0.1}, "group_score_std", "dr_grpo or rloo"),
+        ({"rollout_ratio_max": 11.0}, "rollout_ratio_max", "ppo.rollout_importance_clip"),
+        ({"rollout_ratio_min": 0.05}, "rollout_ratio_min", "less than a tenth"),
     ],
 )
 def test_each_warning_says_what_to_try(changes, name, advice, capsys):

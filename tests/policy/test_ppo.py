@@ -62,7 +62,9 @@ def make(tiny_model, tokenizer):
             num_trainable_layers=layers,
         )  # fmt: skip
         policy = PolicyModel(tiny_model(), value_head=critic, num_trainable_layers=layers)
-        made.append(PPOTrainer(policy, tokenizer, scorer, quiet(ppo=arguments), seed=7, **settings))
+        estimator = None if critic or arguments.advantage_estimator != "gae" else "score"
+        recipe = quiet(ppo=arguments)
+        made.append(PPOTrainer(policy, tokenizer, scorer, recipe, estimator=estimator, seed=7, **settings))
         return made[-1]
 
     yield build

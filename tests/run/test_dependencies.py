@@ -35,6 +35,14 @@ RECORDED = {
     ),
 }
 
+OF_PPO = """
+    cliprange cliprange_high cliprange_value entropy_coef gamma head_learning_rate kl_coef kl_estimator kl_target lam
+    learning_rate max_new_tokens missing_eos_penalty num_mini_batches num_ppo_epochs num_trainable_layers
+    per_device_rehearsal_batch_size per_device_train_batch_size rehearsal_coef rehearsal_prompts_in_ppo
+    rehearsal_reduction rejection_samples rejection_threshold rollout_batch_size rollout_importance_clip stop
+    temperature top_p total_steps vf_coef warmup_ratio whiten_advantages
+"""
+
 
 def test_settings_that_are_gone_stay_in_records():
     assert (
@@ -52,6 +60,8 @@ def test_records_hold_what_they_held(name):
     sections, kind = recipe.as_dict(), getattr(kinds, name)
     assert sections["engine"]["loss_workspace_mib"] is None
     sections["engine"]["loss_workspace_mib"] = 256  # the default of then, which folders hold
+    for section, _, setting in (setting.partition(".") for setting in kinds.LATER):
+        del sections[section][setting]  # there was none
     for alone, names in zip((False, True), RECORDED[name], strict=True):
         if names is None:
             continue
@@ -65,6 +75,15 @@ def test_records_hold_what_they_held(name):
             assert found["made_from"] == ({"model_name_or_path": None} if kind.policy else {})
 
 
+def test_settings_that_came_later_are_in_records_where_they_change_something():
+    """PPO's of November 2026, name for name: a setting since then must not be among them as long as it says nothing."""
+    plain = Dependencies(Recipe()).of(kinds.PPO)["ppo"]
+    assert sorted(plain) == sorted(OF_PPO.split()) and not {f"ppo.{name}" for name in plain} & set(kinds.LATER)
+    for name, value in (("advantage_estimator", "grpo"), ("num_generations", 4), ("dual_clip", 3.0)):
+        found = Dependencies(with_settings(Recipe(), {f"ppo.{name}": value})).of(kinds.PPO)["ppo"]
+        assert found == {**plain, name: value}
+
+
 def test_what_stages_depend_on_by_what_is_asked_for(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
     plain = Recipe()
@@ -74,7 +93,7 @@ def test_what_stages_depend_on_by_what_is_asked_for(tmp_path):
     own = with_settings(own, {"scorer.expected_coef": 0.5, "scorer.meta_responses": "a.jsonl"})
     digest = Dependencies(own).of(kinds.SFT)["data"]["contents"]["a.jsonl"]
     found = Dependencies(own).of(kinds.SCORER, **shifted_responses(own))
-    assert found["ppo"] == own.as_dict()["ppo"] and found["meta_responses"] == {"a.jsonl": digest}
+    assert found["ppo"] == Dependencies(own).of(kinds.PPO)["ppo"] and found["meta_responses"] == {"a.jsonl": digest}
     assert shifted_responses(plain) == {}
     (tmp_path / "stage.json").write_text(json.dumps({"fingerprint": "f"}), encoding="utf-8")
     inputs = {"scorer_folder": str(tmp_path), "rehearsal": str(tmp_path / "a.jsonl"), "variant": "rm", "other": None}
