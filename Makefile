@@ -93,7 +93,7 @@ VERL := verl==0.9.1 tensordict==0.15.3 pyvers==0.2.3 orjson==3.13.0 torchdata==0
 # top-level folders `tests` and `scripts`: it gets a folder of its own, where the benchmarks alone look (216 MB, most of it ray).
 bench-peers: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]" --no-build-isolation
-	rm -rf build/peers/verl
+	rm -rf build/peers/verl build/peers/verl.part
 	$(BIN)/pip install --quiet --no-deps --target build/peers/verl.part $(VERL) && mv build/peers/verl.part build/peers/verl || \
 		{ rm -rf build/peers/verl.part; echo "verl could not be installed; the benchmarks list it as absent" >&2; }
 

@@ -244,6 +244,19 @@ def test_tables_and_plots_of_whatever_there_is(lines, tmp_path):
     assert sorted(path.stem for path in drawn) == ["bench-memory", "bench-parts", "bench-roofline", "bench-sweeps"]
 
 
+def test_who_is_only_given_all_rows_has_a_row_in_the_table():
+    def line(peer, times, **shape):
+        return {"op": "policy", "peer": peer, "status": "ok", "times_floor": times, "noisy": False, "shape": shape}
+
+    lines = [line(OURS, 1.0, active=0.5), line(OURS, 1.0), line("other", 3.0), line("floor, all rows", 1.0),
+             line("other, all rows", 4.0, active=0.5), line("masked, all rows", 2.0, active=0.5)]  # fmt: skip
+    assert [row.split("|")[1:5] for row in render.policy_loss(lines).splitlines()[2:5]] == [
+        [f" **{OURS}** ", " 1.00 ", " 1.00 ", " 1.00 "],
+        [" masked ", "  ", " 2.00 ", "  "],
+        [" other ", "  ", " 4.00 ", " 3.00 "],
+    ]
+
+
 def test_the_command_line_teaches(capsys):
     for words in (["--help"], ["run", "--help"]):
         with pytest.raises(SystemExit) as stopped:
