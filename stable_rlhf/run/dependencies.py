@@ -26,7 +26,7 @@ from stable_rlhf.system import plugins
 LATER = (
     "ppo.num_generations", "ppo.advantage_estimator", "ppo.advantage_scale", "ppo.dynamic_sampling",
     "ppo.overlong_buffer", "ppo.overlong_penalty", "ppo.kl_in", "ppo.kl_unbiased", "ppo.objective",
-    "ppo.importance_level", "ppo.loss_aggregation", "ppo.dual_clip",
+    "ppo.importance_level", "ppo.loss_aggregation", "ppo.dual_clip", "data.columns", "data.max_prompts",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
 from stable_rlhf.ranks import barrier, device, on_first_rank
 from stable_rlhf.rollout.local import Rollout
-from stable_rlhf.run.datasets import PromptSplits, load_prompts, locate
+from stable_rlhf.run.datasets import PromptSplits, load_prompts, locate, reading
 from stable_rlhf.run.stages import Result, answer, check_gold, load_reader, sampling_settings
 from stable_rlhf.scorer.comparisons import encode_comparisons, pairs_digest, score_pairs
 from stable_rlhf.scorer.model import AdvantageModel
@@ -112,7 +112,7 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
     on the scores of held-out pairs that train-scorer kept in the folder."""
     rows: list[Comparison] = []
     if test_pairs:
-        pairs = read_comparisons(locate(recipe.data, test_pairs), on_bad_row=recipe.data.on_bad_row)
+        pairs = read_comparisons(locate(recipe.data, test_pairs), **reading(recipe.data))
         tell_skipped("test pairs", pairs)
         rows = pairs.rows
     figures: Result = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_prompts, read_responses
+from stable_rlhf.data.readers import read_comparisons, read_demonstrations, read_responses
 from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.hooks import check_callbacks
 from stable_rlhf.engine.tracking import check_reporters
@@ -14,7 +14,7 @@ from stable_rlhf.policy.ppo import check_sizes
 from stable_rlhf.policy.rejection import check_rounds
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
-from stable_rlhf.run.datasets import check_evaluation_sets, load_prompts, locate
+from stable_rlhf.run.datasets import check_evaluation_sets, load_prompts, locate, read_some_prompts, reading
 from stable_rlhf.run.stages import check_gold, check_rewards, check_same_tokenizer
 from stable_rlhf.run.strength import check_column
 from stable_rlhf.scorer.metarm import check_meta_batch
@@ -44,7 +44,7 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.scorer.meta_responses or recipe.iterate.rounds > 1:
         check_meta_batch(recipe.scorer)
     if recipe.scorer.meta_responses:
-        read_responses(locate(data, [recipe.scorer.meta_responses]), on_bad_row=data.on_bad_row)
+        read_responses(locate(data, [recipe.scorer.meta_responses]), **reading(data))
     check_reporters(recipe.report_to)
     check_callbacks(recipe.callbacks)
     check_key(recipe.evaluate)
@@ -71,17 +71,17 @@ def _check_files(recipe: Recipe) -> int:
         raise DataError("evaluate.judge 'scorer' needs pairs of its own: set data.judge_fraction above 0")
     if not (data.eval_main or data.forget_tasks):
         raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
-    prompts = read_prompts(locate(data, data.prompts), on_bad_row=data.on_bad_row).rows
+    prompts = read_some_prompts(data, data.prompts, recipe.seed).rows
     check_evaluation_sets(data, prompts)
     check_rewards(recipe, prompts)
     for files in filter(None, (data.eval_main, data.eval_forget)):
-        prompts += read_prompts(locate(data, files), on_bad_row=data.on_bad_row).rows
+        prompts += read_some_prompts(data, files, recipe.seed).rows
     check_gold(recipe.evaluate, prompts)
     for files in filter(None, (data.demonstrations, data.rehearsal)):
-        read_demonstrations(locate(data, files), on_bad_row=data.on_bad_row)
+        read_demonstrations(locate(data, files), **reading(data))
     if not data.pairs:
         return 0
-    pairs = read_comparisons(locate(data, data.pairs), on_bad_row=data.on_bad_row).rows
+    pairs = read_comparisons(locate(data, data.pairs), **reading(data)).rows
     if recipe.scorer.denoise and recipe.strength.check is not None:
         check_column(recipe.strength.check, pairs)
     return _alternates(pairs)

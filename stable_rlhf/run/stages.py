@@ -37,7 +37,14 @@ from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.ranks import barrier, device, gather_objects, on_first_rank, rank, together, world_size
 from stable_rlhf.rollout.local import GenerationSettings, Rollout, generate
 from stable_rlhf.rollout.vllm import VLLMRollouts
-from stable_rlhf.run.datasets import encode_demonstrations, load_demonstrations, load_preferences, load_prompts, locate
+from stable_rlhf.run.datasets import (
+    encode_demonstrations,
+    load_demonstrations,
+    load_preferences,
+    load_prompts,
+    locate,
+    reading,
+)
 from stable_rlhf.scorer.alternates import Alternate, collect_responses
 from stable_rlhf.scorer.comparisons import (
     EncodedComparison,
@@ -231,7 +238,7 @@ def run_scorer(
         say(f"  {long + long_test} of {len(comparisons) + len(rows.test)} comparisons are too long: left out")
     meta_responses: list[list[Encoded]] = []
     if arguments.meta_responses and split == "train":
-        responses = read_responses(locate(recipe.data, [arguments.meta_responses]), on_bad_row=recipe.data.on_bad_row)
+        responses = read_responses(locate(recipe.data, [arguments.meta_responses]), **reading(recipe.data))
         tell_skipped("unlabelled responses", responses)
         meta_responses = encode_responses(responses.rows, tokenizer, *limits, on_bad_row=recipe.data.on_bad_row)
     alternates = len(train[0].row.alt_logprobs[0]) if objective == "am" and train[0].row.alt_logprobs else 0
@@ -383,7 +390,7 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     release(model)
     outside = []
     if recipe.data.rehearsal:
-        result = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), on_bad_row=recipe.data.on_bad_row)
+        result = read_demonstrations(locate(recipe.data, recipe.data.rehearsal), **reading(recipe.data))
         tell_skipped("rehearsal data", result)
         outside = result.rows
     selection = select_to_folder(

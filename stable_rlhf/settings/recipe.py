@@ -55,17 +55,21 @@ class DataArguments:
 
     Args:
         data_dir: Folder that relative file names below are looked up in.
-        pairs: Preference files (prompt/chosen/rejected, rankings or HH-RLHF transcripts; .jsonl or .jsonl.gz).
+        pairs: Preference files (prompt/chosen/rejected, rankings or HH-RLHF transcripts). This and every other file may
+            be .jsonl or .csv (both also .gz), .parquet or .arrow, a folder, or hub:NAME:SPLIT (docs/guide/data.md).
         prompts: Prompt files for PPO, selection and evaluation.
         demonstrations: Prompt/response files for SFT; none: the model is taken as the SFT policy.
         eval_main: Prompt files of the main test set; none: split off from ``prompts``.
         eval_forget: Prompt files of the forget set; none: split off from ``prompts`` by ``forget_tasks``.
         rehearsal: Outside prompt/response files added to the rehearsal data.
+        columns: The files' names of columns by ours where they differ, {prompt: instruction, response: output}.
         forget_tasks: Tasks whose held-out prompts make the forget set.
         on_bad_row: ``error`` stops with file, line and reason; ``skip`` counts bad rows and goes on.
         test_fraction: Share of preference prompts held out to compare scorers.
         judge_fraction: Share of preference prompts that only the judge is trained on (real data has no gold score).
         max_pairs: Use at most this many comparisons (0: all).
+        max_prompts: Draw at most this many of each setting's prompts while they are read: the rest is never in memory
+            (0: all).
         max_prompts_per_task: Use at most this many training prompts of each task (0: all).
         eval_prompts: Prompts in each of the two evaluation sets when they are split off.
         max_prompt_length: Prompts with more tokens are left out, and counted.
@@ -79,11 +83,13 @@ class DataArguments:
     eval_main: list[PathName] = field(default_factory=list)
     eval_forget: list[PathName] = field(default_factory=list)
     rehearsal: list[PathName] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
     forget_tasks: list[str] = field(default_factory=list)
     on_bad_row: Literal["error", "skip"] = "error"
     test_fraction: ShareBelowOne = 0.15
     judge_fraction: ShareBelowOne = 0.0
     max_pairs: CountOrNone = 0
+    max_prompts: CountOrNone = 0
     max_prompts_per_task: CountOrNone = 0
     eval_prompts: Count = 128
     max_prompt_length: Tokens = 512

@@ -16,7 +16,7 @@ EXTRAS = {
     "sentence_transformers": "embed", "faiss": "embed",
     "peft": "lora",
     "gguf": "smollm2",
-    "datasets": "data",
+    "datasets": "data", "pyarrow": "data",
     "wandb": "tracking", "trackio": "tracking",
 }  # fmt: skip
 

@@ -457,7 +457,7 @@ def test_the_variant_without_a_critic_takes_an_advantage_model(run_ppo):
 
 
 def test_the_page_is_drawn_where_a_signal_ends_the_stage(make, prompts, tmp_path, monkeypatch):
-    def stop(self, step, state, *, last):
+    def stop(self, step, state, *, last, asked):
         raise Stopped(signal.SIGTERM, "saved")
 
     monkeypatch.setattr(Snapshots, "save", stop)
