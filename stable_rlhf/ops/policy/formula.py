@@ -199,16 +199,13 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     if weight is not None and check_values(weight.device):
         check_finite("row_weight", weight)
     device_counts = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
-    denominators = [
-        _denominator(name, value, count, on_device, dtype, rows.target.device)
-        for name, value, count, on_device in (
-            ("policy_denominator", call.policy_denominator, rows.policy_count, device_counts[0]),
-            ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count, device_counts[1]),
-            ("entropy_denominator", call.entropy_denominator, rows.policy_count, device_counts[0]),
-        )
+    wanted = [
+        ("policy_denominator", call.policy_denominator, rows.policy_count, device_counts[0]),
+        ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count, device_counts[1]),
     ]
-    if call.entropy_denominator is None or config.entropy_coef == 0.0:
-        denominators.pop()
+    if call.entropy_denominator is not None and config.entropy_coef != 0.0:
+        wanted.append(("entropy_denominator", call.entropy_denominator, rows.policy_count, device_counts[0]))
+    denominators = [_denominator(*one, dtype, rows.target.device) for one in wanted]
     return Terms(terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators)
 
 
