@@ -39,7 +39,8 @@ STAGES = pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.ma
     ("what", "rel"),
     [
         ("scorer", 0), ("simcse", 1e-4), ("swav", 1e-4), ("ppo", 0), ("ppo-sr", 0), ("mini-batches", 0),
-        ("norms", 1e-4), ("head", 0), ("tied head", 0), ("imitation", 0), ("split imitation", 0),
+        ("norms", 1e-4), ("grpo", 1e-5), ("rloo", 1e-5), ("head", 0), ("tied head", 0),
+        ("imitation", 0), ("split imitation", 0),
     ],
 )  # fmt: skip
 def test_two_ranks_equal_one(losses, stage, what, rel):
@@ -55,6 +56,15 @@ def test_live_sampling_draws_the_same_tokens_on_any_number_of_ranks(losses, stag
     one, two = losses
     assert one[stage]["drawn"] == two[stage]["drawn"] == one["0"]["drawn"]
     assert all(len({tuple(row) for row in drawn}) > 8 for drawn in one["0"]["drawn"])
+
+
+@STAGES
+def test_groups_are_sampled_anew_alike_on_any_number_of_ranks(losses, stage):
+    one, two = losses
+    assert one[stage]["sampled anew"] == two[stage]["sampled anew"] == one["0"]["sampled anew"]
+    *rows, (count,) = one["0"]["sampled anew"]
+    assert count > 1 and len(rows) == 16
+    assert all(a[: a.index(-1)] == b[: b.index(-1)] for a, b in zip(rows[::2], rows[1::2], strict=True))
 
 
 @STAGES

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -151,6 +152,61 @@ def ppo_losses(
     return losses, norms, everyone.int().tolist()
 
 
+def group_losses(stage: int, micro: int, tokenizer, estimator: str, **settings) -> list[float]:
+    """Losses and gradient norms without a critic, on four recorded groups of four, each of them on both ranks where
+    there are two; and the figures of those groups."""
+    experiences, rehearsal = recorded(tokenizer)
+    arguments = PPOArguments(
+        learning_rate=1e-2, total_steps=4, rollout_batch_size=16, num_generations=4, advantage_estimator=estimator,
+        per_device_train_batch_size=micro, per_device_rehearsal_batch_size=micro, rehearsal_coef=0.5, kl_coef=0.3,
+        num_mini_batches=2, **settings,
+    )  # fmt: skip
+    scorer = AdvantageModel(model(tokenizer).base_model, tokenizer)
+    recipe = quiet(ppo=arguments, engine=EngineArguments(zero_stage=stage))
+    trainer = PPOTrainer(PolicyModel(model(tokenizer)), tokenizer, scorer, recipe, rehearsal=rehearsal)
+    found = []
+    for step in range(4):
+        mine = trainer.with_advantages([experiences[p] for p in trainer.places])
+        metrics = trainer.update(mine, step)
+        found += [metrics["loss"], metrics["gradient_norm"]]
+    found += trainer.of_groups(mine).values()
+    trainer.engine.close()
+    return found
+
+
+def group_draws(stage: int, micro: int, tokenizer) -> list[list[int]]:
+    """What a step consists of where some groups, each on one rank of two, are sampled anew: for every place its prompt
+    and response; and how many were."""
+    arguments = PPOArguments(
+        rollout_batch_size=16, num_generations=2, advantage_estimator="grpo", per_device_train_batch_size=micro,
+        max_new_tokens=4, dynamic_sampling=2,
+    )  # fmt: skip
+    scorer = AdvantageModel(model(tokenizer).base_model, tokenizer)
+    recipe = quiet(ppo=arguments, engine=EngineArguments(zero_stage=stage))
+    trainer = PPOTrainer(PolicyModel(model(tokenizer)), tokenizer, scorer, recipe)
+    observe, asked_at_once = trainer.observe, []
+
+    def scored(rollouts):
+        asked_at_once.append(len(rollouts))
+        found = observe(rollouts)
+        flat = [sum(e.encoded.ids[: e.encoded.prompt_length]) % 2 for e in found]
+        return [
+            replace(e, score=1.0 if f else float(sum(e.encoded.response))) for e, f in zip(found, flat, strict=True)
+        ]
+
+    trainer.observe = scored
+    prompts = [
+        EncodedPrompt(PromptRow(""), list(e.encoded.ids[: e.encoded.prompt_length])) for e in recorded(tokenizer)[0]
+    ]
+    asked = [prompts[place // 2] for place in trainer.places]
+    asked, rollouts, _, figures = trainer.collect(prompts, asked, 3)
+    mine = [(p, a.ids, r.encoded.response) for p, a, r in zip(trainer.places, asked, rollouts, strict=True)]
+    everyone = sorted(row for part in gather_objects(mine) for row in part)
+    assert len(set(map(tuple, gather_objects(asked_at_once)))) == 1  # as many forwards on every rank
+    trainer.engine.close()
+    return [[*ids, -1, *response] for _, ids, response in everyone] + [[int(figures["resampled_groups"])]]
+
+
 def imitation_losses(stage: int, micro: int, tokenizer, layers: int | None) -> list[float]:
     """Of rejection sampling's steps on 1, 3 and 16 kept responses, and on the last ones once more."""
     kept = [e.encoded for e in recorded(tokenizer)[0]]
@@ -266,7 +322,12 @@ def main() -> None:
             "mini-batches": cut,
             "simcse": scorer_losses(stage, micro, tokenizer, contrastive="simcse", contrastive_on="differences"),
             "swav": scorer_losses(stage, micro, tokenizer, contrastive="swav", swav_prototypes=6),
-            "norms": norms + norms_too,
+            "norms": norms + norms_too, "sampled anew": group_draws(stage, micro, tokenizer),
+            "grpo": group_losses(stage, micro, tokenizer, "grpo", loss_aggregation="sequence_mean"),
+            "rloo": group_losses(
+                stage, micro, tokenizer, "rloo", kl_in="loss", kl_estimator="k3",
+                importance_level="sequence",
+            ),
             "imitation": imitation_losses(stage, micro, tokenizer, layers=None),
             "split imitation": imitation_losses(stage, micro, tokenizer, layers=1),
             "head": head_gradient(stage, micro, tied=False), "tied head": head_gradient(stage, micro, tied=True),
