@@ -56,7 +56,13 @@ class _Function:
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.call).parameters
+        try:
+            return inspect.signature(self.call).parameters
+        except (
+            TypeError,
+            ValueError,
+        ):  # written in C, some say nothing of themselves: they are told when they are called
+            return {}
 
     def missing(self, columns: Sequence[str]) -> list[str]:
         """Parameters that it must be given and that nothing has."""

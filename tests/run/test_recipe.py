@@ -90,6 +90,31 @@ def test_what_a_late_stage_would_stop_at_is_told_before_the_first(recipe, settin
         run.check_inputs(recipe)
 
 
+def test_without_the_scorer_among_the_rewards_no_pairs_are_asked_for(recipe):
+    assert recipe.scorers == ["rm", "am"]
+    recipe.rewards.functions, recipe.evaluate.judge, recipe.data.pairs = ["length"], "chat", []
+    run.check_inputs(recipe)
+    assert recipe.scorers == []
+    recipe.variants, recipe.select.embedding_model = ["am-sr"], "minilm"
+    assert recipe.scorers == ["am"]  # it selects
+    with pytest.raises(DataError, match=r"data\.pairs: name at least one"):
+        run.check_inputs(recipe)
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        (["exact_number"], "'exact_number' takes 'answer', which is no column of the prompts; they have task"),
+        (["no.such:reward"], "'no.such:reward' cannot be imported: ModuleNotFoundError"),
+        (["math:floor"], "'floor' gave no reward of row .*prompts.jsonl:1: TypeError"),
+    ],
+)
+def test_rewards_that_are_not_there_are_told_before_the_first_stage(recipe, functions, message):
+    recipe.rewards.functions = functions
+    with pytest.raises(ValueError, match=f"rewards.functions: {message}"):
+        run.check_inputs(recipe)
+
+
 def assign(recipe: Recipe, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         section, _, last = name.rpartition(".")
