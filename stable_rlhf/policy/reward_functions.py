@@ -61,7 +61,7 @@ class _Function:
         except (
             TypeError,
             ValueError,
-        ):  # written in C, some say nothing of themselves: they are told when they are called
+        ):  # some that are written in C say nothing of themselves
             return {}
 
     def missing(self, columns: Sequence[str]) -> list[str]:
