@@ -192,7 +192,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(planted, trainer, p
 @pytest.mark.parametrize(
     ("metric", "value", "advice"),
     [
-        ("score_length_correlation", 0.8, "pay for length"), ("kl", -2.0, "it cannot be negative"),
+        ("score_length_correlation", 0.8, "pay for length"),
+        ("kl", -2.0, "it cannot be negative"),
         ("groups_without_signal", 0.75, "ppo.dynamic_sampling"),
         ("group_length_correlation", 0.8, "ppo.overlong_buffer"),
     ],

@@ -133,7 +133,8 @@ def test_a_response_cut_at_a_stop_string_is_finished_and_unpunished(make, tokeni
     rollouts = trainer.sample(prompts, 0)
     cut = [r for r, before in zip(rollouts, free, strict=True) if stop in before.text]
     assert cut and all(r.finished and r.encoded.response[-1] != tokenizer.eos_token_id for r in cut)
-    for rollout, experience in zip(rollouts, trainer.observe(rollouts), strict=True):
+    rewarded, _ = trainer.rewarded(prompts, rollouts, trainer.observe(rollouts), 0)
+    for rollout, experience in zip(rollouts, rewarded, strict=True):
         assert experience.encoded == rollout.encoded  # what was cut off is nothing that the trainer sees
         assert len(experience.old_logprob) == len(rollout.encoded.response) == len(rollout.logprobs)
         assert (experience.score > -50) == rollout.finished
