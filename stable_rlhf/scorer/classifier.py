@@ -186,7 +186,7 @@ def _probes(tokenizer: Any) -> list[Encoded]:
 def _rewards(scorer: Any, examples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """What the scorer gives, and how far rounding in its type may be off; [n] each."""
     inputs, last, _ = scorer.eval().prepare(examples)
-    features = scorer.trunk(**inputs)[torch.arange(len(examples)), last]
+    features = scorer.trunk(**inputs)[torch.arange(len(examples), dtype=torch.int64, device=last.device), last]
     head = scorer.reward_head
     rewards = head(features.to(head.weight.dtype)).squeeze(-1).float().cpu()
     size = (features.float().abs() @ head.weight.float().abs().squeeze(0)).cpu()

@@ -32,7 +32,7 @@ class RehearsalRows:
             )
         self._dataset, self._seed = dataset, seed
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         encode(dataset[0], self._tokenizer)  # an unknown format is told before the first step
 
     def batch(self, number: int, size: int) -> list[Row]:
@@ -43,7 +43,9 @@ class RehearsalRows:
         epoch, place = divmod(i, len(self._dataset))
         if epoch != self._epoch:
             generator = torch.Generator(device="cpu").manual_seed(self._seed + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self._dataset), generator=generator)
+            count = len(self._dataset)
+            self._epoch = epoch
+            self._order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
         return encode(self._dataset[int(self._order[place])], self._tokenizer)
 
 
@@ -87,10 +89,11 @@ def _checked(ids: list[int], first: int, example: dict[str, Any]) -> Row:
 def padded(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and targets [R, L], padded on the right; targets are shifted, -100 where nothing is
     learnt."""
-    ids = torch.full((len(rows), max(len(row.ids) for row in rows)), pad)
+    ids = torch.full((len(rows), max(len(row.ids) for row in rows)), pad, dtype=torch.int64, device="cpu")
     mask, target = torch.zeros_like(ids), torch.full_like(ids, -100)
     for i, row in enumerate(rows):
-        tokens, learnt = torch.tensor(row.ids), slice(max(row.first, 1) - 1, len(row.ids) - 1)
+        tokens = torch.tensor(row.ids, dtype=torch.int64, device="cpu")
+        learnt = slice(max(row.first, 1) - 1, len(row.ids) - 1)
         ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
         target[i, learnt] = tokens[1:][learnt]
     return ids.to(device), mask.to(device), target.to(device)

@@ -92,7 +92,7 @@ class _WithPromptLengths:
         self._inner = inner
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths = torch.tensor([example["prompt_length"] for example in examples])
+        lengths = torch.tensor([example["prompt_length"] for example in examples], dtype=torch.int64, device="cpu")
         return {**self._inner(examples), "prompt_length": lengths}
 
 
@@ -138,7 +138,7 @@ def _add_expected_head(model: Any, seed: int) -> None:
             outputs = inner(*arguments, **named)
         finally:
             watch.remove()
-        rows = torch.arange(len(prompt_length), device=states[0].device)
+        rows = torch.arange(len(prompt_length), dtype=torch.int64, device=states[0].device)
         hidden = states[0][rows, prompt_length - 1]  # padded on the right: the collator's only way
         return outputs, self.expected_head(hidden.to(self.expected_head.weight.dtype)).squeeze(-1).float()
 
