@@ -273,6 +273,7 @@ def test_scores_of_long_responses_are_lowered_before_groups_are_made(make, promp
 # -- resume --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_grpo_run_goes_on_to_the_same_bits(make, prompts, rehearsal, tmp_path, killed_after):
     settings = {
         "rehearsal": rehearsal, "save_steps": 1, "total_steps": 3, "dynamic_sampling": 1, "kl_coef": 0.05,

@@ -186,6 +186,7 @@ def test_files_are_plain_json_lines(folder):
     assert list((folder / "ppo-rm" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_reward_model_rehearses_what_it_chose_itself(folder, tmp_path):
     """`rm-sr` beside `am-sr`, in a folder that has all before them: each has a selection, by its own scorer."""
     shutil.copytree(folder, tmp_path / "run")
