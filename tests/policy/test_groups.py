@@ -12,9 +12,7 @@ import torch
 from helpers.files import metric_lines
 from helpers.recipes import quiet
 from stable_rlhf.cli.arguments import parse
-from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
-from stable_rlhf.data.prompts import EncodedPrompt
-from stable_rlhf.data.records import PromptRow
+from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.scores import less_overlong
@@ -26,23 +24,11 @@ from stable_rlhf.settings.stages import GROUP_RELATIVE, PPOArguments
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",
-         "Put into upper case: pqrs")  # fmt: skip
 ARGUMENTS = PPOArguments(
     learning_rate=1e-3, total_steps=2, rollout_batch_size=8, num_generations=4, per_device_train_batch_size=2,
     max_new_tokens=5, per_device_rehearsal_batch_size=1, rehearsal_coef=0.5, advantage_estimator="grpo", kl_coef=0.0,
 )  # fmt: skip
 WITHOUT_CRITIC = (*GROUP_RELATIVE, "reinforce_plus_plus", "score")
-
-
-@pytest.fixture
-def prompts(tokenizer) -> list[EncodedPrompt]:
-    return [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
-
-
-@pytest.fixture
-def rehearsal(tokenizer) -> list[Encoded]:
-    return [encode(tokenizer, t, r) for t, r in zip(TEXTS, ("dcba", "zyx", "c", "1", "PQRS"), strict=True)]
 
 
 @pytest.fixture

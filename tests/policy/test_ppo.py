@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from helpers.files import metric_lines
+from helpers.ppo_texts import TEXTS
 from helpers.recipes import quiet
 from stable_rlhf import ops
 from stable_rlhf.data import write_jsonl
-from stable_rlhf.data.encoding import Encoded, encode, encode_prompt
-from stable_rlhf.data.prompts import EncodedPrompt, encode_prompts
+from stable_rlhf.data.encoding import Encoded, encode
+from stable_rlhf.data.prompts import encode_prompts
 from stable_rlhf.data.records import DataError, PromptRow
 from stable_rlhf.engine.signals import Stopped
 from stable_rlhf.engine.snapshots import Snapshots
@@ -29,24 +30,12 @@ from stable_rlhf.settings.recipe import DataArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.settings.variants import VARIANTS
 
-TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q",
-         "Put into upper case: pqrs")  # fmt: skip
 ARGUMENTS = PPOArguments(
     learning_rate=1e-3, total_steps=2, rollout_batch_size=4, per_device_train_batch_size=2, max_new_tokens=4,
     per_device_rehearsal_batch_size=3, num_ppo_epochs=2, rehearsal_coef=0.5,
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_process")
-
-
-@pytest.fixture
-def prompts(tokenizer) -> list[EncodedPrompt]:
-    return [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
-
-
-@pytest.fixture
-def rehearsal(tokenizer) -> list[Encoded]:
-    return [encode(tokenizer, t, r) for t, r in zip(TEXTS, ("dcba", "zyx", "c", "1", "PQRS"), strict=True)]
 
 
 @pytest.fixture

@@ -195,8 +195,8 @@ def logprob_policy_loss(
 ) -> PolicyLossOutput:
     """The loss of `linear_policy_loss` from log-probs that exist already, in plain PyTorch on every device.
 
-    Two such rows cost what two numbers cost: use it where a framework hands out log-probs. Hidden states at hand,
-    `linear_policy_loss` takes one product less than making log-probs and their gradient (three, not four).
+    For where a framework hands out log-probs. With hidden states at hand `linear_policy_loss` is cheaper: three
+    products with the head, where log-probs and their gradient take four.
 
     Args:
         logprob: [...] log pi of each token, floating point; the loss is differentiable in it. What a row that is not
