@@ -297,12 +297,12 @@ class Engine:
         return functools.partial(gathered_once, self.plain, self.deepspeed)
 
     def save_model(
-        self, folder: Path, *, average: bool = False, beside: Mapping[str, Tensor] | None = None
+        self, folder: Path, *, average: bool = False, beside: Mapping[str, Tensor] | None = None, untied: bool = False
     ) -> None:  # fmt: skip
         """Write the transformers model, adapters merged, or its moving average, and the tensors ``beside`` its own;
-        every rank calls this."""
+        ``untied``: tied weights under each of their names. Every rank calls this."""
         value_of: Whole = self.average.whole if average and self.average is not None else whole
-        save_model(self.plain, folder, value_of, beside)
+        save_model(self.plain, folder, value_of, beside, untied=untied)
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of what trains (weights, optimiser, schedule) to ``folder``; all ranks call this."""

@@ -80,10 +80,21 @@ def plain_weights(model: nn.Module, value_of: Whole = whole) -> dict[str, Tensor
     return weights
 
 
-def save_model(model: Any, folder: Path, value_of: Whole = whole, beside: Mapping[str, Tensor] | None = None) -> None:
+def save_model(
+    model: Any,
+    folder: Path,
+    value_of: Whole = whole,
+    beside: Mapping[str, Tensor] | None = None,
+    *,
+    untied: bool = False,
+) -> None:
     """Write a transformers model to ``folder`` as safetensors, with the tensors ``beside`` its own, and its adapter,
-    where it has one, to ``folder/adapter``. Every rank calls this; rank 0 writes."""
+    where it has one, to ``folder/adapter``; ``untied``: a tied weight under each of its names. Every rank calls this;
+    rank 0 writes."""
     weights = {**plain_weights(model, value_of), **(beside or {})}
+    if untied:  # transformers leaves out what lies in the same memory
+        first = {id(tensor): name for name, tensor in reversed(weights.items())}
+        weights = {name: t if first[id(t)] == name else t.clone() for name, t in weights.items()}
     if is_main_process():
         model.save_pretrained(folder, state_dict=weights)
     if adapted_layers(model):

@@ -13,6 +13,9 @@ from torch import Tensor
 from stable_rlhf import ops
 from stable_rlhf.data.encoding import Encoded
 from stable_rlhf.policy import estimators
+from stable_rlhf.ranks import sum_over_ranks
+
+_GROWN, _ROUNDING = 10.0, 1e-5  # times that a gap may grow; the nats of float32's rounding, of many tokens
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,29 @@ def logprob_gap(experiences: Sequence[Experience]) -> Tensor:
     engine that sampled computes what the trainer computes."""
     known = [e.old_logprob - e.rollout_logprob for e in experiences if e.rollout_logprob is not None]
     return torch.cat(known) if known else torch.zeros(0, dtype=torch.float32, device="cpu")
+
+
+def same_weights(experiences: Sequence[Experience], first: float | None) -> float:
+    """The mean size of :func:`logprob_gap` over all ranks at the ``first`` step of a run, which is that of two kernels
+    for the same weights (None: this is it).
+
+    Raises:
+        ValueError: it is more than ten times as much now: the engine that samples goes on with weights of the past. On
+            every rank.
+    """
+    gap = logprob_gap(experiences).abs()
+    total, tokens = sum_over_ranks([float(gap.sum()), len(gap)])
+    mean = total / max(1.0, tokens)
+    if first is None:
+        return mean
+    if not mean <= _GROWN * max(first, _ROUNDING):  # NaN neither
+        raise ValueError(
+            f"rollout.server: log-probs of trainer and server differed by {first:.2g} nats a token in the first step "
+            f"and do by {mean:.2g} now, so the server has not taken up all of the new weights, whatever it answered. "
+            "A tied head is kept by some: start vLLM with --hf-overrides '{\"tie_word_embeddings\": false}'. The same "
+            "command goes on from the last snapshot"
+        )
+    return first
 
 
 def corrected_for_rollouts(experiences: Sequence[Experience], clip: float) -> list[Experience]:

@@ -96,8 +96,8 @@ _RULES = (
     ),
     _Rule(
         "logprob_gap", lambda now, _: now.get("logprob_gap", 0) > 0.05,
-        "rollout engine and trainer disagree on the probability of the same tokens: use one dtype in both, top_p 1 "
-        "and no repetition penalty; or set ppo.rollout_importance_clip 2",
+        "rollout engine and trainer disagree on the probability of the same tokens: start a vLLM server with "
+        "--logprobs-mode processed_logprobs, use one dtype in both and top_p 1; or set ppo.rollout_importance_clip 2",
     ),
     _Rule(
         "rollout_ratio_max", lambda now, _: now.get("rollout_ratio_max", 1) > 10,

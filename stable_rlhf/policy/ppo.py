@@ -45,6 +45,7 @@ from stable_rlhf.policy.experience import (
     Experience,
     RunningMoments,
     corrected_for_rollouts,
+    same_weights,
     scores_less_kl,
     with_advantages,
     with_one_advantage,
@@ -146,6 +147,7 @@ class PPOTrainer:
         self.sampling = GenerationSettings(
             arguments.max_new_tokens, arguments.temperature, arguments.top_p, tuple(arguments.stop)
         )
+        self.first_gap: float | None = None  # between the policy and its first copy in a rollout engine
         self.shares_features = scorer is not None and share_lower(policy.trunk, scorer.trunk)
         self.cache = FeatureCache()
         self.cache.fill(policy.trunk, [e.ids for e in self.rehearsal], description="rehearsal hidden states")
@@ -190,6 +192,8 @@ class PPOTrainer:
                     self.show(samples, step, loop.tracker)
                 asked = [prompts[rows[place // a.num_generations]] for place in self.places]
                 asked, rollouts, observed, of_rewards = self.collect(prompts, asked, step)
+                if self.rollouts.holds_a_copy:
+                    self.first_gap = same_weights(observed, self.first_gap)
                 experiences = self.with_advantages(observed)
                 metrics = self.update(experiences, step)
 
@@ -231,7 +235,8 @@ class PPOTrainer:
         if not self.rollouts.holds_a_copy:
             return
         path = folder / "rollout-weights" / str(step)  # another name each time: a loader may remember what it has read
-        self.engine.save_model(path)
+        # A server's loader looks for a tied head under its own name, where it serves the two apart.
+        self.engine.save_model(path, untied=True)
 
         def load() -> None:
             try:
@@ -515,6 +520,7 @@ class PPOTrainer:
         return {
             "moments": [moments.count, moments.mean, moments.m2] if moments else None,
             "kl": [self.kl.value, self.kl.target], "guard": self.guard.state(), "drawn_together": self.drawn_together,
+            "first_gap": self.first_gap,
         }  # fmt: skip
 
     def _resume(self, loop: Loop) -> None:
@@ -522,6 +528,7 @@ class PPOTrainer:
         carried = loop.carried
         self.kl.value, self.kl.target = carried["kl"]
         self.drawn_together = carried.get("drawn_together", self.drawn_together)
+        self.first_gap = carried.get("first_gap")
         self.guard.restore(carried["guard"], loop.tracker.history)
         if self.moments is not None:
             self.moments.count, self.moments.mean, self.moments.m2 = carried["moments"]

@@ -3,8 +3,9 @@
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs
 
 The development mode opens ``/collective_rpc``, through which the workers reload weights from a folder of safetensors
-that trainer and server both see. Processed log-probs are those of the distribution that a token was drawn from.
-**This has been tested against a stub of the same protocol only, never against a real vLLM.**
+that trainer and server both see. Processed log-probs are those of the distribution that a token was drawn from. A model
+with tied embeddings is served untied (``--hf-overrides '{"tie_word_embeddings": false}'``): a CPU server keeps the old
+head otherwise, and says that all went well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stable_rlhf.system.http import Server, short
 _AT_ONCE = 64  # requests of one process in flight: the server batches them itself
 _TOKEN_BYTES = 1 << 10  # of an answer, for each token asked for: its id, its text, its log-probs, its place
 _ROUNDING, _LEAST = 1e-3, 1e6  # nats that a log-prob may be above and below 0
+_KEY = {401: "rollout.api_key_env names the environment variable with its key"}  # what to do where that is refused
 
 
 class VLLMRollouts:
@@ -33,6 +35,7 @@ class VLLMRollouts:
         tokenizer: The policy's; token ids go over the wire in both directions.
         ends: Tokens that end a response, of :func:`ends_of_turn`; None: those that the tokenizer knows of.
         stop: Texts that end one besides the settings' own, of :func:`ends_in_text`.
+        api_key: The server's key, where it has one.
         timeout: Seconds that one response, or loading the weights, may take.
         vocabulary: Token ids that the policy has; None: those of the tokenizer.
         retries: Tries again, the first after ``pause`` seconds, where the server is busy or does not answer.
@@ -46,16 +49,17 @@ class VLLMRollouts:
 
     def __init__(
         self, url: str, tokenizer: Any, *, ends: Sequence[int] | None = None, stop: Sequence[str] = (),
-        timeout: float = 600.0, vocabulary: int | None = None, retries: int = 3, pause: float = 1.0,
+        api_key: str | None = None, timeout: float = 600.0, vocabulary: int | None = None, retries: int = 3,
+        pause: float = 1.0,
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.ends, self.stop = ends_of_turn(tokenizer) if ends is None else tuple(ends), tuple(stop)
         self.vocabulary = len(tokenizer) if vocabulary is None else vocabulary
         self._server = Server(
-            "vLLM server", url, setting="rollout.server", timeout=timeout, timeout_setting="rollout.timeout",
-            retries=retries, pause=pause,
+            "vLLM server", url, setting="rollout.server", key=api_key, timeout=timeout,
+            timeout_setting="rollout.timeout", retries=retries, pause=pause,
         )  # fmt: skip
-        self.model = self._server.ask("/v1/models", read=_first_model)
+        self.model, self.context = self._server.ask("/v1/models", read=_first_model, hints=_KEY)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
@@ -63,6 +67,14 @@ class VLLMRollouts:
         """One response per prompt, each drawn with its own seed."""
         if settings.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
             raise ValueError("seeds: one integer a prompt is needed when temperature > 0")
+        # What is longer than its context is cut in silence by some versions.
+        for place, prompt in enumerate(prompts):
+            if self.context is not None and len(prompt) + settings.max_new_tokens > self.context:
+                raise self._server.error(
+                    f"its context has {self.context} tokens, and prompt {place} has {len(prompt)} beside "
+                    f"max_new_tokens {settings.max_new_tokens}: raise --max-model-len there, or lower data.max_prompt_length or "
+                    "ppo.max_new_tokens"
+                )
         settings = replace(settings, stop=tuple(dict.fromkeys([*settings.stop, *self.stop])))
         bodies = [
             self._body(prompt, seed, settings)
@@ -78,10 +90,10 @@ class VLLMRollouts:
         """Reload the weights of every worker from ``folder``; what was computed with the old ones is forgotten.
 
         No request may be under way: the trainer calls this between two rollouts."""
-        hints = {404: "start it with VLLM_SERVER_DEV_MODE=1, or it cannot load new weights"}
+        hints = _KEY | {404: "start it with VLLM_SERVER_DEV_MODE=1, or it cannot load new weights"}
         weights = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
         self._server.ask("/collective_rpc", weights, hints=hints)
-        self._server.ask("/reset_prefix_cache", {}, hints=hints)
+        self._server.ask("/reset_prefix_cache", {}, _emptied, hints=hints)
 
     def _body(self, prompt: Sequence[int], seed: int, settings: GenerationSettings) -> dict[str, Any]:
         return {
@@ -137,11 +149,21 @@ class VLLMRollouts:
         )
 
 
-def _first_model(answer: Any) -> str:
+def _emptied(answer: Any) -> None:
+    """Some versions say whether they did it: not while blocks of a request are in use."""
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise ValueError(
+            "success is false, so it still holds what old weights computed; does another client use this server?"
+        )
+
+
+def _first_model(answer: Any) -> tuple[str, int | None]:
+    """Its name, and the tokens of its context where the server says."""
     models = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(models, list) or not models:
         raise ValueError(f"a list of models is wanted, got {short(answer if models is None else models)}")
     name = models[0].get("id") if isinstance(models[0], dict) else None
     if not isinstance(name, str) or not name:
         raise ValueError(f"the first model has no name: {short(models[0])}")
-    return name
+    context = models[0].get("max_model_len")
+    return name, context if type(context) is int and context > 0 else None

@@ -70,8 +70,12 @@ def _check_outside(recipe: Recipe) -> None:
                 f"{setting}: {without_credentials(text)!r} holds credentials, and settings are written into every "
                 "record of a run: leave them out"
             )
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*|", evaluate.judge_api_key_env):
-        raise ValueError("evaluate.judge_api_key_env is the name of an environment variable, not the key itself")
+    for setting, name in (
+        ("evaluate.judge_api_key_env", evaluate.judge_api_key_env),
+        ("rollout.api_key_env", recipe.rollout.api_key_env),
+    ):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*|", name):
+            raise ValueError(f"{setting} is the name of an environment variable, not the key itself")
     ours = {"model", "messages", "stream", "n"}
     for name in evaluate.judge_request:
         if name in ours:

@@ -95,8 +95,9 @@ def make_judge(recipe: Recipe, scorer: str | None) -> Judge | PairJudge:
         return GoldJudge(lambda prompt, response, task: gold_score(prompt, response))
     if e.judge == "chat":
         assert e.judge_base_url and e.judge_model  # `check` asks for them
-        named = e.judge_api_key_env != EvaluateArguments.judge_api_key_env  # the default one need not be there
-        key = read_key("evaluate.judge_api_key_env", e.judge_api_key_env, needed=named and bool(e.judge_api_key_env))
+        key = read_key(
+            "evaluate.judge_api_key_env", e.judge_api_key_env, default=EvaluateArguments.judge_api_key_env
+        )  # fmt: skip
         return ChatJudge(
             e.judge_base_url, e.judge_model, api_key=key, request=e.judge_request, workers=e.judge_workers,
             timeout=e.judge_timeout,

@@ -57,10 +57,11 @@ from stable_rlhf.scorer.denoise import denoise, parse_bands
 from stable_rlhf.scorer.metarm import encode_responses
 from stable_rlhf.scorer.model import AdvantageModel, ScorerSettings, check_scorer_folder
 from stable_rlhf.scorer.train import train_scorer
-from stable_rlhf.settings.recipe import SAMPLE_PROMPTS, EngineArguments, EvaluateArguments, Recipe
+from stable_rlhf.settings.recipe import SAMPLE_PROMPTS, EngineArguments, EvaluateArguments, Recipe, RolloutArguments
 from stable_rlhf.settings.stages import HOT_TEMPERATURE, SCORER, PPOArguments, ScorerArguments, SelectArguments
 from stable_rlhf.settings.variants import Variant
 from stable_rlhf.show.progress import is_main_process, say
+from stable_rlhf.system.http import read_key
 
 Result = dict[str, Any]
 RESPONSES = "responses.jsonl.gz"  # in the folder of `run_responses`
@@ -518,9 +519,11 @@ def _load_scorer(recipe: Recipe, variant: Variant, scorer: str) -> AdvantageMode
 def _server(recipe: Recipe, tokenizer: Any, model: PolicyModel) -> VLLMRollouts | None:
     if not recipe.rollout.server:
         return None
+    variable = recipe.rollout.api_key_env
     return VLLMRollouts(
         recipe.rollout.server, tokenizer, ends=ends_of_turn(tokenizer, model.causal_lm),
         stop=ends_in_text(model.causal_lm), timeout=recipe.rollout.timeout,
+        api_key=read_key("rollout.api_key_env", variable, default=RolloutArguments.api_key_env),
         vocabulary=model.causal_lm.get_input_embeddings().num_embeddings,
     )  # fmt: skip
 

@@ -216,12 +216,14 @@ class RolloutArguments:
 
     Args:
         server: Address of a vLLM server that samples, http://host:port (unset: the policy itself, by transformers).
+        api_key_env: Environment variable that holds the server's key, when it needs one (``vllm serve --api-key``).
         timeout: Seconds until an answer of that server must be whole, loading weights included; it is asked again three
             times.
         sample_steps: Answer the same four evaluation prompts after every so many steps, in samples.jsonl (0: never).
     """
 
     server: str | None = None
+    api_key_env: str = "VLLM_API_KEY"
     timeout: Timeout = 600.0
     sample_steps: CountOrNone = 0
 

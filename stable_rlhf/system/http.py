@@ -98,14 +98,15 @@ def check_address(setting: str, address: str) -> None:
         )
 
 
-def read_key(setting: str, variable: str, *, needed: bool) -> str | None:
+def read_key(setting: str, variable: str, *, default: str) -> str | None:
     """The key in an environment variable, None where it is not set.
 
     Raises:
-        ValueError: it is ``needed`` and not set, or holds what no header can carry; the value is never shown.
+        ValueError: it is not set though another variable than the ``default`` one (or "": none) was named, or it holds
+            what no header can carry; the value is never shown.
     """
     key = os.environ.get(variable, "").strip()
-    if needed and not key:
+    if variable not in ("", default) and not key:
         raise ValueError(f"{setting}: the environment variable that it names is not set (a name belongs here, no key)")
     if not re.fullmatch(r"[ -~]*", key):
         raise ValueError(f"{setting}: the environment variable that it names holds characters that no key has")

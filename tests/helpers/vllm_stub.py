@@ -26,6 +26,9 @@ class StubServer(ThreadingHTTPServer):
         self.loaded: list[str] = []  # folders that weights were reloaded from
         self.reloads, self.dev_mode, self.knows_token_ids = True, True, True
         self.shift = 0.0  # added to every log-prob that it reports
+        self.key: str | None = None  # that a request must bring
+        self.emptied: dict[str, Any] | None = None  # what it says once its prefix cache is to be emptied
+        self.keeps_head = False  # a tied model's, whatever is reloaded, as vLLM's CPU server does
 
     @property
     def url(self) -> str:
@@ -60,7 +63,10 @@ class StubServer(ThreadingHTTPServer):
         assert request["method"] == "reload_weights" and set(request["kwargs"]) == {"weights_path"}
         self.loaded.append(request["kwargs"]["weights_path"])
         if self.reloads:
+            head = self.model.get_output_embeddings().weight
             self.model = AutoModelForCausalLM.from_pretrained(request["kwargs"]["weights_path"]).eval()
+            if self.keeps_head:
+                self.model.get_output_embeddings().weight = head
         return {"results": [None]}
 
 
@@ -77,23 +83,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _refused(self) -> bool:
+        if self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}":
+            return False
+        self._send({"error": "Unauthorized"}, 401)
+        return True
+
     def do_GET(self) -> None:
+        if self._refused():
+            return None
         if self.path == "/v1/models":
-            return self._send({"object": "list", "data": [{"id": "policy"}]})
+            context = self.server.model.config.max_position_embeddings
+            return self._send({"object": "list", "data": [{"id": "policy", "max_model_len": context}]})
         self._send({"detail": "Not Found"}, 404)
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._refused():
+            return None
         if self.path == "/v1/completions":
             if request["model"] != "policy":
                 return self._send({"error": {"message": f"The model `{request['model']}` does not exist."}}, 404)
-            if len(request["prompt"]) + request["max_tokens"] > self.server.model.config.max_position_embeddings:
-                return self._send({"error": {"message": "maximum context length exceeded"}}, 400)
             return self._send(self.server.complete(request))
         if self.server.dev_mode and self.path == "/collective_rpc":
             return self._send(self.server.reload(request))
         if self.server.dev_mode and self.path == "/reset_prefix_cache":
-            return self._send(None)
+            return self._send(self.server.emptied)
         self._send({"detail": "Not Found"}, 404)
 
 

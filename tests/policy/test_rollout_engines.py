@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from helpers.files import metric_lines
 from helpers.recipes import quiet
 from helpers.vllm_stub import serving
 from stable_rlhf.data.encoding import encode_prompt
@@ -83,7 +85,38 @@ def test_a_server_that_keeps_its_old_weights_shows_as_a_gap(make, server, tokeni
     server.reloads = False
     curve = trainer.train(prompts, tmp_path)["curve"]
     assert curve[0]["logprob_gap"] > 0.05 and curve[0]["logprob_gap_max"] > curve[0]["logprob_gap"]
-    assert "rollout engine and trainer disagree" in capsys.readouterr().err
+    assert "--logprobs-mode processed_logprobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", ["all", "its head"])
+def test_a_server_that_does_not_take_up_new_weights_ends_the_run(
+    kept, make, server, tiny_model, tokenizer, prompts, tmp_path
+):
+    """Its first step is right, and every later one would train on what the policy of the first step says."""
+    trainer = make(rollouts=VLLMRollouts(server.url, tokenizer))
+    server.model = tiny_model()  # the policy's weights
+    server.reloads, server.keeps_head = kept != "all", True
+    with pytest.raises(ValueError, match=r"differed by .*e-0[6-9] nats .*tie_word_embeddings"):
+        trainer.train(prompts, tmp_path)
+    assert len(metric_lines(tmp_path)) == 1
+
+
+def test_a_tied_head_goes_to_a_server_under_both_of_its_names(make, tiny_model, tokenizer, prompts, tmp_path):
+    trainer = make()
+    trainer.policy.causal_lm.config.tie_word_embeddings = True
+    trainer.policy.causal_lm.tie_weights()
+    seen = []
+
+    class Reader(LocalRollouts):
+        holds_a_copy = True
+
+        def load(self, folder):
+            seen.append(load_file(folder / "model.safetensors"))
+
+    trainer.rollouts = Reader(trainer.policy.causal_lm, tokenizer)
+    trainer.publish(tmp_path, 0)
+    (weights,) = seen
+    assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
 
 
 def test_a_planted_gap_is_measured_and_corrected(make, tokenizer, prompts, tmp_path):

@@ -166,10 +166,18 @@ def test_the_server_samples_from_the_weights_that_it_was_given(server, tiny_mode
     ]
 
 
-def test_what_a_server_may_do_wrong_is_one_clear_error(server, tokenizer, tmp_path):
+def test_what_a_server_may_do_wrong_is_one_clear_error(server, tiny_model, tokenizer, tmp_path):
     rollouts, settings = VLLMRollouts(server.url, tokenizer), GenerationSettings(60)
-    with pytest.raises(ValueError, match=r"/v1/completions is refused: 400 .*maximum context length"):
-        rollouts.sample(PROMPTS, settings, seeds=SEEDS)
+    with pytest.raises(
+        ValueError, match=r"its context has 64 tokens, and prompt 1 has 5 .*max_new_tokens 60: raise --max"
+    ):
+        rollouts.sample(PROMPTS, settings, seeds=SEEDS)  # it would cut what does not fit, and say nothing
+    tiny_model().save_pretrained(tmp_path)
+    server.emptied = {"success": True}
+    rollouts.load(tmp_path)
+    server.emptied = {"success": False}
+    with pytest.raises(ValueError, match=r"/reset_prefix_cache .*success is false, so it still holds"):
+        rollouts.load(tmp_path)
     server.dev_mode = False
     with pytest.raises(ValueError, match=r"/collective_rpc is refused: 404 .*start it with VLLM_SERVER_DEV_MODE=1"):
         rollouts.load(tmp_path)
@@ -181,6 +189,17 @@ def test_what_a_server_may_do_wrong_is_one_clear_error(server, tokenizer, tmp_pa
     server.server_close()
     with pytest.raises(ValueError, match=rf"vLLM server {url}: no answer to /v1/models, tried 1 .*is it up"):
         VLLMRollouts(url, tokenizer, retries=0)
+
+
+def test_a_key_is_sent_with_every_request(server, tiny_model, tokenizer, tmp_path):
+    server.key = "sk-stimmt"
+    with pytest.raises(ValueError, match=r"/v1/models is refused: 401 .*rollout\.api_key_env names") as caught:
+        VLLMRollouts(server.url, tokenizer, api_key="sk-stimmt-nicht")
+    assert "stimmt" not in str(caught.value)
+    rollouts = VLLMRollouts(server.url, tokenizer, api_key="sk-stimmt")
+    tiny_model().save_pretrained(tmp_path)
+    rollouts.load(tmp_path)
+    assert len(rollouts.sample(PROMPTS, GenerationSettings(2), seeds=SEEDS)) == len(PROMPTS)
 
 
 # -- stop strings and tokens that are not characters -------------------------------------------------------------------
