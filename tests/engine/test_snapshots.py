@@ -83,8 +83,7 @@ def snapshots(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("ppo", {}), pytest.param("ppo", {"zero_stage": 1}, marks=pytest.mark.slow),
-        pytest.param("ppo", {"zero_stage": 2}, marks=pytest.mark.slow), ("ppo", {"zero_stage": 3}),
+        ("ppo", {}), *(pytest.param("ppo", {"zero_stage": s}, marks=pytest.mark.slow) for s in (1, 2, 3)),
         ("sft", {}), ("rejection", {}), ("sft", {"bf16": True}), ("sft", {"bf16": True, "zero_stage": 3}),
         ("sft", {"offload_optimizer": True, "zero_stage": 2}), ("sft", {"offload_optimizer": True, "zero_stage": 3}),
         pytest.param("ppo", {"fp16": True}, marks=pytest.mark.slow),

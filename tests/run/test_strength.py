@@ -285,6 +285,7 @@ def test_strength_against_a_column():
     assert all(end == pytest.approx(1.0) for end in sure.values())
 
 
+@pytest.mark.slow
 def test_pairs_of_one_prompt_do_not_count_as_independent():
     rng = np.random.default_rng(0)
     mu, value = rng.normal(size=80), rng.normal(size=80) > 0

@@ -44,7 +44,7 @@ STAGES = pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.ma
     ],
 )  # fmt: skip
 def test_two_ranks_equal_one(losses, stage, what, rel):
-    """Losses of ten updates, norms of their gradients, and gradients of the head through the fused loss."""
+    """Losses of five updates, norms of their gradients, and gradients of the head through the fused loss."""
     one, two = losses
     assert two[stage][what] == pytest.approx(one[stage][what], abs=1e-5, rel=rel)
     assert one[stage][what] == pytest.approx(one["0"][what], abs=1e-5, rel=rel)  # every ZeRO stage is plain training

@@ -1,4 +1,4 @@
-"""Trains a scorer and policies for ten updates on recorded data under each ZeRO stage; rank 0 writes the losses.
+"""Trains a scorer and policies for five updates on recorded data under each ZeRO stage; rank 0 writes the losses.
 
 Run by test_parallel.py under one and two ranks. Arguments: output file, micro-batch per rank, ZeRO stages.
 """
@@ -37,7 +37,7 @@ from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
 from stable_rlhf.settings.stages import PPOArguments, ScorerArguments
 from stable_rlhf.world import build_model, build_tokenizer
 
-UPDATES = 10
+UPDATES = 5
 
 
 def model(tokenizer):

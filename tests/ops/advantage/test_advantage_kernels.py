@@ -141,7 +141,7 @@ def test_cpp(call, dtype, isa):
 
 
 @interpreted
-@settings(max_examples=60, **OPTIONS)
+@settings(max_examples=25, **OPTIONS)
 @given(cases(), st.sampled_from([torch.float32, torch.float64]))
 def test_triton(call, dtype):
     compare(call, "triton", dtype)
