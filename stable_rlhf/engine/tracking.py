@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Tracker:
         self._file: Any = None
         self._board: Any = None
         self._services: dict[str, Any] = {}
+        self._taken: dict[str, float] = {}  # the last step that a service has, of the run that it goes on with
         if not self._main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,10 +69,14 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
-        for name in _SERVICES:
-            if name in report_to:
+        if wanted := [name for name in _SERVICES if name in report_to]:
+            identity = _identity(folder, after)
+            for name in wanted:
                 with self._served(name):
-                    self._services[name] = _service(name, folder, after, settings)
+                    run = _service(name, folder, identity, settings)
+                    self._services[name], self._taken[name] = run, _last_step(name, run)
+                    for row in self.history:  # what it had in memory, a kill has taken
+                        self._tell(name, int(row["step"]), {k: v for k, v in row.items() if k != "step"})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
@@ -82,9 +87,14 @@ class Tracker:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
-        for name, service in list(self._services.items()):
+        for name in list(self._services):
             with self._served(name):
-                service.log({metric: float(value) for metric, value in metrics.items()}, step=step)
+                self._tell(name, step, metrics)
+
+    def _tell(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """But for a step that the service has: of a killed attempt, after the snapshot that this one goes on from."""
+        if step > self._taken[name]:
+            self._services[name].log({metric: float(value) for metric, value in metrics.items()}, step=step)
 
     def sample(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Keep what the policy answers after ``step`` steps."""
@@ -129,11 +139,18 @@ def read_metrics(path: Path, after: int | None = None) -> list[dict[str, float]]
     ]  # fmt: skip
 
 
-def _service(name: str, folder: Path, after: int, settings: dict[str, Any] | None) -> Any:
-    """A run of wandb or trackio; a resumed stage goes on with the run that it had."""
+def _identity(folder: Path, after: int) -> str:
+    """What all services know a stage's attempt by; a resumed stage keeps it."""
     path = folder / _IDENTITY
-    identity = read_json(path, "id")["id"] if after and path.is_file() else secrets.token_hex(4)
+    if after and path.is_file():
+        return str(read_json(path, "id")["id"])
+    identity = secrets.token_hex(4)
     path.write_text(to_json({"id": identity}) + "\n", encoding="utf-8")
+    return identity
+
+
+def _service(name: str, folder: Path, identity: str, settings: dict[str, Any] | None) -> Any:
+    """A run of wandb or trackio."""
     about: dict[str, Any] = {
         "project": os.environ.get(f"{name.upper()}_PROJECT", "stable_rlhf"),
         "name": f"{folder.resolve().parent.name}-{folder.name.removesuffix('.tmp')}-{identity}",
@@ -141,5 +158,16 @@ def _service(name: str, folder: Path, after: int, settings: dict[str, Any] | Non
         "resume": "allow",
     }
     if name == "wandb":
+        # Offline a killed attempt's file has what was on disk then; this attempt's gets all of it once more, and is the
+        # one to send.
+        for former in sorted(folder.glob(f"wandb/offline-run-*-{identity}")):
+            former.rename(former.with_name(f"replaced-{former.name}"))
         about |= {"id": identity, "dir": str(folder)}
     return importlib.import_module(name).init(**about)
+
+
+def _last_step(name: str, run: Any) -> int:
+    """The last step that a service has of a run that has just been opened; below 0: none, or offline, in a new file."""
+    if name == "wandb":
+        return -1 if getattr(run, "offline", False) else int(run.step) - 1
+    return int(getattr(run, "_next_step", 0)) - 1

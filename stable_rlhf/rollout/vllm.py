@@ -72,8 +72,8 @@ class VLLMRollouts:
             if self.context is not None and len(prompt) + settings.max_new_tokens > self.context:
                 raise self._server.error(
                     f"its context has {self.context} tokens, and prompt {place} has {len(prompt)} beside "
-                    f"max_new_tokens {settings.max_new_tokens}: raise --max-model-len there, or lower data.max_prompt_length or "
-                    "ppo.max_new_tokens"
+                    f"max_new_tokens {settings.max_new_tokens}: raise --max-model-len there, or lower "
+                    "data.max_prompt_length or ppo.max_new_tokens"
                 )
         settings = replace(settings, stop=tuple(dict.fromkeys([*settings.stop, *self.stop])))
         bodies = [

@@ -536,9 +536,7 @@ def test_both_results_are_of_the_same_cases():
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "ending", ["all active", *(pytest.param(name, marks=pytest.mark.slow) for name in ("captured", "256 MiB"))]
-)
+@pytest.mark.parametrize("ending", ["all active", pytest.param("captured", marks=pytest.mark.slow), "256 MiB"])
 def test_the_first_shape_holds_its_bounds_now(counter, ending):
     """The path's code as it is, not what was written down of it."""
     name = f"{', '.join(map(str, SHAPES[0]))}, {ending}"
@@ -588,7 +586,6 @@ def test_a_call_that_is_told_its_active_rows_does_not_stop(counter):
 
 
 @interpreted
-@pytest.mark.slow
 def test_the_command(capsys):
     assert command.main(["count", "--shape", "16,32,256", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

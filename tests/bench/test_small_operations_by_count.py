@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 
 @not_interpreted
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_interpreted(__file__)
 

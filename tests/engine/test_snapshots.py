@@ -30,7 +30,7 @@ from stable_rlhf.policy.rejection import train_rejection
 from stable_rlhf.policy.sft import train_sft
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
 from stable_rlhf.settings.recipe import CheckpointArguments, EngineArguments
-from stable_rlhf.settings.stages import PPOArguments, SFTArguments
+from stable_rlhf.settings.stages import PPOArguments, RewardArguments, SFTArguments
 
 TEXTS = ("Reverse the letters of abcd", "Write backwards: xyz", "Give the last letter of abc", "Count the letters of q")
 EVERY_STEP = CheckpointArguments(save_steps=1)
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture
-def trainers(tiny_model, tokenizer):
+def trainers(tiny_model, tokenizer, tmp_path):
     """Each call makes everything anew, as a restarted process does."""
     prompts = [EncodedPrompt(PromptRow(t), encode_prompt(tokenizer, t)) for t in TEXTS]
     rows = [encode(tokenizer, t, r) for t, r in zip(TEXTS, ("dcba", "zyx", "c", "1"), strict=True)]
@@ -57,6 +57,18 @@ def trainers(tiny_model, tokenizer):
         trainer = PPOTrainer(policy, tokenizer, scorer(), recipe, rehearsal=rows, moving_average=True, seed=7)
         trainer.train(prompts, folder)
 
+    def grpo(folder: Path, engine: EngineArguments, checkpoint: CheckpointArguments) -> None:
+        """Groups, no critic, no scorer, a reward function of one's own, and rehearsal."""
+        own = tmp_path / "own.py"
+        own.write_text(
+            "def vowels(responses):\n    return [sum(c in 'aeiou' for c in r) for r in responses]\n", "utf-8"
+        )
+        rewards = RewardArguments(functions=[f"{own}:vowels", "length"], weights=[1.0, -0.5])
+        arguments = replace(PPO, advantage_estimator="grpo", num_generations=2, kl_in="loss", kl_estimator="k3")
+        recipe = quiet(ppo=arguments, rewards=rewards, engine=engine, checkpoint=checkpoint)
+        trainer = PPOTrainer(PolicyModel(tiny_model()), tokenizer, None, recipe, rehearsal=rows, seed=7)
+        trainer.train(prompts, folder)
+
     def sft(folder: Path, engine: EngineArguments, checkpoint: CheckpointArguments) -> None:
         arguments = SFTArguments(learning_rate=1e-3, max_steps=4, num_train_epochs=9, per_device_train_batch_size=2)
         recipe = quiet(sft=arguments, engine=engine, checkpoint=checkpoint)
@@ -66,7 +78,7 @@ def trainers(tiny_model, tokenizer):
         recipe = quiet(ppo=PPO, engine=engine, checkpoint=checkpoint)
         train_rejection(PolicyModel(tiny_model()), tokenizer, scorer(), prompts, recipe, folder, seed=2)
 
-    return {"ppo": ppo, "sft": sft, "rejection": rejection}
+    return {"ppo": ppo, "grpo": grpo, "sft": sft, "rejection": rejection}
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict]]:
@@ -84,6 +96,7 @@ def snapshots(folder: Path) -> list[str]:
     ("name", "settings"),
     [
         ("ppo", {}), *(pytest.param("ppo", {"zero_stage": s}, marks=pytest.mark.slow) for s in (1, 2, 3)),
+        ("grpo", {}), pytest.param("grpo", {"zero_stage": 3}, marks=pytest.mark.slow),
         ("sft", {}), ("rejection", {}), ("sft", {"bf16": True}), ("sft", {"bf16": True, "zero_stage": 3}),
         ("sft", {"offload_optimizer": True, "zero_stage": 2}), ("sft", {"offload_optimizer": True, "zero_stage": 3}),
         pytest.param("ppo", {"fp16": True}, marks=pytest.mark.slow),

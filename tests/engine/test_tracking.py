@@ -95,6 +95,11 @@ def _note(*call):
     with calls.open("a") as file:
         file.write(json.dumps(call) + "\\n")
 class Run:
+    @property
+    def step(self):
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        return 1 + max([call[1] for call in map(json.loads, lines) if call[0] == "log"], default=-1)
+    _next_step = step
     def log(self, metrics, step):
         _note("log", step, metrics)
     def finish(self):
@@ -139,6 +144,24 @@ def test_services_get_settings_metrics_and_the_same_run_after_a_resume(services,
     assert resumed["name"] == about["name"] != anew["name"] and resumed["project"] == "other"
     if name == "wandb":
         assert resumed["id"] == about["id"] != anew["id"] and about["dir"] == str(folder)
+
+
+def test_both_services_keep_one_run_and_get_no_step_twice(services, tmp_path):
+    """A kill after step 2 was logged, and before its snapshot: the resumed attempt does that step again."""
+    folder = tmp_path / "runs" / "mine" / "ppo-am.tmp"
+    tracker = Tracker(folder, ("wandb", "trackio"))
+    for step in (1, 2):
+        tracker.log(step, {"loss": float(step)})
+    again = Tracker(folder, ("wandb", "trackio"), after=1)
+    for step in (2, 3):
+        again.log(step, {"loss": float(step)})
+    again.close()
+    assert [row["step"] for row in again.history] == [1, 2, 3]
+    for name in ("wandb", "trackio"):
+        calls = services(name)
+        first, resumed = (call[1] for call in calls if call[0] == "init")
+        assert first == resumed and [call[1] for call in calls if call[0] == "log"] == [1, 2, 3]
+    assert services("wandb")[0][1]["id"] in services("trackio")[0][1]["name"]
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
