@@ -160,8 +160,8 @@ def same_weights(experiences: Sequence[Experience], first: float | None) -> floa
         raise ValueError(
             f"rollout.server: log-probs of trainer and server differed by {first:.2g} nats a token in the first step "
             f"and do by {mean:.2g} now, so the server has not taken up all of the new weights, whatever it answered. "
-            "A tied head is kept by some: start vLLM with --hf-overrides '{\"tie_word_embeddings\": false}'. The same "
-            "command goes on from the last snapshot"
+            "Where the model's head is tied, --hf-overrides '{\"tie_word_embeddings\": false}' may help a vLLM server. "
+            "The same command goes on from the last snapshot"
         )
     return first
 

