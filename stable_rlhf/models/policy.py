@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -109,9 +110,11 @@ class PolicyModel(nn.Module):
         temperature: float | Tensor = 1.0,
         entropy: bool = False,
         loss: dict[str, Any] | None = None,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> dict[str, Any]:
         """Without ``loss``: log-probs (and entropy, values) of ``target`` [B, L]. With ``loss``: keyword arguments of
-        :func:`stable_rlhf.ops.linear_policy_loss`, whose output is returned under ``"output"``."""
+        :func:`stable_rlhf.ops.linear_policy_loss`, whose output is returned under ``"output"``; ``watch`` is shown the
+        gradient of that loss alone with respect to the hidden states, [B, L, H], in the backward pass."""
         hidden = self.trunk(**inputs)  # [B, L, H]
         result: dict[str, Any] = {}
         if self.value_head is not None:
@@ -122,6 +125,9 @@ class PolicyModel(nn.Module):
             if self.logit_map.softcap is not None:
                 config = loss.get("config") or ops.PolicyLossConfig()
                 loss = {**loss, "config": replace(config, softcap=self.logit_map.softcap)}
+            if watch is not None and hidden.requires_grad:
+                hidden = hidden.view_as(hidden)  # of which the critic's share is no part
+                hidden.register_hook(watch)
             result["output"] = ops.linear_policy_loss(
                 hidden, weight, target, bias=bias, temperature=temperature, workspace_bytes=self.workspace_bytes, **loss
             )

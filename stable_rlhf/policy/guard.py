@@ -125,6 +125,11 @@ _RULES = (
         "alone; look at samples, set ppo.overlong_buffer, or train the scorer on pairs of like lengths",
     ),
     _Rule(
+        "rehearsal_share", lambda now, before: 0 < _lasting(now, before, "rehearsal_share") < 0.01,
+        "rehearsal pulls with less than a hundredth of the gradient, so it holds nothing: raise ppo.rehearsal_coef ten "
+        "times, or more",
+    ),
+    _Rule(
         "skipped_updates", lambda now, _: now.get("skipped_updates", 0) > 0,
         "updates of this step that were left out, the weights untouched: look at this step's data; lower learning_rate",
     ),

@@ -34,6 +34,16 @@ class MixedBatch:
     returns: Tensor
     ref_logprob: Tensor
     lengths: Tensor  # [B, 1] tokens of a rollout's response; 1 for rehearsal
+    squares: Tensor | None = None  # [2] see watch
+
+    def watch(self, gradient: Tensor) -> None:
+        """Keep Σ ‖∂loss/∂hidden‖² over the policy's rows and over those of rehearsal: what each term pulls with, at
+        next to no cost, since a row belongs to one of them. (By the weights it would take a backward pass a term.)"""
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=wide)
+        self.squares = torch.stack(
+            [torch.where(self.kind == kind, norms, 0.0).square().sum() for kind in (POLICY, REHEARSAL)]
+        )
 
 
 def mix(
@@ -88,7 +98,8 @@ def mixed_loss(
     (unset: policy_denominator is their number).
 
     Summed over micro-steps and ranks, the losses and metrics do not depend on how the batch was cut; ``max_log_ratio``,
-    the largest |log π − log π_old|, is a maximum instead. ``grad_scale``: see :func:`linear_policy_loss`."""
+    the largest |log π − log π_old|, is a maximum instead. ``grad_scale``: see :func:`linear_policy_loss`. A backward
+    pass leaves ``batch.squares``."""
     # Rehearsal text was not sampled at this temperature: its NLL is the model's own.
     temperatures = torch.where(batch.kind == REHEARSAL, 1.0, temperature)
     tokens = policy_denominator if tokens is None else tokens
@@ -101,7 +112,9 @@ def mixed_loss(
         arguments["ref_logprob"] = batch.ref_logprob
     if sequence_means:
         arguments["row_weight"] = 1 / batch.lengths
-    result = engine(batch.inputs, batch.target, temperature=temperatures, loss=arguments)
+    result = engine(
+        batch.inputs, batch.target, temperature=temperatures, loss=arguments, watch=batch.watch
+    )  # fmt: skip
     output = result["output"]
     ours = batch.kind == POLICY
     value_loss = torch.zeros((), device=ours.device, dtype=torch.float32)

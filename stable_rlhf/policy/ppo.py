@@ -440,11 +440,12 @@ class PPOTrainer:
         }  # fmt: skip
         config = replace(self.loss_config, kl_coef=self.kl.value) if a.kl_in == "loss" else self.loss_config
         metrics: dict[str, float] = {}
-        largest, moved, too_far = 0.0, True, False
+        largest, moved, too_far, squares = 0.0, True, False, [0.0, 0.0]
         for i, (micro, rehearsed) in enumerate(zip(micros, rehearsal, strict=True)):
             share = rehearsed[rank() * len(rehearsed) // world : (rank() + 1) * len(rehearsed) // world]
+            batch = mix(self.policy, micro, share, self.cache)
             loss, parts = mixed_loss(
-                self.engine, mix(self.policy, micro, share, self.cache), config,
+                self.engine, batch, config,
                 temperature=a.temperature, cliprange_value=a.cliprange_value, vf_coef=a.vf_coef,
                 policy_denominator=denominators[a.loss_aggregation], tokens=tokens,
                 rehearsal_denominator=max(1, counts[a.rehearsal_reduction]),
@@ -456,8 +457,13 @@ class PPOTrainer:
             if i == len(micros) - 1 and (most := self.recipe.guard.max_update_kl) is not None:
                 too_far = not sum_over_ranks([metrics["approx_kl"]])[0] <= most  # NaN is too far
             self.engine.backward(loss, drop=too_far)
+            if batch.squares is not None:
+                squares = [a + b for a, b in zip(squares, batch.squares.tolist(), strict=True)]
             moved = self.engine.step()
         metrics = dict(zip(metrics, sum_over_ranks(metrics.values()), strict=True))
+        if self.rehearsal:
+            policys, rehearsals = (square**0.5 for square in sum_over_ranks(squares))
+            metrics["rehearsal_share"] = rehearsals / (policys + rehearsals) if rehearsals else 0.0
         return metrics | {"max_log_ratio": max_over_ranks([largest])[0]}, moved, too_far
 
     @property

@@ -31,6 +31,7 @@ CALM = {
     "gradient_norm": 0.4, "max_log_ratio": 0.3, "logprob_gap": 1e-6, "skipped_updates": 0.0, "score_std": 0.5,
     "score_length_correlation": 0.1, "groups_without_signal": 0.2, "group_score_std": 0.4,
     "group_length_correlation": 0.1, "rollout_ratio_max": 1.1, "rollout_ratio_min": 0.9,
+    "rehearsal_share": 0.2,
 }  # fmt: skip
 
 
@@ -196,6 +197,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(planted, trainer, p
         ("kl", -2.0, "it cannot be negative"),
         ("groups_without_signal", 0.75, "ppo.dynamic_sampling"),
         ("group_length_correlation", 0.8, "ppo.overlong_buffer"),
+        ("rehearsal_share", 0.005, "raise ppo.rehearsal_coef"),
     ],
 )
 def test_what_one_batch_may_show_by_chance_must_last(metric, value, advice):

@@ -227,3 +227,23 @@ def test_the_value_loss_is_clipped_on_both_sides(value, old, returns, loss, slop
     found.backward()
     assert float(found.detach()) == pytest.approx(loss, abs=1e-12)
     assert float(v.grad) == pytest.approx(slope, abs=1e-12)
+
+
+def test_each_terms_gradient_is_measured_in_the_one_backward_pass(make, architecture):
+    """By the hidden states, without the critic's part: those of the two terms by hand, a backward pass each."""
+    policy = make(architecture)
+    experiences = rollouts(policy)
+    batch = mix(policy, experiences, REHEARSED, FeatureCache())
+    loss, _ = mixed_loss(policy, batch, CONFIG, policy_denominator=9, rehearsal_denominator=6, **SETTINGS)
+    assert batch.squares is None
+    loss.backward()
+    states = []
+    hook = policy.trunk.backbone.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
+    (ppo, nll, _), tokens, _ = parts_by_hand(policy, experiences, REHEARSED)
+    hook.remove()
+    assert tokens == 9
+    for measured, term, first in ((0, ppo / 9, 0), (1, CONFIG.rehearsal_coef * nll / 6, len(experiences))):
+        own = states[first : first + (len(REHEARSED) if measured else len(experiences))]
+        pulls = torch.autograd.grad(term, own, retain_graph=True)
+        wanted = sum(float(pull.square().sum()) for pull in pulls)
+        assert float(batch.squares[measured]) == pytest.approx(wanted, rel=1e-5) and wanted > 1e-8

@@ -92,7 +92,7 @@ def test_ppo_with_rehearsal_changes_the_policy_and_neither_reference_nor_scorer(
         assert row["loss"] == pytest.approx(
             row["policy_loss"] + 0.5 * row["rehearsal_loss"] + ARGUMENTS.vf_coef * row["value_loss"], abs=1e-5
         )
-        assert 1 <= row["length"] <= 4 and row["gradient_norm"] > 0
+        assert 1 <= row["length"] <= 4 and row["gradient_norm"] > 0 and 0.05 < row["rehearsal_share"] < 0.95
     assert result["curve"][0]["kl"] == pytest.approx(0, abs=1e-5)  # the first rollouts come from the reference itself
     assert abs(result["curve"][1]["kl"]) > 1e-4
     for name in ("config.json", "model.safetensors", "tokenizer.json", "value_head.safetensors", "metrics.jsonl"):
@@ -135,6 +135,7 @@ def test_without_rehearsal_data_nothing_is_rehearsed(make, prompts, rehearsal, t
         (row,) = trainer.train(prompts, tmp_path / name)["curve"]
         found[name] = row, weights(trainer)
     assert found["without"][0]["rehearsal_loss"] == 0 < found["with"][0]["rehearsal_loss"]
+    assert "rehearsal_share" not in found["without"][0]
     assert found["without"][0]["score"] == found["with"][0]["score"]
     assert not torch.equal(found["without"][1], found["with"][1])
 
