@@ -69,10 +69,11 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
-        if wanted := [name for name in _SERVICES if name in report_to]:
-            identity = _identity(folder, after)
-            for name in wanted:
+        identity = ""
+        for name in _SERVICES:
+            if name in report_to:
                 with self._served(name):
+                    identity = identity or _identity(folder, after)
                     run = _service(name, folder, identity, settings)
                     self._services[name], self._taken[name] = run, _last_step(name, run)
                     for row in self.history:  # what it had in memory, a kill has taken

@@ -164,6 +164,14 @@ def test_both_services_keep_one_run_and_get_no_step_twice(services, tmp_path):
     assert services("wandb")[0][1]["id"] in services("trackio")[0][1]["name"]
 
 
+def test_a_damaged_identity_does_not_end_the_training(services, tmp_path, capsys):
+    folder = tmp_path / "ppo-am.tmp"
+    fill(folder, report_to=("wandb",)).close()
+    (folder / "tracking.json").write_text("{", encoding="utf-8")
+    Tracker(folder, ("wandb",), after=1).close()
+    assert "report_to: wandb fails" in capsys.readouterr().err and len(metric_lines(folder)) == 1
+
+
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_a_service_that_fails_does_not_end_the_training(services, where, tmp_path, capsys):
     folder = tmp_path / "sft.tmp"

@@ -21,7 +21,7 @@ def manifest(folder: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a scorer's votes": ("differences.json", lambda folder: strength._read_votes(folder / "differences.json")),
     "a validation": ("validation/results.json", lambda folder: study._validation(folder, "x")),
-    "a service's run": ("tracking.json", lambda folder: tracking._service("wandb", folder, 3, None)),
+    "a service's run": ("tracking.json", lambda folder: tracking._identity(folder, 3)),
     "a snapshot": ("step-1/manifest.json", manifest),
     "embeddings": ("manifest.json", store.open_embeddings),
     "embeddings to finish": ("job.json", lambda folder: store._begin(folder, {"key": "x"})),
