@@ -75,7 +75,7 @@ class Tracker:
                 with self._served(name):
                     identity = identity or _identity(folder, after)
                     run = _service(name, folder, identity, settings)
-                    self._services[name], self._taken[name] = run, _last_step(name, run)
+                    self._services[name], self._taken[name] = run, _last_step(name, run, after)
                     for row in self.history:  # what it had in memory, a kill has taken
                         self._tell(name, int(row["step"]), {k: v for k, v in row.items() if k != "step"})
 
@@ -167,8 +167,9 @@ def _service(name: str, folder: Path, identity: str, settings: dict[str, Any] | 
     return importlib.import_module(name).init(**about)
 
 
-def _last_step(name: str, run: Any) -> int:
-    """The last step that a service has of a run that has just been opened; below 0: none, or offline, in a new file."""
+def _last_step(name: str, run: Any, after: int) -> int:
+    """The last step that a service has of a run that has just been opened; below 0: none, or offline, in a new file. A
+    trackio that does not tell is taken to have those up to the snapshot."""
     if name == "wandb":
         return -1 if getattr(run, "offline", False) else int(run.step) - 1
-    return int(getattr(run, "_next_step", 0)) - 1
+    return int(getattr(run, "_next_step", after + 1)) - 1

@@ -112,9 +112,8 @@ def mixed_loss(
         arguments["ref_logprob"] = batch.ref_logprob
     if sequence_means:
         arguments["row_weight"] = 1 / batch.lengths
-    result = engine(
-        batch.inputs, batch.target, temperature=temperatures, loss=arguments, watch=batch.watch
-    )  # fmt: skip
+    watch = batch.watch if config.rehearsal_coef else None
+    result = engine(batch.inputs, batch.target, temperature=temperatures, loss=arguments, watch=watch)
     output = result["output"]
     ours = batch.kind == POLICY
     value_loss = torch.zeros((), device=ours.device, dtype=torch.float32)

@@ -536,7 +536,7 @@ def test_both_results_are_of_the_same_cases():
 
 
 @interpreted
-@pytest.mark.parametrize("ending", ["all active", pytest.param("captured", marks=pytest.mark.slow), "256 MiB"])
+@pytest.mark.parametrize("ending", ["all active", "captured", "256 MiB"])
 def test_the_first_shape_holds_its_bounds_now(counter, ending):
     """The path's code as it is, not what was written down of it."""
     name = f"{', '.join(map(str, SHAPES[0]))}, {ending}"

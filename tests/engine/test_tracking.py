@@ -164,6 +164,16 @@ def test_both_services_keep_one_run_and_get_no_step_twice(services, tmp_path):
     assert services("wandb")[0][1]["id"] in services("trackio")[0][1]["name"]
 
 
+def test_a_trackio_that_does_not_tell_its_steps_gets_none_of_the_snapshots_again(services, tmp_path):
+    module = tmp_path / "modules" / "trackio.py"
+    module.write_text(module.read_text(encoding="utf-8").replace("    _next_step = step\n", ""), encoding="utf-8")
+    fill(tmp_path / "run", report_to=("trackio",)).close()
+    again = Tracker(tmp_path / "run", ("trackio",), after=2)
+    again.log(3, {"loss": 1.0})
+    again.close()
+    assert [call[1] for call in services("trackio") if call[0] == "log"] == [1, 2, 3]
+
+
 def test_a_damaged_identity_does_not_end_the_training(services, tmp_path, capsys):
     folder = tmp_path / "ppo-am.tmp"
     fill(folder, report_to=("wandb",)).close()

@@ -25,12 +25,11 @@ BACKENDS = [
 ]  # fmt: skip
 
 
-def run_interpreted(*files: str, marks: str = "not gpu and not slow") -> None:
-    """The tests of files once more, interpreted; fails as they fail, or when none ran. Those that are marked slow: see
-    tests/ops/test_long_interpreted.py."""
+def run_interpreted(file: str) -> None:
+    """The tests of a file once more, interpreted; fails as they fail, or when none ran."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *files]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=1200)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 

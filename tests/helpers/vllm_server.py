@@ -46,11 +46,9 @@ def vllm_python() -> Path:
 
 
 @contextmanager
-def vllm_server(
-    model: Path, *options: str, untied: bool = True, processed: bool = True, port: int | None = None
-) -> Iterator[str]:
+def vllm_server(model: Path, *options: str, untied: bool = True, processed: bool = True) -> Iterator[str]:
     """The address of a server of the ``model`` in float32, as the guide starts it but for what is told otherwise."""
-    port = port or free_port()
+    port = free_port()
     log = model.with_name(f"{model.name}-{port}.log")
     command = [
         str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",

@@ -154,7 +154,7 @@ def test_operators_keep_torchs_rules(name, backend, calls, monkeypatch):
 @not_interpreted
 @pytest.mark.slow
 def test_in_the_interpreter():
-    run_interpreted(__file__, marks="not gpu")
+    run_interpreted(__file__)
 
 
 @not_interpreted
