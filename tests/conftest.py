@@ -52,8 +52,8 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def server():
-    """Calls of the command line without the seconds that its imports take: see helpers/cli.py."""
-    from helpers.cli import shared_server
+    """Calls of the command line without the seconds that its imports take: see helpers/forks.py."""
+    from helpers.forks import shared_server
 
     return shared_server()
 

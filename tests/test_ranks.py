@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from stable_rlhf.ranks import on_first_rank, together
 
 
 def test_two_ranks_leave_a_block_together(tmp_path):
-    run_worker("ranks_worker", tmp_path / "found.json", ranks=2)
+    run_ranks("ranks_worker", tmp_path / "found.json", ranks=2)
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == {
         "none": ["'went on'"] * 2,
         "second": ["ValueError: of rank 1"] * 2,

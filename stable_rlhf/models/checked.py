@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stable_rlhf.data.jsonl import read_json
 from stable_rlhf.data.records import DataError
-from stable_rlhf.ranks import is_lost_rank
+from stable_rlhf.ranks import gather_objects, is_lost_rank, rank
 
 # Unset, transformers asks on the terminal whether a repository's own code shall run, and runs it after a "y".
 OWN_CODE_ALONE = {"trust_remote_code": False}
@@ -113,7 +113,7 @@ def load_whole(
     if is_deepspeed_zero3_enabled():
         with loading(what, location):
             model = auto.from_pretrained(location, **options)
-    if name := first_not_finite(model.named_parameters()):
+    if name := _first_not_finite(model):
         raise ValueError(f"{what}: its weights are not finite: {name} holds NaN or infinity")
     return model
 
@@ -126,8 +126,28 @@ def _check_layers(location: str, what: str) -> None:
         raise ValueError(f"{what}: config.json: num_hidden_layers {layers} is more than {_MOST_LAYERS}")
 
 
+def _first_not_finite(model: Any) -> str | None:
+    """Of a model's weights, the same on every rank: where they lie in shards, each rank looks at its own."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return first_not_finite(model.named_parameters())
+    return next(
+        filter(None, gather_objects(first_not_finite((k, _shard(p)) for k, p in model.named_parameters()))), None
+    )
+
+
+def _shard(weight: Any) -> Tensor:
+    """What this rank holds of a weight under ZeRO-3, without what fills the last rank's part up."""
+    if not hasattr(weight, "ds_tensor"):
+        whole: Tensor = weight
+        return whole
+    part: Tensor = weight.ds_tensor.detach()
+    return part[: max(0, weight.ds_numel - rank() * part.numel())]
+
+
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first tensor that holds NaN or infinity. Of weights that other ranks hold nothing is said."""
+    """Name of the first tensor that holds NaN or infinity."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.is_meta:
             values = tensor.detach()

@@ -150,10 +150,17 @@ def hidden_width(config: Any) -> int:
 
 def context_length(config: Any) -> int:
     """Longest sequence (tokens) the model can take; BLOOM's ALiBi has no limit of its own, so its ``seq_length`` or
-    2,048 serves."""
+    2,048 serves.
+
+    Raises:
+        ValueError: the configuration names a length that is no positive whole number.
+    """
     config = text_config(config)
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
         value = getattr(config, name, None)
         if value:
-            return int(value)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                where = getattr(config, "name_or_path", "")
+                raise ValueError(f"{Path(where) / 'config.json'}: {name} is {value!r}, not a number of tokens")
+            return value
     return 2048

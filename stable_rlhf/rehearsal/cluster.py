@@ -100,18 +100,17 @@ def _first_distinct(rows: _Blocks, most: int) -> np.ndarray:
     return np.array(places)
 
 
-def _sampled(train: _Blocks, n: int) -> str:
-    return f"trained on a sample of {len(train)} of {n} rows"
+def _note(notes: list[str], text: str) -> None:
+    notes.append(text)
+    logger.warning(text)
 
 
 def _distinct(train: _Blocks, num_clusters: int, notes: list[str]) -> tuple[np.ndarray, int]:
     """Places of distinct rows, one a cluster, and as many clusters as there are of them."""
     distinct = _first_distinct(train, num_clusters)
     if len(distinct) < num_clusters:
-        notes.append(
-            f"{num_clusters} clusters asked for, but only {len(distinct)} distinct rows: {len(distinct)} clusters made"
-        )
-        logger.warning(notes[-1])
+        made = f"{len(distinct)} clusters made"
+        _note(notes, f"{num_clusters} clusters asked for, but only {len(distinct)} distinct rows: {made}")
     return distinct, len(distinct)
 
 
@@ -295,7 +294,7 @@ def _on_device(
         train = rows
         if train_rows is not None and max(train_rows, num_clusters) < n:
             train = rows.subset(np.sort(generator.choice(n, max(train_rows, num_clusters), replace=False)))
-            notes.append(_sampled(train, n))
+            _note(notes, f"trained on a sample of {len(train)} of {n} rows")
         distinct, num_clusters = _distinct(train, num_clusters, notes)
         if init == "random":
             places = np.sort(generator.choice(len(train), num_clusters, replace=False))
@@ -399,7 +398,7 @@ def cluster_embeddings(
         if train_rows is not None and max(train_rows, num_clusters) < n:
             chosen = np.sort(generator.choice(n, max(train_rows, num_clusters), replace=False))
             train = rows.of(rows.take(chosen))
-            notes.append(_sampled(train, n))
+            _note(notes, f"trained on a sample of {len(train)} of {n} rows")
         distinct, num_clusters = _distinct(train, num_clusters, notes)
         if init == "random":
             places = np.sort(generator.choice(len(train), num_clusters, replace=False))
@@ -425,8 +424,7 @@ def cluster_embeddings(
             labels = assignment if backend == "cpu" else nearest(held)
             centroids, nearest, converged = _mixture(held, centroids, labels, niter=niter, seed=seed)
             if not converged:
-                notes.append(f"the mixture had not converged after {niter} iterations")
-                logger.warning(notes[-1])
+                _note(notes, f"the mixture had not converged after {niter} iterations")
         assignment = _stream(rows, nearest)
     with kmeans.open_rows(embeddings, scale=scale, threads=threads) as rows:
         rows.offset = offset

@@ -82,8 +82,6 @@ def select_to_folder(
     selection = select_rehearsal(
         candidates, scores, embeddings.array, num_clusters=num_clusters, top_k=top_k, seed=seed, **selecting
     )
-    for note in selection.settings["notes"]:
-        say(f"  {note}")
     rows = top_up(selection.rows, outside, seed=seed)
     if not selection.rows:
         given = [name for name in ("minimum", "maximum") if selection.settings[name]]

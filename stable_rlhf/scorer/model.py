@@ -219,6 +219,8 @@ class AdvantageModel(nn.Module):
             raise ValueError(
                 f"{folder / _HEADS_FILE}: has {shapes}, where these settings and this model want {expected}"
             )
+        if name := next((k for k, v in heads.items() if not v.is_floating_point()), None):
+            raise ValueError(f"{folder / _HEADS_FILE}: {name} holds {str(heads[name].dtype)[6:]}, not floating point")
         if name := first_not_finite(heads.items()):
             raise ValueError(f"{folder / _HEADS_FILE}: {name} holds NaN or infinity")
         model.load_state_dict(heads, strict=False)

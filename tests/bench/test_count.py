@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from bench.count.launches import Launches
 from bench.count.rates import Rates, timed
 from bench.count.wanted import WANTED
 from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Wait, Work
-from helpers.interpreter import interpreted, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import interpreted, not_interpreted
 
 RATES = Rates()
 
@@ -576,11 +578,8 @@ def test_what_is_kept_is_what_the_code_does(tmp_path):
 @interpreted
 def test_a_call_that_is_told_its_active_rows_does_not_stop(counter):
     def stops(**options: int) -> int:
-        def build():
-            return policy_step((64, 32, 512), True, **options)
-
-        line = counter.count(Case("linear_policy_loss", "small", build, lambda rates: 1.0))
-        return line["synchronisations"]
+        build = partial(policy_step, (64, 32, 512), True, **options)
+        return counter.count(Case("linear_policy_loss", "small", build, lambda rates: 1.0))["synchronisations"]
 
     assert stops(active_rows=29) == 0 < stops() <= 1
 

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 
-from helpers.interpreter import interpreted, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import interpreted, not_interpreted
 
 pytest.importorskip("triton")
 

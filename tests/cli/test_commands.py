@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import stable_rlhf
-from helpers.cli import Done, run
+from helpers.cli import run
 from helpers.files import tiny_files, write_lines
+from helpers.forks import Done
 from helpers.launch import environment
 from stable_rlhf.cli import commands as command_line
 from stable_rlhf.cli.arguments import normalise

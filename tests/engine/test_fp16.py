@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from helpers.recipes import quiet
 from helpers.workers.fp16_worker import Run
 from stable_rlhf.data.encoding import Encoded, encode
@@ -227,7 +227,7 @@ def test_metarm_leaves_a_step_out_where_its_gradient_overflows(fp16, tiny_model,
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     """An overflow on one rank leaves out the step of both; what a snapshot holds goes on to the same bits."""
-    run_worker("fp16_worker", tmp_path, ranks=2)
+    run_ranks("fp16_worker", tmp_path, ranks=2)
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert set(found) == {"1", "2", "3"}
     for row in found.values():

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from helpers.recipes import quiet
 from stable_rlhf.data.encoding import encode, encode_prompt
 from stable_rlhf.data.prompts import EncodedPrompt
@@ -21,6 +21,8 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.engine import Engine, Schedule
 from stable_rlhf.engine.frozen import loading_in_shards, read_only, release
 from stable_rlhf.engine.weights import gathered_once, plain_weights
+from stable_rlhf.models import checked
+from stable_rlhf.models.checked import first_not_finite
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.policy.ppo import PPOTrainer
 from stable_rlhf.policy.rejection import train_rejection
@@ -75,6 +77,34 @@ def test_a_model_loaded_in_shards_reads_trains_and_is_saved_like_a_whole_one(fol
     torch.testing.assert_close(logprob, moved, rtol=0, atol=1e-5)
     engine.close()
     release(reference)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.down_proj.weight"])
+def test_weights_that_are_not_finite_are_named_in_shards_too(tiny_model, tokenizer, tmp_path, name):
+    model = tiny_model("llama")
+    model.state_dict()[name].view(-1)[-1] = torch.nan
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^model '{tmp_path}': its weights are not finite: {name} holds NaN"):
+        load_policy(str(tmp_path), SHARDS)
+
+
+@pytest.mark.parametrize(("ranks", "at"), [(2, 0), (2, 2), (2, 4), (3, 4)])
+def test_each_rank_looks_at_its_own_part(monkeypatch, ranks, at):
+    """Of five numbers: what fills the last rank's part up, here infinity, is nobody's."""
+    size = -(-5 // ranks)
+    whole = torch.full((size * ranks,), torch.inf)
+    whole[:5] = 0.0
+    found = []
+    for rank in range(ranks):
+        monkeypatch.setattr(checked, "rank", lambda rank=rank: rank)
+        part = SimpleNamespace(ds_tensor=whole[rank * size : (rank + 1) * size], ds_numel=5)
+        assert first_not_finite([("w", checked._shard(part))]) is None
+        part.ds_tensor = part.ds_tensor.clone()
+        if rank == at // size:
+            part.ds_tensor[at % size] = torch.nan
+        found.append(first_not_finite([("w", checked._shard(part))]))
+    assert found == [("w" if rank == at // size else None) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +220,7 @@ def test_two_ranks_hold_halves_and_train_what_one_trains(tiny_model, tokenizer, 
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for ranks in (1, 2):
-        run_worker("shards_worker", tmp_path / "model", tmp_path / f"out-{ranks}", ranks=ranks)
+        run_ranks("shards_worker", tmp_path / "model", tmp_path / f"out-{ranks}", ranks=ranks)
     for name in ("gathered", "layered", "lora"):
         one, two = (
             AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{ranks}" / name).state_dict() for ranks in (1, 2)

@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import json
-import signal
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from helpers.launch import command, environment, free_port
+from helpers.forks import Done, Server
+from helpers.launch import environment
 
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("stable-rlhf"))
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The error without its hint."""
-        return next((line for line in self.err.splitlines() if line.startswith("stable-rlhf: error: ")), "")
-
-    def refused(self, *parts: str) -> Done:
-        """It was refused with one clear message that holds ``parts``."""
-        assert self.code == 2, self
-        assert self.err.count("stable-rlhf: error: ") == 1 and "Traceback" not in self.err, self.err
-        for part in parts:
-            assert part in self.message, self.err
-        return self
-
-    def worked(self) -> Done:
-        assert self.code == 0, self.err[-6000:]
-        assert "Traceback" not in self.err, self.err[-6000:]
-        return self
 
 
 def run(*arguments: str | Path, cwd: Path, timeout: float = 1200, module: bool = False, **extra: str) -> Done:
@@ -51,66 +20,6 @@ def run(*arguments: str | Path, cwd: Path, timeout: float = 1200, module: bool =
         timeout=timeout,
     )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
-
-
-class Server:
-    """Calls of the command line without the seconds that its imports take: a process that has imported everything
-    forks for each call. What the call sees is a fresh process with its own arguments, folder and output."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            command("cli_server"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            env=environment(),
-        )
-
-    def __call__(
-        self, *arguments: object, cwd: Path, kill: float | str | None = None, sign: int = signal.SIGKILL, **extra: str
-    ) -> Done:  # fmt: skip
-        """``kill``: SIGKILL the call after so many seconds, or once a file of this name (a glob in ``cwd``) is there;
-        if it still runs then, its code is -9. ``sign``: another signal than SIGKILL."""
-        return self._run(1, arguments, cwd, kill, [0], sign, extra)[0]
-
-    def ranks(
-        self, count: int, *arguments: object, cwd: Path, kill: float | str | None = None, who: list[int] | None = None,
-        sign: int = signal.SIGKILL, **extra: str,
-    ) -> list[Done]:  # fmt: skip
-        """The same as ``count`` ranks, as a launcher would start them; ``who``: the ranks to kill (all)."""
-        launcher = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return self._run(count, arguments, cwd, kill, who or list(range(count)), sign, launcher | extra)
-
-    def _run(
-        self, count: int, arguments: tuple[object, ...], cwd: Path, kill: float | str | None, who: list[int],
-        sign: int, extra: dict[str, str],
-    ) -> list[Done]:  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            outputs = [(Path(folder, f"out-{i}"), Path(folder, f"err-{i}")) for i in range(count)]
-            call: dict[str, Any] = {
-                "argv": list(map(str, arguments)), "cwd": str(cwd), "env": extra, "kill": kill, "who": who,
-                "sign": int(sign),
-                "outputs": [(str(out), str(err)) for out, err in outputs],
-            }  # fmt: skip
-            assert self.process.stdin and self.process.stdout
-            self.process.stdin.write(json.dumps(call) + "\n")
-            self.process.stdin.flush()
-            codes = json.loads(self.process.stdout.readline())
-            return [Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
-                    for code, (out, err) in zip(codes, outputs, strict=True)]  # fmt: skip
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-@functools.cache
-def shared_server() -> Server:
-    """One server for all tests of this process."""
-    server = Server()
-    atexit.register(server.close)
-    return server
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,10 +1,8 @@
-"""Triton's interpreter: a process of its own, since triton reads TRITON_INTERPRET when kernels are defined."""
+"""Triton's interpreter, in the process that `helpers.forks.run_interpreted` starts: who runs what, and watching it."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,14 +21,6 @@ ISAS = extension().isa_names() if extension() is not None else []  # that the C+
 BACKENDS = [
     pytest.param("torch", marks=plain), pytest.param("cpu", marks=cpp), pytest.param("triton", marks=interpreted)
 ]  # fmt: skip
-
-
-def run_interpreted(file: str) -> None:
-    """The tests of a file once more, interpreted; fails as they fail, or when none ran."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @contextmanager

@@ -39,7 +39,9 @@ def worker_environment(**extra: str) -> dict[str, str]:
 
 
 def run_worker(worker: str, *arguments: object, ranks: int = 0, **extra: str) -> str:
-    """What ``workers/<worker>.py`` prints, once it has ended well; ``ranks``: as so many processes of torchrun."""
+    """What ``workers/<worker>.py`` prints, once it has ended well, in a process of its own; ``ranks``: in as many, of
+    torchrun. Where nothing depends on a process that has done nothing before, :func:`helpers.forks.run_ranks` is
+    quicker by all imports."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     python, *script = command(worker, *arguments)
     done = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from stable_rlhf.integrations import transformers as fusing
 from stable_rlhf.integrations.logit_map import LogitMap
 from stable_rlhf.integrations.transformers import fuse_lm_head, fused_policy_loss
@@ -285,4 +285,4 @@ def test_wrong_models_and_losses_are_told():
 @pytest.mark.parametrize("sharding", ["fsdp", "zero"])
 def test_two_ranks_that_shard_the_model_train_as_one_process(sharding, heads):
     """FSDP2, the untied head in a group of its own, and ZeRO-3, on two processes."""
-    run_worker("fused_worker", sharding, heads, ranks=2)
+    run_ranks("fused_worker", sharding, heads, ranks=2)

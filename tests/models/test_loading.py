@@ -10,6 +10,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.data.prompts import EncodedPrompt
 from stable_rlhf.data.records import PromptRow
 from stable_rlhf.models.checked import first_not_finite
-from stable_rlhf.models.loading import load_backbone, load_causal_lm, load_config, load_tokenizer
+from stable_rlhf.models.loading import context_length, load_backbone, load_causal_lm, load_config, load_tokenizer
 from stable_rlhf.rollout.local import GenerationSettings, generate
 from stable_rlhf.run.stages import check_same_tokenizer, check_scorer_context
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
@@ -149,6 +150,25 @@ def test_weights_that_are_not_finite_are_refused(policy, scorer, value):
     spoil(scorer / "heads.safetensors", "expected_head.bias")
     with pytest.raises(ValueError, match=rf"^{scorer}/heads\.safetensors: expected_head\.bias holds NaN or infinity"):
         AdvantageModel.from_pretrained(scorer)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_heads_of_another_kind_than_floating_point_are_refused(scorer, dtype):
+    from safetensors.torch import load_file, save_file
+
+    heads = load_file(path := scorer / "heads.safetensors")
+    save_file({**heads, "reward_head.weight": heads["reward_head.weight"].to(dtype)}, path)
+    with pytest.raises(ValueError, match=rf"heads\.safetensors: reward_head\.weight holds {str(dtype)[6:]}, not float"):
+        AdvantageModel.from_pretrained(scorer)
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "seq_length"])
+@pytest.mark.parametrize("value", [-1, 2.5, True, "2048"])
+def test_a_context_that_is_no_number_of_tokens_is_refused(name, value):
+    config = SimpleNamespace(**{name: value}, name_or_path="runs/sft")
+    with pytest.raises(ValueError, match=rf"^runs/sft/config\.json: {name} is {value!r}, not a number of tokens"):
+        context_length(config)
+    assert context_length(SimpleNamespace(**{name: 7})) == 7
 
 
 def test_large_weights_are_finite():

@@ -13,7 +13,8 @@ import stable_rlhf
 import stable_rlhf.kernels
 import stable_rlhf.ops as ops
 from helpers.every_op import CASES, run
-from helpers.interpreter import INTERPRETED, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import INTERPRETED, not_interpreted
 from stable_rlhf.ops.backends import extension
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="installed without the C++ module")

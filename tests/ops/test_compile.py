@@ -12,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import stable_rlhf.ops as ops
 from helpers.every_op import CASES, cases, run
-from helpers.interpreter import INTERPRETED, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import INTERPRETED, not_interpreted
 from stable_rlhf.ops import backends, operators, sequence, topk
 from stable_rlhf.ops.advantage import fused as advantage_fused
 from stable_rlhf.ops.advantage import loss as advantage_loss

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
+from helpers.forks import run_interpreted
 from helpers.interpreter import (
     INTERPRETED,
     Synchronised,
@@ -15,7 +16,6 @@ from helpers.interpreter import (
     interpreted,
     no_synchronisation,
     not_interpreted,
-    run_interpreted,
 )
 
 pytest.importorskip("triton")

@@ -88,12 +88,12 @@ def test_same_seed_same_clusters_on_one_and_two_threads(method):
     assert not same_partition(runs[0].assignment, different.assignment)
 
 
-def test_all_points_train_unless_told_otherwise():
+def test_all_points_train_unless_told_otherwise(caplog):
     x, labels = blobs(each=300)  # 1,800 points for 6 centroids: faiss alone would use 256 each, 1,536
     assert cluster_embeddings(x, 6).trained_on == 1800
     cut = cluster_embeddings(x, 6, train_rows=120)
     assert cut.trained_on == 120
-    assert cut.notes == ("trained on a sample of 120 of 1800 rows",)
+    assert cut.notes == ("trained on a sample of 120 of 1800 rows",) == tuple(caplog.messages)
     assert same_partition(cut.assignment, labels)
     assert cluster_embeddings(x, 6, train_rows=1800).notes == ()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.files import metric_lines
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from helpers.recipes import quiet
 from stable_rlhf.data import write_jsonl
 from stable_rlhf.data.encoding import encode
@@ -113,7 +113,7 @@ def found(tmp_path_factory) -> Callable[[int, str], dict]:
     @functools.cache
     def of(ranks: int, stages: str) -> dict:
         folder = tmp_path_factory.mktemp("eval")
-        run_worker("eval_worker", folder, 4 // ranks, stages, ranks=ranks)
+        run_ranks("eval_worker", folder, 4 // ranks, stages, ranks=ranks)
         return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
     return lambda ranks, stage: of(ranks, "0,3" if stage in "03" else "1,2")[stage]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.files import metric_lines
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from helpers.recipes import quiet
 from stable_rlhf.data import read_responses, write_jsonl
 from stable_rlhf.data.encoding import encode
@@ -46,7 +46,7 @@ def found(tmp_path_factory) -> Callable[[int, str], dict]:
     @functools.cache
     def of(ranks: int, stages: str) -> dict:
         path = folder / f"{ranks}-{stages}.json"
-        run_worker("meta_worker", path, 2 // ranks, stages, ranks=ranks)
+        run_ranks("meta_worker", path, 2 // ranks, stages, ranks=ranks)
         return json.loads(path.read_text(encoding="utf-8"))
 
     return lambda ranks, stage: of(ranks, "0,3" if stage in "03" else "1,2")

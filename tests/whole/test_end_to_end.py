@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from helpers.chat_endpoint import Endpoint, longest
-from helpers.cli import CONSOLE_SCRIPT, Done, descendants, run
+from helpers.cli import CONSOLE_SCRIPT, descendants, run
 from helpers.files import tiny_files
+from helpers.forks import Done
 from helpers.launch import environment, free_port
 
 STAGES = ["world", "sft", "pairs", "scorer-rm", "scorer-am", "selection", "ppo-rm", "ppo-am-sr", "evaluation"]

@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 
-from helpers.cli import Done
+from helpers.forks import Done
 from helpers.launch import ROOT, command, worker_environment
 from stable_rlhf.system.extras import BROUGHT, EXTRAS, TRAIN
 

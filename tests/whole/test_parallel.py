@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def losses_of(tmp_path_factory):
     @functools.cache
     def run(stages: str) -> tuple[dict, dict]:
         folder = tmp_path_factory.mktemp("parallel")
-        run_worker("parallel_worker", folder / "one.json", 4, f"0,{stages}", ranks=1)
-        run_worker("parallel_worker", folder / "two.json", 2, "3" if stages == "3" else f"0,{stages}", ranks=2)
+        run_ranks("parallel_worker", folder / "one.json", 4, f"0,{stages}", ranks=1)
+        run_ranks("parallel_worker", folder / "two.json", 2, "3" if stages == "3" else f"0,{stages}", ranks=2)
         return json.loads((folder / "one.json").read_text(encoding="utf-8")), json.loads(
             (folder / "two.json").read_text(encoding="utf-8")
         )

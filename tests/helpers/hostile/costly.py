@@ -9,8 +9,9 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from helpers.cli import Done, Server, small_scorer, small_sft
+from helpers.cli import small_scorer, small_sft
 from helpers.files import contents, tiny_files, weights
+from helpers.forks import Done, Server
 from helpers.hostile.drawn import corruptions, one_line
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGKILL")

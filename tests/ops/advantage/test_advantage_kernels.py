@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
+from helpers.forks import run_interpreted
 from helpers.interpreter import (
     INTERPRETED,
     Synchronised,
@@ -18,7 +19,6 @@ from helpers.interpreter import (
     interrupted,
     no_synchronisation,
     not_interpreted,
-    run_interpreted,
 )
 from stable_rlhf.ops.advantage import fused
 from stable_rlhf.ops.backends import extension

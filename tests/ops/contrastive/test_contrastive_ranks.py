@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 
 
 def test_two_ranks_equal_one():
-    run_worker("contrastive_worker", ranks=2)
+    run_ranks("contrastive_worker", ranks=2)

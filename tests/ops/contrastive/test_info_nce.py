@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import BACKENDS, INTERPRETED, ISAS, cpp, interpreted, not_interpreted, plain, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import BACKENDS, INTERPRETED, ISAS, cpp, interpreted, not_interpreted, plain
 from stable_rlhf.ops.contrastive import unit_rows
 from stable_rlhf.ops.policy import products
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import interpreted, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import interpreted, not_interpreted
 from helpers.policy_cases import CONFIGS, make_case, naive_of
 from stable_rlhf.ops import PolicyLossConfig
 from stable_rlhf.ops.backends import extension

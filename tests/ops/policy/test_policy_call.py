@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import interpreted, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import interpreted, not_interpreted
 from helpers.policy_cases import CONFIGS, make_case, on_policy_is_its_own_log_probs
 from stable_rlhf.ops import PolicyLossConfig, flags
 from stable_rlhf.ops.policy.formula import RowState, gather_terms, select_rows, total_loss

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.interpreter import INTERPRETED, interpreted, not_interpreted, run_interpreted
+from helpers.forks import run_interpreted
+from helpers.interpreter import INTERPRETED, interpreted, not_interpreted
 from helpers.policy_cases import CONFIGS, PER_ROW, fused_of, make_case, naive_row, relative
 from helpers.policy_rows import check, exact, fresh, make_rows, new_state
 from stable_rlhf.ops import PolicyLossConfig

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import stable_rlhf.ops as ops
-from helpers.launch import run_worker
+from helpers.forks import run_ranks
 from stable_rlhf.ops import PolicyHead
 
 
 @pytest.mark.parametrize("what", ["split", "fsdp", *(pytest.param(stage, marks=pytest.mark.slow) for stage in "13")])
 def test_two_ranks_equal_one(what):
-    run_worker("split_worker", what, ranks=2)
+    run_ranks("split_worker", what, ranks=2)
 
 
 def test_the_head_shares_its_linear_layers_weight():

@@ -1,16 +1,18 @@
-"""The command line in forks of this process, which has imported everything: see ``Server`` in helpers/cli.py."""
+"""Calls in forks of this process, which has imported what they need: see ``Server`` in helpers/forks.py."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 
-def main() -> None:
+def import_for_commands() -> None:
     import deepspeed  # noqa: F401
     import transformers  # noqa: F401
     from torch.utils import tensorboard  # noqa: F401
@@ -19,11 +21,26 @@ def main() -> None:
     import stable_rlhf.cli.commands  # noqa: F401
     import stable_rlhf.run.recipe  # noqa: F401
 
+
+def import_for_tests() -> None:
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import triton.runtime.interpreter  # noqa: F401
+
+    import helpers.interpreter  # noqa: F401
+    import kernels  # noqa: F401
+    import stable_rlhf.ops  # noqa: F401
+
+
+def main() -> None:
+    serves = sys.argv[1]
+    {"commands": import_for_commands, "tests": import_for_tests}[serves]()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
         call = json.loads(line)
-        children = [_fork(call, rank) for rank in range(len(call["outputs"]))]
+        children = [_fork(call, rank, serves) for rank in range(len(call["outputs"]))]
         codes: list[int | None] = [None] * len(children)
         kill, began = call["kill"], time.monotonic()
         while None in codes:
@@ -38,12 +55,16 @@ def main() -> None:
                 for rank in call["who"]:
                     if codes[rank] is None:
                         os.kill(children[rank], call["sign"])
+            if call["script"] and any(codes):  # a rank that waits for one that failed would wait for half an hour
+                for rank, child in enumerate(children):
+                    if codes[rank] is None:
+                        os.kill(child, signal.SIGKILL)
             time.sleep(0.005)
         replies.write(json.dumps(codes) + "\n")
         replies.flush()
 
 
-def _fork(call: dict[str, Any], rank: int) -> int:
+def _fork(call: dict[str, Any], rank: int, serves: str) -> int:
     """Start one rank of a call; returns its process id."""
     child = os.fork()
     if child:
@@ -54,12 +75,9 @@ def _fork(call: dict[str, Any], rank: int) -> int:
     os.environ.update(call["env"])
     if "WORLD_SIZE" in call["env"] and "RANK" not in call["env"]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    sys.argv = ["stable-rlhf", *call["argv"]]
     code: Any = 0
     try:
-        from stable_rlhf.cli.commands import main as command_line
-
-        command_line()
+        code = _work(call, serves)
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -70,6 +88,22 @@ def _fork(call: dict[str, Any], rank: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _work(call: dict[str, Any], serves: str) -> int:
+    sys.argv = [call["script"] or "stable-rlhf", *call["argv"]]
+    if call["script"]:
+        sys.path[:0] = call["env"]["PYTHONPATH"].split(os.pathsep)
+        runpy.run_path(call["script"], run_name="__main__")
+    elif serves == "tests":
+        import pytest
+
+        return int(pytest.main(call["argv"]))
+    else:
+        from stable_rlhf.cli.commands import main as command_line
+
+        command_line()
+    return 0
 
 
 if __name__ == "__main__":
