@@ -43,8 +43,9 @@ def scorer_names(scorers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def variant_names(policies: Mapping[str, Any]) -> dict[str, str]:
-    """The same of policies."""
-    return _names(policies, VARIANT_NAMES)
+    """The same of policies; ``label`` of an entry is what its run's settings make of the variant's name."""
+    labels = {round_of(key)[0]: part["label"] for key, part in policies.items() if part and part.get("label")}
+    return _names(policies, VARIANT_NAMES | {key: label for key, label in labels.items() if key in VARIANT_NAMES})
 
 
 def _names(group: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
@@ -232,9 +233,14 @@ def findings(summary: dict[str, Any]) -> list[Finding]:
     """Every claim of the paper that the figures of ``summary`` can speak to.
 
     Returns {"claim": str, "held": True | False | None, "detail": str} each; None means "cannot tell at this size".
-    Claims whose figures are missing from the summary are left out.
+    Claims whose figures are missing from the summary are left out, and so are those about PPO where a policy was
+    trained in another way.
     """
-    scorers, policies = summary.get("scorers") or {}, summary.get("policies") or {}
+    scorers, trained = summary.get("scorers") or {}, summary.get("policies") or {}
+    policies = {
+        name: part for name, part in trained.items()
+        if part and part.get("label", VARIANT_NAMES.get(name)) == VARIANT_NAMES.get(name)
+    }  # fmt: skip
     results: list[Finding] = []
     if scorers.get("rm") and scorers.get("am"):
         results += _scorer_findings(scorers["rm"], scorers["am"], int(summary.get("seed") or 0))

@@ -7,13 +7,13 @@ see each pair in both orders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from stable_rlhf.metrics import outcome_shares, score_verdicts
+from stable_rlhf.metrics import Floats, bootstrap, outcome_shares, score_verdicts
 
 if TYPE_CHECKING:
     from stable_rlhf.data.records import Prompt, PromptRow
@@ -129,3 +129,28 @@ def compare(
         "length_unit": "characters" if lengths is None else "tokens",
         "verdicts": verdicts,
     }
+
+
+def compare_rewards(
+    rewards: Mapping[str, Sequence[float | None]], reference: Mapping[str, Sequence[float | None]], seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Mean of each reward over the prompts where it applies to both answers (None: it does not), and over the
+    ``reference``'s; their difference with a 95 % interval, paired over prompts, which has no ends where no two answers
+    differ. A reward that applies nowhere is left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in rewards.items():
+        pairs = [(a, b) for a, b in zip(values, reference[name], strict=True) if a is not None and b is not None]
+        if pairs:
+            ours, theirs = np.asarray(pairs, dtype=float).T
+            found[name] = {
+                "value": float(ours.mean()), "sft": float(theirs.mean()), "n": len(pairs),
+                "difference": _paired_difference(ours - theirs, seed),
+            }  # fmt: skip
+    return found
+
+
+def _paired_difference(gains: Floats, seed: int) -> dict[str, float | None]:
+    if not gains.any():
+        return {"value": 0.0, "low": None, "high": None}
+    return {**bootstrap(lambda weights: weights @ gains / weights.sum(axis=1), len(gains), seed=seed)}

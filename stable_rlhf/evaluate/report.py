@@ -61,6 +61,7 @@ Rows = list[tuple[str, list[Cell]]]
 SCORER_COLUMNS = ["accuracy %", "ECE %", "ECE % after T", "T", "spread of task means", "same / spread within", "Brier",
                   "ECE % equal mass"]  # fmt: skip
 POLICY_COLUMNS = ["main: wins %", "main: loses %", "forget: wins %", "forget: loses %", "gold − SFT", "KL", "length"]
+REWARD_COLUMNS = ["mean", "SFT", "difference", "prompts"]
 TERMINAL_COLUMNS = 6
 
 
@@ -139,6 +140,20 @@ def _policy_rows(policies: dict[str, Any]) -> Rows:
             (_number(about.get("length"), 1), ""),
         ]
         rows.append((name, cells))
+    return rows
+
+
+def _reward_rows(policies: dict[str, Any]) -> Rows:
+    """A row for each policy, set and reward function of the settings."""
+    rows: Rows = []
+    for key, name in variant_names(policies).items():
+        for on, words in _SETS.items():
+            for reward, part in ((policies[key].get(on) or {}).get("rewards") or {}).items():
+                gap = part["difference"]
+                ends = "" if gap["low"] is None else f"[{gap['low']:+.3f}, {gap['high']:+.3f}]"
+                cells = [(_number(part["value"], 3), ""), (_number(part["sft"], 3), "")]
+                cells += [(f"{gap['value']:+.3f}", ends), (str(part["n"]), "")]
+                rows.append((f"{name}, {words}: {reward}", cells))
     return rows
 
 
@@ -222,6 +237,8 @@ def summary_table(summary: dict[str, Any]) -> Group:
         section("Scorer", SCORER_COLUMNS, _scorer_rows(scorers), _paper_scorer_rows()[:2])
     if _policy_rows(policies):
         section("Policy against SFT", POLICY_COLUMNS, _policy_rows(policies), _paper_policy_rows())
+    if rewards := _reward_rows(policies):
+        section("Reward on the same answers", REWARD_COLUMNS, rewards, [])
     claims = Table.grid(padding=(0, 2))
     claims.add_row()
     colours = {True: "green", False: "red", None: "yellow"}
@@ -379,6 +396,8 @@ def make_report(summary: dict[str, Any]) -> tuple[str, list[Picture]]:
         policy_columns=POLICY_COLUMNS,
         policy_rows=policy_rows,
         paper_policy_rows=_paper_policy_rows(),
+        reward_columns=REWARD_COLUMNS,
+        reward_rows=_reward_rows(policies),
         judges=_judges(policies),
         agreement=_agreement(policies),
         tokens=_tokens(scorers, policies),

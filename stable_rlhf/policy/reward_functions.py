@@ -159,17 +159,35 @@ class Rewards:
         means = zip(self.names, sums[::2], sums[1::2], strict=True)
         return scores, {f"reward/{name}": total / n for name, total, n in means if n} | {"reward_failures": failed}
 
+    def each(self, rows: Sequence[PromptRow], rollouts: Sequence[Rollout]) -> dict[str, list[float | None]]:
+        """What each function but the scorer gives each of these responses, None where it does not apply; a failure is 0
+        where the settings say so. Of one process alone.
+
+        Raises:
+            ValueError: as in :meth:`of`.
+        """
+        own = {name: f for name, f in zip(self.names, self.functions, strict=True) if f is not None}
+        ids = [list(r.encoded.response) for r in rollouts]
+        asked = self._ask(list(own.values()), rows, [r.text for r in rollouts], ids, 0, 0)
+        return {
+            name: [self._settled(name, value, row) for value, row in zip(column, rows, strict=True)]
+            for name, column in zip(own, asked, strict=True)
+        }
+
+    def _settled(self, name: str, value: _Value, row: PromptRow) -> float | None:
+        if not isinstance(value, _Failure):
+            return value
+        if self.arguments.on_failure == "stop":
+            words = "rewards.on_failure zero counts it as 0 and goes on"
+            raise ValueError(f"{_SETTING}: {_failed(name, row, value)}; {words}")
+        return 0.0
+
     def _combined(self, values: Sequence[Sequence[_Value]], rows: Sequence[PromptRow]) -> list[float]:
         scores = []
         for i, row in enumerate(rows):
             score, applies = 0.0, False
             for name, weight, column in zip(self.names, self.weights, values, strict=True):
-                value = column[i]
-                if isinstance(value, _Failure):
-                    if self.arguments.on_failure == "stop":
-                        words = "rewards.on_failure zero counts it as 0 and goes on"
-                        raise ValueError(f"{_SETTING}: {_failed(name, row, value)}; {words}")
-                    value = 0.0
+                value = self._settled(name, column[i], row)
                 if value is not None:
                     score, applies = score + weight * value, True
             if not applies:

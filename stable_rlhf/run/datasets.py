@@ -54,7 +54,7 @@ def contents(arguments: DataArguments) -> dict[str, str]:
     """A digest of each data file that the settings name."""
     names = [
         *arguments.pairs, *arguments.prompts, *arguments.demonstrations, *arguments.eval_main, *arguments.eval_forget,
-        *arguments.rehearsal,
+        *arguments.rehearsal, *arguments.forget_prompts,
     ]  # fmt: skip
     return digests(arguments, names)
 
@@ -107,11 +107,12 @@ def split_preferences(arguments: DataArguments, rows: Sequence[Comparison], seed
 
 @dataclass
 class PromptSplits:
-    """Prompts to train on, and the two evaluation sets."""
+    """Prompts to train on, the two evaluation sets, and prompts that are rehearsed at most."""
 
     train: list[EncodedPrompt]
     main: list[EncodedPrompt]
     forget: list[EncodedPrompt]
+    rehearsal: list[EncodedPrompt] = field(default_factory=list)
 
 
 def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptSplits:
@@ -133,9 +134,15 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
         raise DataError("data.prompts: name at least one prompt file")
     every_prompt = read(arguments.prompts)
     check_evaluation_sets(arguments, [p.row for p in every_prompt])
+    rehearsal: list[EncodedPrompt] = []
     if arguments.eval_main:
         main, forget = read(arguments.eval_main), read(arguments.eval_forget)
         train = every_prompt
+    elif arguments.forget_prompts:
+        trained = {prompt_key(p.row.prompt) for p in every_prompt}
+        apart = [p for p in read(arguments.forget_prompts) if prompt_key(p.row.prompt) not in trained]
+        forget, rehearsal = _take("data.forget_prompts", apart, arguments.eval_prompts, seed)
+        main, train = _take("data.prompts", every_prompt, arguments.eval_prompts, seed)
     else:
         tasks = set(arguments.forget_tasks)
         of_tasks = [p for p in every_prompt if p.row.task in tasks]
@@ -149,19 +156,23 @@ def load_prompts(arguments: DataArguments, tokenizer: Any, seed: int) -> PromptS
         raise DataError("data.prompts: every prompt is in an evaluation set too, so none is left to train on")
     if len(clean) < len(train):
         say(f"  {len(train) - len(clean)} of {len(train)} training prompts are in an evaluation set too: left out")
-    train = clean
-    return PromptSplits(_cap_tasks(train, arguments.max_prompts_per_task, seed), main, forget)
+    most = arguments.max_prompts_per_task
+    return PromptSplits(_cap_tasks(clean, most, seed), main, forget, _cap_tasks(rehearsal, most, seed))
 
 
 def check_evaluation_sets(arguments: DataArguments, prompts: Sequence[PromptRow]) -> None:
     """Refuse settings that give no two evaluation sets, of files of their own or out of ``prompts``.
 
     Raises:
-        DataError: one of the two files' settings without the other, or tasks that none of the prompts has, or all have.
+        DataError: one of the two files' settings without the other, or tasks that none of the prompts has, or all have;
+            a forget set in several ways.
     """
+    if arguments.forget_prompts and (arguments.eval_forget or arguments.forget_tasks):
+        other = "eval_forget" if arguments.eval_forget else "forget_tasks"
+        raise DataError(f"data.forget_prompts and data.{other} both say what the forget set is: give one")
     if bool(arguments.eval_main) != bool(arguments.eval_forget):
         raise DataError("data.eval_main and data.eval_forget: give both, or neither")
-    if arguments.eval_main:
+    if arguments.eval_main or arguments.forget_prompts:
         return
     tasks = set(arguments.forget_tasks)
     if missing := tasks - {p.task for p in prompts}:

@@ -27,6 +27,7 @@ LATER = (
     "ppo.num_generations", "ppo.advantage_estimator", "ppo.advantage_scale", "ppo.dynamic_sampling",
     "ppo.overlong_buffer", "ppo.overlong_penalty", "ppo.kl_in", "ppo.kl_unbiased", "ppo.objective",
     "ppo.importance_level", "ppo.loss_aggregation", "ppo.dual_clip", "data.columns", "data.max_prompts",
+    "data.forget_prompts",
 )  # fmt: skip
 
 
@@ -55,6 +56,10 @@ class StageKind:
         return f"{self.name}-{which}"
 
 
+def _rewards(recipe: Recipe) -> str:
+    return "rewards" if recipe.rewards != RewardArguments() else ""  # as folders of before have it
+
+
 WORLD = StageKind("world", "seed world")
 INITIAL_POLICY = StageKind("initial-policy", "model=model_name_or_path bf16=engine.bf16 fp16=engine.fp16")
 SFT = StageKind("sft", "seed engine data sft")
@@ -72,10 +77,12 @@ SELECTION_OF_FILES = StageKind("selection", "seed data select", policy=False)
 # Of rejection sampling too, whose folder is `ppo-rejection`.
 PPO = StageKind(
     "ppo", "seed engine data ppo", alone="scorer evaluate",
-    also=lambda recipe: "rewards" if recipe.rewards != RewardArguments() else "",  # as folders of before have it
+    also=_rewards,
 )  # fmt: skip
 RESPONSES = StageKind("responses", "seed engine data ppo iterate")
-EVALUATION = StageKind("evaluation", "seed data evaluate", in_run="variants", alone="engine scorer ppo")
+EVALUATION = StageKind(
+    "evaluation", "seed data evaluate", in_run="variants", alone="engine scorer ppo", also=_rewards
+)  # fmt: skip
 
 
 class Dependencies:

@@ -16,11 +16,12 @@ from stable_rlhf.data.records import Comparison, DataError
 from stable_rlhf.engine.frozen import release
 from stable_rlhf.engine.tracking import read_metrics
 from stable_rlhf.evaluate.chat import ChatJudge
-from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge, compare
+from stable_rlhf.evaluate.judge import GoldJudge, Judge, PairJudge, ScorerJudge, compare, compare_rewards
 from stable_rlhf.evaluate.policies import mean_kl
 from stable_rlhf.evaluate.rewardbench import HUB, Item, benchmark_figures, pairs_of, read_benchmark
 from stable_rlhf.metrics import scorer_evaluation
 from stable_rlhf.models.loading import load_tokenizer
+from stable_rlhf.policy.reward_functions import Rewards
 from stable_rlhf.ranks import barrier, device, on_first_rank
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.run.datasets import PromptSplits, load_prompts, locate, reading
@@ -220,7 +221,8 @@ def that_judge_reads(scorer: str, prompts: list[EncodedPrompt], on_bad_row: str 
 def run_evaluate(
     recipe: Recipe, baseline: str, policies: Mapping[str, str], judge_scorer: str | None, folder: Path
 ) -> Result:
-    """Answer both evaluation sets with SFT and every policy, and judge: win, lose, tie with intervals."""
+    """Answer both evaluation sets with SFT and every policy, and judge: win, lose, tie with intervals. Where the
+    settings have reward functions beside the scorer, ``rewards`` holds the mean of each (:func:`compare_rewards`)."""
     judge = make_judge(recipe, judge_scorer)
     tokenizer = load_tokenizer(baseline)
     splits: PromptSplits = load_prompts(recipe.data, tokenizer, recipe.seed)
@@ -228,6 +230,9 @@ def run_evaluate(
     if judge_scorer is not None and recipe.evaluate.judge == "scorer":
         sets = {on: that_judge_reads(judge_scorer, part, recipe.data.on_bad_row) for on, part in sets.items()}
     check_gold(recipe.evaluate, [p.row for part in sets.values() for p in part])
+    own = Rewards(recipe.rewards, recipe.ppo.max_new_tokens)
+    if own.own:
+        on_first_rank(lambda: own.check([p.row for part in sets.values() for p in part]), ValueError)
     settings = sampling_settings(recipe, recipe.evaluate.temperature)
     layers = recipe.ppo.num_trainable_layers  # policies that share frozen blocks share their hidden states too
     reference = load_reader(baseline, recipe.engine, num_trainable_layers=layers)
@@ -236,7 +241,11 @@ def run_evaluate(
         seeds = [recipe.seed * 1_000_003 + i for i in range(len(part))]
         return answer(policy, tokenizer, part, settings, seeds, "evaluation responses")
 
+    def rewarded(part: list[EncodedPrompt], rollouts: list[Rollout]) -> dict[str, list[float | None]]:
+        return on_first_rank(lambda: own.each([p.row for p in part], rollouts), ValueError) if own.own else {}
+
     answers = {on: respond(reference, part) for on, part in sets.items()}
+    initial = {on: rewarded(part, answers[on]) for on, part in sets.items()}
     result: Result = {"policies": {}}
     records: list[dict[str, Any]] = []
     for name, path in policies.items():
@@ -254,6 +263,8 @@ def run_evaluate(
             figures = on_first_rank(compared, ValueError)  # a judge that costs money is asked once
             if judge_scorer is not None and recipe.evaluate.judge == "scorer":
                 figures["judge"] = judge_of(judge_scorer, path)
+            if rewards := compare_rewards(rewarded(part, rollouts), initial[on], recipe.seed):
+                figures["rewards"] = rewards
             verdicts = figures.pop("verdicts")
             result["policies"][name][on] = figures
             records += [

@@ -69,12 +69,15 @@ def _check_files(recipe: Recipe) -> int:
             raise DataError(f"data.{name}: name at least one file")
     if recipe.evaluate.judge == "scorer" and not data.judge_fraction:
         raise DataError("evaluate.judge 'scorer' needs pairs of its own: set data.judge_fraction above 0")
-    if not (data.eval_main or data.forget_tasks):
-        raise DataError("data.forget_tasks: name the forget set's tasks (or give data.eval_main and .eval_forget)")
+    if not (data.eval_main or data.forget_tasks or data.forget_prompts):
+        raise DataError(
+            "data.forget_tasks: name the forget set's tasks (or give data.forget_prompts, or data.eval_main and "
+            ".eval_forget)"
+        )
     prompts = read_some_prompts(data, data.prompts, recipe.seed).rows
     check_evaluation_sets(data, prompts)
     check_rewards(recipe, prompts)
-    for files in filter(None, (data.eval_main, data.eval_forget)):
+    for files in filter(None, (data.eval_main, data.eval_forget, data.forget_prompts)):
         prompts += read_some_prompts(data, files, recipe.seed).rows
     check_gold(recipe.evaluate, prompts)
     for files in filter(None, (data.demonstrations, data.rehearsal)):
@@ -150,7 +153,8 @@ def check_model(recipe: Recipe, folder: str) -> None:
     new, context = recipe.ppo.max_new_tokens, context_length(policy)
     if recipe.model_name_or_path is not None and recipe.data.max_prompt_length + new > context:
         splits = load_prompts(recipe.data, tokenizer, recipe.seed)
-        longest = max(len(p.ids) for part in (splits.train, splits.main, splits.forget) for p in part)
+        parts = splits.train, splits.main, splits.forget, splits.rehearsal
+        longest = max(len(p.ids) for part in parts for p in part)
         if longest + new > context:
             raise DataError(
                 f"a prompt of {longest} tokens and ppo.max_new_tokens {new} do not fit the model's context of {context}"

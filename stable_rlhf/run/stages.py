@@ -367,7 +367,8 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     s = recipe.select
     find_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
-    prompts = load_prompts(recipe.data, tokenizer, recipe.seed).train
+    splits = load_prompts(recipe.data, tokenizer, recipe.seed)
+    prompts = splits.train + splits.rehearsal
     if s.max_candidates:
         prompts = _some(prompts, s.max_candidates, stream_seed(recipe.seed, "candidates"))
     check_scorer_context(recipe, prompts, scorer)

@@ -12,6 +12,7 @@ from stable_rlhf.engine.signals import whole
 from stable_rlhf.run import evaluation
 from stable_rlhf.run.circumstances import circumstances
 from stable_rlhf.settings.recipe import Recipe
+from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.page import Picture, write_html
 from stable_rlhf.show.progress import is_main_process
 
@@ -21,7 +22,7 @@ def summarise(
     selections: Sequence[Stage], policies: dict[str, Stage], comparison: Stage,
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of the run as one JSON-ready dict; the report is rendered from it alone."""
-    from stable_rlhf.evaluate.findings import findings
+    from stable_rlhf.evaluate.findings import findings, round_of
 
     summary = _about(recipe, "world" if recipe.model_name_or_path is None else "real")
     summary["stages"] = [{"name": s.name, "seconds": round(s.seconds, 2), "skipped": s.skipped} for s in run.stages]
@@ -34,8 +35,10 @@ def summarise(
     for stage in selections:
         summary[stage.name] = read_json(stage.folder / "selection.json")
     for name, stage in policies.items():
+        variant = VARIANTS[round_of(name)[0]]
         summary["policies"][name] = {
             **comparison.result["policies"][name],
+            "label": variant.label_under(recipe.ppo, recipe.rewards),
             "curve": stage.result["curve"],
             "tokens_seen": int(stage.result["tokens_seen"]),
         }

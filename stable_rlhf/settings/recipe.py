@@ -59,8 +59,11 @@ class DataArguments:
             be .jsonl or .csv (both also .gz), .parquet or .arrow, a folder, or hub:NAME:SPLIT (docs/guide/data.md).
         prompts: Prompt files for PPO, selection and evaluation.
         demonstrations: Prompt/response files for SFT; none: the model is taken as the SFT policy.
+        forget_prompts: Prompt files of what PPO is not trained on and must not forget: ``eval_prompts`` of them make
+            the forget set, the others may be rehearsed. Those that ``prompts`` have too are left out.
         eval_main: Prompt files of the main test set; none: split off from ``prompts``.
-        eval_forget: Prompt files of the forget set; none: split off from ``prompts`` by ``forget_tasks``.
+        eval_forget: Prompt files of the forget set; none: split off from ``forget_prompts``, or from ``prompts`` by
+            ``forget_tasks``.
         rehearsal: Outside prompt/response files added to the rehearsal data.
         columns: The files' names of columns by ours where they differ, {prompt: instruction, response: output}.
         forget_tasks: Tasks whose held-out prompts make the forget set.
@@ -80,6 +83,7 @@ class DataArguments:
     pairs: list[PathName] = field(default_factory=list)
     prompts: list[PathName] = field(default_factory=list)
     demonstrations: list[PathName] = field(default_factory=list)
+    forget_prompts: list[PathName] = field(default_factory=list)
     eval_main: list[PathName] = field(default_factory=list)
     eval_forget: list[PathName] = field(default_factory=list)
     rehearsal: list[PathName] = field(default_factory=list)

@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from stable_rlhf.settings.stages import EstimatorName, PPOArguments
+from stable_rlhf.settings.stages import SCORER, EstimatorName, PPOArguments, RewardArguments
+
+_METHODS: dict[EstimatorName, str] = {
+    "gae": "PPO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "rloo": "RLOO", "reinforce_plus_plus": "REINFORCE++",
+    "score": "critic-free PPO",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,17 @@ class Variant:
     def estimator(self, ppo: PPOArguments) -> EstimatorName:
         """Its estimator of advantages under these settings; ``gae`` alone has a critic."""
         return self.advantages or ppo.advantage_estimator
+
+    def label_under(self, ppo: PPOArguments, rewards: RewardArguments) -> str:
+        """Its label under these settings: by the method that their estimator makes of PPO, and without the scorer where
+        no reward asks for one; that one still selects what is rehearsed."""
+        if self.training != "ppo" or self.advantages is not None:
+            return self.label
+        label = self.label.replace("PPO", _METHODS[ppo.advantage_estimator])
+        if SCORER in rewards.functions:
+            return label
+        label = label.removeprefix(f"{self.scorer.upper()}-")
+        return f"{label} by {self.scorer.upper()}" if self.rehearsal else label
 
 
 # In the order of reports.

@@ -17,8 +17,11 @@ from rich.console import Console
 
 from stable_rlhf.evaluate import figures, paper
 from stable_rlhf.evaluate.findings import CANNOT_TELL, findings, scorer_names, variant_names, verdict
+from stable_rlhf.evaluate.judge import compare_rewards
 from stable_rlhf.evaluate.report import make_report, summary_table
 from stable_rlhf.rehearsal import figures as selection_figures
+from stable_rlhf.settings.stages import PPOArguments, RewardArguments
+from stable_rlhf.settings.variants import VARIANTS
 
 SECTIONS = ["findings", "scorers", "policies", "selection", "time", "settings"]
 
@@ -305,6 +308,51 @@ def test_a_chat_judges_agreement_is_told(make_summary: Any, undrawn: None) -> No
     page = Page(make_report(asked)[0]).text
     assert "AM-PPO, main set1762.50.4075.02" in page.replace("\n", "")
     assert "AM-PPO, forget set" not in page
+
+
+def test_rewards_of_the_answers_stand_beside_the_initial_policys(make_summary: Any, undrawn: None) -> None:
+    found = make_summary(pairs=40, prompts=20, variants=("rm", "am"))
+    assert "Rewards of the same answers" not in Page(make_report(found)[0]).text
+    values = {"exact": [1.0, 0.0, None, 1.0, 1.0, 0.0], "nowhere": [None] * 6, "same": [0.5] * 6}
+    initial = {"exact": [0.0, 0.0, 1.0, 1.0, None, 0.0], "nowhere": [1.0] * 6, "same": [0.5] * 6}
+    rewards = compare_rewards(values, initial, seed=3)
+    assert set(rewards) == {"exact", "same"}
+    exact, same = rewards["exact"], rewards["same"]
+    assert (exact["value"], exact["sft"], exact["n"]) == (0.5, 0.25, 4) and exact["difference"]["value"] == 0.25
+    assert -0.5 < exact["difference"]["low"] < 0.25 < exact["difference"]["high"] <= 1
+    assert same["difference"] == {"value": 0.0, "low": None, "high": None} and same["n"] == 6
+    found["policies"]["am"]["main"]["rewards"] = rewards
+    page = Page(make_report(found)[0]).text.replace("\n", "")
+    ends = f"[{exact['difference']['low']:+.3f}, {exact['difference']['high']:+.3f}]"
+    assert f"AM-PPO, main set: exact0.5000.250+0.250{ends}4" in page and "main set: same0.5000.500+0.0006" in page
+    assert "forget set: exact" not in page
+    console = Console(width=80, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console.print(summary_table(found))
+    text = console.export_text()
+    assert "exact" in text and max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_names_follow_the_estimator_and_claims_about_ppo_are_left_out(make_summary: Any, undrawn: None) -> None:
+    ppo, own = PPOArguments(advantage_estimator="grpo"), RewardArguments(functions=["exact_number"])
+    scored = RewardArguments(functions=["scorer", "length"])
+    names = {name: (row.label_under(ppo, scored), row.label_under(ppo, own)) for name, row in VARIANTS.items()}
+    assert names == {
+        "rejection": ("Rejection sampling",) * 2, "rm": ("RM-GRPO", "GRPO"), "rm-ma": ("RM-GRPO w/ MA", "GRPO w/ MA"),
+        "rm-sr": ("RM-GRPO-SR", "GRPO-SR by RM"), "am": ("AM-GRPO", "GRPO"), "am-sr": ("AM-GRPO-SR", "GRPO-SR by AM"),
+        "am-critic-free": ("AM, critic-free",) * 2,
+    }  # fmt: skip
+    assert all(row.label_under(PPOArguments(), RewardArguments()) == row.label for row in VARIANTS.values())
+    found = make_summary(pairs=40, prompts=20, variants=("rm", "am", "am-sr"))
+    for name, part in found["policies"].items():
+        part["label"] = VARIANTS[name].label_under(PPOArguments(), RewardArguments())
+    claims = [item["claim"] for item in findings(found)]
+    assert sum("PPO" in claim for claim in claims) == 7
+    for name, part in found["policies"].items():
+        part["label"] = VARIANTS[name].label_under(ppo, scored)
+    left = findings(found)
+    assert [item["claim"] for item in left] == [claim for claim in claims if "PPO" not in claim] != []
+    page = Page(make_report(found | {"findings": left})[0]).text
+    assert "AM-GRPO-SR" in page and "AM-GRPO, forget set" not in page
 
 
 def test_reports_say_plainly_what_is_not_reproduced(make_summary: Any, undrawn: None) -> None:

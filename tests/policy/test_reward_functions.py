@@ -220,6 +220,16 @@ def test_built_in_rewards(rewards, tmp_path):
     assert rewards("", "exact_number").of(rows, rollouts("1201"), [0.0])[0] == [0]
 
 
+def test_each_functions_own_rewards_are_kept_apart(rewards):
+    """What an evaluation reports: no weights, no sum; a function that does not apply says nothing."""
+    code = "def half(responses):\n    return [None, 0.5]\ndef odd(responses):\n    return ['x', 1]\n"
+    made = rewards(code, "scorer", "half", "exact_number", weights=[1, 5, -1])
+    assert made.each(ROWS, rollouts(*TEXTS)) == {"half": [None, 0.5], "exact_number": [1.0, 0.0]}
+    assert rewards(code, "odd", on_failure="zero").each(ROWS, rollouts(*TEXTS)) == {"odd": [0.0, 1.0]}
+    with pytest.raises(ValueError, match=r"'odd' gave no reward of row p\.jsonl:1: expected a finite number or None"):
+        rewards(code, "odd").each(ROWS, rollouts(*TEXTS))
+
+
 def test_ppo_without_a_scorer_learns_from_a_function(tiny_model, tokenizer, tmp_path):
     (tmp_path / "own.py").write_text(
         "def short(completion_ids, want):\n    return [w - len(ids) for w, ids in zip(want, completion_ids)]\n",

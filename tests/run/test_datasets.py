@@ -148,6 +148,30 @@ def test_given_evaluation_files_are_taken_as_they_are(write, settings, tokenizer
     assert len(splits.train) == 30
 
 
+def test_what_must_not_be_forgotten_may_have_files_of_its_own(write, settings, tokenizer):
+    """PPO is trained on none of it; what is not held out may be rehearsed."""
+    rows = prompt_rows()
+    forget = write("forget.jsonl", [{k: v for k, v in row.items() if k != "task"} for row in rows[20:]])
+    arguments = settings(
+        prompts=[write("p.jsonl", rows[:24])], forget_prompts=[forget], forget_tasks=[], eval_prompts=5
+    )  # fmt: skip
+    splits = load_prompts(arguments, tokenizer, 0)
+    ours, apart = ({row["prompt"] for row in part} for part in (rows[:24], rows[24:]))
+    assert (len(splits.main), len(splits.forget)) == (5, 5)
+    assert set(texts(splits.train)) | set(texts(splits.main)) == ours
+    assert set(texts(splits.rehearsal)) | set(texts(splits.forget)) == apart
+    assert len(splits.train) + len(splits.main) + len(splits.forget) + len(splits.rehearsal) == len(rows)
+    arguments.max_prompts_per_task = 4
+    capped = load_prompts(arguments, tokenizer, 0)
+    assert len(capped.rehearsal) == 4 and texts(capped.forget) == texts(splits.forget)
+    for name in ("eval_forget", "forget_tasks"):
+        both = settings(**{"prompts": ["p.jsonl"], "forget_prompts": [forget], "forget_tasks": [], name: ["p.jsonl"]})
+        with pytest.raises(DataError, match=rf"data\.forget_prompts and data\.{name} both"):
+            load_prompts(both, tokenizer, 0)
+    with pytest.raises(DataError, match=r"data\.forget_prompts: only one prompt"):  # all are trained on
+        load_prompts(settings(prompts=["p.jsonl"], forget_prompts=["p.jsonl"], forget_tasks=[]), tokenizer, 0)
+
+
 @pytest.mark.parametrize("given", ["eval_main", "eval_forget"])
 def test_one_evaluation_file_without_the_other_is_an_error(write, settings, tokenizer, given):
     name = write("p.jsonl", prompt_rows())
