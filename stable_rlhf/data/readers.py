@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from random import Random
@@ -36,6 +37,7 @@ Record = TypeVar("Record")
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 OnBadRow: TypeAlias = Literal["error", "skip"]
 Columns: TypeAlias = Mapping[str, str] | None
+Rows: TypeAlias = Iterator[tuple[int, Callable[[], dict[str, Any]]]]
 
 _ROLES = ("system", "user", "assistant")
 _MAX_FLOAT32 = 3.4028234e38
@@ -54,7 +56,8 @@ class ReadResult(Generic[Record]):
 def read_comparisons(
     paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None
 ) -> ReadResult[Comparison]:
-    """Read preference pairs, rankings and HH-RLHF transcripts; the format is told from each row's keys.
+    """Read preference pairs, rankings and HH-RLHF transcripts; the format is told from each row's keys. Rows of one
+    ``response`` and its ``score`` that follow each other with the same prompt are one ranking.
 
     Args:
         paths: one file or several: ``.jsonl``, ``.csv``, ``.parquet``, ``.arrow``, a folder, or ``hub:NAME:SPLIT``.
@@ -78,7 +81,7 @@ def read_comparisons(
             bad(f"'alt_logprobs' has K = {k} policies, but K = {first_k[0]} at {first_k[1]}; all rows need the same K")
         return comparison
 
-    return _read(paths, parse, on_bad_row, columns)
+    return _read(paths, parse, on_bad_row, columns, joined=_by_prompt)
 
 
 def read_demonstrations(
@@ -142,7 +145,7 @@ def comparison_row(row: Comparison) -> dict[str, Any]:
 
 def _read(
     paths: Paths, parse: Callable[[dict[str, Any], str], Record], on_bad_row: OnBadRow, columns: Columns, *,
-    most: int = 0, seed: int = 0,
+    most: int = 0, seed: int = 0, joined: Callable[[Rows], Rows] = lambda rows: rows,
 ) -> ReadResult[Record]:  # fmt: skip
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f'on_bad_row must be "error" or "skip", got {on_bad_row!r}')
@@ -154,7 +157,7 @@ def _read(
     count, generator = 0, Random(seed)
     for path in files:
         empty = True
-        for number, read in rows_of(path, columns):
+        for number, read in joined(rows_of(path, columns)):
             empty = False
             source = f"{path}:{number}"
             try:
@@ -176,6 +179,41 @@ def _read(
         names = ", ".join(str(path) for path in files)
         raise DataError(f"{names}: no row is left, all {len(result.skipped)} are bad; the first: {result.skipped[0]}")
     return result
+
+
+def _by_prompt(rows: Rows) -> Rows:
+    """Scored responses that follow each other with the same prompt as one row, at the place of the first; other rows as
+    they are."""
+    group: list[dict[str, Any]] = []
+    start = 0
+    for number, read in rows:
+        try:
+            row = read()
+        except BadRow:
+            row = {}
+        scored = {"prompt", "response", "score"} <= row.keys() and not {"chosen", "responses"} & row.keys()
+        if group and not (scored and row["prompt"] == group[0]["prompt"]):
+            yield start, partial(_one_of, group)
+            group = []
+        if scored:
+            start, group = (start if group else number), [*group, row]
+        else:
+            yield number, partial(dict, row) if row else read
+    if group:
+        yield start, partial(_one_of, group)
+
+
+def _one_of(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of one prompt as one: of columns that are no response's own those that all agree on."""
+    if len(group) == 1:
+        bad("a 'response' with a 'score' needs another one of the same prompt in the next row to be compared with")
+    for row in group:
+        if not is_finite(row["score"]):
+            bad(f"'score' must be a number, not {kind_of(row['score'])} (of the response {short(row['response'])})")
+    first, *others = group
+    kept = {k: v for k, v in first.items() if all(k in row and row[k] == v for row in others)}
+    joined = {"responses": [row["response"] for row in group], "scores": [row["score"] for row in group]}
+    return {k: v for k, v in kept.items() if k not in ("response", "score")} | joined
 
 
 # Rows. Each function takes the keys it understands out of the row; what stays is the record's meta.

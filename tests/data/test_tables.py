@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from datetime import datetime
@@ -167,6 +168,33 @@ def test_columns_of_other_names(tmp_path):
     path = save(tmp_path / "steer1.csv", [{"prompt": "Sky?", "response": "blue", "helpfulness": 4}])
     (row,) = read_scored(path, columns={"score": "helpfulness"}).rows
     assert row.meta == {"score": 4.0}
+
+
+def test_a_scored_response_a_row_is_compared_with_its_neighbours(tmp_path):
+    """As HelpSteer and HelpSteer2 are published: the rows of a prompt follow each other."""
+    steer = [("Sky?", "blue", 4, 3), ("Sky?", "green", 1, 3), ("Sun?", "hot", 2, 1), ("Sun?", "warm", 2, 0),
+             ("Sea?", "wet", 4, 4)]  # fmt: skip
+    rows = [dict(zip(("prompt", "response", "helpfulness", "verbosity"), row, strict=True)) for row in steer]
+    more = [{"prompt": "Ice?", "chosen": "cold", "rejected": "hot"}, {"prompt": "Fog?", "response": "x", "score": "a"},
+            {"prompt": "Fog?", "response": "y", "score": 1}, {"prompt": ["no prompt"], "response": "z", "score": 1},
+            {"prompt": ["no prompt"], "response": "w", "score": 2}]  # fmt: skip
+    for path in (save(tmp_path / "a.parquet", rows), save(tmp_path / "b.csv", rows)):
+        result = read_comparisons(path, columns={"score": "helpfulness"}, on_bad_row="skip")
+        (found,) = result.rows
+        assert (found.prompt, found.responses, found.pairs) == ("Sky?", ("blue", "green"), ((0, 1),))
+        assert found.source == f"{path}:1" and {k: float(v) for k, v in found.meta.items()} == {"verbosity": 3.0}
+        same, alone = map(str, result.skipped)
+        assert same.startswith(f"{path}:3: 'ranks' are all equal") and alone.startswith(f"{path}:5: a 'response' with")
+    write_jsonl(tmp_path / "c.jsonl", more)
+    with (tmp_path / "c.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{\n" + json.dumps({"prompt": "Rain?", "response": "dry", "score": 1}) + "\n")
+        file.write(json.dumps({"prompt": "Rain?", "response": "wet", "score": 2}) + "\n")
+    result = read_comparisons(tmp_path / "c.jsonl", on_bad_row="skip")
+    assert [(row.prompt, row.pairs) for row in result.rows] == [("Ice?", ((0, 1),)), ("Rain?", ((1, 0),))]
+    assert [str(error).split(": ")[0].rpartition(":")[2] for error in result.skipped] == ["2", "4", "6"]
+    assert "'score' must be a number, not a string (of" in str(result.skipped[0]) and "'prompt[0]'" in str(
+        result.skipped[1]
+    )
 
 
 def test_scores_that_are_none_of_a_ranking(tmp_path):
