@@ -140,9 +140,8 @@ def _lead(results: Results) -> list[str]:
         lines.append("No run of validation seeds is known, so it cannot be told what the settings were chosen on.")
     else:
         same = "the very settings" if validation["same_settings"] else "OTHER SETTINGS than those"
-        ran = (
-            f"{', '.join(map(str, validation['seeds']))} ({', '.join(NAMES[name] for name in validation['variants'])})"
-        )
+        tried = ", ".join(NAMES.get(name, name) for name in validation["variants"])
+        ran = f"{', '.join(map(str, validation['seeds']))} ({tried})"
         lines.append(f"Validation seeds {ran} ran before, with {same} reported here.")
     return lines
 

@@ -66,7 +66,10 @@ def _cut(example: str) -> str:
 
 
 def _in_words(criteria: dict[str, float]) -> str:
-    words = {"score": "score", "entropy": "low entropy", "satisfaction": "satisfaction rate", "length": "length"}
+    words = {
+        "score": "score", "entropy": "low entropy", "satisfaction": "satisfaction rate", "length": "length",
+        "random": "chance",
+    }  # fmt: skip
     parts = [(words[name], weight) for name, weight in criteria.items() if weight]
     if len(parts) == 1:
         return parts[0][0] if parts[0][1] > 0 else f"{parts[0][0]}, reversed"

@@ -16,11 +16,12 @@ from stable_rlhf.rehearsal.cluster import Clusters, cluster_embeddings
 from stable_rlhf.rehearsal.embed import prompt_text
 
 # Direction in which a criterion is better: a peaked policy knows the skill, so low entropy is good.
-CRITERIA: dict[str, int] = {"score": 1, "entropy": -1, "satisfaction": 1, "length": 1}
+CRITERIA: dict[str, int] = {"score": 1, "entropy": -1, "satisfaction": 1, "length": 1, "random": 1}
 NO_TASK = "(none)"
 MAP_POINTS = 1500
 EXAMPLE_CHARACTERS = 200
 _ROWS_PER_COMPARISON = 512
+_CHANCE = 1  # of the seed's streams that of the criterion ``random``
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,8 @@ def select_rehearsal(
     criteria: weights, default {"score": 1.0}. A single criterion ranks by its own values. Several are mixed as
         sum_j weight_j * sign_j * (v_j - mean_j) / std_j with mean and population deviation over all n candidates;
         sign is -1 for entropy (low is better) and +1 for score, satisfaction and length. A criterion whose values are
-        all equal adds 0; a negative weight turns a criterion round (short responses first: {"length": -1}).
+        all equal adds 0; a negative weight turns a criterion round (short responses first: {"length": -1}). ``random``
+        is a number in [0, 1) drawn by `seed`: alone it chooses by chance, which is what others are measured against.
 
     Ties go to the lower index; a cluster with fewer than `top_k` candidates keeps all it has; empty clusters are
     listed. Selecting does not depend on the order of D_R, which `seed` shuffles. Raises ValueError for empty or
@@ -363,6 +365,8 @@ def select_rehearsal(
     weights = {"score": 1.0} if criteria is None else dict(criteria)
     low, high = dict(minimum or {}), dict(maximum or {})
     values = _criteria_values(candidates, scores)
+    if weights.get("random"):
+        values["random"] = np.random.default_rng([seed, _CHANCE]).random(n)
     value = _mixed(values, weights)
     allowed = _allowed(values, low, high)
 

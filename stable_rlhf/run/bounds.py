@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 from stable_rlhf.settings.advantages import check_advantages
 from stable_rlhf.settings.ranges import check_settings
-from stable_rlhf.settings.recipe import Recipe, StudyArguments
+from stable_rlhf.settings.recipe import Recipe, StudyArguments, suggestion
 from stable_rlhf.settings.stages import BUILT_IN_REWARDS, REGEX, SCORER
+from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.system import plugins
 from stable_rlhf.system.http import SECRET_NAME, check_address, has_credentials, without_credentials
+
+# An evaluation answers with every policy alike, and reads them together.
+_OF_ALL_POLICIES = ("ppo.max_new_tokens", "ppo.num_trainable_layers", "ppo.top_p", "ppo.stop")
 
 
 def check(recipe: Recipe) -> None:
@@ -21,6 +26,7 @@ def check(recipe: Recipe) -> None:
         ValueError: names the setting, what it takes and what it got.
     """
     check_settings(recipe)
+    _check_variations(recipe)
     from stable_rlhf.rehearsal.select import check_criteria
 
     if recipe.scorer.denoise:
@@ -39,8 +45,10 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.engine.bf16 and recipe.engine.fp16:
         raise ValueError("engine.bf16 and engine.fp16: choose one of them")
-    if not recipe.variants or len(set(recipe.variants)) < len(recipe.variants):
+    if not (recipe.variants or recipe.variations) or len(set(recipe.variants)) < len(recipe.variants):
         raise ValueError(f"variants: name at least one, each once, got {recipe.variants}")
+    if recipe.select.candidates == "demonstrations" and recipe.model_name_or_path and not recipe.data.demonstrations:
+        raise ValueError("select.candidates 'demonstrations' needs data.demonstrations")
     if not all(recipe.ppo.stop):
         raise ValueError("ppo.stop: an empty string would end every response at once")
     _check_rewards(recipe)
@@ -53,6 +61,26 @@ def check(recipe: Recipe) -> None:
     _check_seeds(recipe.study)
     for spec in recipe.callbacks:
         plugins.split("callbacks", spec)
+
+
+def _check_variations(recipe: Recipe) -> None:
+    settings = [f"{section}.{f.name}" for section in ("ppo", "select") for f in fields(getattr(recipe, section))]
+    known = ["variant", "data.rehearsal", *(name for name in settings if name not in _OF_ALL_POLICIES)]
+    for name, own in recipe.variations.items():
+        at = f"variations.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name) or "-round-" in name:
+            raise ValueError(f"{at}: a name is of letters, digits, '.', '_' and '-', and holds no '-round-'")
+        if name in VARIANTS or name == "stopped":
+            raise ValueError(f"{at}: is a name already: call it otherwise")
+        if own.get("variant") not in VARIANTS:
+            raise ValueError(f"{at}.variant: one of {', '.join(VARIANTS)}, got {own.get('variant')!r}")
+        if wrong := [setting for setting in own if setting not in known]:
+            words = ": it is the same for all policies" if wrong[0] in _OF_ALL_POLICIES else suggestion(wrong, known)
+            raise ValueError(f"{at}: {wrong[0]!r} is no setting of one policy{words}")
+        try:
+            check(replace(recipe.policies[name][1], variants=[own["variant"]], variations={}))
+        except ValueError as error:
+            raise ValueError(f"{at}: {error}") from None
 
 
 def _check_outside(recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from stable_rlhf.run.stages import check_gold, check_rewards, check_same_tokeniz
 from stable_rlhf.run.strength import check_column
 from stable_rlhf.scorer.metarm import check_meta_batch
 from stable_rlhf.settings.recipe import EvaluateArguments, Recipe
+from stable_rlhf.settings.variants import Variant
 
 _WORLD_ALTERNATES = 2  # policies besides SFT that the skill world's pairs come from
 
@@ -48,17 +49,28 @@ def check_inputs(recipe: Recipe) -> None:
     check_reporters(recipe.report_to)
     check_callbacks(recipe.callbacks)
     check_key(recipe.evaluate)
-    if any(v.training == "rejection" for v in recipe.variant_rows):
+    for name, (variant, own) in recipe.policies.items():
+        try:
+            _check_policy(variant, own)
+        except ValueError as error:
+            raise ValueError(f"variations.{name}: {error}" if name in recipe.variations else str(error)) from None
+
+
+def _check_policy(variant: Variant, recipe: Recipe) -> None:
+    """Of one policy, with its own settings."""
+    if variant.training == "rejection":
         check_rounds(recipe.ppo)
-    if any(v.training == "ppo" for v in recipe.variant_rows):
+    else:
         check_sizes(recipe.ppo)
-    if any(v.rehearsal for v in recipe.variant_rows):
+    if variant.rehearsal:
         s = recipe.select
         find_embedding_model(s.embedding_model)
         try:
             check_clustering(s.method, s.backend, s.devices, s.spherical)
         except ValueError as error:
             raise ValueError(f"select: {error}") from None
+        if recipe.data.rehearsal:
+            read_demonstrations(locate(recipe.data, recipe.data.rehearsal), **reading(recipe.data))
 
 
 def _check_files(recipe: Recipe) -> int:
@@ -80,8 +92,8 @@ def _check_files(recipe: Recipe) -> int:
     for files in filter(None, (data.eval_main, data.eval_forget, data.forget_prompts)):
         prompts += read_some_prompts(data, files, recipe.seed).rows
     check_gold(recipe.evaluate, prompts)
-    for files in filter(None, (data.demonstrations, data.rehearsal)):
-        read_demonstrations(locate(data, files), **reading(data))
+    if data.demonstrations:
+        read_demonstrations(locate(data, data.demonstrations), **reading(data))
     if not data.pairs:
         return 0
     pairs = read_comparisons(locate(data, data.pairs), **reading(data)).rows

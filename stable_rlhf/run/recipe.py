@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stable_rlhf.data.digest import json_digest
 from stable_rlhf.engine.process import start
 from stable_rlhf.engine.run_folder import RunDirectory, Stage
+from stable_rlhf.evaluate.findings import round_of
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.ranks import barrier
 from stable_rlhf.run import dependencies, evaluation, stages
@@ -21,7 +23,7 @@ from stable_rlhf.run.inputs import check_inputs, check_model
 from stable_rlhf.run.strength import measure_strength
 from stable_rlhf.run.summary import summarise, write_report
 from stable_rlhf.settings.recipe import DataArguments, Recipe
-from stable_rlhf.settings.variants import Variant, scorers_that_select
+from stable_rlhf.settings.variants import Variant
 from stable_rlhf.show.progress import say
 
 
@@ -80,23 +82,31 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.iterate.rounds == 1:
         cache = FeatureCache()  # nothing after this needs the training pairs' hidden states
 
-    # 5. What is rehearsed, by the scores of each scorer whose policies rehearse.
-    selections = {
-        objective: ground.selection(objective, scorers[objective])
-        for objective in scorers_that_select(recipe.variant_rows)
+    # 5. What is rehearsed, by the scores of each scorer whose policies rehearse; variations may select otherwise.
+    grounds = {
+        name: replace(ground, recipe=own, depends=Dependencies(given.policies[name][1]))
+        for name, (_, own) in recipe.policies.items()
     }
+    selections: dict[tuple[str, str], Stage] = {}
+    for name, (variant, own) in recipe.policies.items():
+        if variant.rehearsal and (how := (variant.scorer, _how(own))) not in selections:
+            plain = how[1] == _how(recipe)
+            selecting = ground if plain else grounds[name]
+            selections[how] = selecting.selection(variant.scorer, scorers[variant.scorer], None if plain else name)
 
     # 6. The policies, round after round.
     policies: dict[str, Stage] = {}
-    for variant in recipe.variant_rows:
-        selection = selections[variant.scorer] if variant.rehearsal else None
-        last = policies[variant.name] = ground.policy_of(variant, variant.name, scorers.get(variant.scorer), selection)
+    for first, (variant, own) in recipe.policies.items():
+        here = grounds[first]
+        selection = selections[variant.scorer, _how(own)] if variant.rehearsal else None
+        last = policies[first] = here.policy_of(variant, first, scorers.get(variant.scorer), selection)
         for number in range(2, recipe.iterate.rounds + 1):
-            name = f"{variant.name}-round-{number}"
-            work = partial(stages.run_responses, recipe, str(last.folder))
-            responses = run.stage(dependencies.RESPONSES.named(name), depends.of(dependencies.RESPONSES), work, [last])
+            name = f"{first}-round-{number}"
+            work = partial(stages.run_responses, own, str(last.folder))
+            of_round = here.depends.of(dependencies.RESPONSES)
+            responses = run.stage(dependencies.RESPONSES.named(name), of_round, work, [last])
             scorers[name] = ground.scorer(name, variant.scorer, cache, before=last, responses=responses)
-            last = policies[name] = ground.policy_of(variant, name, scorers[name], selection, before=last)
+            last = policies[name] = here.policy_of(variant, name, scorers[name], selection, before=last)
 
     # 7. Every policy against the initial one.
     folders = {name: str(stage.folder) for name, stage in policies.items()}
@@ -135,9 +145,11 @@ class _Ground:
         sources = [*self.inputs, *([responses] if responses else [])]
         return self.run.stage(dependencies.SCORER.named(name), settings, work, sources)
 
-    def selection(self, objective: str, scorer: Stage) -> Stage:
+    def selection(self, objective: str, scorer: Stage, variation: str | None = None) -> Stage:
+        """``variation``: the first policy that is to rehearse this one, where it is not the run's own."""
         # The Advantage Model's keeps the plain name, so that older folders are found.
-        name = dependencies.SELECTION.name if objective == "am" else dependencies.SELECTION.named(objective)
+        plain = dependencies.SELECTION.name if objective == "am" else dependencies.SELECTION.named(objective)
+        name = dependencies.SELECTION.named(variation) if variation else plain
         work = partial(stages.run_select, self.recipe, self.policy, str(scorer.folder), needed=True)
         return self.run.stage(name, self.depends.of(dependencies.SELECTION), work, [*self.inputs, scorer])
 
@@ -151,7 +163,14 @@ class _Ground:
         folder = str(scorer.folder) if scorer else None
         work = partial(stages.run_ppo, self.recipe, variant, policy, folder, rehearsal, reference=reference)
         sources = [*self.inputs, *filter(None, (selection, before, scorer))]
-        return self.run.stage(dependencies.PPO.named(name), self.depends.of(dependencies.PPO), work, sources)
+        # A variant's name says how it is trained; a variation's does not.
+        which = {"variant": variant.name} if round_of(name)[0] in self.recipe.variations else {}
+        return self.run.stage(dependencies.PPO.named(name), self.depends.of(dependencies.PPO, **which), work, sources)
+
+
+def _how(recipe: Recipe) -> str:
+    """What tells one selection by a scorer from another."""
+    return json_digest([asdict(recipe.select), recipe.data.rehearsal])
 
 
 def world_data(data: DataArguments, folder: Path) -> DataArguments:

@@ -59,7 +59,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     summaries = [read_json(folder / "seeds" / str(seed) / "summary.json") for seed in seeds]
     settings = {name: value for name, value in recipe.as_dict().items() if name not in _NOT_A_SETTING}
     # Which variants run says nothing of the settings each of them has: a validation may do with two.
-    shared = {name: value for name, value in settings.items() if name != "variants"}
+    shared = {name: value for name, value in settings.items() if name not in ("variants", "variations")}
     fingerprint = json_digest(shared)
     every = [part for summary in summaries for part in summary["policies"].values()]
     study = results(
@@ -68,7 +68,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
             "title": recipe.title,
             "kind": "validation" if validation else "reported",
             "seeds": seeds,
-            "validation": None if validation else _validation(root, fingerprint),
+            "validation": None if validation else _validation(root, fingerprint, recipe.variations),
             "fingerprint": fingerprint,
             "judges": sorted({part[on]["judge"] for part in every for on in ("main", "forget")}),
             "hours": round(sum(stage["seconds"] for s in summaries for stage in s["stages"]) / 3600, 3),
@@ -87,15 +87,17 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
     return text
 
 
-def _validation(root: Path, fingerprint: str) -> dict[str, Any] | None:
+def _validation(root: Path, fingerprint: str, variations: Mapping[str, Any]) -> dict[str, Any] | None:
     """What is known of the validation seeds, and whether they had the settings that are reported now."""
     path = root / "validation" / "results.json"
     if not path.is_file():
         return None
     validation = read_json(path, "seeds", "settings", "fingerprint")
+    tried = validation["settings"].get("variations", {})
     return {
-        "seeds": validation["seeds"], "variants": validation["settings"].get("variants", []),
-        "same_settings": validation["fingerprint"] == fingerprint,
+        "seeds": validation["seeds"], "variants": [*validation["settings"].get("variants", []), *tried],
+        "same_settings": validation["fingerprint"] == fingerprint
+        and all(tried.get(name) == own for name, own in variations.items()),
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -325,11 +325,14 @@ def _with_policys_view(
     return [replace(row, samples=(rollout.encoded,)) for row, rollout in zip(rows, rollouts, strict=True)]
 
 
-def _some(prompts: list[EncodedPrompt], count: int, seed: int) -> list[EncodedPrompt]:
-    """``count`` of the prompts, or all there are, in their order."""
+_Row = TypeVar("_Row")
+
+
+def _some(rows: list[_Row], count: int, seed: int) -> list[_Row]:
+    """``count`` of the rows, or all there are, in their order."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    order = torch.randperm(len(prompts), generator=generator, dtype=torch.int64, device="cpu").tolist()
-    return [prompts[i] for i in sorted(order[:count])]
+    order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu").tolist()
+    return [rows[i] for i in sorted(order[:count])]
 
 
 def run_responses(recipe: Recipe, policy: str, folder: Path) -> Result:
@@ -367,27 +370,14 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     s = recipe.select
     find_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
-    splits = load_prompts(recipe.data, tokenizer, recipe.seed)
-    prompts = splits.train + splits.rehearsal
-    if s.max_candidates:
-        prompts = _some(prompts, s.max_candidates, stream_seed(recipe.seed, "candidates"))
-    check_scorer_context(recipe, prompts, scorer)
     model = load_reader(policy, recipe.engine)
-    settings = sampling_settings(recipe, recipe.ppo.temperature)
-    seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
-    rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
+    make = _answers if s.candidates == "policy" else _demonstrations
+    encoded, candidates = make(recipe, model, tokenizer, scorer)
     scorer_model = AdvantageModel.from_pretrained(scorer, dtype=recipe.engine.dtype).to(device())
     check_same_tokenizer(tokenizer, scorer_model.tokenizer, scorer)
-    scores = scorer_model.score_encoded([r.encoded for r in rollouts], description="scoring candidates")
-    candidates: list[dict[str, Any]] = [
-        {
-            "prompt": p.row.prompt, "response": r.text, "task": p.row.task, "length": len(r.encoded.response),
-            "finished": r.finished,
-        }
-        for p, r in zip(prompts, rollouts, strict=True)
-    ]  # fmt: skip
+    scores = scorer_model.score_encoded(encoded, description="scoring candidates")
     if "entropy" in s.criteria:
-        for candidate, value in zip(candidates, mean_entropies(model, [r.encoded for r in rollouts]), strict=True):
+        for candidate, value in zip(candidates, mean_entropies(model, encoded), strict=True):
             candidate["entropy"] = value
     release(model)
     outside = []
@@ -402,6 +392,45 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     )  # fmt: skip
     barrier()
     return {"candidates": len(candidates), "kept": len(selection.rows), "outside": len(outside)}
+
+
+_Candidates = tuple[list[Encoded], list[dict[str, Any]]]
+
+
+def _answers(recipe: Recipe, model: Any, tokenizer: Any, scorer: str) -> _Candidates:
+    """The policy's own to the training prompts and those that are only rehearsed."""
+    splits = load_prompts(recipe.data, tokenizer, recipe.seed)
+    prompts = splits.train + splits.rehearsal
+    if recipe.select.max_candidates:
+        prompts = _some(prompts, recipe.select.max_candidates, stream_seed(recipe.seed, "candidates"))
+    check_scorer_context(recipe, prompts, scorer)
+    settings = sampling_settings(recipe, recipe.ppo.temperature)
+    seeds = [stream_seed(recipe.seed, "select", i) for i in range(len(prompts))]
+    rollouts = answer(model, tokenizer, prompts, settings, seeds, "candidates")
+    return [r.encoded for r in rollouts], [
+        {
+            "prompt": p.row.prompt, "response": r.text, "task": p.row.task, "length": len(r.encoded.response),
+            "finished": r.finished,
+        }
+        for p, r in zip(prompts, rollouts, strict=True)
+    ]  # fmt: skip
+
+
+def _demonstrations(recipe: Recipe, model: Any, tokenizer: Any, scorer: str) -> _Candidates:
+    """Those of the data, as many as the scorer's context takes."""
+    context = context_length(load_config(str(check_scorer_folder(scorer))))
+    data = replace(recipe.data, max_length=min(recipe.data.max_length, context))
+    examples, rows = load_demonstrations(data, data.demonstrations, tokenizer)
+    places = list(range(len(rows)))
+    if recipe.select.max_candidates:
+        places = _some(places, recipe.select.max_candidates, stream_seed(recipe.seed, "candidates"))
+    return [examples[i] for i in places], [
+        {
+            "prompt": rows[i].prompt, "response": rows[i].response, "task": rows[i].task,
+            "length": len(examples[i].response),
+        }
+        for i in places
+    ]  # fmt: skip
 
 
 def run_select_file(recipe: Recipe, candidates: list[str], folder: Path) -> Result:

@@ -12,7 +12,6 @@ from stable_rlhf.engine.signals import whole
 from stable_rlhf.run import evaluation
 from stable_rlhf.run.circumstances import circumstances
 from stable_rlhf.settings.recipe import Recipe
-from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.show.page import Picture, write_html
 from stable_rlhf.show.progress import is_main_process
 
@@ -35,10 +34,12 @@ def summarise(
     for stage in selections:
         summary[stage.name] = read_json(stage.folder / "selection.json")
     for name, stage in policies.items():
-        variant = VARIANTS[round_of(name)[0]]
+        first = round_of(name)[0]
+        variant, settings = recipe.policies[first]
+        label = first if first in recipe.variations else variant.label_under(settings.ppo, settings.rewards)
         summary["policies"][name] = {
             **comparison.result["policies"][name],
-            "label": variant.label_under(recipe.ppo, recipe.rewards),
+            "label": label,
             "curve": stage.result["curve"],
             "tokens_seen": int(stage.result["tokens_seen"]),
         }

@@ -313,6 +313,8 @@ class Recipe:
         output_dir: Where everything is written.
         seed: Seed of everything random.
         variants: Which policies to train and compare.
+        variations: Further policies by name, each a variant with other settings of ``ppo``, ``select`` or
+            ``data.rehearsal``: {low-kl: {variant: rm, ppo.kl_coef: 0.01}} (docs/guide/train.md).
         report_to: ``tensorboard``, ``wandb``, ``trackio`` or none of them; metrics.jsonl is always written.
         callbacks: Classes of your own, path/to/file.py:Class or package.module:Class, whose ``on_step_end`` and
             ``on_stage_end`` see every trained step and stage, and may stop one (docs/guide/train.md).
@@ -343,6 +345,7 @@ class Recipe:
     output_dir: PathName = "runs/default"
     seed: Seed = 0
     variants: list[VariantName] = field(default_factory=lambda: ["rm", "am", "am-sr"])
+    variations: dict[str, dict[str, Any]] = field(default_factory=dict)
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     callbacks: list[PathName] = field(default_factory=list)
     model_shape: dict[str, Any] = field(default_factory=dict)
@@ -368,9 +371,18 @@ class Recipe:
         expand_paths(self)
 
     @property
+    def policies(self) -> dict[str, tuple[Variant, Recipe]]:
+        """Every policy of a run by name: how it is trained, and the recipe with its own settings."""
+        found = {name: (VARIANTS[name], self) for name in self.variants}
+        for name, own in self.variations.items():
+            settings = {setting: value for setting, value in own.items() if setting != "variant"}
+            found[name] = VARIANTS[own["variant"]], with_settings(self, settings)
+        return found
+
+    @property
     def variant_rows(self) -> list[Variant]:
-        """The rows of ``variants``."""
-        return [VARIANTS[name] for name in self.variants]
+        """How each policy is trained."""
+        return [variant for variant, _ in self.policies.values()]
 
     @property
     def scorers(self) -> list[str]:

@@ -191,8 +191,10 @@ class SelectArguments:
         train_rows: KMeans trains on a sample of this many rows (unset: all); every row is assigned either way.
         spherical: KMeans on the sphere.
         sweep: Numbers of clusters to compare on a chart, [50, 100, 200].
-        max_candidates: Prompts to answer and choose from (0: all training prompts).
-        criteria: Weights of score, entropy, satisfaction and length in the mix that ranks a cluster.
+        candidates: What is chosen from: the answers of the ``policy`` to the training prompts, or the
+            ``demonstrations`` of ``data``.
+        max_candidates: Prompts to answer and choose from, or demonstrations (0: all there are).
+        criteria: Weights of score, entropy, satisfaction, length and random (chance) in the mix that ranks a cluster.
         minimum: Smallest value that a kept row may have in a criterion, {score: 0.0}.
         maximum: Largest value that a kept row may have in a criterion, {entropy: 2.0}.
         near_duplicate: Pass over prompts whose cosine with a better one kept of their cluster is above this.
@@ -211,6 +213,7 @@ class SelectArguments:
     train_rows: Count | None = None
     spherical: bool = False
     sweep: list[Count] = field(default_factory=list)
+    candidates: Literal["policy", "demonstrations"] = "policy"
     max_candidates: CountOrNone = 0
     criteria: dict[str, Number] = field(default_factory=lambda: {"score": 1.0})
     minimum: dict[str, Threshold] = field(default_factory=dict)
