@@ -78,7 +78,8 @@ def _check_variations(recipe: Recipe) -> None:
             words = ": it is the same for all policies" if wrong[0] in _OF_ALL_POLICIES else suggestion(wrong, known)
             raise ValueError(f"{at}: {wrong[0]!r} is no setting of one policy{words}")
         try:
-            check(replace(recipe.policies[name][1], variants=[own["variant"]], variations={}))
+            alone = replace(recipe, variants=[own["variant"]], variations={name: own})
+            check(replace(alone.policies[name][1], variations={}))
         except ValueError as error:
             raise ValueError(f"{at}: {error}") from None
 

@@ -81,6 +81,10 @@ def test_a_run_with_variations(server, tmp_path):
         ({"a b": {"variant": "rm"}}, r"variations\.a b: a name is of letters, digits"),
         ({"x-round-2": {"variant": "rm"}}, r"variations\.x-round-2: a name"),
         ({"am": {"variant": "rm"}}, r"variations\.am: is a name already"),
+        (
+            {"a": {"variant": "rm"}, "b": {"variant": "rm", "ppo.kl_coef": -1}, "c": {}},
+            r"variations\.b: ppo\.kl_coef",
+        ),
         ({"a": {}}, r"variations\.a\.variant: one of rejection, rm, .*, got None"),
         ({"a": {"variant": "dpo"}}, r"variations\.a\.variant: one of .*, got 'dpo'"),
         (
