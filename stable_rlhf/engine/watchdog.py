@@ -185,10 +185,11 @@ def watch(limit: float, folder: Path) -> None:
     global _running
     if not limit or _running is not None or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    processes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(processes, _process(os.getpid()))
     group: Any = dist.distributed_c10d
     store = group._get_default_store().clone()  # the process group waits in the other connection
+    # After that: a rank that gets on from here may hang at once, and with it the store that the others still ask for.
+    processes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(processes, _process(os.getpid()))
     _running = Watchdog(limit, folder, store, dist.get_rank(), processes)
     _running.start()
 
