@@ -57,9 +57,13 @@ with signals.ended_by_one_line(grace):
 
 
 def program(grace: float, *how: str, hangup: signal.Handlers = signal.SIG_DFL) -> tuple[int, str]:
+    def prepare() -> None:  # whether or not nohup runs the tests, or a shell in the background
+        signal.signal(signal.SIGHUP, hangup)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(grace), *how], capture_output=True, encoding="utf-8", timeout=900,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),  # whether or not nohup runs the tests
+        preexec_fn=prepare,
     )  # fmt: skip
     return done.returncode, done.stderr
 

@@ -33,6 +33,12 @@ FAMILIES = {
 ABSOLUTE = {"gpt2"}  # positions from a row's first column, whatever the mask
 
 
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Within 1e-6 of the largest: the small ones are differences of numbers as large, and each processor rounds its own
+    way."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * max(1.0, float(wanted.abs().max())))
+
+
 @pytest.fixture
 def make(tokenizer):
     def build(family: str, objective: str = "am", tokenizer=tokenizer, bias: float = 0.7, **settings) -> AdvantageModel:
@@ -84,10 +90,10 @@ def test_plain_transformers_gives_the_scorers_rewards(make, tokenizer, family, t
     assert told["bias"] == pytest.approx(0.7) and told["left_padding"] == (family not in ABSOLUTE)
     assert wanted.std() > 1e-3  # the checks below could not fail on constant rewards
     right = read_back(tmp_path / "out", examples, "right") + told["bias"]
-    torch.testing.assert_close(right, wanted, rtol=0, atol=1e-6)
+    close(right, wanted)
     left = read_back(tmp_path / "out", examples, "left") + told["bias"]
     if told["left_padding"]:
-        torch.testing.assert_close(left, wanted, rtol=0, atol=1e-6)
+        close(left, wanted)
     else:
         assert (left - wanted).abs().max() > 1e-3
     # A control: a padding token that ends the responses, as a plain copy of the weights would have it.
@@ -108,9 +114,9 @@ def test_a_padding_token_that_ends_responses_is_replaced(make, tokenizer, tmp_pa
     assert told["pad_token"] == "<|pad|>"
     for side in ("left", "right"):
         found = read_back(tmp_path / "out", examples, side) + told["bias"]
-        torch.testing.assert_close(found, rewards(scorer, examples), rtol=0, atol=1e-6)
+        close(found, rewards(scorer, examples))
     again = AdvantageModel.from_pretrained(tmp_path / "out").score(PROMPTS, RESPONSES)
-    torch.testing.assert_close(again, rewards(scorer, examples[:3]), rtol=0, atol=1e-6)
+    close(again, rewards(scorer, examples[:3]))
 
 
 TEMPLATES = {
@@ -160,7 +166,7 @@ def test_a_16_bit_scorer_keeps_its_type_and_its_whole_head(make, tokenizer, tmp_
     told = export_scorer(str(tmp_path / "scorer"), str(tmp_path / "out"))
     wide = AdvantageModel.from_pretrained(tmp_path / "scorer")  # float32 out of 16-bit weights
     found = read_back(tmp_path / "out", examples, "right", dtype=torch.float32) + told["bias"]
-    torch.testing.assert_close(found, rewards(wide, examples), rtol=0, atol=1e-6)
+    close(found, rewards(wide, examples))
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     assert "e(x)" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
@@ -236,7 +242,7 @@ def test_somebodys_classifier_is_a_reward_model(others, tokenizer, tmp_path):
     batch = pad_sequences([e.ids for e in examples])
     with torch.no_grad():
         wanted = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.squeeze(-1)
-    torch.testing.assert_close(rewards(scorer, examples), wanted, rtol=0, atol=1e-6)
+    close(rewards(scorer, examples), wanted)
     assert wanted.std() > 1e-3
     split = AdvantageModel.from_pretrained(tmp_path / "theirs", num_trainable_layers=1)
     torch.testing.assert_close(rewards(split, examples), wanted, rtol=0, atol=1e-5)
@@ -247,7 +253,7 @@ def test_what_is_exported_comes_back_with_its_bias(make, tmp_path):
     scorer.save_pretrained(tmp_path / "scorer")
     export_scorer(str(tmp_path / "scorer"), str(tmp_path / "out"))
     again = AdvantageModel.from_pretrained(tmp_path / "out")
-    assert torch.allclose(again.score(PROMPTS, RESPONSES), scorer.score(PROMPTS, RESPONSES), rtol=0, atol=1e-6)
+    close(again.score(PROMPTS, RESPONSES), scorer.score(PROMPTS, RESPONSES))
     export_scorer(str(tmp_path / "out"), str(tmp_path / "twice"))
     names = {p.name for p in (tmp_path / "twice").iterdir()}
     assert {
