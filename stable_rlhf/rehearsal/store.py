@@ -266,6 +266,8 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
         try:
             known = read_json(path, "key", *(["shard_rows"] if path.name == "job.json" else []))
             key = known["key"]
+            if path.name == "job.json" and not (type(known["shard_rows"]) is int and known["shard_rows"] > 0):
+                raise DataError("shard_rows")
         except DataError:
             raise ValueError(f"{path}: damaged; delete the folder {folder} and embed again") from None
         if key != job["key"]:

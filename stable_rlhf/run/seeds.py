@@ -19,6 +19,7 @@ from typing import Any
 
 from stable_rlhf.data.digest import json_digest
 from stable_rlhf.data.jsonl import read_json, to_json
+from stable_rlhf.data.records import DataError
 from stable_rlhf.engine import signals
 from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.run.circumstances import circumstances
@@ -93,6 +94,8 @@ def _validation(root: Path, fingerprint: str, variations: Mapping[str, Any]) -> 
     if not path.is_file():
         return None
     validation = read_json(path, "seeds", "settings", "fingerprint")
+    if not isinstance(validation["settings"], dict) or not isinstance(validation["seeds"], list):
+        raise DataError(f"{path}: damaged; run `study --validation` again, or delete it")
     tried = validation["settings"].get("variations", {})
     return {
         "seeds": validation["seeds"], "variants": [*validation["settings"].get("variants", []), *tried],

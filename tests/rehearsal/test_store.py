@@ -125,6 +125,19 @@ def test_a_damaged_shard_is_made_again_and_only_that(tmp_path, capsys):
     np.testing.assert_array_equal(made.array, encode(texts(40)))
 
 
+@pytest.mark.parametrize("value", [None, 0, -8, "8", 8.5, True, [8]])
+def test_a_job_whose_size_of_shards_is_damaged_is_told(tmp_path, value):
+    def stops(part: list[str]) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_to_folder(texts(20), tmp_path, "fake", encoder=stops, shard_rows=8)
+    job = json.loads((tmp_path / "job.json").read_text(encoding="utf-8"))
+    (tmp_path / "job.json").write_text(json.dumps({**job, "shard_rows": value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/job\.json: damaged; delete the folder"):
+        embed_to_folder(texts(20), tmp_path, "fake", encoder=encode, shard_rows=8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
