@@ -20,7 +20,7 @@ def manifest(folder: Path) -> None:
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a scorer's votes": ("differences.json", lambda folder: strength._read_votes(folder / "differences.json")),
-    "a validation": ("validation/results.json", lambda folder: study._validation(folder, "x")),
+    "a validation": ("validation/results.json", lambda folder: study._validation(folder, "x", {})),
     "a service's run": ("tracking.json", lambda folder: tracking._identity(folder, 3)),
     "a snapshot": ("step-1/manifest.json", manifest),
     "embeddings": ("manifest.json", store.open_embeddings),

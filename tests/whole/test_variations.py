@@ -26,12 +26,6 @@ VARIATIONS = {
     "by-chance": {"variant": "am-sr", **CHANCE},
     "no-dose": {"variant": "am-sr", **CHANCE, "ppo.rehearsal_coef": 0.0},
     "sft-data": {"variant": "rm-sr", "select.candidates": "demonstrations", "select.max_candidates": 40},
-    "groups": {
-        "variant": "rm",
-        "ppo.advantage_estimator": "grpo",
-        "ppo.num_generations": 4,
-        "ppo.head_learning_rate": None,
-    },
 }
 
 
@@ -56,7 +50,7 @@ def test_a_run_with_variations(server, tmp_path):
     curves = {name: metric_lines(run / f"ppo-{name}") for name in summary["policies"]}
     for key in ("score", "kl", "rehearsal_loss", "policy_loss", "gradient_norm"):
         assert [row[key] for row in curves["again"]] == [row[key] for row in curves["am-sr"]]
-    assert curves["no-dose"][1]["kl"] != curves["by-chance"][1]["kl"] and curves["groups"][0]["group_score_std"] > 0
+    assert curves["no-dose"][1]["kl"] != curves["by-chance"][1]["kl"]
 
     chosen = {name: rehearsed(run / name) for name in selections}
     with gzip.open(run / "world" / "sft.jsonl.gz", "rt", encoding="utf-8") as file:
