@@ -70,7 +70,7 @@ def _check_variations(recipe: Recipe) -> None:
         at = f"variations.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", name) or "-round-" in name:
             raise ValueError(f"{at}: a name is of letters, digits, '.', '_' and '-', and holds no '-round-'")
-        if name in VARIANTS or name == "stopped":
+        if name in VARIANTS or name.endswith("-stopped"):  # the guard's folder of a policy that it stopped
             raise ValueError(f"{at}: is a name already: call it otherwise")
         if own.get("variant") not in VARIANTS:
             raise ValueError(f"{at}.variant: one of {', '.join(VARIANTS)}, got {own.get('variant')!r}")

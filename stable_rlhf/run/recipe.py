@@ -91,7 +91,12 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     for name, (variant, own) in recipe.policies.items():
         if variant.rehearsal and (how := (variant.scorer, _how(own))) not in selections:
             plain = how[1] == _how(recipe)
-            selecting = ground if plain else grounds[name]
+            # Its answers are drawn by the run's own settings, whichever policy is the first to rehearse them.
+            chosen = given.policies[name][1]
+            selecting = replace(
+                ground, recipe=replace(recipe, select=own.select, data=own.data),
+                depends=Dependencies(replace(given, select=chosen.select, data=chosen.data)),
+            )  # fmt: skip
             selections[how] = selecting.selection(variant.scorer, scorers[variant.scorer], None if plain else name)
 
     # 6. The policies, round after round.

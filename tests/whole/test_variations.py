@@ -24,7 +24,7 @@ CHANCE = {"select.criteria": {"random": 1}, "select.num_clusters": 1, "select.to
 VARIATIONS = {
     "again": {"variant": "am-sr"},
     "by-chance": {"variant": "am-sr", **CHANCE},
-    "no-dose": {"variant": "am-sr", **CHANCE, "ppo.rehearsal_coef": 0.0},
+    "no-dose": {"variant": "am-sr", **CHANCE, "ppo.rehearsal_coef": 0.0, "ppo.temperature": 0.9},
     "sft-data": {"variant": "rm-sr", "select.candidates": "demonstrations", "select.max_candidates": 40},
 }
 
@@ -75,6 +75,7 @@ def test_a_run_with_variations(server, tmp_path):
         ({"a b": {"variant": "rm"}}, r"variations\.a b: a name is of letters, digits"),
         ({"x-round-2": {"variant": "rm"}}, r"variations\.x-round-2: a name"),
         ({"am": {"variant": "rm"}}, r"variations\.am: is a name already"),
+        ({"rm-stopped": {"variant": "rm"}}, r"variations\.rm-stopped: is a name already"),
         (
             {"a": {"variant": "rm"}, "b": {"variant": "rm", "ppo.kl_coef": -1}, "c": {}},
             r"variations\.b: ppo\.kl_coef",
