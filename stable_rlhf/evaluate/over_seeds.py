@@ -39,6 +39,11 @@ def seed_mean(values: ArrayLike) -> Interval:
     return {"value": mean, "low": mean - half, "high": mean + half}
 
 
+def names(results: Mapping[str, Any]) -> dict[str, str]:
+    """How the policies of a study are called: by their variant, unless its settings make another method of it."""
+    return NAMES | results.get("labels", {})
+
+
 def paired_difference(first: ArrayLike, second: ArrayLike) -> Interval:
     """first − second, seed by seed."""
     a, b = _seeds(first, second)
@@ -207,17 +212,18 @@ _SHARES = ("_win", "_lose", "_tie", "accuracy", "ece", "ece_equal_mass", "after_
 COMPARED = ("main_win", "main_lose", "main_gold_gain", "forget_win", "forget_lose", "forget_gold_gain", "main_kl")
 
 
-def comparisons(policies: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
-    """Every variant minus RM-PPO, seed by seed, in the figures of the policy table."""
-    rm_ppo = policies.get("rm")
-    if rm_ppo is None:
-        return []
+def comparisons(
+    policies: Mapping[str, Mapping[str, Sequence[float]]], pairs: Sequence[Sequence[str]] = ()
+) -> list[dict[str, Any]]:
+    """First minus second of every pair, seed by seed, in the figures of the policy table; without pairs, every variant
+    minus RM-PPO."""
+    if not pairs and "rm" in policies:
+        pairs = [(name, "rm") for name in policies if name not in ("rm", SFT)]
     return [
-        {"variant": name, "minus": "rm", "figure": key, **paired_difference(part[key], rm_ppo[key])}
-        for name, part in policies.items()
-        if name not in ("rm", SFT)
+        {"variant": name, "minus": minus, "figure": key, **paired_difference(policies[name][key], policies[minus][key])}
+        for name, minus in pairs
         for key in COMPARED
-        if key in part and key in rm_ppo
+        if key in policies[name] and key in policies[minus]
     ]
 
 
@@ -311,9 +317,14 @@ def _interval(interval: Interval) -> str:
 
 
 def results(summaries: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a study found, JSON-ready, from one summary a seed; ``about`` (settings, seeds …) is passed through."""
+    """All that a study found, JSON-ready, from one summary a seed; ``about`` (settings, seeds …) is passed through.
+
+    ``compare`` of it: the pairs of policies whose differences are taken (see `comparisons`)."""
+    policies = summaries[0]["policies"].items()
+    labels = {name: part.get("label", NAMES[name]) for name, part in policies if name in NAMES}
+    labels = {name: label for name, label in labels.items() if label != NAMES[name]}
     return _compared(
-        about,
+        {**about, "labels": labels},
         [row for summary in summaries for row in policy_rows(summary)],
         [row for summary in summaries for row in scorer_rows(summary)],
         [row for summary in summaries for row in curves(summary)],
@@ -355,13 +366,15 @@ def _compared(
     about: Mapping[str, Any], policy_table: Sequence[Row], scorer_table: Sequence[Row], lines: Sequence[Row]
 ) -> dict[str, Any]:
     scorers, policies = columns(scorer_table, "scorer"), columns(policy_table, "variant")
+    # The paper's claims are about PPO: what another estimator trained under a variant's name says nothing there.
+    paper_like = {name: part for name, part in policies.items() if name not in about.get("labels", {})}
     study = {
         **about,
         "policies": policy_table,
         "scorers": scorer_table,
         "means": {"policies": means(policies), "scorers": means(scorers)},
-        "comparisons": comparisons(policies),
-        "claims": claims(scorers, policies),
+        "comparisons": comparisons(policies, about.get("compare", ())),
+        "claims": claims(scorers, paper_like),
         "curves": lines,
     }
     return {key: without_nan(value) for key, value in study.items()}

@@ -9,7 +9,8 @@ import numpy as np
 
 from stable_rlhf.evaluate.figures import colours
 from stable_rlhf.evaluate.findings import SCORER_NAMES, verdict
-from stable_rlhf.evaluate.over_seeds import COMPARED, NAMES
+from stable_rlhf.evaluate.over_seeds import COMPARED
+from stable_rlhf.evaluate.over_seeds import names as policy_names
 from stable_rlhf.evaluate.paper import SOURCE, TABLE_1, TABLE_2
 from stable_rlhf.show.page import Picture, drawn, render
 from stable_rlhf.show.pictures import FAINT, INK, legend_below, panels, plain, png
@@ -57,6 +58,7 @@ def tables(results: Results) -> list[Table]:
     """Policies, policies minus RM-PPO, scorers, and what the paper has of both; each figure is a mean over seeds with
     its 95 % interval."""
     sections: list[Table] = []
+    called = policy_names(results)
 
     def of(title: str, group: Mapping[str, Any], names: Mapping[str, str], figures: Mapping[str, Any]) -> None:
         columns = {key: figure for key, figure in figures.items() if any(key in part for part in group.values())}
@@ -69,18 +71,23 @@ def tables(results: Results) -> list[Table]:
         ]
         sections.append((title, [heading for heading, _, _ in columns.values()], rows))
 
-    of("Policy against SFT", results["means"]["policies"], NAMES, POLICY_FIGURES)
-    differences: dict[str, dict[str, Any]] = {}
+    of("Policy against SFT", results["means"]["policies"], called, POLICY_FIGURES)
+    differences: dict[tuple[str, str], dict[str, Any]] = {}
     for row in results["comparisons"]:
-        differences.setdefault(row["variant"], {})[row["figure"]] = row
+        pair = called.get(row["variant"], row["variant"]), called.get(row["minus"], row["minus"])
+        differences.setdefault(pair, {})[row["figure"]] = row
     if differences:
-        minus = NAMES[results["comparisons"][0]["minus"]]
+        alike = len({minus for _, minus in differences}) == 1
+        title = f"Minus {next(iter(differences))[1]}, seed by seed" if alike else "Difference, seed by seed"
         keys = [key for key in COMPARED if any(key in part for part in differences.values())]
         rows = [
-            (NAMES.get(name, name), [_cell(part.get(key), *POLICY_FIGURES[key][1:], sign=True) for key in keys])
-            for name, part in differences.items()
+            (
+                name if alike else f"{name} minus {minus}",
+                [_cell(part.get(key), *POLICY_FIGURES[key][1:], sign=True) for key in keys],
+            )
+            for (name, minus), part in differences.items()
         ]
-        sections.append((f"Minus {minus}, seed by seed", [POLICY_FIGURES[key][0] for key in keys], rows))
+        sections.append((title, [POLICY_FIGURES[key][0] for key in keys], rows))
     of("Scorer", results["means"]["scorers"], SCORER_NAMES, SCORER_FIGURES)
     return sections + _beside_the_paper(results)
 
@@ -89,7 +96,8 @@ def _beside_the_paper(results: Results) -> list[Table]:
     """Its tables 1 and 2 beside the same figures of these runs, in percent."""
     sections: list[Table] = []
     policies, scorers = results["means"]["policies"], results["means"]["scorers"]
-    known = {name: row for name, row in TABLE_2.items() if name in policies}
+    labels = results.get("labels", {})
+    known = {name: row for name, row in TABLE_2.items() if name in policies and name not in labels}
     keys = [(on, what) for on in ("main", "forget") for what in ("win", "lose")]
     if known:
         columns = [part for on, what in keys for part in (f"{on}: {what}s %", "paper")]
@@ -98,7 +106,7 @@ def _beside_the_paper(results: Results) -> list[Table]:
             cells: list[Cell] = []
             for on, what in keys:
                 cells += [_cell(policies[name].get(f"{on}_{what}"), 100, 1), (f"{row[on][what]:.2f}", "")]
-            rows.append((NAMES.get(name, name), cells))
+            rows.append((policy_names(results)[name], cells))
         sections.append(("Beside the paper's Table 2", columns, rows))
     if {"rm", "am"} <= set(scorers):
         columns = ["accuracy %", *(f"{data}" for data in TABLE_1), "ECE %", *(f"{data}" for data in TABLE_1)]
@@ -126,7 +134,8 @@ def markdown(results: Results) -> str:
 
 
 def _lead(results: Results) -> list[str]:
-    seeds, variants = results["seeds"], [NAMES.get(name, name) for name in results["means"]["policies"]]
+    called = policy_names(results)
+    seeds, variants = results["seeds"], [called.get(name, name) for name in results["means"]["policies"]]
     judges = ", ".join(results["judges"])
     lines = [
         f"{len(variants)} variants ({', '.join(variants)}) on {len(seeds)} seeds ({', '.join(map(str, seeds))}); "
@@ -140,7 +149,7 @@ def _lead(results: Results) -> list[str]:
         lines.append("No run of validation seeds is known, so it cannot be told what the settings were chosen on.")
     else:
         same = "the very settings" if validation["same_settings"] else "OTHER SETTINGS than those"
-        tried = ", ".join(NAMES.get(name, name) for name in validation["variants"])
+        tried = ", ".join(called.get(name, name) for name in validation["variants"])
         ran = f"{', '.join(map(str, validation['seeds']))} ({tried})"
         lines.append(f"Validation seeds {ran} ran before, with {same} reported here.")
     return lines
@@ -170,7 +179,7 @@ def training_curves(results: Results) -> bytes:
         ("kl", "KL from the SFT policy", "nats"),
         ("length", "Length of responses", "tokens"),
     ]
-    groups = _by_variant(results)
+    groups, called = _by_variant(results), policy_names(results)
     paint = colours(groups)
     shown = [p for p in shown if any(p[0] in row for rows in groups.values() for row in rows)]
     with panels(len(shown), 2.9, 0.8) as (figure, axes):
@@ -182,7 +191,7 @@ def training_curves(results: Results) -> bytes:
                 if known:
                     mean = np.mean([_gained(row, key) for row in known], axis=0)
                     ax.plot(
-                        known[0]["step"], mean, color=paint[variant], linewidth=2, label=NAMES.get(variant, variant)
+                        known[0]["step"], mean, color=paint[variant], linewidth=2, label=called.get(variant, variant)
                     )
             ax.set_title(title, loc="left")
             ax.set(xlabel="step", ylabel=unit)
@@ -192,7 +201,7 @@ def training_curves(results: Results) -> bytes:
 
 def frontier(results: Results) -> bytes:
     """Score gained and gold score against KL, mean over seeds: what a policy buys with the distance it moves."""
-    groups = _by_variant(results)
+    groups, called = _by_variant(results), policy_names(results)
     paint = colours(groups)
     shown = [("score", "score − first"), ("gold", "gold score")]
     shown = [p for p in shown if any(p[0] in row for rows in groups.values() for row in rows)]
@@ -203,7 +212,7 @@ def frontier(results: Results) -> bytes:
                 if known:
                     x = np.mean([row["kl"] for row in known], axis=0)
                     y = np.mean([_gained(row, key) for row in known], axis=0)
-                    ax.plot(x, y, color=paint[variant], linewidth=1.8, label=NAMES.get(variant, variant))
+                    ax.plot(x, y, color=paint[variant], linewidth=1.8, label=called.get(variant, variant))
                     ax.plot(x[-1:], y[-1:], "o", color=paint[variant], markersize=6)
             ax.set(xlabel="KL from the SFT policy, nats (dot: the end)", ylabel=unit)
         legend_below(figure, axes[0], 3)
@@ -214,8 +223,8 @@ def outcomes(results: Results) -> bytes:
     """Every seed's figure of each variant, their mean and its interval, for what the claims speak of."""
     keys = ["main_win", "main_gold_gain", "forget_lose", "forget_gold_gain"]
     group = results["means"]["policies"]
-    return _dots(results, "policies", "variant", NAMES, [k for k in keys if any(k in p for p in group.values())],
-                 POLICY_FIGURES)  # fmt: skip
+    keys = [key for key in keys if any(key in part for part in group.values())]
+    return _dots(results, "policies", "variant", policy_names(results), keys, POLICY_FIGURES)
 
 
 def scorers(results: Results) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stable_rlhf.settings.advantages import check_advantages
 from stable_rlhf.settings.ranges import check_settings
-from stable_rlhf.settings.recipe import Recipe, StudyArguments, suggestion
+from stable_rlhf.settings.recipe import Recipe, suggestion
 from stable_rlhf.settings.stages import BUILT_IN_REWARDS, REGEX, SCORER
 from stable_rlhf.settings.variants import VARIANTS
 from stable_rlhf.system import plugins
@@ -58,7 +58,7 @@ def check(recipe: Recipe) -> None:
         raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")
     if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
         raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
-    _check_seeds(recipe.study)
+    _check_study(recipe)
     for spec in recipe.callbacks:
         plugins.split("callbacks", spec)
 
@@ -78,7 +78,8 @@ def _check_variations(recipe: Recipe) -> None:
             words = ": it is the same for all policies" if wrong[0] in _OF_ALL_POLICIES else suggestion(wrong, known)
             raise ValueError(f"{at}: {wrong[0]!r} is no setting of one policy{words}")
         try:
-            alone = replace(recipe, variants=[own["variant"]], variations={name: own})
+            study = replace(recipe.study, compare=[])  # it names others
+            alone = replace(recipe, variants=[own["variant"]], variations={name: own}, study=study)
             check(replace(alone.policies[name][1], variations={}))
         except ValueError as error:
             raise ValueError(f"{at}: {error}") from None
@@ -166,7 +167,11 @@ def _check_lengths(recipe: Recipe) -> None:
         )
 
 
-def _check_seeds(study: StudyArguments) -> None:
+def _check_study(recipe: Recipe) -> None:
+    study, policies = recipe.study, ("sft", *recipe.variants, *recipe.variations)
+    for pair in study.compare:
+        if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= {*policies}:
+            raise ValueError(f"study.compare: pairs of two policies of {', '.join(policies)}, got {pair}")
     for name in ("seeds", "validation_seeds"):
         given: list[int] = getattr(study, name)
         if len(set(given)) < len(given):

@@ -69,6 +69,7 @@ def run_study(recipe: Recipe, *, validation: bool = False) -> str:
             "title": recipe.title,
             "kind": "validation" if validation else "reported",
             "seeds": seeds,
+            "compare": recipe.study.compare,
             "validation": None if validation else _validation(root, fingerprint, recipe.variations),
             "fingerprint": fingerprint,
             "judges": sorted({part[on]["judge"] for part in every for on in ("main", "forget")}),

@@ -295,11 +295,14 @@ class StudyArguments:
         seeds: Seeds of the reported runs.
         validation_seeds: Seeds to choose the settings on (``study --validation``), none of them reported.
         workers: Seeds that run at the same time, each in a process of its own; they share out the CPU's cores.
+        compare: Pairs of policies whose difference is taken seed by seed, [[rm-sr, rm], …]: first minus second. None:
+            every policy minus ``rm``.
     """
 
     seeds: list[Seed] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     validation_seeds: list[Seed] = field(default_factory=lambda: [101, 102])
     workers: Workers = 1
+    compare: list[list[str]] = field(default_factory=list)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -151,6 +152,38 @@ def test_means_and_differences_follow_from_the_rows(results: Any) -> None:
     wanted = stats.ttest_rel(of("am-sr", "forget_lose"), of("rm", "forget_lose")).confidence_interval()
     assert (gap["low"], gap["high"]) == pytest.approx((wanted.low, wanted.high)) and gap["minus"] == "rm"
     assert not [r for r in results["comparisons"] if r["variant"] in ("rm", "sft")]
+
+
+def test_pairs_of_ones_own_are_compared_and_named(summaries: Any) -> None:
+    found = study.results(summaries, {**ABOUT, "compare": [["am-sr", "am"], ["rm", "sft"]]})
+    pairs = {(row["variant"], row["minus"]) for row in found["comparisons"]}
+    assert pairs == {("am-sr", "am"), ("rm", "sft")}
+
+    def of(variant: str) -> list[float]:
+        return [row["main_win"] for row in found["policies"] if row["variant"] == variant]
+
+    gap = next(r for r in found["comparisons"] if (r["variant"], r["figure"]) == ("am-sr", "main_win"))
+    wanted = stats.ttest_rel(of("am-sr"), of("am")).confidence_interval()
+    assert (gap["low"], gap["high"]) == pytest.approx((wanted.low, wanted.high))
+    text = study_report.markdown(found)
+    assert "| Difference, seed by seed |" in text and "| AM-PPO-SR minus AM-PPO |" in text
+    assert "| RM-PPO minus SFT |" in text
+
+
+def test_another_estimators_policies_are_named_by_it_and_say_nothing_of_ppo(summaries: Any) -> None:
+    renamed = [copy.deepcopy(summary) for summary in summaries]
+    for summary in renamed:
+        for name in ("rm", "am-sr"):
+            summary["policies"][name]["label"] = {"rm": "RM-GRPO", "am-sr": "AM-GRPO-SR"}[name]
+    found = study.results(renamed, ABOUT)
+    text = study_report.markdown(found)
+    assert "| RM-GRPO |" in text and "Minus RM-GRPO, seed by seed" in text and "| AM-PPO |" in text
+    assert "| RM-PPO |" not in text
+    beside = text.partition("Beside the paper's Table 2")[2].partition("\n\n")[0]
+    assert "AM-PPO |" in beside and "GRPO" not in beside
+    assert not [item for item in found["claims"] if "PPO-SR" in item["claim"] or "RM-PPO" in item["claim"]]
+    assert [item for item in found["claims"] if "Advantage Model" in item["claim"]]
+    assert study_report.make_page(found)[1]
 
 
 def test_claims_hold_where_they_were_planted_and_turn_with_the_numbers(results: Any, make_summary: Any) -> None:

@@ -26,7 +26,7 @@ NEGATIVE = {
 WORDS = {
     "title", "data.forget_tasks", "engine.lora_target_modules", "launch.rendezvous", "rollout.server", "strength.check",
     "ppo.stop", "evaluate.judge_base_url", "evaluate.judge_model", "evaluate.judge_api_key_env", "rollout.api_key_env",
-    "rewards.answer", "rewards.pattern",
+    "rewards.answer", "rewards.pattern", "study.compare",
 }  # fmt: skip
 
 

@@ -101,6 +101,16 @@ def test_variations_that_make_no_sense_are_refused(variations, words):
         check(Recipe(variations=variations))
 
 
+@pytest.mark.parametrize("pair", [["a", "am"], ["a"], ["a", "a"], ["a", "rm", "rm"]])
+def test_a_study_compares_two_policies_that_it_has(pair):
+    recipe = Recipe(variants=["rm"], variations={"a": {"variant": "am", "ppo.kl_coef": 0.5}})
+    recipe.study.compare = [["a", "rm"], ["rm", "sft"]]
+    check(recipe)
+    recipe.study.compare.append(pair)
+    with pytest.raises(ValueError, match=r"study\.compare: pairs of two policies of sft, rm, a, got \['a'"):
+        check(recipe)
+
+
 def test_policies_of_a_recipe():
     recipe = Recipe(variants=["rm"], variations={"a": {"variant": "am-sr", "ppo.kl_coef": 0.5}})
     check(recipe)
