@@ -83,6 +83,15 @@ class PolicyModel(nn.Module):
             return None
         return embedding.register_forward_hook(_look_up)
 
+    @property
+    def draws(self) -> bool:
+        """Whether a forward in training draws dropout masks, by whatever name its modules have for that."""
+        return any(
+            (isinstance(module, nn.Dropout) and module.p > 0)
+            or any("dropout" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
+            for module in self.causal_lm.modules()
+        )
+
     def reference(self) -> PolicyModel:
         """A frozen copy of the policy as it is now; the frozen lower blocks are shared, not copied."""
         clone = PolicyModel.__new__(PolicyModel)

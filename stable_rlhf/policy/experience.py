@@ -24,7 +24,8 @@ class Experience:
 
     ``score`` is the scorer's until advantages are made; then it is what they were made of, and ``raw_score`` the
     scorer's. ``old_logprob`` is the trainer's own, ``rollout_logprob`` what the rollout engine said when it drew the
-    token."""
+    token. Where ``on_policy``, nobody asks for ``old_logprob`` before the one update that this rollout gets, whose own
+    forward fills it in: not a number until then."""
 
     encoded: Encoded
     score: float
@@ -36,6 +37,7 @@ class Experience:
     advantage: Tensor | None = None
     returns: Tensor | None = None
     raw_score: float = math.nan
+    on_policy: bool = False
 
 
 class RunningMoments:

@@ -34,7 +34,14 @@ class MixedBatch:
     returns: Tensor
     ref_logprob: Tensor
     lengths: Tensor  # [B, 1] tokens of a rollout's response; 1 for rehearsal
+    unread: list[tuple[int, Experience]]  # the rows on policy, whose log-probs the forward is to give
     squares: Tensor | None = None  # [2] see watch
+
+    def fill(self, logprob: Tensor) -> None:
+        """Give the rollouts on policy the log-probs [B, L] that the forward before their one update found."""
+        known = logprob.detach()
+        for i, e in self.unread:
+            e.old_logprob.copy_(known[i, response_span(e.encoded)])
 
     def watch(self, gradient: Tensor) -> None:
         """Keep Σ ‖∂loss/∂hidden‖² over the policy's rows and over those of rehearsal: what each term pulls with, at
@@ -67,7 +74,9 @@ def mix(
     lengths = [[len(e.encoded.response)] for e in experiences] + [[1]] * len(rehearsal)
     old_logprob, advantage, value, returns, ref_logprob = rows.to(target.device)
     counts = torch.tensor(lengths, dtype=torch.float32, device=target.device)
-    return MixedBatch(inputs, target, kind, old_logprob, advantage, value, returns, ref_logprob, counts)
+    unread = [(i, e) for i, e in enumerate(experiences) if e.on_policy]
+    assert len(unread) in (0, len(experiences)), "a micro-batch is on policy, or it is not"
+    return MixedBatch(inputs, target, kind, old_logprob, advantage, value, returns, ref_logprob, counts, unread)
 
 
 def clipped_value_loss(value: Tensor, old_value: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:
@@ -104,7 +113,8 @@ def mixed_loss(
     temperatures = torch.where(batch.kind == REHEARSAL, 1.0, temperature)
     tokens = policy_denominator if tokens is None else tokens
     arguments: dict[str, Any] = {
-        "kind": batch.kind, "old_logprob": batch.old_logprob, "advantage": batch.advantage, "config": config,
+        "kind": batch.kind, "old_logprob": None if batch.unread else batch.old_logprob,
+        "advantage": batch.advantage, "config": config,
         "policy_denominator": policy_denominator, "rehearsal_denominator": rehearsal_denominator,
         "grad_scale": grad_scale,
     }  # fmt: skip
@@ -115,12 +125,14 @@ def mixed_loss(
     watch = batch.watch if config.rehearsal_coef else None
     result = engine(batch.inputs, batch.target, temperature=temperatures, loss=arguments, watch=watch)
     output = result["output"]
+    batch.fill(output.logprob)
     ours = batch.kind == POLICY
     value_loss = torch.zeros((), device=ours.device, dtype=torch.float32)
     if "value" in result:
         error = clipped_value_loss(result["value"], batch.value, batch.returns, cliprange_value)
         value_loss = torch.where(ours, error, 0.0).sum() / tokens
     loss = output.loss + vf_coef * value_loss
+    apart = torch.zeros_like(output.logprob) if batch.unread else output.logprob - batch.old_logprob
     share = ours.sum().float() / tokens  # this micro-batch's weight in means over policy tokens
     metrics = {
         "loss": loss.detach(),
@@ -130,6 +142,6 @@ def mixed_loss(
         "clip_fraction": output.metrics["clip_fraction"] * share,
         "approx_kl": output.metrics["approx_kl"] * share,
         "entropy": output.metrics["entropy"] * share,
-        "max_log_ratio": torch.where(ours, output.logprob - batch.old_logprob, 0.0).abs().max(),
+        "max_log_ratio": torch.where(ours, apart, 0.0).abs().max(),
     }
     return loss, metrics

@@ -16,6 +16,7 @@ for every step:
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -144,6 +145,16 @@ class PPOTrainer:
         self.rewards = Rewards(recipe.rewards, arguments.max_new_tokens)
         self.scorer = None if scorer is None else read_only(scorer, recipe.engine)
         self.rollouts = rollouts or LocalRollouts(policy.causal_lm, tokenizer, self.engine.gathers_for_generation)
+        # Where nothing asks for the policy's log-probs before the one update that a rollout gets, and that update computes
+        # the same numbers, its own forward gives them: a pass over every response saved.
+        self.on_policy = (
+            self.estimator in OF_GROUPS
+            and (arguments.kl_in == "loss" or not (arguments.kl_coef or arguments.kl_target))
+            and arguments.num_ppo_epochs * arguments.num_mini_batches == 1
+            and arguments.rollout_importance_clip is None
+            and not self.rollouts.holds_a_copy
+            and not policy.draws
+        )
         self.sampling = GenerationSettings(
             arguments.max_new_tokens, arguments.temperature, arguments.top_p, tuple(arguments.stop)
         )
@@ -312,7 +323,8 @@ class PPOTrainer:
 
     @torch.no_grad()
     def observe(self, rollouts: Sequence[Rollout]) -> list[Experience]:
-        """Attach the scorer's score, and the policy's, the reference's and the critic's view of every token."""
+        """Attach the scorer's score, and the policy's (unless ``on_policy``), the reference's and the critic's view of
+        every token."""
         self.engine.eval()
         parts = [self._observed(chunk) for chunk in chunks(rollouts, self.arguments.per_device_train_batch_size)]
         experiences = [experience for part in parts for experience in part]
@@ -324,7 +336,9 @@ class PPOTrainer:
         examples = [r.encoded for r in rollouts]
         features = trunk.features([e.ids for e in examples]) if trunk.lower is not None else None
         seen = view(trunk, examples, features)
-        policy, reference = self.engine(*seen, temperature=temperature), self.reference(*seen, temperature=temperature)
+        reference = self.reference(*seen, temperature=temperature)
+        unread = torch.full_like(reference["logprob"], math.nan)
+        policy = {"logprob": unread} if self.on_policy else self.engine(*seen, temperature=temperature)
         scores = self._scores(examples, seen.inputs if self.shares_features else None)
         experiences: list[Experience] = []
         for i, (example, rollout) in enumerate(zip(examples, rollouts, strict=True)):
@@ -339,6 +353,7 @@ class PPOTrainer:
                     value=policy["value"][i, where].cpu() if "value" in policy else no_value,
                     rollout_logprob=None if known is None else torch.tensor(known, dtype=torch.float32, device="cpu"),
                     features=features[i] if features is not None else None,
+                    on_policy=self.on_policy,
                 )
             )
         return experiences

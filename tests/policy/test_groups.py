@@ -50,6 +50,7 @@ def make(tiny_model, tokenizer):
 
 def observed(trainer: PPOTrainer, prompts, moved: bool = True):
     """Two groups of four, as after some updates where the policy has ``moved``, so that there is a KL penalty."""
+    trainer.on_policy = False  # the log-probs are wanted here
     rollouts = trainer.sample([prompts[place // 4] for place in trainer.places], 0)
     experiences = trainer.observe(rollouts)
     assert len({e.score for e in experiences}) == 8 and len({len(e.encoded.response) for e in experiences}) > 1
@@ -195,6 +196,53 @@ def test_rehearsal_is_in_the_one_backward_of_every_estimator(make, prompts, rehe
 # -- a step's prompts ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("accumulated", [True, False])
+@pytest.mark.parametrize("estimator", GROUP_RELATIVE)
+def test_one_update_a_rollout_reads_the_policy_once(make, prompts, rehearsal, tmp_path, estimator, accumulated):
+    """The same figures and weights as with the log-probs read beforehand, and as many forwards less."""
+    outcomes = []
+    for on_policy in (True, False):
+        trainer = make(
+            rehearsal, advantage_estimator=estimator, kl_coef=0.3, kl_in="loss", kl_estimator="k3",
+            per_device_train_batch_size=2 if accumulated else 8,
+        )  # fmt: skip
+        assert trainer.on_policy
+        trainer.on_policy = on_policy
+        forwards = []
+        trainer.policy.register_forward_hook(lambda module, *_: forwards.append(module.training))  # noqa: B023
+        folder = tmp_path / str(on_policy)
+        trainer.train(prompts, folder)
+        weights = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
+        outcomes.append((metric_lines(folder), weights, [forwards.count(mode) for mode in (True, False)]))
+    (rows, weights, passes), (rows_read, weights_read, passes_read) = outcomes
+    steps = 2 * (4 if accumulated else 1)
+    assert passes == [steps, 0] and passes_read == [steps, steps]
+    for row, read in zip(rows, rows_read, strict=True):
+        assert row.keys() == read.keys()
+        for name in row.keys() - {"seconds", "time"}:
+            assert row[name] == pytest.approx(read[name], rel=1e-4, abs=1e-5), name
+    assert rows[1]["kl"] != 0 and rows[0]["logprob_gap"] < 1e-5
+    for weight, read in zip(weights, weights_read, strict=True):
+        torch.testing.assert_close(weight, read, rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_are_read_beforehand_wherever_something_asks_for_them(make, tiny_model, tokenizer):
+    assert make().on_policy and make(kl_coef=0.1, kl_in="loss", kl_estimator="k3").on_policy
+    for changes in (
+        {"kl_coef": 0.1}, {"kl_target": 1.0}, {"num_mini_batches": 2}, {"num_ppo_epochs": 2},
+        {"rollout_importance_clip": 2.0}, {"advantage_estimator": "score", "num_generations": 1},
+        {"advantage_estimator": "reinforce_plus_plus", "num_generations": 1}, {"advantage_estimator": "gae"},
+    ):  # fmt: skip
+        assert not make(**changes).on_policy, changes
+    model = tiny_model()
+    assert not PolicyModel(model).draws
+    model.base_model.layers[1].self_attn.attention_dropout = 0.1  # a functional one, as most models have it
+    assert PolicyModel(model).draws
+    model = tiny_model()
+    model.base_model.norm = torch.nn.Sequential(model.base_model.norm, torch.nn.Dropout(0.1))
+    assert PolicyModel(model).draws
+
+
 def asked_of(trainer: PPOTrainer, prompts, folder, score=None) -> list[list[tuple]]:
     """The prompts of each call for responses; ``score``: what a response scores instead."""
     calls, sample, observe = [], trainer.rollouts.sample, trainer.observe
@@ -225,7 +273,7 @@ def test_groups_of_equal_scores_are_taken_from_other_prompts_and_no_further_than
     flat = first[0]  # the step's first group scores 1, whatever is answered; the second one's are its own
 
     def score(e):
-        return 1.0 if e.encoded.ids[: e.encoded.prompt_length] == flat else float(e.old_logprob.sum())
+        return 1.0 if e.encoded.ids[: e.encoded.prompt_length] == flat else float(e.ref_logprob.sum())
 
     calls = asked_of(make(total_steps=1, dynamic_sampling=5), prompts, tmp_path / "again", score)
     (row,) = metric_lines(tmp_path / "again")
