@@ -145,8 +145,8 @@ class PPOTrainer:
         self.rewards = Rewards(recipe.rewards, arguments.max_new_tokens)
         self.scorer = None if scorer is None else read_only(scorer, recipe.engine)
         self.rollouts = rollouts or LocalRollouts(policy.causal_lm, tokenizer, self.engine.gathers_for_generation)
-        # Where nothing asks for the policy's log-probs before the one update that a rollout gets, and that update computes
-        # the same numbers, its own forward gives them: a pass over every response saved.
+        # Where nothing asks for the policy's log-probs before the one update that a rollout gets, and that update
+        # computes the same numbers, its own forward gives them: a pass over every response saved.
         self.on_policy = (
             self.estimator in OF_GROUPS
             and (arguments.kl_in == "loss" or not (arguments.kl_coef or arguments.kl_target))
