@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from stable_rlhf.show.progress import is_main_process, say
 PAGE = "training.html"
 _SHOWN = 12  # answers shown of each prompt: the first, the last, and some between
 _CHARACTERS = 600
+_SPARED = 19  # times what a page takes, until the next one
 # Title, unit, metrics with their names, logarithmic or not; drawn where the run has any of the metrics.
 _PANELS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
     ("Score", "", {"score": "scorer", "gold": "gold (the truth)"}, False),
@@ -46,6 +48,25 @@ _PANELS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
     ("KL coefficient", "", {"kl_coef": "β"}, True),
 )
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
+
+
+class Page:
+    """``training.html`` of a run; takes what :func:`write_page` does."""
+
+    def __init__(self, *given: Any, total_steps: int) -> None:
+        self._given, self._total_steps = given, total_steps
+        self._took, self._drawn = 0.0, -math.inf
+
+    def write(self) -> None:
+        began = time.monotonic()
+        write_page(*self._given, total_steps=self._total_steps)
+        self._drawn = time.monotonic()
+        self._took = self._drawn - began
+
+    def keep_up(self) -> None:
+        """Write it, unless that would take more than a twentieth of the time: short steps are not there to be drawn."""
+        if time.monotonic() - self._drawn >= _SPARED * self._took:
+            self.write()
 
 
 def write_page(
@@ -92,7 +113,7 @@ def render_page(
 def training_curves(history: Sequence[dict[str, float]], marked: Sequence[int] = ()) -> bytes:
     """PNG of every metric of ``_PANELS`` that ``history`` has, by step; dashed lines at the ``marked`` steps."""
     shown = [p for p in _PANELS if any(_known(row, key) for row in history for key in p[2])]
-    with panels(len(shown), 2.3) as (figure, axes):
+    with panels(len(shown), 2.3, fixed=True) as (figure, axes):
         for ax, (title, unit, names, logarithmic) in zip(axes, shown, strict=True):
             for colour, (key, label) in zip(_COLOURS, names.items(), strict=False):
                 known = [(row["step"], row[key]) for row in history if _known(row, key)]

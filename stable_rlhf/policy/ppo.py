@@ -20,7 +20,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard
 from stable_rlhf.policy.kl import KLController
 from stable_rlhf.policy.metrics import group_metrics, rollout_metrics
 from stable_rlhf.policy.mixed_batch import mix, mixed_loss
-from stable_rlhf.policy.page import write_page
+from stable_rlhf.policy.page import Page
 from stable_rlhf.policy.reward_functions import Rewards
 from stable_rlhf.policy.scores import less_overlong, less_penalty, refuse_nonfinite, scores_or_nan
 from stable_rlhf.policy.sft import save_policy
@@ -196,7 +195,7 @@ class PPOTrainer:
         ) as loop:  # fmt: skip
             if loop.done:  # the loop has restored the engine; these numbers are ours
                 self._resume(loop)
-            page = partial(write_page, folder, name, settings, loop.tracker, self.guard, total_steps=a.total_steps)
+            page = Page(folder, name, settings, loop.tracker, self.guard, total_steps=a.total_steps)
             for step, rows in loop:
                 self.publish(folder, step)
                 if sample_steps and step % sample_steps == 0:
@@ -220,20 +219,20 @@ class PPOTrainer:
                 except KLTooHigh as error:
                     loop.log(step, metrics)
                     stopped = self.save_stopped(folder)
-                    page()
+                    page.write()
                     raise KLTooHigh(f"{error}. The policy of that step is in {str(stopped)!r}") from None
                 note = f"score {metrics['score']:.3f} kl {metrics['kl']:.3f}"
                 try:
                     if loop.end(step, metrics, self.state(), note=note):
-                        page()
+                        page.keep_up()
                 except (Stopped, StoppedByCallback):
-                    page()
+                    page.write()
                     raise
             if sample_steps:
                 self.publish(folder, a.total_steps)
                 self.show(samples, a.total_steps, loop.tracker)
             save_policy(self.engine, self.policy, self.tokenizer, folder)
-            page()
+            page.write()
         self.engine.close()
         release(self.reference)
         release(self.scorer)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stable_rlhf.engine.tracking import Tracker
 from stable_rlhf.policy.guard import StabilityGuard
-from stable_rlhf.policy.page import PAGE, render_page, training_curves, write_page
+from stable_rlhf.policy.page import PAGE, Page, render_page, training_curves, write_page
 from stable_rlhf.settings.recipe import GuardArguments
 
 HISTORY = [
@@ -64,6 +64,25 @@ def test_the_curves_are_a_picture_of_the_panels_that_have_values(page):
 def test_without_warnings_and_samples_it_says_so():
     page = render_page("PPO", {}, HISTORY[:1], [], [], 1)
     assert "None so far." in page and "--rollout.sample_steps" in page
+
+
+def test_pages_take_a_twentieth_of_the_time(monkeypatch):
+    now, written = [100.0], []
+
+    def write(*given, total_steps):
+        assert (given, total_steps) == (("folder",), 3)
+        written.append(now[0])
+        now[0] += 2.0
+
+    monkeypatch.setattr("stable_rlhf.policy.page.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("stable_rlhf.policy.page.write_page", write)
+    page = Page("folder", total_steps=3)
+    for _ in range(100):  # a step a second, a snapshot after each
+        page.keep_up()
+        now[0] += 1.0
+    assert written == [100.0, 140.0, 180.0]
+    page.write()  # the end is always shown
+    assert written[-1] > 200
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
