@@ -501,7 +501,7 @@ def test_a_stage_made_from_another_input_is_not_taken_for_finished(cli, settings
     cli(*scorer).refused("stage scorer-rm was made with other settings (made_from.model_name_or_path")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "select"])
+@pytest.mark.parametrize("command", ["evaluate", pytest.param("select", marks=pytest.mark.slow)])
 def test_a_result_in_another_type_of_numbers_is_not_taken_for_finished(cli, settings, files, scorer, command):
     call = [command, "--scorers", f"rm={scorer}", "--output-dir", "o"]
     if command == "select":
@@ -515,8 +515,15 @@ def test_a_result_in_another_type_of_numbers_is_not_taken_for_finished(cli, sett
 
 
 @pytest.mark.parametrize(
-    "how", ["", "--engine.zero_stage 3", "--engine.lora_r 2", "--scorer.num_trainable_layers 1", "--engine.bf16 true"]
-)
+    "how",
+    [
+        "", "--engine.lora_r 2",
+        *(
+            pytest.param(how, marks=pytest.mark.slow)
+            for how in ("--engine.zero_stage 3", "--scorer.num_trainable_layers 1", "--engine.bf16 true")
+        ),
+    ],
+)  # fmt: skip
 def test_a_trained_scorer_is_exported(cli, settings, files, tmp_path, how):
     """However it was trained; the folder is whole or not there, and what lies there already is left alone."""
     cli("train-scorer", "--objective", "am", *settings, *how.split(), "--data.pairs", files / "pairs.jsonl",

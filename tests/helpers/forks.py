@@ -118,10 +118,10 @@ def run_ranks(worker: str, *arguments: object, ranks: int, **extra: str) -> str:
     return shared_server().script(worker, *arguments, ranks=ranks, **extra)
 
 
-def run_interpreted(file: str) -> None:
+def run_interpreted(file: str, which: str = "not slow") -> None:
     """The tests of a file once more, interpreted; fails as they fail, or when none ran. Triton reads TRITON_INTERPRET
-    when kernels are defined: hence another process."""
+    when kernels are defined: hence another process. ``which``: of its marks."""
     done = shared_server("tests", TRITON_INTERPRET="1")(
-        "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu", file, cwd=ROOT
+        "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", f"not gpu and ({which})", file, cwd=ROOT
     )
     assert done.code == pytest.ExitCode.OK and " passed" in done.out, done.out[-6000:] + done.err[-2000:]

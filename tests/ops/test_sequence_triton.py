@@ -37,6 +37,12 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
+@not_interpreted
+@pytest.mark.slow
+def test_the_rest_in_the_interpreter():
+    run_interpreted(__file__, "slow")
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Memory that a kernel should fill holds NaN, so that what it leaves out is seen."""
@@ -78,7 +84,10 @@ def close(got, want, dtype):
 @pytest.mark.parametrize("where", anywhere)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize(("gamma", "lam", "bootstrapped"), [(0.97, 0.9, True), (1.0, 0.95, False), (0.0, 1.0, True)])
+@pytest.mark.parametrize(
+    ("gamma", "lam", "bootstrapped"),
+    [(0.97, 0.9, True), (1.0, 0.95, False), pytest.param(0.0, 1.0, True, marks=pytest.mark.slow)],
+)
 def test_gae(where, dtype, lengths, gamma, lam, bootstrapped):
     reward, value = (normal(sum(lengths), dtype=dtype, seed=seed) for seed in (0, 1))
     last = normal(len(lengths), dtype=dtype, seed=2) if bootstrapped else None
@@ -163,7 +172,7 @@ def clusters_of(n, clusters):
     [(2500, 7, 9), (1500, 12, 5), (1100, 1, 2000), (9000, 5, 3), (1, 1, 1), (0, 3, 2), (5, 2, 0)],
 )
 @pytest.mark.parametrize("candidates", [True, False])
-@pytest.mark.parametrize(("bits", "ties"), [(8, False), (8, True), (4, True)])
+@pytest.mark.parametrize(("bits", "ties"), [pytest.param(8, False, marks=pytest.mark.slow), (8, True), (4, True)])
 def test_topk(where, bits, candidates, n, clusters, k, ties, monkeypatch):
     from stable_rlhf.kernels import topk
 
@@ -191,7 +200,7 @@ HARD = {  # the last: where a bucket overflows, when one row in so many is sampl
 
 
 @pytest.mark.parametrize("where", anywhere)
-@pytest.mark.parametrize("sampled", [1, 8])
+@pytest.mark.parametrize("sampled", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HARD)
 def test_topk_of_hard_rows(where, name, sampled, monkeypatch):
     from stable_rlhf.kernels import topk

@@ -335,6 +335,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, summary, server, tmp_path):
 # -- the same in single stages -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_single_stages_make_a_chain(server, tmp_path):
     """Supervised fine-tuning to evaluation by hand, on files, with one recipe for all."""
     tiny_files(tmp_path / "files", pairs=60, prompts=60)

@@ -34,6 +34,7 @@ def rehearsed(folder: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.slow
 def test_a_run_with_variations(server, tmp_path):
     call = ["quickstart", "--output-dir", "run", *SMALL.split(), "--variations", json.dumps(VARIATIONS)]
     server(*call, cwd=tmp_path).worked()

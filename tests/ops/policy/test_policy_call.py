@@ -26,6 +26,12 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
+@not_interpreted
+@pytest.mark.slow
+def test_the_rest_in_the_interpreter():
+    run_interpreted(__file__, "slow")
+
+
 @pytest.fixture(autouse=True)
 def no_notes():
     flags.notes(CPU).zero_()
@@ -142,7 +148,7 @@ def call_of(case, config):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 @pytest.mark.parametrize("how", ["counted", "graph"])
 def test_known_counts_and_graphs_give_the_same_and_read_nothing(name, how, monkeypatch):
     """NaN under the mask included, which a graph takes through the products."""
@@ -217,7 +223,7 @@ def test_what_only_the_device_sees_is_told_later(change, words, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 def test_a_graph_from_logits(name, monkeypatch):
     """Rows that are not active may hold anything there too."""
     case = make_case(37, VOCABULARY)
@@ -289,7 +295,7 @@ def test_where_the_kinds_are_not_known_advantages_are_required(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 def test_on_policy(name):
     on_policy_is_its_own_log_probs("triton", CONFIGS[name])
 

@@ -29,6 +29,12 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
+@not_interpreted
+@pytest.mark.slow
+def test_the_rest_in_the_interpreter():
+    run_interpreted(__file__, "slow")
+
+
 @pytest.fixture(autouse=INTERPRETED)
 def rounding_of_a_gpu(monkeypatch):
     """The interpreter cuts float32 to bfloat16 off; GPUs round to nearest (the compiled test looks for that)."""
@@ -100,7 +106,7 @@ def with_weight(terms, weight):
 
 @interpreted
 @cpp
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_like_the_cpp_kernel(name, dtype):
     from stable_rlhf.ops.policy import cpu
@@ -226,7 +232,7 @@ def test_a_ratio_at_a_clip_edge_is_on_the_same_side_for_all():
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["clip", "plain", "everything"])
+@pytest.mark.parametrize("name", ["clip", *(pytest.param(n, marks=pytest.mark.slow) for n in ("plain", "everything"))])
 def test_same_bits_on_every_grid(name, monkeypatch):
     """However many programs share the rows; fewer rows than programs, and many a program, are among them."""
     monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
@@ -287,7 +293,7 @@ def test_blocks_of_every_kind(softcap, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("softcap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_slices_of_the_vocabulary(softcap, monkeypatch):
     """Statistics of slices join to those of the whole; given these, each slice's gradient is the whole one's."""
     monkeypatch.setenv("STABLE_RLHF_TRITON_CONFIG", "64,1,1")
@@ -464,7 +470,7 @@ def compare(case, config, device, tolerance, **options):
 
 @interpreted
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_operations(name, dtype):
     """Chunks, ignored rows, all three gradients, an upstream gradient of 2."""
     case = make_case(11, 41, dtype=dtype)
