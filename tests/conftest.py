@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from helpers.launch import free_port
+from helpers.pages import leave_out_curves
 
 
 def pytest_report_header() -> list[str]:
@@ -36,6 +37,11 @@ def pytest_report_header() -> list[str]:
         f"kernels: C++ module {chosen}, torch {torch.backends.cpu.get_cpu_capability()}, "
         f"{' '.join(limits) or 'oneDNN and MKL unlimited'}; {torch.get_num_threads()} threads a process",
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pages_without_curves() -> None:
+    leave_out_curves()
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,14 @@ def test_without_warnings_and_samples_it_says_so():
     assert "None so far." in page and "--rollout.sample_steps" in page
 
 
+@pytest.fixture(scope="module", autouse=True)
+def with_curves():
+    """Elsewhere in the tests they are left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stable_rlhf.policy.page.training_curves", training_curves)
+        yield
+
+
 def test_pages_take_a_twentieth_of_the_time(monkeypatch):
     now, written = [100.0], []
 

@@ -14,9 +14,18 @@ from typing import Any
 
 def import_for_commands() -> None:
     import deepspeed  # noqa: F401
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import scipy.special  # noqa: F401
     import transformers  # noqa: F401
     from torch.utils import tensorboard  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BloomForCausalLM,
+        GenerationConfig,
+        LlamaForCausalLM,
+    )
 
     import stable_rlhf.cli.commands  # noqa: F401
     import stable_rlhf.run.recipe  # noqa: F401
@@ -94,6 +103,9 @@ def _work(call: dict[str, Any], serves: str) -> int:
     sys.argv = [call["script"] or "stable-rlhf", *call["argv"]]
     if call["script"]:
         sys.path[:0] = call["env"]["PYTHONPATH"].split(os.pathsep)
+        from helpers.pages import leave_out_curves
+
+        leave_out_curves()
         runpy.run_path(call["script"], run_name="__main__")
     elif serves == "tests":
         import pytest
