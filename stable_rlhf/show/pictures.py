@@ -33,7 +33,7 @@ _STYLE: Any = {
 
 @contextmanager
 def picture(
-    columns: int, rows: int = 1, size: tuple[float, float] = (9, 4), layout: str | None = "constrained", **kwargs: Any
+    columns: int, rows: int = 1, size: tuple[float, float] = (9, 4), layout: Any = "constrained", **kwargs: Any
 ) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes [rows, columns] in the style of the package."""
     import matplotlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import runpy
@@ -17,7 +18,9 @@ def import_for_commands() -> None:
     import matplotlib.backends.backend_agg  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import scipy.special  # noqa: F401
+    import setuptools  # noqa: F401  DeepSpeed's, as is what follows
     import transformers  # noqa: F401
+    from deepspeed.ops import __compatible_ops__  # noqa: F401  asks a compiler
     from torch.utils import tensorboard  # noqa: F401
     from transformers import (  # noqa: F401
         AutoModelForCausalLM,
@@ -29,6 +32,18 @@ def import_for_commands() -> None:
 
     import stable_rlhf.cli.commands  # noqa: F401
     import stable_rlhf.run.recipe  # noqa: F401
+    from stable_rlhf.cli import arguments
+
+    arguments.build_parser = functools.cache(arguments.build_parser)  # see `prepare`
+
+
+def prepare(call: dict[str, Any]) -> None:
+    """What takes long and is the same in every call of a command: its parser of all settings."""
+    from stable_rlhf.cli import arguments
+
+    command = call["argv"][0] if call["argv"] else ""
+    if not call["script"] and command in arguments.COMMANDS:
+        arguments.build_parser(command)
 
 
 def import_for_tests() -> None:
@@ -49,6 +64,8 @@ def main() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         call = json.loads(line)
+        if serves == "commands":
+            prepare(call)
         children = [_fork(call, rank, serves) for rank in range(len(call["outputs"]))]
         codes: list[int | None] = [None] * len(children)
         kill, began = call["kill"], time.monotonic()
