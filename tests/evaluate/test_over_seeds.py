@@ -306,10 +306,19 @@ def test_results_that_do_not_belong_together_are_refused(summaries: Any) -> None
         study.pooled([parts[0], {**parts[1], "kind": "validation"}])
 
 
-def test_docs_show_what_the_results_hold() -> None:
-    page = Path(__file__).parents[2] / "docs" / "results" / "skill_world.md"
-    files = (page.with_suffix(".json"), page.with_name("skill_world-further.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize(
+    ("page", "files", "title"),
+    [
+        ("skill_world", ("skill_world", "skill_world-further"), "Skill world: seven variants, ten seeds"),
+        ("estimators", ("estimators",), "Skill world: six estimators with and without rehearsal, five seeds"),
+    ],
+)
+def test_docs_show_what_the_results_hold(page: str, files: tuple[str, ...], title: str) -> None:
+    found = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in files]
     assert "/tmp" not in json.dumps(found)
-    pool = study.pooled(found) | {"title": "Skill world: seven variants, ten seeds"}
-    assert study_report.markdown(pool) in page.read_text(encoding="utf-8")
+    assert study_report.markdown(study.pooled(found) | {"title": title}) in (RESULTS / f"{page}.md").read_text(
+        encoding="utf-8"
+    )
