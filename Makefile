@@ -53,7 +53,8 @@ test-hostile: setup
 	OMP_NUM_THREADS=1 HOSTILE_BUDGET=$(HOSTILE_BUDGET) $(BIN)/python -m pytest -m hostile -q tests/hostile
 
 # The C++ module, oneDNN, torch's own kernels and MKL each held to the same kind; a kind that this processor lacks is left
-# out. The first takes long: the 16-bit products of that kind are emulated one by one.
+# out. The first takes long: the 16-bit products of that kind are emulated one by one. MARKS="slow and not gpu": the long ones.
+test-isa: MARKS ?= not slow and not gpu
 test-isa: setup
 	@for kind in $$($(BIN)/python -c "from stable_rlhf import _C; print(*reversed(_C.isa_names()))"); do \
 		case $$kind in \
@@ -62,7 +63,7 @@ test-isa: setup
 			avx512) limits="ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512";; \
 		esac; \
 		echo "-- $$kind: $$limits"; \
-		env $$limits STABLE_RLHF_CPU_ISA=$$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" \
+		env $$limits STABLE_RLHF_CPU_ISA=$$kind OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(MARKS)" \
 			$(PYTEST_ARGS) tests/ops tests/policy tests/scorer tests/engine || exit 1; \
 	done
 
