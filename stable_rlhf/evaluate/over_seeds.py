@@ -140,12 +140,14 @@ def _sft_row(summary: Mapping[str, Any], rows: Sequence[Row]) -> Row:
 
 
 def _of_curve(curve: Sequence[Mapping[str, float]]) -> Row:
-    """Score and gold score in the first tenth of the steps (next to SFT), the lowest tenth and the last quarter.
+    """Score and gold score in the first tenth of the steps (next to SFT), the lowest tenth and the last quarter; and
+    rehearsal's mean share of the gradient.
 
     ``late``: last quarter minus second quarter, fixed beforehand: a best moment picked from a noisy curve would make
     any run look as if it had fallen afterwards.
     """
-    row: Row = {}
+    shares = [point["rehearsal_share"] for point in curve if point.get("rehearsal_share") is not None]
+    row: Row = {"rehearsal_share": float(np.mean(shares)) if shares else None}
     quarter = max(1, len(curve) // 4)
     for key in ("score", "gold"):
         values = [point.get(key) for point in curve]

@@ -30,6 +30,7 @@ POLICY_FIGURES = {
     "main_length": ("length", 1, 1),
     "train_score_late": ("late change of score", 1, 3),
     "train_gold_late": ("late change of gold", 1, 3),
+    "rehearsal_share": ("rehearsal's share", 1, 2),
 }
 SCORER_FIGURES = {
     "accuracy": ("accuracy %", 100, 1),

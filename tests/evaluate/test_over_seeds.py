@@ -170,6 +170,25 @@ def test_pairs_of_ones_own_are_compared_and_named(summaries: Any) -> None:
     assert "| RM-PPO minus SFT |" in text
 
 
+def test_rehearsals_share_is_a_mean_over_steps_where_there_is_rehearsal(summaries: Any) -> None:
+    watched = [copy.deepcopy(summary) for summary in summaries]
+    for number, summary in enumerate(watched):
+        for point in summary["policies"]["am-sr"]["curve"]:
+            point["rehearsal_share"] = 0.2 + 0.1 * number if point["step"] % 2 else 0.4 + 0.1 * number
+    found = study.results(watched, ABOUT)
+    steps = [point["step"] for point in watched[0]["policies"]["am-sr"]["curve"]]
+    odd = sum(step % 2 for step in steps) / len(steps)
+    rows = {row["seed"]: row["rehearsal_share"] for row in found["policies"] if row["variant"] == "am-sr"}
+    for number, seed in enumerate(SEEDS):
+        assert rows[seed] == pytest.approx(0.2 * odd + 0.4 * (1 - odd) + 0.1 * number)
+    assert found["means"]["policies"]["am-sr"]["rehearsal_share"]["value"] == pytest.approx(
+        np.mean(list(rows.values()))
+    )
+    assert "rehearsal_share" not in found["means"]["policies"]["am"]
+    assert "rehearsal's share" in study_report.markdown(found)
+    assert "rehearsal's share" not in study_report.markdown(study.results(summaries, ABOUT))
+
+
 def test_another_estimators_policies_are_named_by_it_and_say_nothing_of_ppo(summaries: Any) -> None:
     renamed = [copy.deepcopy(summary) for summary in summaries]
     for summary in renamed:
