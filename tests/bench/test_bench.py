@@ -268,6 +268,7 @@ def test_the_command_line_teaches(capsys):
         command.main(["--ops", "gae"])
 
 
+@pytest.mark.slow
 def test_guard_wants_accepted_ratios_first_and_then_flags_a_slower_kernel(clock, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(OPERATIONS, "fake", fake)
     monkeypatch.setitem(command.PRESETS, "guard", lambda: [FAKE])

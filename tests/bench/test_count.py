@@ -33,6 +33,7 @@ from helpers.interpreter import interpreted, not_interpreted
 RATES = Rates()
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_in_the_interpreter():
     run_interpreted(__file__)

@@ -290,6 +290,7 @@ def test_many_scorers_take_further_rows(make_summary: Any, monkeypatch: pytest.M
     assert [axes.get_title().split("\n")[0] for axes in drawn[-1].axes] == ["Reward model", "Advantage Model"]
 
 
+@pytest.mark.slow
 def test_scorers_of_other_tasks_show_what_they_share(make_summary: Any) -> None:
     apart = make_summary(pairs=80, prompts=20)
     part = apart["scorers"]["am"]
@@ -389,6 +390,7 @@ def test_pictures_have_their_size_and_follow_the_figures(summary: dict[str, Any]
         figures.overview({})
 
 
+@pytest.mark.slow
 def test_pictures_bear_many_long_task_names_and_degenerate_scores() -> None:
     from stable_rlhf.metrics import scorer_evaluation
 

@@ -10,6 +10,7 @@ import pytest
 from helpers.files import tiny_files, write_lines
 
 
+@pytest.mark.slow
 def test_verifiable_rewards_with_what_must_not_be_forgotten_apart(server, tmp_path):
     """recipes/gsm8k-grpo.yaml in small: GRPO with a reward of one's own, scorers that select and judge alone."""
     tiny_files(tmp_path / "files", pairs=60, prompts=60)

@@ -44,6 +44,7 @@ def quickstart(tmp_path):
     return tmp_path / "quickstart"
 
 
+@pytest.mark.slow
 def test_settings_of_every_method_are_settings_of_a_recipe():
     for method, settings in METHODS.items():
         recipe = scorers.recipe_of(method)

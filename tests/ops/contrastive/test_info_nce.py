@@ -16,6 +16,7 @@ from stable_rlhf.ops.policy import products
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_in_the_interpreter():
     run_interpreted(__file__)

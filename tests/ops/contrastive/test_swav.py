@@ -15,6 +15,7 @@ from stable_rlhf.ops.contrastive import swav, unit_rows
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_in_the_interpreter():
     run_interpreted(__file__)

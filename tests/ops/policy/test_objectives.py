@@ -30,6 +30,7 @@ SEQUENCES = {
 BACKENDS = [pytest.param("cpu", marks=pytest.mark.skipif(extension() is None, reason="no C++ module")), "torch"]
 
 
+@pytest.mark.slow
 @not_interpreted
 def test_in_the_interpreter():
     pytest.importorskip("triton")
