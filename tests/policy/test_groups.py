@@ -208,6 +208,7 @@ def test_one_update_a_rollout_reads_the_policy_once(make, prompts, rehearsal, tm
         )  # fmt: skip
         assert trainer.on_policy
         trainer.on_policy = on_policy
+        before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
         forwards = []
         trainer.policy.register_forward_hook(lambda module, *_: forwards.append(module.training))  # noqa: B023
         folder = tmp_path / str(on_policy)
@@ -222,8 +223,10 @@ def test_one_update_a_rollout_reads_the_policy_once(make, prompts, rehearsal, tm
         for name in row.keys() - {"seconds", "time"}:
             assert row[name] == pytest.approx(read[name], rel=1e-4, abs=1e-5), name
     assert rows[1]["kl"] != 0 and rows[0]["logprob_gap"] < 1e-5
-    for weight, read in zip(weights, weights_read, strict=True):
-        torch.testing.assert_close(weight, read, rtol=1e-4, atol=1e-5)
+    # In norm: Adam makes steps of one size out of gradients that are next to nothing but rounding.
+    moved = sum(float((w - w0).square().sum()) for w, w0 in zip(weights, before, strict=True))
+    apart = sum(float((w - read).square().sum()) for w, read in zip(weights, weights_read, strict=True))
+    assert moved > 0 and apart**0.5 <= 1e-3 * moved**0.5
 
 
 def test_log_probs_are_read_beforehand_wherever_something_asks_for_them(make, tiny_model, tokenizer):
