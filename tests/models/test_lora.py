@@ -106,7 +106,7 @@ def test_every_stage_of_zero_trains_the_same_adapters(tiny_model, tokenizer, exa
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "layers"), [(0, None), (3, None), (3, 1)])
+@pytest.mark.parametrize(("stage", "layers"), [(0, None), (3, None), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_ppo_with_rehearsal_refers_to_the_policy_without_its_adapters(
     tiny_model, tokenizer, examples, prompts, tmp_path, stage, layers
 ):

@@ -86,7 +86,10 @@ def close(got, want, dtype):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize(
     ("gamma", "lam", "bootstrapped"),
-    [(0.97, 0.9, True), (1.0, 0.95, False), pytest.param(0.0, 1.0, True, marks=pytest.mark.slow)],
+    [
+        (0.97, 0.9, True),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [(1.0, 0.95, False), (0.0, 1.0, True)]),
+    ],
 )
 def test_gae(where, dtype, lengths, gamma, lam, bootstrapped):
     reward, value = (normal(sum(lengths), dtype=dtype, seed=seed) for seed in (0, 1))
@@ -169,7 +172,15 @@ def clusters_of(n, clusters):
 @pytest.mark.parametrize("where", anywhere)
 @pytest.mark.parametrize(
     ("n", "clusters", "k"),
-    [(2500, 7, 9), (1500, 12, 5), (1100, 1, 2000), (9000, 5, 3), (1, 1, 1), (0, 3, 2), (5, 2, 0)],
+    [
+        (2500, 7, 9),
+        pytest.param(1500, 12, 5, marks=pytest.mark.slow),
+        (1100, 1, 2000),
+        pytest.param(9000, 5, 3, marks=pytest.mark.slow),
+        (1, 1, 1),
+        (0, 3, 2),
+        (5, 2, 0),
+    ],
 )
 @pytest.mark.parametrize("candidates", [True, False])
 @pytest.mark.parametrize(("bits", "ties"), [pytest.param(8, False, marks=pytest.mark.slow), (8, True), (4, True)])
@@ -201,7 +212,10 @@ HARD = {  # the last: where a bucket overflows, when one row in so many is sampl
 
 @pytest.mark.parametrize("where", anywhere)
 @pytest.mark.parametrize("sampled", [1, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("equal scores, small clusters", "rising"))) for n in HARD],
+)
 def test_topk_of_hard_rows(where, name, sampled, monkeypatch):
     from stable_rlhf.kernels import topk
 

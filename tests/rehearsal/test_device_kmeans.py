@@ -309,8 +309,9 @@ def test_a_sample_of_streamed_rows_stays_where_it_fits(small_slabs, monkeypatch)
 
 
 @pytest.mark.parametrize("empty", [0, 3])
-@pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("c", [100, 5000])
+@pytest.mark.parametrize(
+    ("c", "spherical"), [(100, False), (100, True), (5000, True), pytest.param(5000, False, marks=pytest.mark.slow)]
+)
 def test_one_late_read_an_iteration_and_no_large_temporary(c, spherical, empty):
     n, d, niter = 400_000, 768, 3
     found = count_iterations(n, d, c, niter=niter, empty=empty, spherical=spherical)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from stable_rlhf.data.encoding import Encoded, encode
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
@@ -91,9 +90,11 @@ def test_save_and_load_keep_scores_and_plain_transformers_loads_the_backbone(mak
     model.save_pretrained(tmp_path)
     again = AdvantageModel.from_pretrained(tmp_path)
     assert torch.equal(again.score(PROMPTS, RESPONSES), scores) and again.settings == model.settings
-    code = f"from transformers import AutoModel, AutoTokenizer; d = {str(tmp_path)!r}; "
-    code += "AutoModel.from_pretrained(d); AutoTokenizer.from_pretrained(d)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    backbone, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    trained = model.trunk.backbone.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in backbone.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == model.tokenizer.get_vocab()
 
 
 def test_loading_what_is_not_there_is_an_error(make, tmp_path):

@@ -21,6 +21,8 @@ from helpers.cli import CONSOLE_SCRIPT, descendants, run
 from helpers.files import tiny_files
 from helpers.forks import Done
 from helpers.launch import environment, free_port
+from stable_rlhf.data import read_comparisons, split_rows
+from stable_rlhf.scorer import AdvantageModel
 
 STAGES = ["world", "sft", "pairs", "scorer-rm", "scorer-am", "selection", "ppo-rm", "ppo-am-sr", "evaluation"]
 SMALL = """
@@ -239,24 +241,12 @@ print(json.dumps({
 
 def test_the_advantage_model_scores_in_one_call(folder):
     # Split the pairs as the run did, and score the held-out ones as text.
-    found = fresh_process(
-        """
-import json, sys
-from stable_rlhf.data import read_comparisons, split_rows
-from stable_rlhf.scorer import AdvantageModel
-pairs = read_comparisons(sys.argv[2]).rows
-test, _ = split_rows(pairs, [0.2, 0.8], 3)
-model = AdvantageModel.from_pretrained(sys.argv[1])
-print(json.dumps({
-    name: model.score([p.prompt for p in test], [p.responses[i] for p in test]).tolist()
-    for i, name in enumerate(("chosen", "rejected"))
-}))
-""",
-        folder / "scorer-am", folder / "pairs" / "pairs.jsonl.gz",
-    )  # fmt: skip
+    test, _ = split_rows(read_comparisons(folder / "pairs" / "pairs.jsonl.gz").rows, [0.2, 0.8], 3)
+    model = AdvantageModel.from_pretrained(folder / "scorer-am")
     saved = json.loads((folder / "scorer-am" / "scores.json").read_text(encoding="utf-8"))
-    for side in ("chosen", "rejected"):
-        assert found[side] == pytest.approx(saved[side], abs=1e-4)
+    for i, side in enumerate(("chosen", "rejected")):
+        found = model.score([p.prompt for p in test], [p.responses[i] for p in test]).tolist()
+        assert found == pytest.approx(saved[side], abs=1e-4)
     assert len(set(saved["chosen"])) > 10
 
 

@@ -12,30 +12,27 @@ from helpers.forks import run_ranks
 
 @pytest.fixture(scope="module")
 def losses_of(tmp_path_factory):
-    """(one rank, two ranks) of a ZeRO stage, and stage 0 on one rank: 3 in two launches, the others in two more."""
+    """What ``ranks`` ranks give under ``stages`` of ZeRO, a launch for each that is asked for."""
 
     @functools.cache
-    def run(stages: str) -> tuple[dict, dict]:
-        folder = tmp_path_factory.mktemp("parallel")
-        run_ranks("parallel_worker", folder / "one.json", 4, f"0,{stages}", ranks=1)
-        run_ranks("parallel_worker", folder / "two.json", 2, "3" if stages == "3" else f"0,{stages}", ranks=2)
-        return json.loads((folder / "one.json").read_text(encoding="utf-8")), json.loads(
-            (folder / "two.json").read_text(encoding="utf-8")
-        )
+    def run(ranks: int, stages: str) -> dict[str, dict]:
+        path = tmp_path_factory.mktemp("parallel") / "found.json"
+        run_ranks("parallel_worker", path, 4 // ranks, stages, ranks=ranks)
+        return json.loads(path.read_text(encoding="utf-8"))
 
-    return lambda stage: run("3" if stage == "3" else "1,2")
+    return run
 
 
 @pytest.fixture
 def losses(losses_of, stage) -> tuple[dict, dict]:
-    return losses_of(stage)
+    """Of one rank without ZeRO, and of two under ``stage``."""
+    return losses_of(1, "0")["0"], losses_of(2, "3" if stage == "3" else "0,1,2")[stage]
 
 
 STAGES = pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in "012"), "3"])
 
 
-@STAGES
-@pytest.mark.parametrize(
+WHAT = pytest.mark.parametrize(
     ("what", "rel"),
     [
         ("scorer", 0), ("simcse", 1e-4), ("swav", 1e-4), ("ppo", 0), ("ppo-sr", 0), ("mini-batches", 0),
@@ -43,41 +40,59 @@ STAGES = pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.ma
         ("imitation", 0), ("split imitation", 0),
     ],
 )  # fmt: skip
+
+
+@STAGES
+@WHAT
 def test_two_ranks_equal_one(losses, stage, what, rel):
     """Losses of five updates, norms of their gradients, and gradients of the head through the fused loss."""
     one, two = losses
-    assert two[stage][what] == pytest.approx(one[stage][what], abs=1e-5, rel=rel)
-    assert one[stage][what] == pytest.approx(one["0"][what], abs=1e-5, rel=rel)  # every ZeRO stage is plain training
-    assert len(set(one[stage][what])) == len(one[stage][what])  # the model moved
+    assert two[what] == pytest.approx(one[what], abs=1e-5, rel=rel)
+    assert len(set(one[what])) == len(one[what])  # the model moved
+
+
+@pytest.mark.slow
+@WHAT
+@pytest.mark.parametrize("stage", "123")
+def test_every_stage_of_zero_is_plain_training(losses_of, stage, what, rel):
+    one = losses_of(1, "0,1,2,3")
+    assert one[stage][what] == pytest.approx(one["0"][what], abs=1e-5, rel=rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", "123")
+def test_one_rank_samples_the_same_tokens_under_every_stage(losses_of, stage):
+    one = losses_of(1, "0,1,2,3")
+    assert one[stage]["drawn"] == one["0"]["drawn"] and one[stage]["sampled anew"] == one["0"]["sampled anew"]
 
 
 @STAGES
 def test_live_sampling_draws_the_same_tokens_on_any_number_of_ranks(losses, stage):
     one, two = losses
-    assert one[stage]["drawn"] == two[stage]["drawn"] == one["0"]["drawn"]
-    assert all(len({tuple(row) for row in drawn}) > 8 for drawn in one["0"]["drawn"])
+    assert one["drawn"] == two["drawn"]
+    assert all(len({tuple(row) for row in drawn}) > 8 for drawn in one["drawn"])
 
 
 @STAGES
 def test_groups_are_sampled_anew_alike_on_any_number_of_ranks(losses, stage):
     one, two = losses
-    assert one[stage]["sampled anew"] == two[stage]["sampled anew"] == one["0"]["sampled anew"]
-    *rows, (count,) = one["0"]["sampled anew"]
+    assert one["sampled anew"] == two["sampled anew"]
+    *rows, (count,) = one["sampled anew"]
     assert count > 1 and len(rows) == 16
     assert all(a[: a.index(-1)] == b[: b.index(-1)] for a, b in zip(rows[::2], rows[1::2], strict=True))
 
 
 @STAGES
 def test_an_infinite_gradient_on_one_rank_moves_the_weights_of_none(losses, stage):
-    for ranks in losses:
-        moved, by_how_much, then_moved, then_by_how_much = ranks[stage]["nonfinite"]
+    for found in losses:
+        moved, by_how_much, then_moved, then_by_how_much = found["nonfinite"]
         assert (moved, by_how_much) == (0.0, 0.0) and then_moved == 1.0 and 1e-4 < then_by_how_much < 1.0
 
 
 @STAGES
 def test_every_rank_draws_dropout_masks_of_its_own(losses, stage):
     """The first rank those of one process alone; from a snapshot each goes on with its own, to the bit."""
-    (one,), two = (ranks[stage]["dropout"] for ranks in losses)
+    (one,), two = (found["dropout"] for found in losses)
     for before, after, again in (one, *two):
         assert before != after == again
     assert two[0] == pytest.approx(one, rel=1e-6)

@@ -378,7 +378,7 @@ def large(name, alternates):
 
 
 @interpreted
-@pytest.mark.parametrize("alternates", [0, 5])
+@pytest.mark.parametrize("alternates", [0, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LARGE)
 def test_many_blocks(name, alternates, small_blocks):
     call = large(name, alternates)
@@ -388,7 +388,7 @@ def test_many_blocks(name, alternates, small_blocks):
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["_prepare_kernel", "_advantage_kernel"])
+@pytest.mark.parametrize("kernel", [pytest.param("_prepare_kernel", marks=pytest.mark.slow), "_advantage_kernel"])
 def test_calls_at_once_share_nothing(kernel, small_blocks):
     """A call inside another one, between two of its programs: counters that both used would end the outer one early."""
     outer, inner = large("rankings", 1), large("default pairs", 2)

@@ -152,10 +152,10 @@ def call_of(case, config):
 @pytest.mark.parametrize("how", ["counted", "graph"])
 def test_known_counts_and_graphs_give_the_same_and_read_nothing(name, how, monkeypatch):
     """NaN under the mask included, which a graph takes through the products."""
-    case = make_case(37, VOCABULARY)
+    case = make_case(11, VOCABULARY)
     ignored = (case["kind"] == 0) | (case["target"] == -100)
-    active = 37 - int(ignored.sum())
-    assert 0 < active < 37
+    active = 11 - int(ignored.sum())
+    assert 0 < active < 11
     for part in ("old_logprob", "advantage", "ref_logprob", "row_weight"):
         case[part][ignored] = math.nan
     run = call_of(case, CONFIGS[name])
@@ -197,16 +197,16 @@ def test_reading_is_noticed(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize(("change", "words"), [
-    ({"active_rows": 36}, "active_rows: not the number"), ({"active_rows": 35}, "active_rows: not the number"),
+    ({"active_rows": 8}, "active_rows: not the number"), ({"active_rows": 7}, "active_rows: not the number"),
     ({"target": 31}, "target: outside"), ({"kind": 3}, "kind: not 0"), ({"hidden": math.inf}, "non-finite logits"),
     ({"advantage": math.nan}, "old_logprob, advantage, ref_logprob or row_weight"),
 ])  # fmt: skip
 def test_what_only_the_device_sees_is_told_later(change, words, monkeypatch):
-    case = make_case(37, VOCABULARY, kinds=(1, 2))
+    case = make_case(9, VOCABULARY, kinds=(1, 2))
     case["target"].clamp_(min=0)
     case["kind"][5] = 1
     late(monkeypatch)
-    active = change.get("active_rows", 37)
+    active = change.get("active_rows", 9)
     for name, value in change.items():
         if name != "active_rows":
             case[name][5] = value
@@ -216,7 +216,7 @@ def test_what_only_the_device_sees_is_told_later(change, words, monkeypatch):
             old_logprob=case["old_logprob"], advantage=case["advantage"],
         )  # fmt: skip
     assert math.isnan(float(out.loss))
-    good = make_case(37, VOCABULARY)
+    good = make_case(9, VOCABULARY)
     with pytest.raises(ValueError, match=words):
         both(call_of(good, PolicyLossConfig()), good)
     assert math.isfinite(both(call_of(good, PolicyLossConfig()), good)[0])  # told once
@@ -226,7 +226,7 @@ def test_what_only_the_device_sees_is_told_later(change, words, monkeypatch):
 @pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 def test_a_graph_from_logits(name, monkeypatch):
     """Rows that are not active may hold anything there too."""
-    case = make_case(37, VOCABULARY)
+    case = make_case(11, VOCABULARY)
     ignored = (case["kind"] == 0) | (case["target"] == -100)
     logits = case["hidden"] @ case["weight"].T
     logits[ignored] = math.nan
@@ -250,7 +250,7 @@ def test_a_graph_from_logits(name, monkeypatch):
 
 @interpreted
 def test_late_log_probs(monkeypatch):
-    case = make_case(37, VOCABULARY)
+    case = make_case(11, VOCABULARY)
     target = torch.where(case["kind"] == 0, -100, case["target"])
 
     def run(**options):
