@@ -8,6 +8,7 @@
 namespace stable_rlhf {
 void bind_advantage(pybind11::module_& m);
 void bind_policy(pybind11::module_& m);
+void bind_policy_call(pybind11::module_& m);
 void bind_sequence(pybind11::module_& m);
 void bind_swav(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
@@ -23,5 +24,8 @@ PYBIND11_MODULE(_C, m) {
         return names;
     });
     m.def("shared_loops", &shared_loops);
-    for (const auto bind : {bind_advantage, bind_policy, bind_sequence, bind_swav, bind_topk, bind_whiten}) bind(m);
+    for (const auto bind : {bind_advantage, bind_policy, bind_policy_call, bind_sequence, bind_swav, bind_topk,
+                            bind_whiten}) {
+        bind(m);
+    }
 }

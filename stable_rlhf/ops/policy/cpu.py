@@ -15,7 +15,7 @@ from stable_rlhf.ops.policy.types import KL_ESTIMATORS, LOGITS_TYPES, OBJECTIVES
 _STATISTICS, _POLICY, _GIVEN = 0, 1, 2  # RowsMode of csrc/policy.h
 
 
-def _address(value: Tensor | None) -> int:
+def address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
 
@@ -27,13 +27,29 @@ def _call(
     assert logits.stride(1) == 1 and (gradient is None or gradient.stride(1) == 1)
     return int(
         module.rows(
-            mode=mode, type=LOGITS_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=_address(gradient),
+            mode=mode, type=LOGITS_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=address(gradient),
             logits_stride=logits.stride(0), gradient_stride=0 if gradient is None else gradient.stride(0),
             count=state.target.numel(), vocabulary=logits.shape[1], softcap=softcap or 0.0,
             num_threads=torch.get_num_threads(), isa=cpu_isa(),
-            **{field.name: _address(getattr(state, field.name)) for field in fields(state)}, **more,
+            **{field.name: address(getattr(state, field.name)) for field in fields(state)}, **more,
         )
     )  # fmt: skip
+
+
+def term_fields(terms: Terms, config: PolicyLossConfig) -> dict[str, Any]:
+    """The fields of csrc/policy.h's PolicyTerms but kind and rehearsal_scale; their arrays are those of `terms`, which
+    must be float32 and contiguous."""
+    return {
+        "old_logprob": address(terms.old_logprob), "advantage": address(terms.advantage),
+        "ref_logprob": address(terms.ref_logprob), "row_weight": address(terms.row_weight),
+        "clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip or 0.0,
+        "kl_coef": config.kl_coef, "kl_clamp": config.kl_clamp or 0.0, "kl_ratio_max": config.kl_ratio_max or 0.0,
+        "kl_estimator": KL_ESTIMATORS.index(config.kl_base) + 1, "kl_apart": config.kl_apart,
+        "kl_unbiased": config.kl_unbiased, "objective": OBJECTIVES.index(config.objective),
+        "entropy_coef": config.entropy_coef,
+        "entropy_scale": 0.0 if terms.entropy_denominator is None else 1.0 / float(terms.entropy_denominator),
+        "log_ratio_clamp": config.log_ratio_clamp, "policy_scale": 1.0 / float(terms.policy_denominator),
+    }  # fmt: skip
 
 
 def statistics(
@@ -49,7 +65,7 @@ def statistics(
     (`weighted`) and z - max of the target (`target_logit`, 0 where it lies elsewhere)."""
     _call(
         _STATISTICS, logits, None, state, softcap,
-        row=_address(row), weighted=_address(weighted), target_logit=_address(target_logit),
+        row=address(row), weighted=address(weighted), target_logit=address(target_logit),
     )  # fmt: skip
 
 
@@ -75,27 +91,11 @@ def policy(
     """
     count = state.target.numel()
     kept = torch.empty(count, dtype=torch.int64, device="cpu") if compact else None
-    float32 = {
-        name: None if value is None else value.float().contiguous()
-        for name, value in (
-            ("old_logprob", terms.old_logprob),
-            ("advantage", terms.advantage),
-            ("ref_logprob", terms.ref_logprob),
-            ("row_weight", terms.row_weight),
-        )
-    }
-    kind = kind.contiguous()
+    terms, kind = terms.contiguous(), kind.contiguous()
     number = _call(
         _POLICY, logits, gradient, state, config.softcap,
-        row=_address(row), kind=kind.data_ptr(), kept=_address(kept), clip_low=config.clip_low,
-        clip_high=config.clip_high, dual_clip=config.dual_clip or 0.0, kl_coef=config.kl_coef,
-        kl_clamp=config.kl_clamp or 0.0, kl_ratio_max=config.kl_ratio_max or 0.0,
-        kl_estimator=KL_ESTIMATORS.index(config.kl_base) + 1, kl_apart=config.kl_apart, kl_unbiased=config.kl_unbiased,
-        objective=OBJECTIVES.index(config.objective), entropy_coef=config.entropy_coef,
-        entropy_scale=0.0 if terms.entropy_denominator is None else 1.0 / float(terms.entropy_denominator),
-        log_ratio_clamp=config.log_ratio_clamp, policy_scale=1.0 / float(terms.policy_denominator),
+        row=address(row), kept=address(kept), kind=kind.data_ptr(), **term_fields(terms, config),
         rehearsal_scale=config.rehearsal_coef / float(terms.rehearsal_denominator),
-        **{name: _address(value) for name, value in float32.items()},
     )  # fmt: skip
     return None if kept is None or number == count else kept[:number]
 
@@ -104,4 +104,4 @@ def given(
     logits: Tensor, gradient: Tensor, state: RowState, softcap: float | None, *, row: Tensor | None = None
 ) -> None:
     """The gradient for the coefficients, max, log_sum and entropy in `state`."""
-    _call(_GIVEN, logits, gradient, state, softcap, row=_address(row))
+    _call(_GIVEN, logits, gradient, state, softcap, row=address(row))

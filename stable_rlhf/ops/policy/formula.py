@@ -148,6 +148,8 @@ class RowState:
         return cls(rows.target.contiguous(), inverse_temperature, *results)
 
     def cut(self, part: slice) -> RowState:
+        if part.stop - part.start == self.target.numel():
+            return self
         return RowState(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
@@ -163,8 +165,18 @@ class Terms:
     rehearsal_denominator: Tensor  # 0-d
     entropy_denominator: Tensor | None = None  # 0-d; None: the policy rows' own, and their weights
 
+    def contiguous(self) -> Terms:
+        """The same in float32 and without strides, as the kernels read them."""
+        names = ("old_logprob", "advantage", "ref_logprob", "row_weight")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if all(value.dtype == torch.float32 and value.is_contiguous() for value in given.values()):
+            return self
+        return replace(self, **{name: value.float().contiguous() for name, value in given.items()})
+
     def cut(self, part: slice) -> Terms:
         """The terms of some rows, with the same denominators."""
+        if part.stop - part.start == self.advantage.numel():
+            return self
         old, ref, weight = self.old_logprob, self.ref_logprob, self.row_weight
         return replace(
             self,
@@ -198,6 +210,14 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     weight = rows.take("row_weight", call.row_weight, dtype)
     if weight is not None and check_values(weight.device):
         check_finite("row_weight", weight)
+    return Terms(
+        terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators(rows, call, dtype)
+    )
+
+
+def denominators(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> list[Tensor]:
+    """Of the policy and of the rehearsal rows, and where it is another one of the entropies; 0-d."""
+    config = call.config
     device_counts = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
     wanted = [
         ("policy_denominator", call.policy_denominator, rows.policy_count, device_counts[0]),
@@ -205,8 +225,7 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     ]
     if call.entropy_denominator is not None and config.entropy_coef != 0.0:
         wanted.append(("entropy_denominator", call.entropy_denominator, rows.policy_count, device_counts[0]))
-    denominators = [_denominator(*one, dtype, rows.target.device) for one in wanted]
-    return Terms(terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators)
+    return [_denominator(*one, dtype, rows.target.device) for one in wanted]
 
 
 def _denominator(

@@ -35,7 +35,7 @@ from stable_rlhf.ops.operators import (
     register_operator,
     shapes_of_gradients,
 )
-from stable_rlhf.ops.policy import chunks
+from stable_rlhf.ops.policy import chunks, cpu_call
 from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
@@ -236,9 +236,9 @@ def _products(call: PolicyCall, rows: Rows, weight: Tensor, needs: tuple[bool, .
 
 
 def _chosen_rows(call: PolicyCall, vocabulary: int) -> Rows:
-    """The active rows, on a GPU by a kernel of its own."""
-    if call.backend != "triton":
-        return select_rows(call, vocabulary)
+    """The active rows, by a kernel of their own."""
+    if call.backend == "cpu":
+        return cpu_call.select(call, vocabulary)
     from stable_rlhf.kernels.policy_call import select
 
     return select(call, vocabulary)
@@ -247,8 +247,11 @@ def _chosen_rows(call: PolicyCall, vocabulary: int) -> Rows:
 def _totals(
     call: PolicyCall, rows: Rows, state: RowState, terms: Terms, sequences: Sequences | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs, entropies, metrics and counts."""
-    if call.backend != "triton":
+    """Loss, log-probs, entropies, metrics and counts; statistics that are not finite are an error."""
+    if call.backend == "cpu" and sequences is None:
+        return cpu_call.totals(call, rows, state, terms)
+    check_statistics(state.logprob, state.entropy, rows, call.origin)
+    if call.backend == "cpu":
         return _flat(total_loss(rows, state.logprob, state.entropy, terms, call.config, sequences))
     from stable_rlhf.kernels.policy_call import noted_totals, totals
 
@@ -268,10 +271,10 @@ def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
         return *_flat(out), *by_autograd
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
     rows = _chosen_rows(call, vocabulary)
-    terms, sequences = gather_terms(rows, call, torch.float32), sequences_of(call, rows)
+    gather = cpu_call.gather if call.backend == "cpu" else gather_terms
+    terms, sequences = gather(rows, call, torch.float32), sequences_of(call, rows)
     make = _from_logits if call.weight is None else _from_hidden
     state, gradients = make(kernels, call, rows, terms, sequences)
-    check_statistics(state.logprob, state.entropy, rows, call.origin)
     return *_totals(call, rows, state, terms, sequences), *gradients
 
 
