@@ -150,6 +150,11 @@ def one_process():
     os.environ.update(before)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: a file is one process's, and what begins last should be short."""
+    items.sort(key=lambda item: "/whole/" not in item.nodeid)
+
+
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Bytes are called by their argument and a number: what is in them (a clock, in a gzip header) may differ between
     two processes of one run, which then refuse to share the tests."""

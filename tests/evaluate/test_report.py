@@ -219,6 +219,7 @@ def test_nearly_empty_summary_still_renders() -> None:
     assert "empty" in page.text
 
 
+@pytest.mark.slow
 def test_one_scorer_and_one_variant(make_summary: Any) -> None:
     lone = make_summary(pairs=40, prompts=20, variants=("am",), kind="real")
     del lone["scorers"]["rm"]

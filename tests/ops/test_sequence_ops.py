@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,10 +297,26 @@ def _whiten_bad_rank(rank: int, store: str, result: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_bad_value_of_one_rank_is_an_error_on_all(tmp_path):
+CUTS = [0, 11, 11, 30]  # of three ranks, one of them without a token
+
+
+def _rank(rank: int, folder: str) -> None:
+    _whiten_rank(rank, f"{folder}/three", CUTS, f"{folder}/good")
+    if rank < 2:
+        _whiten_bad_rank(rank, f"{folder}/two", f"{folder}/bad")
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory) -> Path:
+    """What processes left there that were ranks of a group: of three, then two of them of another one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, args=(str(folder),), nprocs=3)
+    return folder
+
+
+def test_a_bad_value_of_one_rank_is_an_error_on_all(by_ranks):
     """And a rank without a valid token takes part and gets zeros."""
-    mp.spawn(_whiten_bad_rank, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
-    (first, whitened), (second, zeros) = (torch.load(tmp_path / f"out.{rank}") for rank in range(2))
+    (first, whitened), (second, zeros) = (torch.load(by_ranks / f"bad.{rank}") for rank in range(2))
     assert len(whitened) == len(zeros) == 1 + (extension() is not None)
     assert first == ["x: non-finite value inf at position 1"] * len(whitened)
     assert second == ["x: a valid value of rank 0 of the group is not finite"] * len(whitened)
@@ -311,11 +328,8 @@ def _shared_values() -> torch.Tensor:
     return torch.randn(30, generator=torch.Generator().manual_seed(2))
 
 
-def test_whiten_over_ranks_equals_one_process(tmp_path):
-    """Three ranks, one of them without a token."""
-    cuts = [0, 11, 11, 30]
-    mp.spawn(_whiten_rank, args=(str(tmp_path / "store"), cuts, str(tmp_path / "out")), nprocs=3)
-    got = torch.cat([torch.load(tmp_path / f"out.{rank}") for rank in range(3)])
+def test_whiten_over_ranks_equals_one_process(by_ranks):
+    got = torch.cat([torch.load(by_ranks / f"good.{rank}") for rank in range(3)])
     x = _shared_values()
     torch.testing.assert_close(got, ops.masked_whiten(x, x > -1.0), rtol=1e-6, atol=1e-7)
     alone = torch.cat([ops.masked_whiten(part, part > -1.0) for part in (x[:11], x[11:])])

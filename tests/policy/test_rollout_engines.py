@@ -69,7 +69,7 @@ class Shifted(LocalRollouts):
         return [replace(r, logprobs=tuple(p - self.shift for p in r.logprobs)) for r in found]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_server_gets_the_weights_before_every_step(stage, make, server, tokenizer, prompts, tmp_path):
     own = make(stage=stage).train(prompts, tmp_path / "own")["curve"]
     far = make(stage=stage, rollouts=VLLMRollouts(server.url, tokenizer)).train(prompts, tmp_path / "far")["curve"]

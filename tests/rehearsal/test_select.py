@@ -192,19 +192,19 @@ def test_embeddings_are_clustered_here():
 
 def test_chance_is_a_criterion_of_its_own():
     """By the seed, whatever the scores, each candidate as likely as any other; a hundredth of it decides ties alone."""
-    x, rows = np.repeat(np.eye(2, 4, dtype=np.float32), 30, axis=0), candidates(60)
+    x, rows = cluster_embeddings(np.repeat(np.eye(2, 4, dtype=np.float32), 30, axis=0), 2), candidates(60)
 
     def chosen(seed: int, criteria: dict[str, float], scores: list[float]) -> list[int]:
-        return select_rehearsal(rows, scores, x, num_clusters=2, top_k=5, criteria=criteria, seed=seed).indices.tolist()
+        return select_rehearsal(rows, scores, x, top_k=5, criteria=criteria, seed=seed).indices.tolist()
 
     flat, steep = [0.0] * 60, list(map(float, range(60)))
     assert chosen(3, {"random": 1}, flat) == chosen(3, {"random": 1}, steep) != chosen(4, {"random": 1}, steep)
     counts = np.bincount(np.concatenate([chosen(seed, {"random": 1}, steep) for seed in range(200)]), minlength=60)
     assert counts.sum() == 2000 and counts[:30].sum() == 1000 and counts.min() > 12 and counts.max() < 60
     assert chosen(3, {"score": 1, "random": 1e-6}, steep) == [*range(25, 30), *range(55, 60)]
-    kept = select_rehearsal(rows, flat, x, num_clusters=2, top_k=5, criteria={"random": 1}).rows[0]["provenance"]
+    kept = select_rehearsal(rows, flat, x, top_k=5, criteria={"random": 1}).rows[0]["provenance"]
     assert kept["criteria"]["random"] == kept["value"] and 0 <= kept["value"] < 1
-    assert "random" not in select_rehearsal(rows, flat, x, num_clusters=2, top_k=5).rows[0]["provenance"]["criteria"]
+    assert "random" not in select_rehearsal(rows, flat, x, top_k=5).rows[0]["provenance"]["criteria"]
 
 
 def test_fewer_distinct_prompts_than_clusters_is_reported():

@@ -70,7 +70,7 @@ def test_metarm_reads_no_end_where_a_response_was_cut_off(recipe, folders, token
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_r": 2}, {"zero_stage": 3}])
-@pytest.mark.parametrize("variant", ["rm", "rejection"])
+@pytest.mark.parametrize("variant", ["rm", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_the_penalty_of_a_later_round_is_one_to_the_initial_policy(recipe, folders, tmp_path, variant, settings):
     if settings.get("lora_r"):
         pytest.importorskip("peft")

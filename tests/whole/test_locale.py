@@ -86,6 +86,7 @@ def test_samples_and_words_in_an_ascii_locale(tmp_path):
     assert "日本" in (tmp_path / "stage" / "samples.jsonl").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_recipe_in_an_ascii_locale(tmp_path):
     """It is read, up to the setting that is wrong in it."""
     text = 'title: "réponse …"\nmodel_name_or_path: m\ndata: {pairs: [p], prompts: [q]}\n'
