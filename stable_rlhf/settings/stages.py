@@ -245,7 +245,7 @@ class PPOArguments:
         num_mini_batches: Optimiser steps per pass.
         per_device_train_batch_size: Rollouts per device and micro-step.
         per_device_rehearsal_batch_size: Rehearsal sequences per device and micro-step (variants with rehearsal only).
-        rehearsal_coef: The paper's gamma: weight of the rehearsal NLL.
+        rehearsal_coef: The paper's gamma: weight of the rehearsal NLL (0.01 there, of sums over tokens).
         rehearsal_reduction: ``mean`` over rehearsal tokens, or the paper's ``sum`` per sequence.
         rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.
         kl_coef: The paper's beta: weight of the per-token KL penalty.
@@ -293,7 +293,7 @@ class PPOArguments:
     num_mini_batches: Rows = 1
     per_device_train_batch_size: Rows = 8
     per_device_rehearsal_batch_size: Rows = 4
-    rehearsal_coef: Coefficient = 0.01
+    rehearsal_coef: Coefficient = 1.0
     rehearsal_reduction: Literal["mean", "sum"] = "mean"
     rehearsal_prompts_in_ppo: bool = True
     kl_coef: Coefficient = 0.05

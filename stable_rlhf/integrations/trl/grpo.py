@@ -38,7 +38,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         ValueError: rehearsal beside a loss that one pass cannot say, or a data set that is none.
     """
 
-    def __init__(self, *arguments: Any, rehearsal_dataset: Any = None, rehearsal_coef: float = 0.01, **named: Any):
+    def __init__(self, *arguments: Any, rehearsal_dataset: Any = None, rehearsal_coef: float = 1.0, **named: Any):
         super().__init__(*arguments, **named)
         self._unsaid = _unsaid(self) or _refused(self.model)
         self._scored: tuple[Tensor, Tensor, Tensor | None] | None = None
