@@ -137,6 +137,7 @@ def test_ppo_with_rehearsal_refers_to_the_policy_without_its_adapters(
     assert (tmp_path / "value_head.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_ppo_is_the_same_under_zero_0_and_3(tiny_model, tokenizer, examples, prompts, tmp_path):
     curves = []
     for stage in (0, 3):

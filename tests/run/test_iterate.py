@@ -69,7 +69,7 @@ def test_metarm_reads_no_end_where_a_response_was_cut_off(recipe, folders, token
     assert ends == [r.finished for r in drawn if r.text or r.finished] and 0 < sum(ends) < len(ends)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_r": 2}, {"zero_stage": 3}])
+@pytest.mark.parametrize("settings", [{}, {"lora_r": 2}, pytest.param({"zero_stage": 3}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["rm", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_the_penalty_of_a_later_round_is_one_to_the_initial_policy(recipe, folders, tmp_path, variant, settings):
     if settings.get("lora_r"):

@@ -72,6 +72,7 @@ def test_chat_template_puts_the_generation_prompt_between_prompt_and_response() 
     assert TOKENIZER.decode(full_ids[len(prompt_ids) :]) == "bcd<eos>"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_same_tokenizer_beside_either_model(tmp_path: Path) -> None:
     folders = {architecture: tmp_path / architecture for architecture in ARCHITECTURES}
     for architecture, folder in folders.items():

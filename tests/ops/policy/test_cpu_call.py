@@ -75,7 +75,7 @@ def test_wrong_values_are_named(field, value, message):
     {"advantage": torch.randn(5000, 2)[:, 1]}, {"policy_denominator": 7.0},
     {"entropy_denominator": 9.0, "rehearsal_denominator": torch.tensor(3)},
 ], ids=["all", "no weight", "on policy", "float64", "strided", "number", "denominators"])  # fmt: skip
-@pytest.mark.parametrize("active", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("active", [0.6, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1.0))])
 def test_arguments_and_totals_are_those_of_the_reference(name, changes, active):
     from stable_rlhf.ops.policy.cpu_call import gather, select, totals
 

@@ -67,10 +67,10 @@ SHAPES = [
     (3, 2, torch.bfloat16),
     (3, 7, torch.float16),
     (17, 33, torch.float32),
-    (3, 1000, torch.bfloat16),
+    pytest.param(3, 1000, torch.bfloat16, marks=pytest.mark.slow),
     (1, 4099, torch.bfloat16),
     (3, 4099, torch.float32),
-    (3, 4099, torch.float16),
+    pytest.param(3, 4099, torch.float16, marks=pytest.mark.slow),
 ]
 
 
@@ -106,7 +106,7 @@ def with_weight(terms, weight):
 
 @interpreted
 @cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(x, marks=pytest.mark.slow) for x in HALVES)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_like_the_cpp_kernel(name, dtype):
     from stable_rlhf.ops.policy import cpu
