@@ -11,16 +11,15 @@ answer in them, which no selection saw.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from bench.case import RESULTS, Line, read_lines
 from bench.common import ROOT
 from bench.pages import append, markdown, rendered
+from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.evaluate.over_seeds import seed_mean
-from stable_rlhf.world import gold_score
+from stable_rlhf.world import STRONG_SKILLS, gold_score
 
 OUTPUT = RESULTS / "rehearsed.jsonl"
 PAGE = ROOT / "docs" / "results" / "rehearsal.md"
@@ -30,18 +29,16 @@ FIGURES = {
     "rows": ("rows", 1), "right": ("right %", 100), "gold": ("gold", 1), "forget": ("of forget skills %", 100),
     "largest": ("of the skill with most %", 100), "skills": ("skills", 1), "characters": ("characters", 1),
 }  # fmt: skip
-FORGET = ("count", "largest", "last", "lower", "upper")  # the skills of the forget set
 
 
 def measure(folder: Path) -> dict[str, float]:
     """Figures of a selection."""
-    with gzip.open(folder / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = read_jsonl(folder / "rehearsal.jsonl.gz")
     golds = [gold_score(row["prompt"], row["response"]) for row in rows]
     tasks = Counter(row["task"] for row in rows)
     return {
         "rows": len(rows), "right": sum(gold == 1 for gold in golds) / len(rows), "gold": sum(golds) / len(rows),
-        "forget": sum(tasks[task] for task in FORGET) / len(rows), "largest": max(tasks.values()) / len(rows),
+        "forget": sum(tasks[task] for task in STRONG_SKILLS) / len(rows), "largest": max(tasks.values()) / len(rows),
         "skills": len(tasks), "characters": sum(len(row["response"]) for row in rows) / len(rows),
     }  # fmt: skip
 

@@ -61,9 +61,13 @@ def test_every_stage_of_zero_is_plain_training(losses_of, stage, what, rel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", "123")
-def test_one_rank_samples_the_same_tokens_under_every_stage(losses_of, stage):
+def test_one_rank_does_under_every_stage_what_it_does_without(losses_of, stage):
     one = losses_of(1, "0,1,2,3")
     assert one[stage]["drawn"] == one["0"]["drawn"] and one[stage]["sampled anew"] == one["0"]["sampled anew"]
+    ((before, after, again),) = one[stage]["dropout"]
+    assert before != after == again
+    moved, by_how_much, then_moved, then_by_how_much = one[stage]["nonfinite"]
+    assert (moved, by_how_much) == (0.0, 0.0) and then_moved == 1.0 and 1e-4 < then_by_how_much < 1.0
 
 
 @STAGES
