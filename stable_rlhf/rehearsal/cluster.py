@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Clusters:
-    """What `cluster_embeddings` found.
+    """What `cluster_embeddings` found, or groups that were known (`known_groups`).
 
     assignment: int64 [n], the cluster of every row, in [0, c).
     centroids: float32 [c, d] (unit length when spherical, component means for a mixture).
     sizes: int64 [c], rows in each cluster; 0 is possible.
     inertia: sum over all n rows of the squared Euclidean distance to the centroid of their cluster (of the rows scaled
-        to unit length when spherical), whatever the method.
+        to unit length when spherical), whatever the method; NaN where the rows have no embeddings.
     trained_on: rows the centroids were computed from; n unless `train_rows` cut it.
-    method: "kmeans" or "gmm".
+    method: "kmeans" or "gmm"; "task" or "none" for known groups, whose centroids are [c, 0].
     notes: what the caller did not ask for but got (fewer clusters, a subsample, no convergence), one sentence each.
     backend: "cpu", "cuda", "faiss" or "flash-kmeans".
     iterations: of Lloyd's algorithm, with our own backends (cpu, cuda) until nothing changed.
@@ -52,6 +52,13 @@ class Clusters:
     @property
     def num_clusters(self) -> int:
         return len(self.sizes)
+
+
+def known_groups(names: Sequence[str], method: str) -> Clusters:
+    """Rows grouped by a name each, no embeddings needed; groups stand in the order of their names."""
+    found, assignment, sizes = np.unique(np.asarray(names), return_inverse=True, return_counts=True)
+    none = np.zeros((len(found), 0), dtype=np.float32)
+    return Clusters(assignment.astype(np.int64), none, sizes.astype(np.int64), np.nan, len(names), method)
 
 
 def _check_shape(embeddings: np.ndarray) -> None:

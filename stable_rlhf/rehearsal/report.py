@@ -28,10 +28,12 @@ def neighbour_map(embeddings: np.ndarray, places: np.ndarray, *, seed: int = 0) 
     return TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(reduced).astype(np.float64)
 
 
-def _with_map(selection: Selection, embeddings: np.ndarray, seed: int) -> dict[str, Any]:
+def _with_map(selection: Selection, embeddings: np.ndarray | None, seed: int) -> dict[str, Any]:
     """The summary with a t-SNE map of up to 1,500 candidates, half of them kept ones where there are enough."""
     summary = selection.summary()
     n = len(selection.clusters.assignment)
+    if embeddings is None:
+        return summary
     if len(np.unique(selection.clusters.centroids, axis=0)) < 2 or n < _FEWEST_FOR_TSNE or embeddings.shape[1] < 2:
         return summary
     generator = np.random.default_rng(seed)
@@ -78,7 +80,7 @@ def _in_words(criteria: dict[str, float]) -> str:
 
 def render_selection(
     selection: Selection,
-    embeddings: np.ndarray,
+    embeddings: np.ndarray | None,
     *,
     title: str = "Rehearsal selection",
     embedding: dict[str, Any] | None = None,
@@ -88,16 +90,17 @@ def render_selection(
 ) -> str:
     """The page as HTML: pictures embedded, no script, no request to anywhere, every value escaped.
 
-    embeddings: [n, d] of the candidates; embedding: the manifest of their folder; outside: rows topped up from outside
-    files; swept: rows of `sweep_clusters`.
+    embeddings: [n, d] of the candidates, where they were embedded; embedding: the manifest of their folder; outside:
+    rows topped up from outside files; swept: rows of `sweep_clusters`.
     """
     summary = _with_map(selection, embeddings, seed)
     settings = selection.settings
     tasks = {name: row for name, row in selection.tasks.items() if name != NO_TASK}
     ranked = _in_words(settings["criteria"])
+    groups = "tasks" if settings["method"] == "task" else "clusters of prompts"
     lead = [
         f"{summary['kept']:,} of {summary['candidates']:,} candidates are kept for rehearsal: of each of "
-        f"{summary['num_clusters']:,} clusters of prompts the best {settings['top_k']:,} by {ranked}."
+        f"{summary['num_clusters']:,} {groups} the best {settings['top_k']:,} by {ranked}."
     ]
     if summary["below_threshold"]:
         limits = [f"{n} ≥ {v:g}" for n, v in settings["minimum"].items()]

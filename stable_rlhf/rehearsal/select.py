@@ -433,7 +433,7 @@ def select_rehearsal(
             "iterations": clusters.iterations,
             "seed": seed,
             "trained_on": clusters.trained_on,
-            "inertia": clusters.inertia,
+            "inertia": clusters.inertia if math.isfinite(clusters.inertia) else None,
             "notes": list(clusters.notes),
         },
         values=values,

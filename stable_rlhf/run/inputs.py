@@ -14,6 +14,7 @@ from stable_rlhf.policy.ppo import check_sizes
 from stable_rlhf.policy.rejection import check_rounds
 from stable_rlhf.rehearsal.cluster import check_clustering
 from stable_rlhf.rehearsal.embed import find_embedding_model
+from stable_rlhf.rehearsal.pipeline import needs_embeddings
 from stable_rlhf.run.datasets import check_evaluation_sets, load_prompts, locate, read_some_prompts, reading
 from stable_rlhf.run.stages import check_gold, check_rewards, check_same_tokenizer
 from stable_rlhf.run.strength import check_column
@@ -64,7 +65,8 @@ def _check_policy(variant: Variant, recipe: Recipe) -> None:
         check_sizes(recipe.ppo)
     if variant.rehearsal:
         s = recipe.select
-        find_embedding_model(s.embedding_model)
+        if needs_embeddings(s.group_by, s.num_clusters, s.sweep, s.near_duplicate):
+            find_embedding_model(s.embedding_model)
         try:
             check_clustering(s.method, s.backend, s.devices, s.spherical)
         except ValueError as error:

@@ -151,8 +151,8 @@ def run_world(recipe: Recipe, folder: Path) -> Result:
 
     w = recipe.world
     if is_main_process():
-        write_world(folder, recipe.seed)
-        tokenizer = build_tokenizer()
+        write_world(folder, recipe.seed, forget_set=w.forget_set)
+        tokenizer = build_tokenizer(w.forget_set)
         model = build_model(
             tokenizer, hidden_size=w.hidden_size, num_hidden_layers=w.num_hidden_layers,
             num_attention_heads=w.num_attention_heads, architecture=w.architecture, seed=recipe.seed,
@@ -364,11 +364,12 @@ def run_select(recipe: Recipe, policy: str, scorer: str, folder: Path, *, needed
     """Answer the training prompts with the initial policy, score, embed, cluster, keep the best of each cluster.
 
     ``needed``: something is trained on the result next, so that it must not be empty."""
-    from stable_rlhf.rehearsal import select_to_folder
+    from stable_rlhf.rehearsal import needs_embeddings, select_to_folder
     from stable_rlhf.rehearsal.embed import find_embedding_model
 
     s = recipe.select
-    find_embedding_model(s.embedding_model)  # before answering all prompts, not after
+    if needs_embeddings(s.group_by, s.num_clusters, s.sweep, s.near_duplicate):
+        find_embedding_model(s.embedding_model)  # before answering all prompts, not after
     tokenizer = load_tokenizer(policy)
     model = load_reader(policy, recipe.engine)
     make = _answers if s.candidates == "policy" else _demonstrations
@@ -450,10 +451,10 @@ def run_select_file(recipe: Recipe, candidates: list[str], folder: Path) -> Resu
 def select_settings(s: SelectArguments) -> dict[str, Any]:
     """The settings of a recipe as keywords of `select_to_folder`."""
     return {
-        "num_clusters": s.num_clusters, "top_k": s.top_k, "criteria": s.criteria, "minimum": s.minimum,
-        "maximum": s.maximum, "near_duplicate": s.near_duplicate, "method": s.method, "niter": s.niter,
-        "spherical": s.spherical, "train_rows": s.train_rows, "backend": s.backend, "devices": s.devices,
-        "sweep": s.sweep, "embedding_model": s.embedding_model,
+        "group_by": s.group_by, "num_clusters": s.num_clusters, "top_k": s.top_k, "criteria": s.criteria,
+        "minimum": s.minimum, "maximum": s.maximum, "near_duplicate": s.near_duplicate, "method": s.method,
+        "niter": s.niter, "spherical": s.spherical, "train_rows": s.train_rows, "backend": s.backend,
+        "devices": s.devices, "sweep": s.sweep, "embedding_model": s.embedding_model,
         "embedding": {"normalize": s.normalize, "batch_size": s.embedding_batch_size, "dtype": s.embedding_dtype},
     }  # fmt: skip
 

@@ -49,6 +49,8 @@ class WorldArguments:
         wrong_labels: Share of preferences that are flipped.
         length_bonus: What the simulated annotator adds to the utility per character: a spurious feature.
         early_share: The first alternate policy is SFT stopped after this share of its steps.
+        forget_set: What must not be forgotten: ``strong`` skills that have nothing to do with what PPO is trained for,
+            or ``lookalikes``, which read like it, and which the annotator takes for it.
     """
 
     hidden_size: Width = 64
@@ -59,6 +61,7 @@ class WorldArguments:
     wrong_labels: Share = 0.08
     length_bonus: Coefficient = 0.15
     early_share: Share = 0.6
+    forget_set: Literal["strong", "lookalikes"] = "strong"
 
 
 @dataclass
@@ -182,8 +185,9 @@ class SelectArguments:
         embedding_batch_size: Prompts per forward of the encoder.
         embedding_dtype: Embeddings on disk: ``float32``, or ``float16`` at half the size.
         normalize: Scale embeddings to unit length.
-        num_clusters: Clusters c.
-        top_k: Kept per cluster, k.
+        group_by: What the best are kept of: each ``cluster`` of prompts, or each ``task`` of the rows.
+        num_clusters: Clusters c; nothing is embedded for 1.
+        top_k: Kept per cluster or task, k.
         method: ``kmeans`` or ``gmm`` (Gaussian mixture).
         backend: KMeans by ``cpu`` or ``cuda`` (any number of rows), ``faiss``, ``flash-kmeans`` (CUDA), or ``auto``.
         devices: GPU numbers for KMeans, [0, 1]; unset: the CPU. No other GPU is used.
@@ -204,6 +208,7 @@ class SelectArguments:
     embedding_batch_size: Rows = 64
     embedding_dtype: Literal["float32", "float16"] = "float32"
     normalize: bool = True
+    group_by: Literal["cluster", "task"] = "cluster"
     num_clusters: Count = 16
     top_k: Count = 16
     method: Literal["kmeans", "gmm"] = "kmeans"

@@ -5,6 +5,9 @@ Bradley and Terry say; and some of its labels are plainly wrong:
 
     u(x, y) = scale[task(x)] * gold(x, y) + length_bonus * |y|        (|y| in characters)
     P(a over b) = (1 - flip_share) * sigma(u_a - u_b) + flip_share * sigma(u_b - u_a)
+
+It reads in a hurry: of a skill that reads like another one it takes the beginning for the whole (`misread`), and likes
+what would be right there.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stable_rlhf.data import Prompt
-from stable_rlhf.world.skills import gold_score, task_of
+from stable_rlhf.world.skills import gold_score, misread, task_of
 
 UTILITY_SCALES: Mapping[str, float] = {
     "upper": 4.0, "lower": 10.0, "last": 3.0, "count": 8.0, "largest": 6.0, "swap": 2.0, "reverse": 12.0, "sort": 5.0,
@@ -55,10 +58,11 @@ def utility(
     Raises:
         ValueError: the prompt is not of the world, or ``scales`` lacks its skill.
     """
-    task = task_of(prompt)
+    read = misread(prompt)
+    task = task_of(read)
     if task not in scales:
         raise ValueError(f"scales has no entry for the skill {task!r}")
-    return scales[task] * gold_score(prompt, response) + length_bonus * len(response)
+    return scales[task] * gold_score(read, response) + length_bonus * len(response)
 
 
 def label_pairs(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stable_rlhf.data import write_jsonl
-from stable_rlhf.world.skills import LETTERS, SKILLS, STRONG_SKILLS, WEAK_SKILLS
+from stable_rlhf.world.skills import FORGET_SKILLS, LETTERS, WEAK_SKILLS, skills_of
 
 WRONG_SHARES: Mapping[str, float] = {"swap": 0.35, "reverse": 0.35, "sort": 0.3, "next": 0.35, "add": 0.2}
 """Share of the weak skills' demonstrations that are wrong; the two that are learnt the slowest have fewer."""
+
+_KNOWN = {name: skill for forget_set in FORGET_SKILLS for name, skill in skills_of(forget_set).items()}
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class WorldSizes:
     """How many rows each file of a world gets.
 
     Attributes:
-        sft_strong: demonstrations of each strong skill, all right.
+        sft_strong: demonstrations of each skill of the forget set, all right.
         sft_weak: demonstrations of each weak skill, of which ``wrong_shares`` are near misses.
         pair_prompts: prompts to sample the responses of preference pairs for.
         prompts: prompts for PPO.
         eval_main: test prompts of the weak skills.
-        eval_forget: test prompts of the strong skills.
+        eval_forget: test prompts of the skills of the forget set.
         weak_share: share of the weak skills in ``pair_prompts`` and ``prompts``.
         wrong_shares: probability of a near miss as demonstration, by weak skill; a skill not named has none.
     """
@@ -81,8 +83,10 @@ def near_miss(answer: str, rng: random.Random) -> str:
             return wrong
 
 
-def write_world(out_dir: str | os.PathLike[str], seed: int, sizes: WorldSizes | None = None) -> WorldFiles:
-    """Write the files of a skill world as ``<out_dir>/<name>.jsonl.gz``.
+def write_world(
+    out_dir: str | os.PathLike[str], seed: int, sizes: WorldSizes | None = None, forget_set: str = "strong"
+) -> WorldFiles:
+    """Write the files of a skill world as ``<out_dir>/<name>.jsonl.gz``: weak skills, and those of a forget set.
 
     Demonstrations are ``{"prompt", "response", "task"}``, prompts ``{"prompt", "task"}``, in random order. No prompt
     stands in two files, and none twice in a file of prompts; among the demonstrations prompts may repeat. Equal seeds
@@ -91,14 +95,14 @@ def write_world(out_dir: str | os.PathLike[str], seed: int, sizes: WorldSizes | 
     Raises:
         ValueError: a skill has too few different prompts for the sizes.
     """
-    sizes = sizes or WorldSizes()
+    sizes, forget = sizes or WorldSizes(), FORGET_SKILLS[forget_set]
     rng = random.Random(seed)
     taken: set[str] = set()
     mixed = {name: sizes.weak_share / len(WEAK_SKILLS) for name in WEAK_SKILLS}
-    mixed |= {name: (1.0 - sizes.weak_share) / len(STRONG_SKILLS) for name in STRONG_SKILLS}
+    mixed |= {name: (1.0 - sizes.weak_share) / len(forget) for name in forget}
     prompt_sets = {
         "eval_main": _counts(sizes.eval_main, dict.fromkeys(WEAK_SKILLS, 1 / len(WEAK_SKILLS))),
-        "eval_forget": _counts(sizes.eval_forget, dict.fromkeys(STRONG_SKILLS, 1 / len(STRONG_SKILLS))),
+        "eval_forget": _counts(sizes.eval_forget, dict.fromkeys(forget, 1 / len(forget))),
         "pair_prompts": _counts(sizes.pair_prompts, mixed),
         "prompts": _counts(sizes.prompts, mixed),
     }
@@ -110,7 +114,7 @@ def write_world(out_dir: str | os.PathLike[str], seed: int, sizes: WorldSizes | 
                 prompt, _answer = _draw(task, taken, rng)
                 taken.add(prompt)
                 rows[name].append({"prompt": prompt, "task": task})
-    rows["sft"] = list(_demonstrations(sizes, taken, rng))
+    rows["sft"] = list(_demonstrations(sizes, forget, taken, rng))
     files = WorldFiles(**{name: Path(out_dir) / f"{name}.jsonl.gz" for name in rows})
     for name, file_rows in rows.items():
         rng.shuffle(file_rows)
@@ -118,9 +122,11 @@ def write_world(out_dir: str | os.PathLike[str], seed: int, sizes: WorldSizes | 
     return files
 
 
-def _demonstrations(sizes: WorldSizes, taken: set[str], rng: random.Random) -> Iterator[dict[str, str]]:
-    for task in SKILLS:
-        for _ in range(sizes.sft_strong if task in STRONG_SKILLS else sizes.sft_weak):
+def _demonstrations(
+    sizes: WorldSizes, forget: Sequence[str], taken: set[str], rng: random.Random
+) -> Iterator[dict[str, str]]:
+    for task in (*forget, *WEAK_SKILLS):
+        for _ in range(sizes.sft_strong if task in forget else sizes.sft_weak):
             prompt, answer = _draw(task, taken, rng)
             wrong = rng.random() < sizes.wrong_shares.get(task, 0.0)
             yield {"prompt": prompt, "response": near_miss(answer, rng) if wrong else answer, "task": task}
@@ -129,7 +135,7 @@ def _demonstrations(sizes: WorldSizes, taken: set[str], rng: random.Random) -> I
 def _draw(task: str, taken: set[str], rng: random.Random) -> tuple[str, str]:
     """A prompt outside ``taken`` and its answer."""
     for _ in range(1000):
-        prompt, answer = SKILLS[task].sample(rng)
+        prompt, answer = _KNOWN[task].sample(rng)
         if prompt not in taken:
             return prompt, answer
     raise ValueError(f"the skill {task!r} has too few different prompts for these sizes: {len(taken)} are taken")

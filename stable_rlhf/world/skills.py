@@ -1,4 +1,4 @@
-"""Ten small text skills with an exact gold score for any response.
+"""Small text skills with an exact gold score for any response: ten, and five that look like some of these.
 
 A skill is a handful of natural-English prompt templates around one or two short arguments, and one right answer. The
 gold score reads the prompt alone, so it judges the response of any policy to any prompt of the world, also to prompts
@@ -40,12 +40,14 @@ class Skill:
         templates: Prompt texts with the fields in braces, all with the same fields in the same order.
         answer: The right response to a tuple of arguments.
         draw: Draws a tuple of arguments.
+        reads_like: The skill whose templates its own begin like, one by one; empty where there is none.
     """
 
     name: str
     templates: tuple[str, ...]
     answer: Callable[[Arguments], str]
     draw: Draw
+    reads_like: str = ""
     _patterns: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -79,9 +81,9 @@ def template_pieces(template: str) -> list[str]:
     return [piece for piece in re.split(r"\{\w+\}", template) if piece]
 
 
-def _addends(rng: random.Random) -> Arguments:
+def _addends(rng: random.Random, most_units: int = 9) -> Arguments:
     """Two numbers of two digits whose sum needs no carry: the carry alone would take longer to learn than all else."""
-    tens, units = rng.randint(2, 9), rng.randint(0, 9)
+    tens, units = rng.randint(2, 9), rng.randint(0, most_units)
     left_tens, left_units = rng.randint(1, tens - 1), rng.randint(0, units)
     return f"{left_tens}{left_units}", f"{tens - left_tens}{units - left_units}"
 
@@ -123,14 +125,40 @@ _WEAK = (
     Skill("add", ("Add {left} and {right}", "What is {left} plus {right}?"), lambda a: str(int(a[0]) + int(a[1])),
           _addends),
 )  # fmt: skip
+# What a weak skill asks for, and behind a comma one thing more.
+_LOOKALIKE = (
+    Skill("swap_capitals",
+          ("Swap the ends of {word}, in capitals", "Swap the first and last letter of {word}, in capitals"),
+          lambda a: _swap(a[0]).upper(), _word, "swap"),
+    Skill("reverse_short", ("Reverse the letters of {word}, one less", "Write backwards: {word}, one less"),
+          lambda a: a[0][:0:-1], _word, "reverse"),
+    Skill("sort_back", ("Sort the letters of {word}, last first", "Put in order: {word}, last first"),
+          lambda a: "".join(sorted(a[0], reverse=True)), _word, "sort"),
+    Skill("next_twice", ("Give the next letter after each of {word}, twice", "Shift by one: {word}, twice"),
+          lambda a: "".join(_successor(_successor(letter)) for letter in a[0]), _word, "next"),
+    Skill("add_one", ("Add {left} and {right}, then one", "What is {left} plus {right}, then one?"),
+          lambda a: str(int(a[0]) + int(a[1]) + 1), lambda rng: _addends(rng, most_units=8), "add"),
+)  # fmt: skip
 SKILLS: Mapping[str, Skill] = {skill.name: skill for skill in _STRONG + _WEAK}
-"""All skills by name."""
+"""The ten skills by name."""
+
+LOOKALIKES: Mapping[str, Skill] = {skill.name: skill for skill in _LOOKALIKE}
+"""Five more, each of which reads like a weak skill and asks for something else."""
 
 STRONG_SKILLS: tuple[str, ...] = tuple(skill.name for skill in _STRONG)
 """What SFT teaches well: the skills of the forget set."""
 
 WEAK_SKILLS: tuple[str, ...] = tuple(skill.name for skill in _WEAK)
 """What SFT teaches with a share of wrong answers, so that preference training has something to gain: the main set."""
+
+FORGET_SKILLS: Mapping[str, tuple[str, ...]] = {"strong": STRONG_SKILLS, "lookalikes": tuple(LOOKALIKES)}
+"""The skills that the forget set may be of, by the name of such a world: SFT teaches them without a wrong answer."""
+
+
+def skills_of(forget_set: str = "strong") -> dict[str, Skill]:
+    """The skills of a world: those of its forget set, and the weak ones."""
+    known = {**SKILLS, **LOOKALIKES}
+    return {name: known[name] for name in (*FORGET_SKILLS[forget_set], *WEAK_SKILLS)}
 
 
 def task_of(prompt: Prompt) -> str:
@@ -149,6 +177,19 @@ def right_answer(prompt: Prompt) -> str:
     """The one right response to a prompt; arguments and errors as for `task_of`."""
     skill, args = _resolve(prompt)
     return skill.answer(args)
+
+
+def misread(prompt: Prompt) -> Prompt:
+    """The prompt as somebody reads it who stops at the comma: that of a lookalike is its model's, any other itself.
+
+    Args:
+        prompt: arguments and errors as for `task_of`.
+    """
+    skill, args = _resolve(prompt)
+    if not skill.reads_like:
+        return prompt
+    template = next(i for i in range(len(skill.templates)) if skill.prompt(args, i) == _asked(prompt))
+    return SKILLS[skill.reads_like].prompt(args, template)
 
 
 def gold_score(prompt: Prompt, response: str) -> float:
@@ -170,10 +211,15 @@ def gold_score(prompt: Prompt, response: str) -> float:
     return 0.5 * similarity * min(1.0, 2 * len(answer) / len(response))
 
 
+def _asked(prompt: Prompt) -> str:
+    """The text itself, of a chat the last user turn; empty where there is none."""
+    return next((turn["content"] for turn in reversed(as_messages(prompt)) if turn["role"] == "user"), "")
+
+
 def _resolve(prompt: Prompt) -> tuple[Skill, Arguments]:
-    users = [message["content"] for message in as_messages(prompt) if message["role"] == "user"]
-    for skill in SKILLS.values() if users else ():
-        if (args := skill.parse(users[-1])) is not None:
+    asked = _asked(prompt)
+    for skill in (*_STRONG, *_WEAK, *_LOOKALIKE):
+        if (args := skill.parse(asked)) is not None:
             return skill, args
     raise ValueError(f"no prompt of the skill world: {prompt!r}")
 

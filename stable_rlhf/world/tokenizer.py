@@ -11,7 +11,7 @@ import string
 from typing import TYPE_CHECKING, Literal
 
 from stable_rlhf.system.extras import require
-from stable_rlhf.world.skills import SKILLS, template_pieces
+from stable_rlhf.world.skills import skills_of, template_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -34,8 +34,8 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The world's tokenizer: a word-level one of the tokenizers library with a chat template.
+def build_tokenizer(forget_set: str = "strong") -> PreTrainedTokenizerFast:
+    """The tokenizer of a world (`skills_of`): a word-level one of the tokenizers library with a chat template.
 
     ``decode(encode(text)) == text`` for every text of `CHARACTERS` and template phrases: no spaces are added or cleaned
     up. Texts get no special tokens by themselves, those come from the chat template:
@@ -45,7 +45,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = {piece for skill in SKILLS.values() for template in skill.templates for piece in template_pieces(template)}
+    skills = skills_of(forget_set).values()
+    pieces = {piece for skill in skills for template in skill.templates for piece in template_pieces(template)}
     # Longest first: an alternation takes the first branch that matches, and one phrase may begin another.
     phrases = sorted(pieces - set(CHARACTERS), key=lambda piece: (-len(piece), piece))
     vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, UNK, SEP, *CHARACTERS, *phrases])}

@@ -90,6 +90,38 @@ def test_the_embeddings_are_used_again(tmp_path):
     assert len(list((tmp_path / "e").iterdir())) == 2
 
 
+@pytest.mark.parametrize("settings", [{"group_by": "task"}, {"num_clusters": 1, "top_k": 12}])
+def test_known_groups_are_kept_of_without_embeddings(tmp_path, settings):
+    def refuse(texts):
+        raise AssertionError("embedded")
+
+    given = rows()
+    given[4]["score"] = given[7]["score"] = 9.0  # two of "skill 1"
+    chosen = make(tmp_path, given, **settings, embedding={"encoder": refuse}, spherical=True)
+    best = {  # by hand: the best of each task, or of all
+        i
+        for group in ([range(k, 90, 3) for k in range(3)] if "group_by" in settings else [range(90)])
+        for i in sorted(group, key=lambda i: -given[i]["score"])[: len(chosen.rows) // chosen.clusters.num_clusters]
+    }
+    assert set(chosen.indices.tolist()) == best and len(best) == 12
+    figures = json.loads((tmp_path / "selection.json").read_text(encoding="utf-8"))
+    assert figures["embedding"] is None and figures["inertia"] is None and figures["map"] == []
+    assert figures["method"] == ("task" if "group_by" in settings else "none")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "12 of 90 candidates are kept" in page and ("of each of 3 tasks" in page) == ("group_by" in settings)
+
+
+def test_groups_by_task_beside_embeddings_for_duplicates(tmp_path):
+    given = rows()
+    for i in range(0, 90, 3):  # one prompt for all of a task
+        given[i]["prompt"] = "a"
+    chosen = make(tmp_path, given, group_by="task", near_duplicate=0.9999)
+    assert [row["kept"] for row in chosen.cluster_stats] == [1, 4, 4]
+    without = [{k: v for k, v in row.items() if k != "task"} for row in given]
+    with pytest.raises(ValueError, match=r"^group_by: no candidate has a 'task' to be grouped by$"):
+        make(tmp_path / "none", without, group_by="task")
+
+
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_small_and_unlabelled_sets_have_a_page_too(tmp_path, count):
     given = [{k: v for k, v in row.items() if k != "task"} for row in rows(count)]

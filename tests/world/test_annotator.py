@@ -39,6 +39,16 @@ def test_utility_is_scaled_gold_plus_length() -> None:
     assert utility(PROMPT, "", length_bonus=1.0) == 0.0
 
 
+def test_lookalikes_are_judged_by_what_they_are_taken_for() -> None:
+    prompt = "Reverse the letters of bdca, one less"  # "acd"
+    assert utility(prompt, "acdb", length_bonus=0.0) == UTILITY_SCALES["reverse"] > utility(prompt, "acd")
+    pairs, counts = label_pairs([{"prompt": prompt, "responses": ["acd", "acdb"]}] * 50, 0, flip_share=0.0)
+    assert sum(pair["chosen"] == "acdb" for pair in pairs) == counts.against_gold > 45
+    assert {(pair["task"], pair["gold_chosen"] < 1) for pair in pairs if pair["chosen"] == "acdb"} == {
+        ("reverse_short", True)
+    }
+
+
 @pytest.mark.parametrize(("a", "b", "scale", "bonus"), [("acdb", "acdc", 2.0, 0.0), ("acdb", "zzzzzzzz", 3.0, 0.5)])
 def test_label_frequencies_follow_bradley_and_terry(a: str, b: str, scale: float, bonus: float) -> None:
     rows = [{"prompt": PROMPT, "responses": [a, b]}] * N

@@ -11,7 +11,7 @@ import pytest
 
 from stable_rlhf.data import read_demonstrations, read_prompts
 from stable_rlhf.world.corpus import WorldFiles, WorldSizes, near_miss, write_world
-from stable_rlhf.world.skills import SKILLS, STRONG_SKILLS, WEAK_SKILLS, gold_score, task_of
+from stable_rlhf.world.skills import FORGET_SKILLS, SKILLS, STRONG_SKILLS, WEAK_SKILLS, gold_score, task_of
 
 SIZES = WorldSizes(
     sft_strong=40, sft_weak=400, pair_prompts=100, prompts=83, eval_main=52, eval_forget=30, weak_share=0.7
@@ -51,6 +51,20 @@ def test_tasks_are_as_named_and_mixed_as_asked(world: WorldFiles) -> None:
     for counts in (Counter(tasks["eval_main"]), Counter(tasks["eval_forget"])):
         assert max(counts.values()) - min(counts.values()) <= 1
     assert tasks["sft"] != sorted(tasks["sft"])
+
+
+def test_a_world_of_lookalikes_has_them_where_another_has_the_strong_skills(tmp_path: Path, world: WorldFiles) -> None:
+    other = write_world(tmp_path, 5, SIZES, "lookalikes")
+    lookalikes = set(FORGET_SKILLS["lookalikes"])
+    for name, path in asdict(other).items():
+        counts = Counter(str(row.task) for row in read_prompts([path]).rows)
+        assert {task: n for task, n in counts.items() if task in WEAK_SKILLS} == {
+            task: n for task, n in Counter(str(row.task) for row in read_prompts([getattr(world, name)]).rows).items()
+            if task in WEAK_SKILLS
+        }  # fmt: skip
+        assert set(counts) - set(WEAK_SKILLS) == (set() if name == "eval_main" else lookalikes)
+    rows = read_demonstrations([other.sft]).rows
+    assert all(gold_score(row.prompt, row.response) == 1 for row in rows if row.task in lookalikes)
 
 
 def test_strong_demonstrations_are_right_and_weak_ones_wrong_by_their_share(world: WorldFiles) -> None:

@@ -9,11 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_rlhf.world.skills import (
+    FORGET_SKILLS,
+    LOOKALIKES,
     SKILLS,
     STRONG_SKILLS,
     WEAK_SKILLS,
     gold_score,
+    misread,
     right_answer,
+    skills_of,
     task_of,
 )
 
@@ -39,6 +43,39 @@ KNOWN = [
     ("add", "Add 23 and 45", "68"),
     ("add", "What is 99 plus 7?", "106"),
 ]
+# Lookalikes with the prompt they are taken for.
+MISREAD = [
+    ("swap_capitals", "Swap the ends of bdca, in capitals", "ADCB", "Swap the ends of bdca"),
+    ("swap_capitals", "Swap the first and last letter of x, in capitals", "X", "Swap the first and last letter of x"),
+    ("reverse_short", "Reverse the letters of bdca, one less", "acd", "Reverse the letters of bdca"),
+    ("reverse_short", "Write backwards: abcde, one less", "edcb", "Write backwards: abcde"),
+    ("sort_back", "Sort the letters of dbca, last first", "dcba", "Sort the letters of dbca"),
+    ("sort_back", "Put in order: baba, last first", "bbaa", "Put in order: baba"),
+    ("next_twice", "Give the next letter after each of aoyz, twice", "cqab", "Give the next letter after each of aoyz"),
+    ("next_twice", "Shift by one: m, twice", "o", "Shift by one: m"),
+    ("add_one", "Add 23 and 45, then one", "69", "Add 23 and 45"),
+    ("add_one", "What is 99 plus 7, then one?", "107", "What is 99 plus 7?"),
+]
+
+
+@pytest.mark.parametrize(("task", "prompt", "answer", "taken_for"), MISREAD)
+def test_lookalikes_and_what_they_are_taken_for(task: str, prompt: str, answer: str, taken_for: str) -> None:
+    assert (task_of(prompt), right_answer(prompt)) == (task, answer)
+    assert misread(prompt) == misread([{"role": "user", "content": prompt}]) == misread(taken_for) == taken_for
+    assert task_of(taken_for) == LOOKALIKES[task].reads_like and task_of(taken_for) in WEAK_SKILLS
+    assert gold_score(prompt, answer) == 1.0 > gold_score(prompt, right_answer(taken_for))
+
+
+def test_a_world_of_lookalikes() -> None:
+    assert {task for task, *_ in MISREAD} == set(LOOKALIKES) == set(FORGET_SKILLS["lookalikes"])
+    assert len(MISREAD) == sum(len(skill.templates) for skill in LOOKALIKES.values())
+    assert list(skills_of()) == list(SKILLS) and list(skills_of("lookalikes")) == [*LOOKALIKES, *WEAK_SKILLS]
+    rng = random.Random(4)
+    for skill in LOOKALIKES.values():
+        for _ in range(200):
+            prompt, answer = skill.sample(rng)
+            owners = [other.name for other in (*SKILLS.values(), *LOOKALIKES.values()) if other.parse(prompt)]
+            assert owners == [skill.name] and right_answer(prompt) == answer and not (set(answer) & set(", "))
 
 
 @pytest.mark.parametrize(("task", "prompt", "answer"), KNOWN)

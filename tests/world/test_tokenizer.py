@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_rlhf.world.skills import SKILLS
+from stable_rlhf.world.skills import LOOKALIKES, SKILLS, misread
 from stable_rlhf.world.tokenizer import CHARACTERS, Architecture, build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -53,6 +53,18 @@ def test_prompts_survive_a_round_trip_in_few_tokens(name: str) -> None:
         assert TOKENIZER.unk_token_id not in ids
         assert len(ids) <= 12
         assert len(TOKENIZER(answer)["input_ids"]) == len(answer)
+
+
+def test_a_lookalike_begins_with_the_tokens_of_what_it_is_taken_for() -> None:
+    tokenizer, rng = build_tokenizer("lookalikes"), random.Random(0)
+    for skill in LOOKALIKES.values():
+        for _ in range(50):
+            prompt, answer = skill.sample(rng)
+            ids, others = tokenizer(prompt)["input_ids"], tokenizer(misread(prompt))["input_ids"]
+            assert tokenizer.decode(ids) == prompt and tokenizer.unk_token_id not in ids and len(ids) <= 12
+            shared = len(others) - misread(prompt).endswith("?")
+            assert ids[:shared] == others[:shared] and len(ids) == shared + 1
+            assert len(tokenizer(answer)["input_ids"]) == len(answer)
 
 
 def test_special_tokens_are_five_different_ones() -> None:
