@@ -16,11 +16,18 @@
     void swav_columns(const Swav& call, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,      \
                       float* scratch);                                                                             \
     double swav_rows(const Swav& call, int64_t begin, int64_t end, float* scratch);                                \
+    void moments_f32(const float* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square); \
+    void moments_f64(const double* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square); \
+    void scale_f32(const float* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,        \
+                   float* out);                                                                                    \
+    void scale_f64(const double* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,       \
+                   double* out);                                                                                   \
     }
-#define KERNELS_OF(name)                                                                                         \
-    Kernels {                                                                                                    \
-        #name, name::run_rows, name::run_peaks, name::run_masses, name::sum, name::exponentials,                 \
-            name::pair_terms, name::k3, name::swav_columns, name::swav_rows                                      \
+#define KERNELS_OF(name)                                                                                   \
+    Kernels {                                                                                              \
+        #name, name::run_rows, name::run_peaks, name::run_masses, name::sum, name::exponentials,           \
+            name::pair_terms, name::k3, name::swav_columns, name::swav_rows, name::moments_f32,            \
+            name::moments_f64, name::scale_f32, name::scale_f64                                            \
     }
 
 namespace stable_rlhf {

@@ -19,6 +19,13 @@ struct Kernels {
     void (*swav_columns)(const Swav&, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,
                          float* scratch);
     double (*swav_rows)(const Swav&, int64_t begin, int64_t end, float* scratch);
+    // Of a block: number, mean and sum of squared distances from it; scaled values (whiten_kernel.h).
+    void (*moments_f32)(const float* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square);
+    void (*moments_f64)(const double* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square);
+    void (*scale_f32)(const float* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,
+                      float* out);
+    void (*scale_f64)(const double* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,
+                      double* out);
 };
 
 // The kernels for an instruction set, the best this processor has for "" or null; an error when it lacks that one.

@@ -5,3 +5,4 @@
 #include "policy_kernel.h"
 #include "sequence_kernel.h"
 #include "swav_kernel.h"
+#include "whiten_kernel.h"

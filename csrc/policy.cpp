@@ -36,7 +36,7 @@ int64_t rows(const Rows& call) {
         call.kept[place] = next++;
         gaps.push_back(place);
     }
-    const int64_t bytes = call.type == LogitsType::f32 ? 4 : 2;
+    const int64_t bytes = call.gradient_type == LogitsType::f32 ? 4 : 2;
     char* gradient = static_cast<char*>(call.gradient);
     parallel_for(static_cast<int64_t>(gaps.size()), 4, 0.2 * kLogit * width, call.num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
@@ -85,6 +85,7 @@ void bind_policy(pybind11::module_& m) {
     define<Rows>(m, "rows", {
         STABLE_RLHF_FIELD(Rows, mode),
         STABLE_RLHF_FIELD(Rows, type),
+        STABLE_RLHF_FIELD(Rows, gradient_type),
         STABLE_RLHF_FIELD(Rows, logits),
         STABLE_RLHF_FIELD(Rows, gradient),
         STABLE_RLHF_FIELD(Rows, logits_stride),

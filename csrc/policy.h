@@ -47,8 +47,9 @@ struct PolicyTerms {
 struct Rows : PolicyTerms {
     RowsMode mode;
     LogitsType type;
+    LogitsType gradient_type;     // that of the logits, or of 16 bits beside float32 logits
     const void* logits;
-    void* gradient;               // may be `logits`
+    void* gradient;               // may be `logits`; so may rows of 16 bits that begin where the logits' rows do
     int64_t logits_stride, gradient_stride;  // elements from row to row
     const int64_t* row;           // [n] which row of logits and gradient row i is; null: row i
     int64_t count, vocabulary;

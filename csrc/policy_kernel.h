@@ -214,9 +214,10 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
     return statistics;
 }
 
-// Gradient of c logprob + e entropy with respect to the logits of one row; `gradient` may be `logits`.
-template <typename T, bool kSoftcap, bool kEntropy>
-void row_gradient(const T* logits, T* gradient, int64_t vocabulary, int64_t target, const RowShape& shape, float max,
+// Gradient of c logprob + e entropy with respect to the logits of one row. `gradient` may be `logits`, also in a narrower
+// type: a block is read whole before it is written, and what is written never lies ahead of what is read.
+template <typename T, typename G, bool kSoftcap, bool kEntropy>
+void row_gradient(const T* logits, G* gradient, int64_t vocabulary, int64_t target, const RowShape& shape, float max,
                   float log_sum, float entropy, float c, float e) {
     alignas(64) float z[kBlock];
     const Floats shift = splat(max), inverse_sum = splat(float(exp(-double(log_sum))));
@@ -316,11 +317,11 @@ inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float*
     *e = float(-(t.entropy_scale > 0 ? t.entropy_scale : scale) * t.entropy_coef);
 }
 
-template <typename T, bool kSoftcap>
+template <typename T, typename G, bool kSoftcap>
 void run_row(const Rows& call, int64_t i) {
     const int64_t at = call.row ? call.row[i] : i;
     const T* logits = static_cast<const T*>(call.logits) + at * call.logits_stride;
-    T* gradient = call.gradient ? static_cast<T*>(call.gradient) + at * call.gradient_stride : nullptr;
+    G* gradient = call.gradient ? static_cast<G*>(call.gradient) + at * call.gradient_stride : nullptr;
     const RowShape shape{call.inverse_temperature[i], call.softcap, kSoftcap ? 1.0f / call.softcap : 0.0f};
     const int64_t target = call.target[i];
     if (call.mode != RowsMode::given) {
@@ -338,28 +339,37 @@ void run_row(const Rows& call, int64_t i) {
         if (call.mode == RowsMode::statistics) return;
         coefficients(call, i, double(logprob), call.coefficient + i, call.entropy_coefficient + i);
         if (call.coefficient[i] == 0.0f && call.entropy_coefficient[i] == 0.0f) {
-            if (!call.kept) memset(gradient, 0, call.vocabulary * sizeof(T));
+            if (!call.kept) memset(gradient, 0, call.vocabulary * sizeof(G));
             return;
         }
     }
     const float c = call.coefficient[i], e = call.entropy_coefficient ? call.entropy_coefficient[i] : 0.0f;
     if (e != 0.0f) {
-        row_gradient<T, kSoftcap, true>(logits, gradient, call.vocabulary, target, shape, call.max[i], call.log_sum[i],
-                                        call.entropy[i], c, e);
+        row_gradient<T, G, kSoftcap, true>(logits, gradient, call.vocabulary, target, shape, call.max[i],
+                                           call.log_sum[i], call.entropy[i], c, e);
     } else {
-        row_gradient<T, kSoftcap, false>(logits, gradient, call.vocabulary, target, shape, call.max[i],
-                                         call.log_sum[i], 0.0f, c, 0.0f);
+        row_gradient<T, G, kSoftcap, false>(logits, gradient, call.vocabulary, target, shape, call.max[i],
+                                            call.log_sum[i], 0.0f, c, 0.0f);
+    }
+}
+
+template <typename T, typename G>
+void run_rows_of(const Rows& call, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        call.softcap > 0 ? run_row<T, G, true>(call, i) : run_row<T, G, false>(call, i);
     }
 }
 
 void run_rows(const Rows& call, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-        const bool capped = call.softcap > 0;
-        switch (call.type) {
-            case LogitsType::f32: capped ? run_row<float, true>(call, i) : run_row<float, false>(call, i); break;
-            case LogitsType::bf16: capped ? run_row<BFloat16, true>(call, i) : run_row<BFloat16, false>(call, i); break;
-            case LogitsType::f16: capped ? run_row<Float16, true>(call, i) : run_row<Float16, false>(call, i); break;
-        }
+    switch (call.type) {
+        case LogitsType::bf16: run_rows_of<BFloat16, BFloat16>(call, begin, end); break;
+        case LogitsType::f16: run_rows_of<Float16, Float16>(call, begin, end); break;
+        case LogitsType::f32:
+            switch (call.gradient_type) {
+                case LogitsType::f32: run_rows_of<float, float>(call, begin, end); break;
+                case LogitsType::bf16: run_rows_of<float, BFloat16>(call, begin, end); break;
+                case LogitsType::f16: run_rows_of<float, Float16>(call, begin, end); break;
+            }
     }
 }
 

@@ -309,7 +309,7 @@ def _whiten_cpu(
     values, valid = _whiten_inputs(x, mask)
     arguments = values.data_ptr(), 0 if valid is None else valid.data_ptr(), values.numel()
     threads = torch.get_num_threads()
-    count, mean, square = getattr(module, f"masked_moments_{suffix}")(*arguments, threads)
+    count, mean, square = getattr(module, f"masked_moments_{suffix}")(*arguments, threads, cpu_isa())
     if group is not None:
         parts = stack_ranks(torch.tensor([count, mean, square], dtype=torch.float64, device="cpu"), group)
         _check_whiten(x, mask, parts[:, 1])
@@ -318,7 +318,9 @@ def _whiten_cpu(
         _check_whiten(x, mask, torch.tensor([mean], dtype=torch.float64, device="cpu"))
     out = torch.empty_like(values)
     variance = square / max(count, 1.0) + eps
-    getattr(module, f"masked_scale_{suffix}")(*arguments, mean, variance, shift_mean, threads, out.data_ptr())
+    getattr(module, f"masked_scale_{suffix}")(
+        *arguments, mean, variance, shift_mean, threads, cpu_isa(), out.data_ptr()
+    )
     return out
 
 

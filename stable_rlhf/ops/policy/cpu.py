@@ -28,6 +28,7 @@ def _call(
     return int(
         module.rows(
             mode=mode, type=LOGITS_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=address(gradient),
+            gradient_type=LOGITS_TYPES[(logits if gradient is None else gradient).dtype],
             logits_stride=logits.stride(0), gradient_stride=0 if gradient is None else gradient.stride(0),
             count=state.target.numel(), vocabulary=logits.shape[1], softcap=softcap or 0.0,
             num_threads=torch.get_num_threads(), isa=cpu_isa(),
@@ -80,7 +81,8 @@ def policy(
     row: Tensor | None = None,
     compact: bool = True,
 ) -> Tensor | None:
-    """Statistics, coefficients and gradient (which may be the memory of `logits`) of a chunk.
+    """Statistics, coefficients and gradient (which may be the memory of `logits`, and in a type of 16 bits beside float32
+    logits) of a chunk.
 
     Args:
         row: which row of logits and gradient each active row is; None: in order.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
 from stable_rlhf.ops.policy.types import LOGITS_TYPES
-from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product, narrow_in_place
+from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product, narrow_in_place, writes_float32
 
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN, which makes the 16-bit products, has no instructions for them. What
 # it does not know it ignores.
@@ -86,8 +86,9 @@ class HeadProducts:
         half = self.dtype.itemsize == 2
         native = has_native_products(self.dtype, hidden.device)
         wide = half and (not native or logits_dtype == torch.float32)
-        # CUDA writes float32 logits from 16-bit operands; a CPU multiplies float32 copies, by slices of the weight.
-        self.sliced = wide and self.on_cpu
+        # Products that write float32 from 16-bit operands; a CPU without them multiplies float32 copies, by slices of
+        # the weight.
+        self.sliced = wide and self.on_cpu and not (native and writes_float32(self.dtype))
         self.logits_dtype = torch.float32 if wide else self.dtype
         self.gradient_dtype = self.logits_dtype if self.sliced else self.dtype
         self.needs = needs
@@ -98,17 +99,20 @@ class HeadProducts:
 
     @property
     def bytes_per_logit(self) -> int:
-        apart = self.gradient_dtype != self.logits_dtype and any(self.needs)
+        apart = self.gradient_dtype != self.logits_dtype and any(self.needs) and not self.on_cpu
         return self.logits_dtype.itemsize + (self.gradient_dtype.itemsize if apart else 0)
 
     def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Room for a chunk's logits and for their gradient; the same memory where the types are the same. A GPU's rows
-        begin at multiples of 8 elements, of 16 bytes in 16 bits: its kernels read and write so many at once."""
+        """Room for a chunk's logits and for their gradient; the same memory where the types are the same, and on a CPU,
+        whose kernel goes through a row from its beginning. A GPU's rows begin at multiples of 8 elements, of 16 bytes in
+        16 bits: its kernels read and write so many at once."""
         vocabulary, device = self.weight.shape[0], self.hidden.device
         width = vocabulary if self.on_cpu else -(-vocabulary // 8) * 8
         logits = workspace(rows, width, self.logits_dtype, device)[:, :vocabulary]
         if self.gradient_dtype == self.logits_dtype or not any(self.needs):
             return logits, logits
+        if self.on_cpu:
+            return logits, logits.view(self.gradient_dtype)[:, :vocabulary]
         return logits, torch.empty(rows, width, dtype=self.gradient_dtype, device=device)[:, :vocabulary]
 
     def keep_hidden_wide(self) -> None:
@@ -139,7 +143,10 @@ class HeadProducts:
             if self.bias is not None:
                 out += self.bias
         elif out.dtype != x.dtype:
-            torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
+            if self.on_cpu:
+                add_product(x, self.weight.t(), out, fresh=True)
+            else:
+                torch.mm(x, self.weight.t(), out_dtype=out.dtype, out=out)
             if self.bias is not None:
                 out += self.bias
         elif self.bias is not None:

@@ -49,6 +49,11 @@ def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
                 total[rows].addmm_(a[rows].float(), b)
 
 
+def writes_float32(dtype: torch.dtype) -> bool:
+    """Whether the CPU's library writes float32 products of such matrices, which nothing here has to copy first."""
+    return _blas(dtype) is not None
+
+
 def _slices(rows: int, bytes_per_row: int) -> list[slice]:
     step = max(1, SLICE_BYTES // bytes_per_row)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
