@@ -29,6 +29,7 @@ from stable_rlhf.ops.checks import (
     statistics_dtype,
 )
 from stable_rlhf.ops.groups import group_name, resolve_group, stack_ranks
+from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.operators import needs_operator
 
 _FINE = 0  # SequenceStatus of csrc/sequence.h
@@ -158,7 +159,7 @@ def _gae_cpu(
     assert module is not None
     rewards, values, limits, last = _gae_inputs(reward, value, bounds, bootstrap_value, check=False)
     kernel = module.gae_f64 if rewards.dtype == torch.float64 else module.gae_f32
-    advantage, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantage, returns = fresh(torch.empty_like(rewards)), fresh(torch.empty_like(rewards))
     status = kernel(
         reward=rewards.data_ptr(), value=values.data_ptr(), cu_seqlens=limits.data_ptr(),
         bootstrap_value=0 if last is None else last.data_ptr(), num_sequences=limits.numel() - 1,
@@ -316,7 +317,7 @@ def _whiten_cpu(
         count, mean, square = _merged(parts).tolist()
     elif not math.isfinite(mean):
         _check_whiten(x, mask, torch.tensor([mean], dtype=torch.float64, device="cpu"))
-    out = torch.empty_like(values)
+    out = fresh(torch.empty_like(values))
     variance = square / max(count, 1.0) + eps
     getattr(module, f"masked_scale_{suffix}")(
         *arguments, mean, variance, shift_mean, threads, cpu_isa(), out.data_ptr()
@@ -449,7 +450,7 @@ def _rewards_cpu(
     assert module is not None
     policy, initial, scores, limits = _rewards_inputs(logprob, ref_logprob, score, bounds, check=False)
     kernel = module.token_rewards_f64 if policy.dtype == torch.float64 else module.token_rewards_f32
-    reward = torch.empty_like(policy)
+    reward = fresh(torch.empty_like(policy))
     status = kernel(
         logprob=policy.data_ptr(), ref_logprob=initial.data_ptr(), score=scores.data_ptr(),
         cu_seqlens=limits.data_ptr(), num_sequences=limits.numel() - 1, tokens=policy.numel(), kl_coef=kl_coef,

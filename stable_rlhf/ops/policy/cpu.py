@@ -81,8 +81,8 @@ def policy(
     row: Tensor | None = None,
     compact: bool = True,
 ) -> Tensor | None:
-    """Statistics, coefficients and gradient (which may be the memory of `logits`, and in a type of 16 bits beside float32
-    logits) of a chunk.
+    """Statistics, coefficients and gradient of a chunk. The gradient may be the memory of `logits`, and in a type
+    of 16 bits beside float32 logits.
 
     Args:
         row: which row of logits and gradient each active row is; None: in order.

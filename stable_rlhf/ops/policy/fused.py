@@ -26,6 +26,7 @@ from torch import Tensor
 from stable_rlhf.kernels import tuning
 from stable_rlhf.ops.checks import check_values, statistics_dtype
 from stable_rlhf.ops.flags import Fault, note
+from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.operators import (
     Differentiable,
     Form,
@@ -209,7 +210,7 @@ def _spread(rows: Rows, gradient: Tensor | None, like: Tensor) -> Tensor:
         return like.new_empty(0)
     if rows.index is None:
         return gradient.reshape(like.shape)
-    whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    whole = fresh(torch.empty_like(like, memory_format=torch.contiguous_format)).zero_()
     whole.view(-1, like.shape[-1]).index_copy_(0, rows.index, gradient)
     return whole
 
@@ -322,8 +323,9 @@ def _from_logits(
     state = RowState.of(rows)
     gradient = logits.new_empty(0)
     if call.needs[0]:
-        new = torch.empty_like if rows.index is None else torch.zeros_like
-        gradient = new(logits, memory_format=torch.contiguous_format)
+        gradient = fresh(torch.empty_like(logits, memory_format=torch.contiguous_format))
+        if rows.index is not None:
+            gradient.zero_()
     if call.needs[0] and sequences is None:
         kernels.policy(flat, gradient.view(flat.shape), state, rows.kind, terms, config, row=rows.index, compact=False)
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
+from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.policy.types import LOGITS_TYPES
 from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product, narrow_in_place, writes_float32
 
@@ -92,7 +93,9 @@ class HeadProducts:
         self.logits_dtype = torch.float32 if wide else self.dtype
         self.gradient_dtype = self.logits_dtype if self.sliced else self.dtype
         self.needs = needs
-        self.hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.hidden_grad: Tensor | None = None
+        if needs[0]:
+            self.hidden_grad = fresh(torch.empty_like(hidden, memory_format=torch.contiguous_format))
         self.weight_grad: Tensor | None = None
         self.bias_grad: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -104,8 +107,8 @@ class HeadProducts:
 
     def buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         """Room for a chunk's logits and for their gradient; the same memory where the types are the same, and on a CPU,
-        whose kernel goes through a row from its beginning. A GPU's rows begin at multiples of 8 elements, of 16 bytes in
-        16 bits: its kernels read and write so many at once."""
+        whose kernel goes through a row from its beginning. A GPU's rows begin at multiples of 8 elements, 16 bytes in
+        a type of 16 bits: its kernels read and write so many at once."""
         vocabulary, device = self.weight.shape[0], self.hidden.device
         width = vocabulary if self.on_cpu else -(-vocabulary // 8) * 8
         logits = workspace(rows, width, self.logits_dtype, device)[:, :vocabulary]
@@ -118,7 +121,7 @@ class HeadProducts:
     def keep_hidden_wide(self) -> None:
         """Leaves the hidden gradient in float32, for a sum with those of other slices of the vocabulary."""
         if self.hidden_grad is not None:
-            self.hidden_grad = torch.empty_like(self.hidden_grad, dtype=torch.float32)
+            self.hidden_grad = fresh(torch.empty_like(self.hidden_grad, dtype=torch.float32))
 
     def _slices(self) -> list[slice]:
         vocabulary, width = self.weight.shape
@@ -208,10 +211,13 @@ class HeadProducts:
             for rows in self._slices():
                 total[rows] += torch.mm(gradient[:, rows].t(), x)
 
+    def _new_weight_grad(self, dtype: torch.dtype) -> Tensor:
+        return fresh(torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device))
+
     def _weight_sum(self) -> Tensor:
         """The weight's gradient so far, in float32."""
         if self.weight_grad is None:
-            self.weight_grad = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+            self.weight_grad = self._new_weight_grad(torch.float32).zero_()
         return self.weight_grad
 
     def _product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,20 +259,18 @@ class HeadProducts:
             out.zero_().index_copy_(0, order, product.to(out.dtype))
 
     def _add_weight(self, x: Tensor, gradient: Tensor, first: bool, last: bool) -> None:
-        weight = self.weight
         if first and last and not self.sliced:
-            self.weight_grad = torch.mm(gradient.t(), x)
+            self.weight_grad = torch.mm(gradient.t(), x, out=self._new_weight_grad(self.dtype))
             return
         # Sums over chunks are kept in float32, and of products that are not rounded to 16 bits either.
         if not self.sliced:
             if self.weight_grad is None:
-                self.weight_grad = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+                self.weight_grad = self._new_weight_grad(torch.float32)
             add_product(gradient.t(), x, self.weight_grad, fresh=first)
         else:
             x = x.float()
             if self.weight_grad is None:
-                dtype = weight.dtype if last else torch.float32
-                self.weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+                self.weight_grad = self._new_weight_grad(self.dtype if last else torch.float32)
             for rows in self._slices():
                 total, ours = self.weight_grad[rows], gradient[:, rows].t()
                 if total.dtype == torch.float32:  # in place: no fresh memory
@@ -375,7 +379,8 @@ def gather_columns(gradient: Tensor, selection: Selection) -> Tensor:
     """The bounded rows' kept columns, [bounded, columns] contiguous."""
     module = extension()
     assert module is not None
-    out = torch.empty(selection.bounded.numel(), selection.columns.numel(), dtype=gradient.dtype, device="cpu")
+    shape = selection.bounded.numel(), selection.columns.numel()
+    out = fresh(torch.empty(shape, dtype=gradient.dtype, device="cpu"))
     module.gather_columns(
         gradient=gradient.data_ptr(), stride=gradient.stride(0), bytes=gradient.element_size(),
         rows=selection.bounded.data_ptr(), num_rows=selection.bounded.numel(), columns=selection.columns.data_ptr(),
