@@ -1,17 +1,18 @@
-"""What a study's policies rehearsed: how much of it is right, and which skills it is about.
+"""What a study's policies rehearsed, and what they say of the forget set.
 
     stable-rlhf study recipes/study-rehearsal.yaml
     python -m bench.studies.rehearsed run runs/study-rehearsal    # writes bench/results/rehearsed.jsonl
-    python -m bench.studies.rehearsed report                      # the tables of docs/results/rehearsal.md
+    python -m bench.studies.rehearsed report                      # the tables of docs/results
 
-A seed's selections stand in its folder (``selection-rm``, ``selection-chance``, …); the world's gold score judges every
-answer in them, which no selection saw.
+A seed's selections stand in its folder (``selection-rm``, ``selection-chance``, …), its policies' answers in
+``evaluation``; the world's gold score judges every answer, which no selection saw.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.case import RESULTS, Line, read_lines
@@ -19,15 +20,21 @@ from bench.common import ROOT
 from bench.pages import append, markdown, rendered
 from stable_rlhf.data.jsonl import read_jsonl
 from stable_rlhf.evaluate.over_seeds import seed_mean
-from stable_rlhf.world import STRONG_SKILLS, gold_score
+from stable_rlhf.world import FORGET_SKILLS, gold_score, misread, right_answer
 
 OUTPUT = RESULTS / "rehearsed.jsonl"
-PAGE = ROOT / "docs" / "results" / "rehearsal.md"
-NAMES = {"selection-rm": "best", "selection-chance": "chance", "selection-data": "data"}
+PAGES = [ROOT / "docs" / "results" / f"{name}.md" for name in ("rehearsal", "lookalikes")]
+FORGET = {skill for skills in FORGET_SKILLS.values() for skill in skills}
+# Names of selections that are not those of their variation: of the reward model's own, and of the Advantage Model's.
+NAMES = {"selection-rm": "best", "selection": "am-best"}
 # name: (heading, factor)
-FIGURES = {
+OF_SETS = {
     "rows": ("rows", 1), "right": ("right %", 100), "gold": ("gold", 1), "forget": ("of forget skills %", 100),
-    "largest": ("of the skill with most %", 100), "skills": ("skills", 1), "characters": ("characters", 1),
+    "forget_right": ("of these right %", 100), "largest": ("of the skill with most %", 100), "skills": ("skills", 1),
+    "characters": ("characters", 1),
+}  # fmt: skip
+OF_ANSWERS = {
+    "right": ("right %", 100), "taken": ("right for what it is taken for %", 100), "else": ("neither %", 100),
 }  # fmt: skip
 
 
@@ -36,55 +43,86 @@ def measure(folder: Path) -> dict[str, float]:
     rows = read_jsonl(folder / "rehearsal.jsonl.gz")
     golds = [gold_score(row["prompt"], row["response"]) for row in rows]
     tasks = Counter(row["task"] for row in rows)
+    forget = [gold for gold, row in zip(golds, rows, strict=True) if row["task"] in FORGET]
     return {
         "rows": len(rows), "right": sum(gold == 1 for gold in golds) / len(rows), "gold": sum(golds) / len(rows),
-        "forget": sum(tasks[task] for task in STRONG_SKILLS) / len(rows), "largest": max(tasks.values()) / len(rows),
-        "skills": len(tasks), "characters": sum(len(row["response"]) for row in rows) / len(rows),
+        "forget": len(forget) / len(rows), "forget_right": sum(gold == 1 for gold in forget) / max(len(forget), 1),
+        "largest": max(tasks.values()) / len(rows), "skills": len(tasks),
+        "characters": sum(len(row["response"]) for row in rows) / len(rows),
     }  # fmt: skip
 
 
+def answers(folder: Path) -> Iterator[Line]:
+    """Of each policy, and of SFT: how much of what it says of the forget set is right, or would be if the prompt were
+    the one that it is taken for."""
+    of_policy = defaultdict(list)
+    for row in read_jsonl(folder / "responses.jsonl.gz"):
+        if row["set"] == "forget":
+            of_policy[row["policy"]].append((row["prompt"], row["response"]))
+            of_policy["SFT"].append((row["prompt"], row["sft"]))
+    for policy, said in of_policy.items():
+        right = sum(response == right_answer(prompt) for prompt, response in said) / len(said)
+        taken = sum(response == right_answer(misread(prompt)) != right_answer(prompt) for prompt, response in said)
+        yield {"policy": policy, "right": right, "taken": taken / len(said), "else": 1 - right - taken / len(said)}
+
+
 def run(study: Path, output: Path) -> None:
-    known = {(line["seed"], line["set"]) for line in read_lines(output)} if output.exists() else set()
+    """A line for each seed and selection, or policy, that has none."""
+    lines = read_lines(output) if output.exists() else []
+    name = study.resolve().name.removeprefix("study-")
+    known = {line["seed"] for line in lines if line["study"] == name}
     for seed in sorted((path for path in (study / "seeds").iterdir() if path.is_dir()), key=lambda path: path.name):
-        for folder, name in NAMES.items():
-            if (int(seed.name), name) not in known and (seed / folder / "rehearsal.jsonl.gz").exists():
-                append({"seed": int(seed.name), "set": name, **measure(seed / folder)}, output)
+        if int(seed.name) in known or not (seed / "summary.json").exists():
+            continue
+        of_seed = {"study": name, "seed": int(seed.name)}
+        for folder in sorted(seed.glob("selection*")):
+            which = NAMES.get(folder.name, folder.name.removeprefix("selection-"))
+            append({**of_seed, "set": which, **measure(folder)}, output)
+        for line in answers(seed / "evaluation"):
+            append({**of_seed, **line}, output)
 
 
-def table(lines: list[Line]) -> str:
-    """A row a set; means over seeds with their intervals."""
-    of_set = defaultdict(list)
+def table(lines: list[Line], key: str, figures: dict[str, tuple[str, int]]) -> str:
+    """A row a set or policy, in the order of the lines; means over seeds with their intervals."""
+    of_name = defaultdict(list)
     for line in lines:
-        of_set[line["set"]].append(line)
+        of_name[line[key]].append(line)
+    figures = {name: figure for name, figure in figures.items() if all(name in line for line in lines)}
     rows = []
-    for name in NAMES.values():
+    for name, of_seeds in of_name.items():
         cells = []
-        for figure, (_, factor) in FIGURES.items():
-            found = seed_mean([factor * line[figure] for line in of_set[name]])
+        for figure, (_, factor) in figures.items():
+            found = seed_mean([factor * line[figure] for line in of_seeds])
             spread = f" [{found['low']:.3g}, {found['high']:.3g}]" if found["high"] > found["low"] else ""
             cells.append(f"{found['value']:.3g}{spread}")
         rows.append([name, *cells])
-    return markdown(["rehearsed", *(heading for heading, _ in FIGURES.values())], rows)
+    head = {"set": "rehearsed", "policy": "policy"}[key]
+    return markdown([head, *(heading for heading, _ in figures.values())], rows)
 
 
 def block(name: str) -> str:
-    lines = read_lines(OUTPUT)
+    """The table of a study's selections, or of its policies' answers where the name ends so."""
+    study, key, figures = name, "set", OF_SETS
+    if name.endswith("-answers"):
+        study, key, figures = name.removesuffix("-answers"), "policy", OF_ANSWERS
+    lines = [line for line in read_lines(OUTPUT) if line["study"] == study and key in line]
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
-    return f"{table(lines)}\n\nSeeds {seeds}; mean [95 % interval over the seeds].\n"
+    return f"{table(lines, key, figures)}\n\nSeeds {seeds}; mean [95 % interval over the seeds].\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="measure the selections of a study")
+    runs = commands.add_parser("run", help="measure the selections and answers of a study")
     runs.add_argument("study", type=Path, help="the study's folder")
     runs.add_argument("--output", type=Path, default=OUTPUT, help="a line for each seed and set (%(default)s)")
-    commands.add_parser("report", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    commands.add_parser("report", help="write the tables into " + ", ".join(page.name for page in PAGES))
     arguments = parser.parse_args(argv)
     if arguments.command == "run":
         run(arguments.study, arguments.output)
     else:
-        PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), "rehearsed", block), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(rendered(page.read_text(encoding="utf-8"), "rehearsed", block), encoding="utf-8")
 
 
 if __name__ == "__main__":
