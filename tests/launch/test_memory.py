@@ -167,7 +167,7 @@ def test_metarm_by_hand(stage, shares):
         items(plain, "scorer", "ascent")
 
 
-@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("layers", [None, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (2, True)])
 def test_an_engine_with_lora_and_an_average_holds_what_is_estimated(one_process, tokenizer, stage, bf16, layers):
     arguments = EngineArguments(zero_stage=stage, bf16=bf16, lora_r=8, ema_decay=0.9)

@@ -106,7 +106,9 @@ def test_every_stage_of_zero_trains_the_same_adapters(tiny_model, tokenizer, exa
             torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "layers"), [(0, None), (3, None), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "layers"), [(0, None), *(pytest.param(3, layers, marks=pytest.mark.slow) for layers in (None, 1))]
+)
 def test_ppo_with_rehearsal_refers_to_the_policy_without_its_adapters(
     tiny_model, tokenizer, examples, prompts, tmp_path, stage, layers
 ):
@@ -151,7 +153,7 @@ def test_ppo_is_the_same_under_zero_0_and_3(tiny_model, tokenizer, examples, pro
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_scorer_trained_with_lora_scores_without_peft(tiny_model, tokenizer, tmp_path, monkeypatch, stage):
     rows = []
     for prompt, answer in TEXTS:

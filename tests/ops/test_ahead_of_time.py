@@ -43,7 +43,7 @@ SEQUENCE_KERNELS = {
 
 
 @CAPABILITIES
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SEQUENCE_KERNELS)
 def test_sequence_kernels(name, dtype, capability, tmp_path, record_property):
     from stable_rlhf.kernels import sequence
@@ -245,7 +245,7 @@ def test_policy_rows(name, capability, tmp_path, record_property):
 
 
 @CAPABILITIES
-@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize("softcap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_policy_rows_of_any_width(softcap, capability, tmp_path, record_property):
     """Rows whose width is odd and whose beginnings lie anywhere: narrow loads, but as many programs as at best."""
     from stable_rlhf.kernels.policy import launch_shape
@@ -277,7 +277,7 @@ def test_small_policy_kernels(name, block, warps, tmp_path, record_property):
 
 
 @CAPABILITIES
-@pytest.mark.parametrize("gradient", ["fp32", "bf16"])
+@pytest.mark.parametrize("gradient", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_info_nce(gradient, capability, tmp_path, record_property):
     """The row kernel as InfoNCE runs it: float32 similarities of 256 to 8,192 rows."""
     from stable_rlhf.kernels.policy import launch_shape

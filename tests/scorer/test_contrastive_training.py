@@ -97,7 +97,7 @@ def test_the_loss_is_the_ranking_loss_and_the_weighted_term(make, rows, method, 
 @pytest.mark.parametrize(
     ("method", "on", "engine"),
     [
-        ("simcse", "responses", {}), ("swav", "differences", {"zero_stage": 3}),
+        ("simcse", "responses", {}), pytest.param("swav", "differences", {"zero_stage": 3}, marks=pytest.mark.slow),
         ("simcse", "responses", {"lora_r": 2}), ("swav", "responses", {"bf16": True, "zero_stage": 2}),
     ],
 )  # fmt: skip

@@ -215,6 +215,7 @@ def test_a_reward_model_rehearses_what_it_chose_itself(folder, tmp_path):
 # -- what others can do with it ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_policy_loads_with_plain_transformers(folder):
     found = fresh_process(
         """
@@ -276,6 +277,7 @@ def test_finished_stages_are_not_redone(second, summary, server):
     assert (second / "report.html").stat().st_size > 100_000
 
 
+@pytest.mark.slow
 def test_a_removed_stage_is_redone_alone(second, summary, server):
     before = times(second)
     shutil.rmtree(second / "ppo-rm")
