@@ -91,9 +91,12 @@ def table(lines: list[Line], key: str, figures: dict[str, tuple[str, int]]) -> s
     rows = []
     for name, of_seeds in of_name.items():
         cells = []
-        for figure, (_, factor) in figures.items():
+        for figure, (heading, factor) in figures.items():
             found = seed_mean([factor * line[figure] for line in of_seeds])
-            spread = f" [{found['low']:.3g}, {found['high']:.3g}]" if found["high"] > found["low"] else ""
+            low, high = found["low"], found["high"]
+            if heading.endswith("%"):
+                low, high = max(low, 0.0), min(high, 100.0)
+            spread = f" [{low:.3g}, {high:.3g}]" if high > low else ""
             cells.append(f"{found['value']:.3g}{spread}")
         rows.append([name, *cells])
     head = {"set": "rehearsed", "policy": "policy"}[key]
