@@ -334,6 +334,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
         ("skill_world", ("skill_world", "skill_world-further"), "Skill world: seven variants, ten seeds"),
         ("rehearsal", ("rehearsal",), "Skill world: what is rehearsed, ten seeds"),
         ("rehearsal", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
+        ("rehearsal", ("rehearsal-further",), "Skill world: rules of selection, and the Advantage Model"),
         ("lookalikes", ("lookalikes",), "Skill world: lookalikes"),
         ("estimators", ("estimators",), "Skill world: six estimators with and without rehearsal, five seeds"),
     ],
