@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;
 constexpr double kValue = 1.2;  // nanoseconds of one thread for a value
+
 void moments(const Kernels& k, const float* x, const uint8_t* mask, int64_t n, Moments* out) {
     k.moments_f32(x, mask, n, &out->count, &out->mean, &out->square);
 }

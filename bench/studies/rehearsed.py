@@ -67,19 +67,20 @@ def answers(folder: Path) -> Iterator[Line]:
 
 
 def run(study: Path, output: Path) -> None:
-    """A line for each seed and selection, or policy, that has none."""
+    """Lines for each selection and policy of the seeds that have none."""
     lines = read_lines(output) if output.exists() else []
     name = study.resolve().name.removeprefix("study-")
     known = {line["seed"] for line in lines if line["study"] == name}
     for seed in sorted((path for path in (study / "seeds").iterdir() if path.is_dir()), key=lambda path: path.name):
         if int(seed.name) in known or not (seed / "summary.json").exists():
             continue
-        of_seed = {"study": name, "seed": int(seed.name)}
-        for folder in sorted(seed.glob("selection*")):
-            which = NAMES.get(folder.name, folder.name.removeprefix("selection-"))
-            append({**of_seed, "set": which, **measure(folder)}, output)
-        for line in answers(seed / "evaluation"):
-            append({**of_seed, **line}, output)
+        found: list[Line] = [
+            {"set": NAMES.get(folder.name, folder.name.removeprefix("selection-")), **measure(folder)}
+            for folder in sorted(seed.glob("selection*"))
+        ]
+        # All of a seed is measured before any of it is written: a seed with a line is a finished one.
+        for line in [*found, *answers(seed / "evaluation")]:
+            append({"study": name, "seed": int(seed.name), **line}, output)
 
 
 def table(lines: list[Line], key: str, figures: dict[str, tuple[str, int]]) -> str:
