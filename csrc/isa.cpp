@@ -22,12 +22,14 @@
                    float* out);                                                                                    \
     void scale_f64(const double* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,       \
                    double* out);                                                                                   \
+    void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels);                   \
+    void add_row(const float* x, double weight, int64_t d, double* sum);                                           \
     }
 #define KERNELS_OF(name)                                                                                   \
     Kernels {                                                                                              \
         #name, name::run_rows, name::run_peaks, name::run_masses, name::sum, name::exponentials,           \
             name::pair_terms, name::k3, name::swav_columns, name::swav_rows, name::moments_f32,            \
-            name::moments_f64, name::scale_f32, name::scale_f64                                            \
+            name::moments_f64, name::scale_f32, name::scale_f64, name::nearest, name::add_row              \
     }
 
 namespace stable_rlhf {

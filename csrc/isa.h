@@ -26,6 +26,9 @@ struct Kernels {
                       float* out);
     void (*scale_f64)(const double* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,
                       double* out);
+    // Of k-means (kmeans_kernel.h): the place of the largest score less half, and sum += weight x.
+    void (*nearest)(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels);
+    void (*add_row)(const float* x, double weight, int64_t d, double* sum);
 };
 
 // The kernels for an instruction set, the best this processor has for "" or null; an error when it lacks that one.

@@ -14,6 +14,7 @@
 #define SIMD_WIDTH 8
 #define SIMD_F16C
 #include "advantage_kernel.h"
+#include "kmeans_kernel.h"
 #include "policy_kernel.h"
 #include "sequence_kernel.h"
 #include "swav_kernel.h"

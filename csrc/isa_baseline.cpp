@@ -2,6 +2,7 @@
 #define SIMD_NAMESPACE baseline
 #define SIMD_WIDTH 4
 #include "advantage_kernel.h"
+#include "kmeans_kernel.h"
 #include "policy_kernel.h"
 #include "sequence_kernel.h"
 #include "swav_kernel.h"

@@ -7,6 +7,7 @@
 
 namespace stable_rlhf {
 void bind_advantage(pybind11::module_& m);
+void bind_kmeans(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
 void bind_policy(pybind11::module_& m);
 void bind_policy_call(pybind11::module_& m);
@@ -25,8 +26,8 @@ PYBIND11_MODULE(_C, m) {
         return names;
     });
     m.def("shared_loops", &shared_loops);
-    for (const auto bind : {bind_advantage, bind_memory, bind_policy, bind_policy_call, bind_sequence, bind_swav,
-                            bind_topk, bind_whiten}) {
+    for (const auto bind : {bind_advantage, bind_kmeans, bind_memory, bind_policy, bind_policy_call, bind_sequence,
+                            bind_swav, bind_topk, bind_whiten}) {
         bind(m);
     }
 }

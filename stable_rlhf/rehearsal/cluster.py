@@ -417,6 +417,8 @@ def cluster_embeddings(
             result = kmeans.lloyd(train, start, niter=niter, spherical=spherical)
             centroids, iterations = result.centroids, result.iterations
             assignment = kmeans.assign(train if method == "gmm" else rows, centroids, spherical=spherical)
+            if method == "kmeans":
+                inertia = float(kmeans.distances(rows, centroids, assignment).sum(dtype=np.float64))
     # What follows is other libraries' code, with as many BLAS threads as they like.
     if backend != "cpu" or method == "gmm":
         held = train.whole()
@@ -433,9 +435,9 @@ def cluster_embeddings(
             if not converged:
                 _note(notes, f"the mixture had not converged after {niter} iterations")
         assignment = _stream(rows, nearest)
-    with kmeans.open_rows(embeddings, scale=scale, threads=threads) as rows:
-        rows.offset = offset
-        inertia = float(kmeans.distances(rows, centroids, assignment).sum(dtype=np.float64))
+        with kmeans.open_rows(embeddings, scale=scale, threads=threads) as rows:
+            rows.offset = offset
+            inertia = float(kmeans.distances(rows, centroids, assignment).sum(dtype=np.float64))
     if offset is not None:
         centroids = centroids + offset
     return Clusters(

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from stable_rlhf.rehearsal.device_rows import ONES, DeviceRows, parts_width, split
-from stable_rlhf.rehearsal.kmeans import INIT_ROWS, LARGEST_PROPOSAL, filled_up
+from stable_rlhf.rehearsal.kmeans import INIT_ROWS, filled_up
 from stable_rlhf.show.progress import progress
 
 SCORE_BYTES = 32 << 20  # scores that stay in the second-level cache between the product and the arg-max
 WIDEST = 4096  # centroids of one product
+LARGEST_PROPOSAL = 128  # rows of one batch of k-means++, whose distances to all others are held
 RUN = 128  # rows of one cluster that are added up in float32
 _EQUAL = 1e-12  # of two squared lengths: what rounding leaves of the distance between equal rows
 

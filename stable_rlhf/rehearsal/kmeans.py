@@ -8,12 +8,14 @@ them), and it makes every number independent of how many threads there are: the 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from stable_rlhf.show.progress import progress
 
 BLOCK_ROWS = 2048  # 8 MB of scores at c = 1,000; of 256 to 4,096 rows the fastest at c = 100 and c = 1,000
 INIT_ROWS = 16_384  # k-means++ draws from this many rows, or 32 a cluster where that is more
-LARGEST_PROPOSAL = 128
+LARGEST_PROPOSAL = 256
 _LONG_OFFSET = 1e4  # squared length of an offset over the rows' variance
 
 Result = TypeVar("Result")
@@ -29,9 +31,7 @@ Result = TypeVar("Result")
 
 def default_threads() -> int:
     """As many threads as BLAS may use at the moment (OMP_NUM_THREADS and threadpoolctl's limits count)."""
-    from threadpoolctl import threadpool_info
-
-    limits = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    limits = [pool["num_threads"] for pool in _libraries().info() if pool["user_api"] == "blas"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, min(limits, default=cores)))
 
@@ -47,6 +47,15 @@ class Rows:
         self.array, self.scale = array, scale
         self.offset: np.ndarray | None = None
         self._pool, self._threads = pool, threads
+        self._local = threading.local()
+
+    def scratch(self, length: int, width: int) -> np.ndarray:
+        """float32 [length, width] of this thread's own, over the last one it had: fresh pages cost as much as a small
+        product."""
+        held = getattr(self._local, "held", None)
+        if held is None or held.size < length * width:
+            held = self._local.held = np.empty(length * width, dtype=np.float32)
+        return held[: length * width].reshape(length, width)
 
     def of(self, array: np.ndarray) -> Rows:
         """Other rows [m, d], as they are, on the same threads."""
@@ -81,24 +90,47 @@ class Rows:
 
     def map(self, work: Callable[[int], Result]) -> Iterator[tuple[int, Result]]:
         """(start, work(start)) of every block in order; few are under way at a time, so results do not pile up."""
-        waiting: deque[tuple[int, Any]] = deque()
+        waiting: deque[tuple[int, Future[Result]]] = deque()
         for start in range(0, len(self.array), BLOCK_ROWS):
+            if self._threads == 1:
+                yield start, work(start)
+                continue
             waiting.append((start, self._pool.submit(work, start)))
             if len(waiting) > 2 * self._threads:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield _first(waiting, work)
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield _first(waiting, work)
+
+
+def _first(waiting: deque[tuple[int, Future[Result]]], work: Callable[[int], Result]) -> tuple[int, Result]:
+    """The first block's result; while others are at it, the caller, who is one of the threads, works on what none has
+    begun."""
+    while not waiting[0][1].done():
+        place = next((place for place, (_, future) in enumerate(waiting) if future.cancel()), None)
+        if place is None:
+            break
+        start, _ = waiting[place]
+        mine: Future[Result] = Future()
+        mine.set_result(work(start))
+        waiting[place] = start, mine
+    start, future = waiting.popleft()
+    return start, future.result()
+
+
+@cache
+def _libraries() -> Any:
+    """What sets BLAS's threads. To look through the process's libraries takes milliseconds; numpy's is among them."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 @contextmanager
 def open_rows(array: np.ndarray, *, scale: np.ndarray | None = None, threads: int | None = None) -> Iterator[Rows]:
     """`Rows` with their threads; while it is open, BLAS uses one thread a call, in the whole process."""
-    from threadpoolctl import threadpool_limits
-
     threads = default_threads() if threads is None else threads
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+    helpers = max(threads - 1, 1)  # the caller works too
+    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(helpers) as pool:
         yield Rows(array, pool, threads, scale)
 
 
@@ -129,6 +161,13 @@ def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
     return mean.astype(np.float32) if spread * _LONG_OFFSET < shared else None
 
 
+def _kernels() -> tuple[Any | None, str]:
+    """The C++ module, or None, and the instruction set to run; imported late, for it takes torch along."""
+    from stable_rlhf.ops.backends import cpu_isa, extension
+
+    return extension(), cpu_isa()
+
+
 class _Nearest:
     """Finds the nearest centroid of every row of a block; ties go to the lower number."""
 
@@ -141,12 +180,74 @@ class _Nearest:
         self.matrix = np.ascontiguousarray(apart.T.astype(np.float32))  # [d, c]
         # On the sphere all centroids have the same length, so nothing is subtracted (nor need rows be scaled).
         self.half = None if spherical else (((apart * (wide + middle)).sum(axis=1)) / 2).astype(np.float32)
+        self._module, self._isa = _kernels()
 
-    def __call__(self, block: np.ndarray) -> np.ndarray:
-        scores = block @ self.matrix  # [rows, c]
+    def __call__(self, rows: Rows, block: np.ndarray, labels: np.ndarray) -> None:
+        """Write the nearest of every row into `labels`, int32 [block], contiguous."""
+        scores = self._scores(rows, block)
+        if self._module is not None:
+            self._module.kmeans_nearest(
+                scores.ctypes.data, _address(self.half), *scores.shape, labels.ctypes.data, self._isa
+            )
+            return
         if self.half is not None:
             scores -= self.half
-        return scores.argmax(axis=1)
+        labels[:] = scores.argmax(axis=1)
+
+    def moves(self, rows: Rows, start: int, labels: np.ndarray) -> _Change | None:
+        """Update the `labels` of the block at `start`; what that changes in its clusters, or None."""
+        block = rows.block(start)
+        here = slice(start, start + len(block))
+        if self._module is None:
+            new = np.empty(len(block), dtype=np.int32)
+            self(rows, block, new)
+            return _changed(block, None if rows.scale is None else rows.scale[here], labels[here], new)
+        scores = self._scores(rows, block)
+        (n, c), d = scores.shape, block.shape[1]
+        room = min(c, 2 * n)
+        change = _Change(np.empty(room, np.int32), np.empty(room, np.int64), np.empty((room, d)))
+        scale = None if rows.scale is None else np.ascontiguousarray(rows.scale[here], dtype=np.float32)
+        number = self._module.kmeans_moves(
+            scores.ctypes.data, _address(self.half), block.ctypes.data, _address(scale), n, c, d,
+            labels[here].ctypes.data, change.clusters.ctypes.data, change.counts.ctypes.data, change.sums.ctypes.data,
+            self._isa,
+        )  # fmt: skip
+        return _Change(*(part[:number] for part in change)) if number else None
+
+    def _scores(self, rows: Rows, block: np.ndarray) -> np.ndarray:
+        return np.matmul(block, self.matrix, out=rows.scratch(len(block), self.matrix.shape[1]))
+
+
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+class _Change(NamedTuple):
+    """What a block's moved rows change in `clusters`: how many more there are, and sums of rows come minus gone."""
+
+    clusters: np.ndarray  # int32 [m], each once
+    counts: np.ndarray  # int64 [m]
+    sums: np.ndarray  # float64 [m, d]
+
+
+def _changed(block: np.ndarray, scale: np.ndarray | None, labels: np.ndarray, new: np.ndarray) -> _Change | None:
+    """`_C.kmeans_moves` without the C++ module: sums in the same order, with the same bits."""
+    from scipy.sparse import csr_matrix
+
+    moved = np.flatnonzero(new != labels)
+    if not len(moved):
+        return None
+    weight = np.ones(len(moved)) if scale is None else scale[moved].astype(np.float64)
+    into, out_of = new[moved], labels[moved]
+    left = np.flatnonzero(out_of >= 0)
+    touched, place = np.unique(np.concatenate([into, out_of[left]]), return_inverse=True)
+    columns = np.concatenate([np.arange(len(moved)), left])
+    values = np.concatenate([weight, -weight[left]])
+    change = csr_matrix((values, (place, columns)), shape=(len(touched), len(moved)))
+    count = np.bincount(place[: len(moved)], minlength=len(touched))
+    count -= np.bincount(place[len(moved) :], minlength=len(touched))
+    labels[moved] = into
+    return _Change(touched, count, change @ block[moved].astype(np.float64))
 
 
 def distances(rows: Rows, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -165,15 +266,15 @@ def distances(rows: Rows, centroids: np.ndarray, labels: np.ndarray) -> np.ndarr
 def assign(rows: Rows, centroids: np.ndarray, *, spherical: bool) -> np.ndarray:
     """int64 [n], the nearest centroid of every row."""
     nearest = _Nearest(centroids, spherical)
-    assignment = np.empty(len(rows), dtype=np.int64)
+    assignment = np.empty(len(rows), dtype=np.int32)
 
     def work(start: int) -> None:
-        assignment[start : start + BLOCK_ROWS] = nearest(rows.block(start))
+        nearest(rows, rows.block(start), assignment[start : start + BLOCK_ROWS])
 
     with progress("assigning", total=len(rows), unit="rows") as bar:
         for _ in rows.map(work):
             bar.advance(min(BLOCK_ROWS, len(rows) - bar.done))
-    return assignment
+    return assignment.astype(np.int64)
 
 
 @dataclass
@@ -189,41 +290,18 @@ def lloyd(rows: Rows, centroids: np.ndarray, *, niter: int, spherical: bool) -> 
     Sums are kept in float64 and changed by the rows that moved only. A cluster that became empty takes over the row
     that is farthest from its own centroid.
     """
-    from scipy.sparse import csr_matrix
-
     c, d = centroids.shape
     labels = np.full(len(rows), -1, dtype=np.int32)
     sums, sizes = np.zeros((c, d)), np.zeros(c, dtype=np.int64)
-
-    def work(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        block = rows.block(start)
-        new = nearest(block).astype(np.int32)
-        old = labels[start : start + len(block)]
-        moved = np.flatnonzero(new != old)
-        if not len(moved):
-            return None
-        weight = np.ones(len(moved)) if rows.scale is None else rows.scale[start + moved].astype(np.float64)
-        into, out_of = new[moved], old[moved]
-        left = np.flatnonzero(out_of >= 0)
-        touched, place = np.unique(np.concatenate([into, out_of[left]]), return_inverse=True)
-        columns = np.concatenate([np.arange(len(moved)), left])
-        values = np.concatenate([weight, -weight[left]])
-        change = csr_matrix((values, (place, columns)), shape=(len(touched), len(moved)))
-        count = np.bincount(place[: len(moved)], minlength=len(touched))
-        count -= np.bincount(place[len(moved) :], minlength=len(touched))
-        old[moved] = into
-        return touched, count, change @ block[moved].astype(np.float64)
-
     done, converged = 0, False
     with progress("k-means", total=niter, unit="iterations") as bar:
         while done < niter and not converged:
             nearest = _Nearest(centroids, spherical)
             converged = True
-            for _, change in rows.map(work):
+            for _, change in rows.map(partial(nearest.moves, rows, labels=labels)):
                 if change is not None:
-                    touched, count, difference = change
-                    sums[touched] += difference
-                    sizes[touched] += count
+                    sums[change.clusters] += change.sums
+                    sizes[change.clusters] += change.counts
                     converged = False
             if converged:
                 break
@@ -266,13 +344,19 @@ def _refill(rows: Rows, labels: np.ndarray, centroids: np.ndarray, sums: np.ndar
             sums[into], sizes[into], labels[place] = row, 1, into
 
 
+def _apart(squared: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Squared distances [..., n] to rows of these squared lengths: what rounding leaves of equal rows is none."""
+    squared[squared < 2e-6 * lengths] = 0.0
+    return squared
+
+
 def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Places of `num_clusters` first centroids by k-means++ over at most max(16,384, 32 c) rows, int64 [c].
 
     Each centroid is drawn with probability proportional to the squared distance D^2 from those before it. Drawing one
     at a time reads all rows c times. Here a batch of proposals is drawn from the distribution before the batch; each is
-    accepted with probability (its D^2 by now) / (its D^2 when drawn): exactly the right distribution, for the price
-    of one matrix product a batch.
+    accepted with probability (its D^2 by now) / (its D^2 when drawn): exactly the right distribution. To decide takes
+    products of the proposals with each other; all rows are read once a batch, for those that were accepted.
 
     distinct: places of `num_clusters` rows of which no two are equal, used where distances of the rest are all 0.
     """
@@ -282,36 +366,38 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
     around = rows.take(places)
     # Distances come from products here: an offset that all rows share would drown them in rounding.
     sample = rows.of(around - around.mean(axis=0, dtype=np.float64).astype(np.float32))
-    lengths = squared_lengths(sample).astype(np.float64)
-    nearest = np.full(count, np.inf)
+    lengths = squared_lengths(sample)
+    nearest = np.full(count, np.inf, dtype=np.float32)
     chosen: list[int] = []
     proposals = np.array([generator.integers(count)])
+
+    def approach(taken: np.ndarray, lengths_taken: np.ndarray, start: int) -> None:
+        block = sample.block(start)
+        here = slice(start, start + len(block))
+        products = np.matmul(taken, block.T, out=sample.scratch(len(taken), len(block)))
+        products *= -2
+        products += lengths_taken[:, None]
+        np.minimum(nearest[here], _apart(products.min(axis=0) + lengths[here], lengths[here]), out=nearest[here])
+
     while True:
-        candidates = sample.array[proposals]
-        products = np.empty((len(proposals), count), dtype=np.float32)
-
-        def work(start: int, candidates: np.ndarray = candidates, products: np.ndarray = products) -> None:
-            np.matmul(candidates, sample.block(start).T, out=products[:, start : start + BLOCK_ROWS])
-
-        for _ in sample.map(work):
-            pass
-        both = lengths[proposals, None] + lengths
-        squared = both - 2.0 * products
-        # What rounding leaves of the distance between equal rows is no distance.
-        squared[squared < 1e-6 * both] = 0.0
-        before = nearest[proposals]
-        for index, place in enumerate(proposals):
-            now = nearest[place]
-            fresh = bool(np.isinf(before[index]))
-            if (fresh or generator.random() * before[index] < now) and len(chosen) < num_clusters:
-                chosen.append(int(place))
-                np.minimum(nearest, squared[index], out=nearest)
-                nearest[place] = 0.0
-        total = float(nearest.sum())
-        if len(chosen) == num_clusters or total <= 0:
+        candidates, own = sample.array[proposals], lengths[proposals]
+        apart = _apart(own[:, None] + own - 2 * (candidates @ candidates.T), own)
+        now, accepted = nearest[proposals], []
+        for index, before in enumerate(now.tolist()):
+            fresh = np.isinf(before)
+            if (fresh or generator.random() * before < now[index]) and len(chosen) < num_clusters:
+                accepted.append(index)
+                chosen.append(int(proposals[index]))
+                np.minimum(now, apart[index], out=now)
+        if len(chosen) == num_clusters:
             break
-        size = min(max(len(chosen) // 2, 1), num_clusters - len(chosen), LARGEST_PROPOSAL)
-        ends = np.cumsum(nearest)
+        for _ in sample.map(partial(approach, candidates[accepted], own[accepted])) if accepted else ():
+            pass
+        nearest[proposals[accepted]] = 0.0
+        ends = np.cumsum(nearest, dtype=np.float64)
+        if ends[-1] <= 0:
+            break
+        size = min(2 * (num_clusters - len(chosen)), LARGEST_PROPOSAL)
         drawn = np.searchsorted(ends, generator.random(size) * ends[-1], side="right")
         proposals = np.minimum(drawn, count - 1)
     return filled_up(places[chosen], num_clusters, distinct, rows.take)

@@ -1,0 +1,62 @@
+// The two loops of k-means, written once for every instruction set (simd.h).
+#include "simd.h"
+
+namespace stable_rlhf {
+namespace SIMD_NAMESPACE {
+
+// Whether a comparison holds in some lane.
+inline bool any(const Ints& holds) {
+#if SIMD_WIDTH == 16
+    return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif SIMD_WIDTH == 8
+    return _mm256_movemask_epi8((__m256i)holds) != 0;
+#else
+    return (holds[0] | holds[1] | holds[2] | holds[3]) != 0;
+#endif
+}
+
+// labels[i]: the first of the largest scores[i, :] - half[:] of c; half may be null.
+void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float* row = scores + i * c;
+        // The largest first, its place then, from numbers that are in the nearest cache by now: two loops without a
+        // dependence from element to element but the maximum's.
+        float best = -INFINITY;
+        int64_t at = 0;
+        if (c >= kWidth) {
+            Floats top = splat(-INFINITY);
+            for (; at + kWidth <= c; at += kWidth) {
+                top = larger(half ? load(row + at) - load(half + at) : load(row + at), top);
+            }
+            best = horizontal_max(top);
+        }
+        for (int64_t rest = at; rest < c; ++rest) {
+            const float value = half ? row[rest] - half[rest] : row[rest];
+            best = value > best ? value : best;
+        }
+        int64_t place = 0;
+        const Floats wanted = splat(best);
+        for (; place + kWidth <= c; place += kWidth) {
+            const Ints equal = (half ? load(row + place) - load(half + place) : load(row + place)) == wanted;
+            if (any(equal)) break;
+        }
+        while (place < c && (half ? row[place] - half[place] : row[place]) != best) ++place;
+        labels[i] = place < c ? static_cast<int32_t>(place) : 0;  // no number at all
+    }
+}
+
+// sum += weight x in float64; the products of two float32 numbers are exact there.
+void add_row(const float* x, double weight, int64_t d, double* sum) {
+    typedef double Wide __attribute__((vector_size(sizeof(double) * kWidth)));
+    int64_t at = 0;
+    for (; at + kWidth <= d; at += kWidth) {
+        Wide total;
+        memcpy(&total, sum + at, sizeof(total));
+        total += __builtin_convertvector(load(x + at), Wide) * weight;
+        memcpy(sum + at, &total, sizeof(total));
+    }
+    for (; at < d; ++at) sum[at] += static_cast<double>(x[at]) * weight;
+}
+
+}  // namespace SIMD_NAMESPACE
+}  // namespace stable_rlhf
