@@ -6,7 +6,7 @@
 
 #define DECLARE_KERNELS(name)                                                                                      \
     namespace name {                                                                                               \
-    void run_rows(const Rows& call, int64_t begin, int64_t end);                                                   \
+    void run_rows(const Rows& call, int64_t begin, int64_t end, float* scratch);                                   \
     void run_peaks(const Columns& call, int64_t begin, int64_t end);                                               \
     void run_masses(const Columns& call, int64_t begin, int64_t end);                                              \
     double sum(const float* x, int64_t n);                                                                         \
@@ -24,12 +24,15 @@
                    double* out);                                                                                   \
     void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels);                   \
     void add_row(const float* x, double weight, int64_t d, double* sum);                                           \
+    bool unit_rows(const UnitRows& call, int64_t begin, int64_t end);                                              \
+    void unit_rows_back(const UnitRows& call, int64_t begin, int64_t end);                                         \
     }
 #define KERNELS_OF(name)                                                                                   \
     Kernels {                                                                                              \
         #name, name::run_rows, name::run_peaks, name::run_masses, name::sum, name::exponentials,           \
             name::pair_terms, name::k3, name::swav_columns, name::swav_rows, name::moments_f32,            \
-            name::moments_f64, name::scale_f32, name::scale_f64, name::nearest, name::add_row              \
+            name::moments_f64, name::scale_f32, name::scale_f64, name::nearest, name::add_row,             \
+            name::unit_rows, name::unit_rows_back                                                          \
     }
 
 namespace stable_rlhf {

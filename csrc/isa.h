@@ -4,12 +4,13 @@
 #include "advantage.h"
 #include "policy.h"
 #include "swav.h"
+#include "unit_rows.h"
 
 namespace stable_rlhf {
 
 struct Kernels {
     const char* name;
-    void (*rows)(const Rows&, int64_t begin, int64_t end);
+    void (*rows)(const Rows&, int64_t begin, int64_t end, float* scratch);  // scratch: kept_floats(vocabulary)
     void (*peaks)(const Columns&, int64_t begin, int64_t end);
     void (*masses)(const Columns&, int64_t begin, int64_t end);
     double (*sum)(const float* x, int64_t n);
@@ -29,6 +30,8 @@ struct Kernels {
     // Of k-means (kmeans_kernel.h): the place of the largest score less half, and sum += weight x.
     void (*nearest)(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels);
     void (*add_row)(const float* x, double weight, int64_t d, double* sum);
+    bool (*unit_rows)(const UnitRows&, int64_t begin, int64_t end);
+    void (*unit_rows_back)(const UnitRows&, int64_t begin, int64_t end);
 };
 
 // The kernels for an instruction set, the best this processor has for "" or null; an error when it lacks that one.

@@ -18,6 +18,7 @@
 #include "policy_kernel.h"
 #include "sequence_kernel.h"
 #include "swav_kernel.h"
+#include "unit_rows_kernel.h"
 #include "whiten_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

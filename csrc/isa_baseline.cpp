@@ -6,4 +6,5 @@
 #include "policy_kernel.h"
 #include "sequence_kernel.h"
 #include "swav_kernel.h"
+#include "unit_rows_kernel.h"
 #include "whiten_kernel.h"

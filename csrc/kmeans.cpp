@@ -1,10 +1,8 @@
 // One block of rows in an iteration of Lloyd's algorithm: who is nearest, and what that changes in the sums.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
-#include <string>
 #include <vector>
 
+#include "fields.h"
 #include "isa.h"
 
 namespace stable_rlhf {
@@ -13,19 +11,27 @@ namespace {
 struct Block {
     const float* scores;  // [n, c] products with the centroids
     const float* half;    // [c] to subtract, or null
+    int64_t n, c;
+    int32_t* labels;      // [n] the clusters before, -1 for none; the clusters now
+    const char* isa;
+    // Of `moves` alone:
     const float* rows;    // [n, d]
     const float* scale;   // [n] what a row counts, or null
-    int64_t n, c, d;
-    int32_t* labels;      // [n] the clusters before, -1 for none; the clusters now
+    int64_t d;
     int32_t* touched;     // the clusters whose rows changed; room for the smaller of c and 2 n, like the next two
     int64_t* counts;      // [touched] rows more
     double* sums;         // [touched, d] sum of rows that came minus sum of rows that went
 };
 
+void nearest(const Block& block) {
+    kernels(block.isa).nearest(block.scores, block.half, block.n, block.c, block.labels);
+}
+
 // The number of touched clusters. Rows that came are added before rows that went are subtracted, both in order.
-int64_t moves(const Block& block, const Kernels& kernels) {
+int64_t moves(const Block& block) {
+    const Kernels& chosen = kernels(block.isa);
     std::vector<int32_t> now(block.n), slots(block.c, -1);
-    kernels.nearest(block.scores, block.half, block.n, block.c, now.data());
+    chosen.nearest(block.scores, block.half, block.n, block.c, now.data());
     int64_t number = 0;
     const auto add = [&](int32_t cluster, int64_t row, int sign) {
         int32_t& slot = slots[cluster];
@@ -37,7 +43,7 @@ int64_t moves(const Block& block, const Kernels& kernels) {
         }
         block.counts[slot] += sign;
         const double weight = block.scale ? block.scale[row] : 1.0;
-        kernels.add_row(block.rows + row * block.d, sign * weight, block.d, block.sums + slot * block.d);
+        chosen.add_row(block.rows + row * block.d, sign * weight, block.d, block.sums + slot * block.d);
     };
     for (int64_t i = 0; i < block.n; ++i) {
         if (now[i] != block.labels[i]) add(now[i], i, 1);
@@ -52,23 +58,14 @@ int64_t moves(const Block& block, const Kernels& kernels) {
 }  // namespace
 
 void bind_kmeans(pybind11::module_& m) {
-    const auto floats = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
-    m.def("kmeans_nearest",
-          [=](std::uintptr_t scores, std::uintptr_t half, int64_t n, int64_t c, std::uintptr_t labels,
-              const std::string& isa) {
-              kernels(isa.c_str()).nearest(floats(scores), floats(half), n, c, reinterpret_cast<int32_t*>(labels));
-          },
-          pybind11::call_guard<pybind11::gil_scoped_release>());
-    m.def("kmeans_moves",
-          [=](std::uintptr_t scores, std::uintptr_t half, std::uintptr_t rows, std::uintptr_t scale, int64_t n,
-              int64_t c, int64_t d, std::uintptr_t labels, std::uintptr_t touched, std::uintptr_t counts,
-              std::uintptr_t sums, const std::string& isa) {
-              return moves({floats(scores), floats(half), floats(rows), floats(scale), n, c, d,
-                            reinterpret_cast<int32_t*>(labels), reinterpret_cast<int32_t*>(touched),
-                            reinterpret_cast<int64_t*>(counts), reinterpret_cast<double*>(sums)},
-                           kernels(isa.c_str()));
-          },
-          pybind11::call_guard<pybind11::gil_scoped_release>());
+    const std::initializer_list<Field<Block>> fields = {
+        STABLE_RLHF_FIELD(Block, scores),  STABLE_RLHF_FIELD(Block, half),   STABLE_RLHF_FIELD(Block, n),
+        STABLE_RLHF_FIELD(Block, c),       STABLE_RLHF_FIELD(Block, labels), STABLE_RLHF_FIELD(Block, isa),
+        STABLE_RLHF_FIELD(Block, rows),    STABLE_RLHF_FIELD(Block, scale),  STABLE_RLHF_FIELD(Block, d),
+        STABLE_RLHF_FIELD(Block, touched), STABLE_RLHF_FIELD(Block, counts), STABLE_RLHF_FIELD(Block, sums),
+    };
+    define<Block>(m, "kmeans_nearest", fields, nearest);
+    define<Block>(m, "kmeans_moves", fields, moves);
 }
 
 }  // namespace stable_rlhf

@@ -13,13 +13,22 @@ namespace {
 
 constexpr double kLogit = 1.0;  // nanoseconds of one thread for a logit
 
+// One row's exponentials, 4 bytes a word of the vocabulary, from call to call: fresh pages would cost as much as they save.
+float* kept_by_this_thread(const Rows& call) {
+    thread_local std::vector<float> kept;
+    if (call.mode != RowsMode::policy) return nullptr;
+    const size_t line = 64, needed = static_cast<size_t>(kept_floats(call.vocabulary)) + line / sizeof(float);
+    if (kept.size() < needed) kept.resize(needed);
+    return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(kept.data()) + line - 1) / line * line);
+}
+
 }  // namespace
 
 int64_t rows(const Rows& call) {
     const Kernels& chosen = kernels(call.isa);
     const double width = static_cast<double>(call.vocabulary);
     parallel_for(call.count, 4, kLogit * width, call.num_threads,
-                 [&](int64_t begin, int64_t end) { chosen.rows(call, begin, end); });
+                 [&](int64_t begin, int64_t end) { chosen.rows(call, begin, end, kept_by_this_thread(call)); });
     if (call.mode == RowsMode::statistics) return 0;
     if (call.mode == RowsMode::given || call.kept == nullptr) return call.count;
 

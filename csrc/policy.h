@@ -71,6 +71,9 @@ struct Rows : PolicyTerms {
     const char* isa;              // one of isa_names(), or "" for the best this processor has
 };
 
+// Floats that a thread needs beside a row: what `policy` keeps of it from statistics to gradient, in blocks of 1024.
+static constexpr int64_t kept_floats(int64_t vocabulary) { return (vocabulary + 1023) / 1024 * (1024 + 1); }
+
 // Runs one chunk and returns the number of gradient rows that count.
 int64_t rows(const Rows& call);
 

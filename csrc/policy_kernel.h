@@ -1,12 +1,12 @@
 // The row kernel, written once for every instruction set (simd.h).
+#include "halves.h"
 #include "policy.h"
-#include "simd.h"
 
 namespace stable_rlhf {
 namespace SIMD_NAMESPACE {
 
 constexpr int kBlock = 1024;  // floats held in the first cache between two passes over a block
-static_assert(kBlock % kWidth == 0, "a block holds whole vectors");
+static_assert(kBlock % kWidth == 0 && kept_floats(1) == kBlock + 1, "a block holds whole vectors");
 
 inline Floats tanh_of(Floats x) {
     const Floats size = x < Floats{} ? -x : x;
@@ -17,111 +17,6 @@ inline Floats tanh_of(Floats x) {
     const Floats y = size < splat(0.15f) ? near : far;
     return x < Floats{} ? -y : y;
 }
-
-struct BFloat16 {
-    uint16_t raw;
-};
-struct Float16 {
-    uint16_t raw;
-};
-
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) {
-    const uint32_t raw = uint32_t(x.raw) << 16;
-    float y;
-    memcpy(&y, &raw, 4);
-    return y;
-}
-inline float widen(Float16 x) {
-    const uint32_t sign = uint32_t(x.raw & 0x8000) << 16;
-    uint32_t rest = uint32_t(x.raw & 0x7fff) << 13;
-    float y;
-    memcpy(&y, &rest, 4);
-    if ((x.raw & 0x7c00) == 0x7c00) {  // infinity or NaN
-        rest |= 0x7f800000u;
-    } else {
-        y *= 5.192296858534828e+33f;  // 2^112: the exponent's bias, right for subnormals too
-        memcpy(&rest, &y, 4);
-    }
-    rest |= sign;
-    memcpy(&y, &rest, 4);
-    return y;
-}
-inline void narrow(float x, float* out) { *out = x; }
-inline void narrow(float x, BFloat16* out) {
-    uint32_t raw;
-    memcpy(&raw, &x, 4);
-    if (x != x) {
-        out->raw = 0x7fc0;
-    } else {
-        out->raw = uint16_t((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);  // to nearest, ties to even
-    }
-}
-inline void narrow(float x, Float16* out) {
-    uint32_t raw;
-    memcpy(&raw, &x, 4);
-    const uint16_t sign = uint16_t((raw >> 16) & 0x8000);
-    float size = x < 0 ? -x : x;
-    if (x != x) {
-        out->raw = 0x7e00;
-    } else if (size >= 65520.0f) {
-        out->raw = uint16_t(sign | 0x7c00);
-    } else if (size < 6.103515625e-5f) {  // subnormal: let float addition round at 2^-24
-        size += 0.5f;
-        memcpy(&raw, &size, 4);
-        out->raw = uint16_t(sign | (raw - 0x3f000000u));
-    } else {
-        memcpy(&raw, &size, 4);
-        raw += 0xfff + ((raw >> 13) & 1);
-        out->raw = uint16_t(sign | ((raw - (112u << 23)) >> 13));
-    }
-}
-
-inline Floats load(const BFloat16* p) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-    Halves half;
-    memcpy(&half, p, sizeof(half));
-    return from_bits(__builtin_convertvector(half, Ints) << 16);
-}
-inline void store(BFloat16* p, Floats x) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-    typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
-    const Words raw = (Words)x;
-    const Words rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
-    const Words number = (Words)(x == x);
-    const Words value = (rounded & number) | (~number & (Words{} + 0x7fc0));
-    const Halves half = __builtin_convertvector(value, Halves);
-    memcpy(p, &half, sizeof(half));
-}
-#ifdef SIMD_F16C
-inline Floats load(const Float16* p) {
-    Floats x;
-    for (int i = 0; i < kWidth; i += 8) {
-        __m128i half;
-        memcpy(&half, p + i, 16);
-        const __m256 wide = _mm256_cvtph_ps(half);
-        memcpy(reinterpret_cast<float*>(&x) + i, &wide, 32);
-    }
-    return x;
-}
-inline void store(Float16* p, Floats x) {
-    for (int i = 0; i < kWidth; i += 8) {
-        __m256 wide;
-        memcpy(&wide, reinterpret_cast<float*>(&x) + i, 32);
-        const __m128i half = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
-        memcpy(p + i, &half, 16);
-    }
-}
-#else
-inline Floats load(const Float16* p) {
-    Floats x;
-    for (int i = 0; i < kWidth; ++i) x[i] = widen(p[i]);
-    return x;
-}
-inline void store(Float16* p, Floats x) {
-    for (int i = 0; i < kWidth; ++i) narrow(x[i], p + i);
-}
-#endif
 
 struct RowShape {
     float inverse_temperature;
@@ -163,8 +58,16 @@ struct RowStatistics {
     float target;     // z of the target
 };
 
-template <typename T, bool kSoftcap>
-RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target, const RowShape& shape) {
+// exp(z - peak) of a row, block by block: what the gradient can be scaled from. Made where a row is in the nearest
+// caches, it is read there again, and no exponential is made twice.
+struct KeptRow {
+    float* values;  // blocks of kBlock
+    float* peaks;   // [blocks] the largest z up to and with each block
+};
+
+template <typename T, bool kSoftcap, bool kKeep>
+RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target, const RowShape& shape,
+                             const KeptRow& kept) {
     alignas(64) float z[kBlock];
     RowStatistics statistics{-__builtin_huge_valf(), 0.0, 0.0, 0.0, 0.0f};
     bool first = true;
@@ -185,6 +88,8 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
             first = false;
         }
         const Floats max = splat(statistics.max);
+        float* const values = kKeep ? kept.values + begin : nullptr;
+        if (kKeep) kept.peaks[begin / kBlock] = statistics.max;
         Floats sum0{}, sum1{}, weighted0{}, weighted1{};
         Ints ones{};  // comparisons are -1 where true
         const int64_t whole = (count + kWidth - 1) / kWidth * kWidth;
@@ -192,7 +97,13 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
         for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
             const Floats a = load(z + i) - max, b = load(z + i + kWidth) - max;
             const Ints top_a = a == Floats{}, top_b = b == Floats{};
-            const Floats ea = top_a ? Floats{} : exp_nonpositive(a), eb = top_b ? Floats{} : exp_nonpositive(b);
+            Floats ea = exp_nonpositive(a), eb = exp_nonpositive(b);
+            if (kKeep) {
+                store(values + i, ea);
+                store(values + i + kWidth, eb);
+            }
+            ea = top_a ? Floats{} : ea;
+            eb = top_b ? Floats{} : eb;
             ones -= top_a + top_b;
             sum0 += ea;
             sum1 += eb;
@@ -202,7 +113,9 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
         if (i < whole) {
             const Floats a = load(z + i) - max;
             const Ints top = a == Floats{};
-            const Floats ea = top ? Floats{} : exp_nonpositive(a);
+            Floats ea = exp_nonpositive(a);
+            if (kKeep) store(values + i, ea);
+            ea = top ? Floats{} : ea;
             ones -= top;
             sum0 += ea;
             weighted0 += ea * a;
@@ -212,6 +125,37 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
         statistics.weighted += double(horizontal_sum(weighted0 + weighted1));
     }
     return statistics;
+}
+
+// The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1. `target_z` is the very z
+// that max and log_sum were made from: another rounding would swamp 1 - p.
+template <bool kSoftcap, bool kEntropy>
+float target_gradient(const RowShape& shape, float target_z, float max, float log_sum, float entropy, float c, float e) {
+    double slope = shape.inverse_temperature;
+    if (kSoftcap) {
+        const double t = double(target_z) * shape.inverse_softcap / shape.inverse_temperature;
+        slope *= 1.0 - t * t;
+    }
+    const double logprob = double(target_z) - double(max) - double(log_sum);
+    double g = -double(c) * expm1(logprob);
+    if (kEntropy) g -= double(e) * exp(logprob) * (logprob + double(entropy));
+    return float(g * slope);
+}
+
+// Gradient of c logprob with respect to the logits of one row, from what its statistics kept. The logits are not read.
+template <typename G>
+void row_gradient_of(const KeptRow& kept, G* gradient, int64_t vocabulary, int64_t target, const RowShape& shape,
+                     const RowStatistics& s, float log_sum, float c) {
+    for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+        const int64_t end = vocabulary - begin < kBlock ? vocabulary : begin + kBlock;
+        const double share = exp(double(kept.peaks[begin / kBlock]) - double(s.max) - double(log_sum));
+        const Floats factor = splat(float(-double(c) * double(shape.inverse_temperature) * share));
+        int64_t i = begin;
+        for (; i + kWidth <= end; i += kWidth) store(gradient + i, load(kept.values + i) * factor);
+        for (; i < end; ++i) narrow(kept.values[i] * factor[0], gradient + i);
+    }
+    if (target < 0 || target >= vocabulary) return;
+    narrow(target_gradient<false, false>(shape, s.target, s.max, log_sum, 0.0f, c, 0.0f), gradient + target);
 }
 
 // Gradient of c logprob + e entropy with respect to the logits of one row. `gradient` may be `logits`, also in a narrower
@@ -224,7 +168,7 @@ void row_gradient(const T* logits, G* gradient, int64_t vocabulary, int64_t targ
     const Floats scale = splat(shape.inverse_temperature), minus_c = splat(-c), minus_e = splat(-e);
     const Floats centre = splat(entropy - log_sum);  // log p + H = (z - max) + centre
     const bool here = target >= 0 && target < vocabulary;
-    float target_z = 0.0f;  // the very z that max and log_sum were made from: another rounding would swamp 1 - p
+    float target_z = 0.0f;
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
         block_z<T, kSoftcap>(logits + begin, count, shape, z);
@@ -249,17 +193,9 @@ void row_gradient(const T* logits, G* gradient, int64_t vocabulary, int64_t targ
             }
         }
     }
-    if (!here) return;
-    // The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1.
-    double slope = shape.inverse_temperature;
-    if (kSoftcap) {
-        const double t = double(target_z) * shape.inverse_softcap / shape.inverse_temperature;
-        slope *= 1.0 - t * t;
+    if (here) {
+        narrow(target_gradient<kSoftcap, kEntropy>(shape, target_z, max, log_sum, entropy, c, e), gradient + target);
     }
-    const double logprob = double(target_z) - double(max) - double(log_sum);
-    double g = -double(c) * expm1(logprob);
-    if (kEntropy) g -= double(e) * exp(logprob) * (logprob + double(entropy));
-    narrow(float(g * slope), gradient + target);
 }
 
 inline double clamped(double x, double bound) { return x > bound ? bound : x < -bound ? -bound : x; }
@@ -318,14 +254,18 @@ inline void coefficients(const PolicyTerms& t, int64_t i, double logprob, float*
 }
 
 template <typename T, typename G, bool kSoftcap>
-void run_row(const Rows& call, int64_t i) {
+void run_row(const Rows& call, int64_t i, const KeptRow& kept) {
     const int64_t at = call.row ? call.row[i] : i;
     const T* logits = static_cast<const T*>(call.logits) + at * call.logits_stride;
     G* gradient = call.gradient ? static_cast<G*>(call.gradient) + at * call.gradient_stride : nullptr;
     const RowShape shape{call.inverse_temperature[i], call.softcap, kSoftcap ? 1.0f / call.softcap : 0.0f};
     const int64_t target = call.target[i];
     if (call.mode != RowsMode::given) {
-        const RowStatistics s = row_statistics<T, kSoftcap>(logits, call.vocabulary, target, shape);
+        // Of a soft cap, and of an entropy term, the gradient asks for z itself.
+        const bool keep = !kSoftcap && call.mode == RowsMode::policy && call.entropy_coef == 0;
+        const RowStatistics s =
+            keep ? row_statistics<T, kSoftcap, !kSoftcap>(logits, call.vocabulary, target, shape, kept)
+                 : row_statistics<T, kSoftcap, false>(logits, call.vocabulary, target, shape, kept);
         const bool here = target >= 0 && target < call.vocabulary;
         const double log_sum = log1p(s.rest + (s.ones - 1.0)), apart = double(s.target) - double(s.max);
         const double mean = s.weighted / (s.ones + s.rest);
@@ -342,6 +282,10 @@ void run_row(const Rows& call, int64_t i) {
             if (!call.kept) memset(gradient, 0, call.vocabulary * sizeof(G));
             return;
         }
+        if (keep) {
+            row_gradient_of(kept, gradient, call.vocabulary, target, shape, s, call.log_sum[i], call.coefficient[i]);
+            return;
+        }
     }
     const float c = call.coefficient[i], e = call.entropy_coefficient ? call.entropy_coefficient[i] : 0.0f;
     if (e != 0.0f) {
@@ -354,21 +298,22 @@ void run_row(const Rows& call, int64_t i) {
 }
 
 template <typename T, typename G>
-void run_rows_of(const Rows& call, int64_t begin, int64_t end) {
+void run_rows_of(const Rows& call, int64_t begin, int64_t end, float* scratch) {
+    const KeptRow kept{scratch, scratch ? scratch + (call.vocabulary + kBlock - 1) / kBlock * kBlock : nullptr};
     for (int64_t i = begin; i < end; ++i) {
-        call.softcap > 0 ? run_row<T, G, true>(call, i) : run_row<T, G, false>(call, i);
+        call.softcap > 0 ? run_row<T, G, true>(call, i, kept) : run_row<T, G, false>(call, i, kept);
     }
 }
 
-void run_rows(const Rows& call, int64_t begin, int64_t end) {
+void run_rows(const Rows& call, int64_t begin, int64_t end, float* scratch) {
     switch (call.type) {
-        case LogitsType::bf16: run_rows_of<BFloat16, BFloat16>(call, begin, end); break;
-        case LogitsType::f16: run_rows_of<Float16, Float16>(call, begin, end); break;
+        case LogitsType::bf16: run_rows_of<BFloat16, BFloat16>(call, begin, end, scratch); break;
+        case LogitsType::f16: run_rows_of<Float16, Float16>(call, begin, end, scratch); break;
         case LogitsType::f32:
             switch (call.gradient_type) {
-                case LogitsType::f32: run_rows_of<float, float>(call, begin, end); break;
-                case LogitsType::bf16: run_rows_of<float, BFloat16>(call, begin, end); break;
-                case LogitsType::f16: run_rows_of<float, Float16>(call, begin, end); break;
+                case LogitsType::f32: run_rows_of<float, float>(call, begin, end, scratch); break;
+                case LogitsType::bf16: run_rows_of<float, BFloat16>(call, begin, end, scratch); break;
+                case LogitsType::f16: run_rows_of<float, Float16>(call, begin, end, scratch); break;
             }
     }
 }

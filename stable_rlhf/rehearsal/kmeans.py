@@ -186,9 +186,7 @@ class _Nearest:
         """Write the nearest of every row into `labels`, int32 [block], contiguous."""
         scores = self._scores(rows, block)
         if self._module is not None:
-            self._module.kmeans_nearest(
-                scores.ctypes.data, _address(self.half), *scores.shape, labels.ctypes.data, self._isa
-            )
+            self._module.kmeans_nearest(**self._fields(scores, labels))
             return
         if self.half is not None:
             scores -= self.half
@@ -208,11 +206,18 @@ class _Nearest:
         change = _Change(np.empty(room, np.int32), np.empty(room, np.int64), np.empty((room, d)))
         scale = None if rows.scale is None else np.ascontiguousarray(rows.scale[here], dtype=np.float32)
         number = self._module.kmeans_moves(
-            scores.ctypes.data, _address(self.half), block.ctypes.data, _address(scale), n, c, d,
-            labels[here].ctypes.data, change.clusters.ctypes.data, change.counts.ctypes.data, change.sums.ctypes.data,
-            self._isa,
+            **self._fields(scores, labels[here]), rows=block.ctypes.data, scale=_address(scale), d=d,
+            touched=change.clusters.ctypes.data, counts=change.counts.ctypes.data, sums=change.sums.ctypes.data,
         )  # fmt: skip
         return _Change(*(part[:number] for part in change)) if number else None
+
+    def _fields(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """What both calls of C++ take."""
+        n, c = scores.shape
+        return {
+            "scores": scores.ctypes.data, "half": _address(self.half), "n": n, "c": c, "labels": labels.ctypes.data,
+            "isa": self._isa,
+        }  # fmt: skip
 
     def _scores(self, rows: Rows, block: np.ndarray) -> np.ndarray:
         return np.matmul(block, self.matrix, out=rows.scratch(len(block), self.matrix.shape[1]))

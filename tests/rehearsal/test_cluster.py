@@ -286,7 +286,9 @@ def test_the_nearest_is_the_first_of_the_best(isa):
         labels = np.empty(200, dtype=np.int32)
         for less in (None, half):
             address = 0 if less is None else less.ctypes.data
-            extension().kmeans_nearest(scores.ctypes.data, address, 200, c, labels.ctypes.data, isa)
+            extension().kmeans_nearest(
+                scores=scores.ctypes.data, half=address, n=200, c=c, labels=labels.ctypes.data, isa=isa
+            )
             np.testing.assert_array_equal(labels, (scores if less is None else scores - less).argmax(1))
 
 

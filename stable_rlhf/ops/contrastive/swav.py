@@ -13,6 +13,7 @@ from stable_rlhf.ops.backends import choice, cpu_isa, extension, register
 from stable_rlhf.ops.checks import check_integer, check_positive, check_tensor
 from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
 from stable_rlhf.ops.groups import group_name, resolve_group, stack_ranks
+from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.operators import loss_operation, requires_grad, shapes_of_gradients
 
 
@@ -157,8 +158,8 @@ def _loss_and_gradients(call: SwavCall) -> tuple[Tensor, ...]:
         v = potentials(scores, call.epsilon, call.iterations, resolve_group(call.group), kernels)
         loss = kernels.loss(scores, v, 1.0 / call.epsilon, 1.0 / call.temperature, 0.5 / call.total, any(needs))
         gradients = [
-            torch.mm(score, prototypes) if need else a.new_empty(0)
-            for score, need in zip(scores, needs[:2], strict=True)
+            torch.mm(score, prototypes, out=fresh(torch.empty_like(view))) if need else a.new_empty(0)
+            for view, score, need in zip(views, scores, needs[:2], strict=True)
         ]
         if needs[2]:
             gradients.append(torch.mm(scores[0].T, a).addmm_(scores[1].T, b))

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops.backends import transformed
+from stable_rlhf.ops.backends import cpu_isa, extension, register, selected, transformed
 from stable_rlhf.ops.checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
 from stable_rlhf.ops.groups import stack_ranks
+from stable_rlhf.ops.memory import fresh
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:
@@ -47,11 +48,54 @@ def _scaled(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return scaled, torch.where(length == 0.0, 1.0, length), scale
 
 
+def _plain(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    scaled, length, scale = _scaled(x, name)
+    return scaled.div_(length).contiguous(), scale / length
+
+
+# -- C++: a row is read from memory once, and once on the way back -----------------------------------------------------
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _compiled(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    module, x = extension(), x.contiguous()
+    assert module is not None
+    unit = fresh(torch.empty(x.shape, dtype=torch.float32, device="cpu"))
+    inverse = unit.new_empty(x.shape[0], 1)
+    finite = module.unit_rows(
+        x=x.data_ptr(), type=_TYPES[x.dtype], rows=x.shape[0], width=x.shape[1], unit=unit.data_ptr(),
+        inverse=inverse.data_ptr(), num_threads=torch.get_num_threads(), isa=cpu_isa(),
+    )  # fmt: skip
+    if not finite and check_values(x.device):
+        check_finite(name, x)
+    return unit, inverse
+
+
+def _compiled_backward(upstream: Tensor, unit: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    module, upstream = extension(), upstream.contiguous()
+    assert module is not None
+    gradient = fresh(torch.empty(unit.shape, dtype=dtype, device="cpu"))
+    module.unit_rows_back(
+        type=_TYPES[dtype], rows=unit.shape[0], width=unit.shape[1], unit=unit.data_ptr(), inverse=inverse.data_ptr(),
+        upstream=upstream.data_ptr(), gradient=gradient.data_ptr(), num_threads=torch.get_num_threads(), isa=cpu_isa(),
+    )  # fmt: skip
+    return gradient
+
+
+register("unit_rows", {"torch": _plain, "cpu": _compiled, "triton": _plain})
+
+# -- the operator ------------------------------------------------------------------------------------------------------
+
+
+def _by_cpp(x: Tensor) -> bool:
+    return x.dtype in _TYPES and selected("unit_rows", x.device) == "cpu"
+
+
 @torch.library.custom_op("stable_rlhf::unit_rows", mutates_args=())
 def unit_rows_operator(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """`unit_rows`, and 1 / |x| [n, 1]."""
-    scaled, length, scale = _scaled(x, name)
-    return scaled.div_(length).contiguous(), scale / length
+    return _compiled(x, name) if _by_cpp(x) else _plain(x, name)
 
 
 @unit_rows_operator.register_fake
@@ -60,9 +104,20 @@ def _(x, name):
     return unit, unit.new_empty(x.shape[0], 1)
 
 
+@torch.library.custom_op("stable_rlhf::unit_rows_backward", mutates_args=())
+def unit_rows_backward(upstream: Tensor, unit: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient by x, in its type; without derivatives of its own."""
+    return _compiled_backward(upstream, unit, inverse, dtype)
+
+
+@unit_rows_backward.register_fake
+def _(upstream, unit, inverse, dtype):
+    return unit.new_empty(unit.shape, dtype=dtype)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.by_cpp = inputs[0].dtype, _by_cpp(inputs[0])
     ctx.save_for_backward(*output)
 
 
@@ -70,6 +125,8 @@ def _through(ctx: Any, upstream: Tensor | None, by_inverse: Tensor | None) -> tu
     unit, inverse_length = ctx.saved_tensors
     gradient = None
     if upstream is not None:
+        if ctx.by_cpp and by_inverse is None and not torch.is_grad_enabled():
+            return unit_rows_backward(upstream, unit, inverse_length, ctx.dtype), None
         # Only what is at right angles to the row turns it.
         along = (upstream * unit).sum(1, keepdim=True)
         gradient = torch.addcmul(upstream, unit, along, value=-1.0).mul_(inverse_length)
