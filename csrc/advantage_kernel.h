@@ -5,21 +5,6 @@
 namespace stable_rlhf {
 namespace SIMD_NAMESPACE {
 
-constexpr int kHalf = kWidth / 2;
-typedef float HalfFloats __attribute__((vector_size(sizeof(float) * kHalf)));
-typedef double Doubles __attribute__((vector_size(sizeof(double) * kHalf)));
-
-inline Doubles load_wide(const float* p) {
-    HalfFloats x;
-    memcpy(&x, p, sizeof(x));
-    return __builtin_convertvector(x, Doubles);
-}
-inline double total(Doubles x) {
-    double y = x[0];
-    for (int i = 1; i < kHalf; ++i) y += x[i];
-    return y;
-}
-
 inline void add(Doubles* sum, Floats x) {
     float lanes[kWidth];
     store(lanes, x);
@@ -44,7 +29,6 @@ double sum(const float* x, int64_t n) {
 
 // exp(x) to 1e-15 of itself for x up to 700; 0 below -700. The reduction is that of exponential() in simd.h.
 inline Doubles exp_wide(Doubles x) {
-    typedef int64_t Longs __attribute__((vector_size(sizeof(int64_t) * kHalf)));
     // |r| is at most 0.347: what is left out is below 4e-18.
     constexpr double kTaylor[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
                                   1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,

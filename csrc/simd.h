@@ -33,6 +33,33 @@ inline Floats load(const float* p) {
     return x;
 }
 inline void store(float* p, Floats x) { memcpy(p, &x, sizeof(x)); }
+// Half as many doubles, in as many bytes: wider vectors live in memory.
+constexpr int kHalf = kWidth / 2;
+typedef float HalfFloats __attribute__((vector_size(sizeof(float) * kHalf)));
+typedef double Doubles __attribute__((vector_size(sizeof(double) * kHalf)));
+typedef int64_t Longs __attribute__((vector_size(sizeof(int64_t) * kHalf)));
+
+inline Doubles load_wide(const float* p) {
+    HalfFloats x;
+    memcpy(&x, p, sizeof(x));
+    return __builtin_convertvector(x, Doubles);
+}
+inline Doubles load_wide(const double* p) {
+    Doubles x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+inline void store_wide(float* p, Doubles x) {
+    const HalfFloats y = __builtin_convertvector(x, HalfFloats);
+    memcpy(p, &y, sizeof(y));
+}
+inline void store_wide(double* p, Doubles x) { memcpy(p, &x, sizeof(x)); }
+inline double total(Doubles x) {
+    double y = x[0];
+    for (int i = 1; i < kHalf; ++i) y += x[i];
+    return y;
+}
+
 // The second operand wins where one is NaN.
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
