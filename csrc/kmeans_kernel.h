@@ -47,14 +47,8 @@ void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32
 
 // sum += weight x in float64; the products of two float32 numbers are exact there.
 void add_row(const float* x, double weight, int64_t d, double* sum) {
-    typedef double Wide __attribute__((vector_size(sizeof(double) * kWidth)));
     int64_t at = 0;
-    for (; at + kWidth <= d; at += kWidth) {
-        Wide total;
-        memcpy(&total, sum + at, sizeof(total));
-        total += __builtin_convertvector(load(x + at), Wide) * weight;
-        memcpy(sum + at, &total, sizeof(total));
-    }
+    for (; at + kHalf <= d; at += kHalf) store_wide(sum + at, load_wide(sum + at) + load_wide(x + at) * weight);
     for (; at < d; ++at) sum[at] += static_cast<double>(x[at]) * weight;
 }
 
