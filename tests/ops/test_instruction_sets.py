@@ -52,7 +52,11 @@ def swav() -> torch.Tensor:
     return ops.swav_loss(*numbers(2, 24, 16), numbers(10, 16))
 
 
-OPS = [rewards, selected_columns, policy_rows, weights, swav]
+def whitened() -> torch.Tensor:
+    return ops.masked_whiten(numbers(9, 301), torch.arange(9 * 301).view(9, 301) % 5 > 0)
+
+
+OPS = [rewards, selected_columns, policy_rows, weights, swav, whitened]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -64,6 +68,38 @@ def test_every_set_of_this_processor_agrees(op, monkeypatch):
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
     assert not math.isnan(float(found[0].sum()))
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.01}, {"softcap": 300.0}], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_whose_blocks_lie_far_apart(dtype, isa, options, monkeypatch):
+    """The largest logit so far changes from block to block of 1,024 by more than exp can tell, up and down."""
+    monkeypatch.setenv("STABLE_RLHF_CPU_ISA", isa)
+    up = torch.linspace(-400, 400, 5003) + numbers(5003)
+    late, early = torch.full((2, 5003), -5.0).unbind()  # 25 below: float64 still tells 1 - p
+    late[-1], early[0] = 20.0, 20.0
+    peaked = numbers(5003)
+    peaked[2047], peaked[2048] = 60.0, 60.0
+    logits = torch.stack([up, up.flip(0), late, early, peaked, torch.zeros(5003)]).to(dtype)
+    target = torch.tensor([5002, 4000, 5002, 1, 2048, 17])
+    config = PolicyLossConfig(**options)
+    given = {"advantage": torch.tensor([1.0, -1, 1, 0.1, 2, 1]), "config": config}
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        leaf = x.detach().requires_grad_()
+        ops.policy_loss(leaf, target, **given).loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad.double()
+
+    exact = gradient(logits.double())
+    own = gradient(logits)
+    with ops.backend("torch"):
+        plain = gradient(logits)
+    assert exact.abs().amax(1).min() > 0
+    for row, (got, other, want) in enumerate(zip(own, plain, exact, strict=True)):
+        error, allowed = ((x - want).norm() / want.norm() for x in (got, other))
+        assert error <= 1.25 * allowed + 1e-6, (row, float(error), float(allowed))
 
 
 @pytest.mark.parametrize("op", OPS)
