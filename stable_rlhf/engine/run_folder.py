@@ -22,6 +22,7 @@ from stable_rlhf.engine.watchdog import watch
 from stable_rlhf.ranks import barrier, on_first_rank, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import begin, say
+from stable_rlhf.system.folders import remove_folder
 from stable_rlhf.system.locks import LOCK, FolderInUse, FolderLock, lock_folder
 
 _MARKER = "run.json"
@@ -208,7 +209,7 @@ class RunDirectory:
                 return
         if working.exists():
             say(f"  an earlier attempt at {name} did not finish: starting it again")
-            shutil.rmtree(working)
+            remove_folder(working)
         working.mkdir(parents=True)
         _note(attempt, {"fingerprint": fingerprint, **key})
 

@@ -29,6 +29,7 @@ from stable_rlhf.engine.tracking import METRICS
 from stable_rlhf.ranks import barrier, on_first_rank, rank, together, world_size
 from stable_rlhf.settings.recipe import CheckpointArguments
 from stable_rlhf.show.progress import is_main_process, say
+from stable_rlhf.system.folders import remove_folder
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -191,7 +192,7 @@ class Snapshots:
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The snapshot to go on from, None without one; ValueError: what is wrong with the one asked for."""
         for leftover in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
+            remove_folder(leftover)
         wanted = self.arguments.resume_from_checkpoint
         if wanted == "none":
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -241,7 +242,7 @@ def _read(path: Path) -> dict[str, Any] | str:
 def _remove(path: Path) -> None:
     """Delete a snapshot; what a kill leaves of it must not look like a damaged one."""
     if path.exists():
-        shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
+        remove_folder(path.rename(path.with_suffix(".old.tmp")))
 
 
 def _words(shape: dict[str, Any]) -> str:

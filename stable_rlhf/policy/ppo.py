@@ -65,6 +65,7 @@ from stable_rlhf.settings.advantages import check_advantages
 from stable_rlhf.settings.recipe import Recipe
 from stable_rlhf.settings.stages import EstimatorName, PPOArguments
 from stable_rlhf.show.progress import is_main_process
+from stable_rlhf.system.folders import remove_folder
 
 
 def check_sizes(arguments: PPOArguments, ranks: int | None = None) -> None:
@@ -252,7 +253,7 @@ class PPOTrainer:
             try:
                 self.rollouts.load(path)
             finally:
-                shutil.rmtree(path.parent)
+                remove_folder(path.parent)
 
         on_first_rank(load, ValueError)  # and nobody samples before the weights are there
 

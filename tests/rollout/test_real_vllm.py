@@ -106,19 +106,27 @@ def test_it_takes_up_the_weights_of_every_step(make, saved, tokenizer, prompts, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tied_head_must_be_sent_by_its_own_name(make, saved, tokenizer, prompts, tmp_path, dtype):
-    """Served as the model says, tied: the CPU server goes on with the old head where none is sent, and answers 200."""
+    """Served as the model says, tied: where the CPU server keeps a copy of the head, packed for products, it goes on
+    with the old one if none is sent, and answers 200. Of bfloat16 some processors have no such copy."""
     with vllm_server(saved, "--dtype", dtype, untied=False) as url:
         policy = trainer(make, tokenizer, url)
         save = policy.engine.save_model
         policy.engine.save_model = lambda folder, **settings: save(folder)
-        with pytest.raises(ValueError, match="has not taken up all of the new weights"):
+        told = ""
+        try:
             policy.train(prompts, tmp_path / "not")
+        except ValueError as error:
+            told = str(error)
         trainer(make, tokenizer, url).train(prompts, tmp_path / "sent")
     first, *later = metric_lines(tmp_path / "not")
     rounding = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
     gaps = [line["logprob_gap"] for line in metric_lines(tmp_path / "sent")]
-    print(dtype, first["logprob_gap"], gaps)
+    print(dtype, first["logprob_gap"], gaps, [line["logprob_gap"] for line in later], told)
     assert len(gaps) == 3 and max(gaps) < rounding and first["logprob_gap"] < rounding
+    if not told:
+        assert dtype == "bfloat16" and len(later) == 2 and max(line["logprob_gap"] for line in later) < rounding
+        return
+    assert "has not taken up all of the new weights" in told
     assert len(later) < (2 if dtype == "bfloat16" else 1)
 
 

@@ -82,6 +82,9 @@ def test_a_read_only_disk(server, cli, disk, files, sft, tmp_path):
     folder = disk("size=100m")
     call = [*small_sft(files), "--output-dir", folder / "out"]
     assert cli(*call, kill="disk/out/sft.tmp/checkpoints/step-00000003").code == -9
+    leftover = folder / "out" / "sft.tmp" / "checkpoints" / "step-00000009.tmp"  # to be removed before all else
+    leftover.mkdir()
+    (leftover / "manifest.json").touch()
     disk("ro")
     before = whole_snapshots(folder / "out" / "sft.tmp", killed=True)
     cli(*call).refused("Read-only file system", str(folder / "out"))
