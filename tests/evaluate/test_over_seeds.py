@@ -335,6 +335,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
         ("rehearsal", ("rehearsal",), "Skill world: what is rehearsed, ten seeds"),
         ("rehearsal", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
         ("rehearsal", ("rehearsal-further",), "Skill world: rules of selection, and the Advantage Model"),
+        ("rehearsal", ("rehearsal-groups",), "Skill world: rehearsal beside GRPO, reward model and Advantage Model"),
         ("lookalikes", ("lookalikes",), "Skill world: lookalikes"),
         ("estimators", ("estimators",), "Skill world: six estimators with and without rehearsal, five seeds"),
     ],
