@@ -4,17 +4,6 @@
 namespace stable_rlhf {
 namespace SIMD_NAMESPACE {
 
-// Whether a comparison holds in some lane.
-inline bool any(const Ints& holds) {
-#if SIMD_WIDTH == 16
-    return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
-#elif SIMD_WIDTH == 8
-    return _mm256_movemask_epi8((__m256i)holds) != 0;
-#else
-    return (holds[0] | holds[1] | holds[2] | holds[3]) != 0;
-#endif
-}
-
 // labels[i]: the first of the largest scores[i, :] - half[:] of c; half may be null.
 void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels) {
     for (int64_t i = 0; i < n; ++i) {

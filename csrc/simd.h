@@ -100,6 +100,17 @@ inline Floats exp_of(Floats x) {
     return x < splat(-87.3f) ? Floats{} : y;
 }
 
+// Whether a comparison holds in some lane.
+inline bool any(const Ints& holds) {
+#if SIMD_WIDTH == 16
+    return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif SIMD_WIDTH == 8
+    return _mm256_movemask_epi8((__m256i)holds) != 0;
+#else
+    return (holds[0] | holds[1] | holds[2] | holds[3]) != 0;
+#endif
+}
+
 inline float horizontal_max(Floats x) {
     float y = x[0];
     for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
