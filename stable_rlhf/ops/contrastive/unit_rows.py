@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stable_rlhf.ops.backends import cpu_isa, extension, register, selected, transformed
+from stable_rlhf.ops.backends import cpu_isa, extension, selected, transformed
 from stable_rlhf.ops.checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
 from stable_rlhf.ops.groups import stack_ranks
 from stable_rlhf.ops.memory import fresh
@@ -83,13 +83,12 @@ def _compiled_backward(upstream: Tensor, unit: Tensor, inverse: Tensor, dtype: t
     return gradient
 
 
-register("unit_rows", {"torch": _plain, "cpu": _compiled, "triton": _plain})
-
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 
 def _by_cpp(x: Tensor) -> bool:
-    return x.dtype in _TYPES and selected("unit_rows", x.device) == "cpu"
+    """Part of two operations, which have the same backends."""
+    return x.dtype in _TYPES and selected("info_nce", x.device) == "cpu"
 
 
 @torch.library.custom_op("stable_rlhf::unit_rows", mutates_args=())
