@@ -196,15 +196,15 @@ class _Nearest:
         """Update the `labels` of the block at `start`; what that changes in its clusters, or None."""
         block = rows.block(start)
         here = slice(start, start + len(block))
+        scale = None if rows.scale is None else rows.scale[here]
         if self._module is None:
             new = np.empty(len(block), dtype=np.int32)
             self(rows, block, new)
-            return _changed(block, None if rows.scale is None else rows.scale[here], labels[here], new)
+            return _changed(block, scale, labels[here], new)
         scores = self._scores(rows, block)
         (n, c), d = scores.shape, block.shape[1]
         room = min(c, 2 * n)
         change = _Change(np.empty(room, np.int32), np.empty(room, np.int64), np.empty((room, d)))
-        scale = None if rows.scale is None else np.ascontiguousarray(rows.scale[here], dtype=np.float32)
         number = self._module.kmeans_moves(
             **self._fields(scores, labels[here]), rows=block.ctypes.data, scale=_address(scale), d=d,
             touched=change.clusters.ctypes.data, counts=change.counts.ctypes.data, sums=change.sums.ctypes.data,

@@ -12,6 +12,7 @@ from stable_rlhf.ops.backends import cpu_isa, extension, selected, transformed
 from stable_rlhf.ops.checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
 from stable_rlhf.ops.groups import stack_ranks
 from stable_rlhf.ops.memory import fresh
+from stable_rlhf.ops.policy.types import LOGITS_TYPES
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:
@@ -55,8 +56,6 @@ def _plain(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 # -- C++: a row is read from memory once, and once on the way back -----------------------------------------------------
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 def _compiled(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     module, x = extension(), x.contiguous()
@@ -64,7 +63,7 @@ def _compiled(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     unit = fresh(torch.empty(x.shape, dtype=torch.float32, device="cpu"))
     inverse = unit.new_empty(x.shape[0], 1)
     finite = module.unit_rows(
-        x=x.data_ptr(), type=_TYPES[x.dtype], rows=x.shape[0], width=x.shape[1], unit=unit.data_ptr(),
+        x=x.data_ptr(), type=LOGITS_TYPES[x.dtype], rows=x.shape[0], width=x.shape[1], unit=unit.data_ptr(),
         inverse=inverse.data_ptr(), num_threads=torch.get_num_threads(), isa=cpu_isa(),
     )  # fmt: skip
     if not finite and check_values(x.device):
@@ -77,7 +76,7 @@ def _compiled_backward(upstream: Tensor, unit: Tensor, inverse: Tensor, dtype: t
     assert module is not None
     gradient = fresh(torch.empty(unit.shape, dtype=dtype, device="cpu"))
     module.unit_rows_back(
-        type=_TYPES[dtype], rows=unit.shape[0], width=unit.shape[1], unit=unit.data_ptr(), inverse=inverse.data_ptr(),
+        type=LOGITS_TYPES[dtype], rows=unit.shape[0], width=unit.shape[1], unit=unit.data_ptr(), inverse=inverse.data_ptr(),
         upstream=upstream.data_ptr(), gradient=gradient.data_ptr(), num_threads=torch.get_num_threads(), isa=cpu_isa(),
     )  # fmt: skip
     return gradient
@@ -88,7 +87,7 @@ def _compiled_backward(upstream: Tensor, unit: Tensor, inverse: Tensor, dtype: t
 
 def _by_cpp(x: Tensor) -> bool:
     """Part of two operations, which have the same backends."""
-    return x.dtype in _TYPES and selected("info_nce", x.device) == "cpu"
+    return x.dtype in LOGITS_TYPES and selected("info_nce", x.device) == "cpu"
 
 
 @torch.library.custom_op("stable_rlhf::unit_rows", mutates_args=())

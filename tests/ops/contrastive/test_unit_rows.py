@@ -7,6 +7,7 @@ import torch
 
 from helpers.interpreter import ISAS
 from stable_rlhf import ops
+from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.contrastive import unit_rows as module
 from stable_rlhf.ops.contrastive.unit_rows import unit_rows
 
@@ -66,16 +67,19 @@ def test_what_is_not_finite_is_named(value, place, isa):
 
 
 def test_the_bits_do_not_depend_on_threads_and_strides():
-    x = torch.randn(4096, 200, generator=torch.Generator().manual_seed(0))
-    upstream = torch.randn(4096, 200, generator=torch.Generator().manual_seed(1))
+    # Loops of less than a millisecond, half a nanosecond a value, stay on one thread.
+    x = torch.randn(16_384, 200, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(16_384, 200, generator=torch.Generator().manual_seed(1))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = with_gradient(x, upstream)
         torch.set_num_threads(3)
+        shared = extension().shared_loops()
         three = with_gradient(x.T.contiguous().T, upstream.T.contiguous().T)
     finally:
         torch.set_num_threads(threads)
+    assert extension().shared_loops() == shared + 2, "the rows and their gradient"
     assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
