@@ -76,8 +76,9 @@ def _compiled_backward(upstream: Tensor, unit: Tensor, inverse: Tensor, dtype: t
     assert module is not None
     gradient = fresh(torch.empty(unit.shape, dtype=dtype, device="cpu"))
     module.unit_rows_back(
-        type=LOGITS_TYPES[dtype], rows=unit.shape[0], width=unit.shape[1], unit=unit.data_ptr(), inverse=inverse.data_ptr(),
-        upstream=upstream.data_ptr(), gradient=gradient.data_ptr(), num_threads=torch.get_num_threads(), isa=cpu_isa(),
+        type=LOGITS_TYPES[dtype], rows=unit.shape[0], width=unit.shape[1], unit=unit.data_ptr(),
+        inverse=inverse.data_ptr(), upstream=upstream.data_ptr(), gradient=gradient.data_ptr(),
+        num_threads=torch.get_num_threads(), isa=cpu_isa(),
     )  # fmt: skip
     return gradient
 
