@@ -16,6 +16,7 @@ void bind_swav(pybind11::module_& m);
 void bind_topk(pybind11::module_& m);
 void bind_unit_rows(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
+void bind_wide_product(pybind11::module_& m);
 }  // namespace stable_rlhf
 
 PYBIND11_MODULE(_C, m) {
@@ -28,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("shared_loops", &shared_loops);
     for (const auto bind : {bind_advantage, bind_kmeans, bind_memory, bind_policy, bind_policy_call, bind_sequence,
-                            bind_swav, bind_topk, bind_unit_rows, bind_whiten}) {
+                            bind_swav, bind_topk, bind_unit_rows, bind_whiten, bind_wide_product}) {
         bind(m);
     }
 }

@@ -14,7 +14,13 @@ from torch import Tensor
 from stable_rlhf.ops.backends import cpu_isa, extension
 from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.policy.types import LOGITS_TYPES
-from stable_rlhf.ops.policy.wide_products import SLICE_BYTES, add_product, narrow_in_place, writes_float32
+from stable_rlhf.ops.policy.wide_products import (
+    SLICE_BYTES,
+    add_product,
+    narrow_in_place,
+    takes_places,
+    writes_float32,
+)
 
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN, which makes the 16-bit products, has no instructions for them. What
 # it does not know it ignores.
@@ -24,7 +30,8 @@ _ONEDNN_WITHOUT_FLOAT16 = _ONEDNN_WITHOUT_BFLOAT16 | {
 }  # fmt: skip
 
 CHUNK_ROWS = 256  # fewer rows keep fewer columns, more rows make better products
-_STEPS = (1.0, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-10)  # thresholds, in units of the tolerance
+_PART_BYTES = 8 << 20  # of the weight's gradient, which is summed while it lies in the cache
+_STEPS = tuple(2.0**-step for step in range(3, 11))  # thresholds, in units of the tolerance
 
 _held = threading.local()
 
@@ -47,7 +54,8 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device,
 
 def release_workspace() -> None:
     """Give back the memory that the losses keep between calls in this thread (CPU; at most `workspace_bytes`,
-    and SLICE_BYTES for inputs of 16 bits). The threads that work on rows each keep 4 bytes a word of the vocabulary."""
+    and SLICE_BYTES for inputs of 16 bits). The threads that work on rows each keep 4 bytes a word of the vocabulary,
+    and one that multiplies in the C++ module at most 8 MiB."""
     vars(_held).clear()
 
 
@@ -61,6 +69,25 @@ def has_native_products(dtype: torch.dtype, device: torch.device) -> bool:
         instructions = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return instructions and limit not in _ONEDNN_WITHOUT_BFLOAT16
     return torch.cpu._is_amx_fp16_supported() and limit not in _ONEDNN_WITHOUT_FLOAT16
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What gradient rows [n, columns] and their hidden states [n, H], of one type, add to the weight's gradient."""
+
+    gradient: Tensor
+    hidden: Tensor
+    columns: Tensor | None  # places in the vocabulary, ascending; None: all of it
+
+    def add_to(self, total: Tensor, rows: slice) -> None:
+        """Adds those `rows` of the weight's gradient that `total` holds, in float32."""
+        if self.columns is None:
+            add_product(self.gradient[:, rows].t(), self.hidden, total, fresh=False)
+            return
+        ends = torch.tensor([rows.start, rows.stop], dtype=torch.int64, device=self.columns.device)
+        begin, end = torch.searchsorted(self.columns, ends).tolist()
+        ours, places = self.gradient[:, begin:end], self.columns[begin:end] - rows.start
+        add_product(ours.t(), self.hidden, total, fresh=False, places=places)
 
 
 class HeadProducts:
@@ -99,6 +126,7 @@ class HeadProducts:
         self.weight_grad: Tensor | None = None
         self.bias_grad: Tensor | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._parts: list[_Part] = []
 
     @property
     def bytes_per_logit(self) -> int:
@@ -123,9 +151,9 @@ class HeadProducts:
         if self.hidden_grad is not None:
             self.hidden_grad = fresh(torch.empty_like(self.hidden_grad, dtype=torch.float32))
 
-    def _slices(self) -> list[slice]:
+    def _slices(self, size: int = SLICE_BYTES) -> list[slice]:
         vocabulary, width = self.weight.shape
-        step = max(1, SLICE_BYTES // (4 * width))
+        step = max(1, size // (4 * width))
         return [slice(begin, min(begin + step, vocabulary)) for begin in range(0, vocabulary, step)]
 
     def _scratch(self, rows: slice) -> Tensor:
@@ -180,13 +208,15 @@ class HeadProducts:
         places = rows[selection.bounded]
         if self.needs[0]:
             assert self.hidden_grad is not None
-            product = self._product(
-                few, self.weight.index_select(0, selection.columns).to(wide), self.hidden_grad.dtype
-            )
+            if not self.sliced and takes_places(self.dtype):
+                product = torch.empty(len(places), self.weight.shape[1], dtype=torch.float32, device="cpu")
+                add_product(few, self.weight, product, fresh=True, rows=selection.columns)
+            else:
+                kept = self.weight.index_select(0, selection.columns).to(wide)
+                product = self._product(few, kept, self.hidden_grad.dtype)
             self.hidden_grad.index_copy_(0, places, product.to(self.hidden_grad.dtype))
         if self.needs[1]:
-            product = self._product(few.t(), self.hidden.index_select(0, places).to(wide), torch.float32)
-            self._weight_sum().index_add_(0, selection.columns, product)
+            self._add_part(_Part(few, self.hidden.index_select(0, places).to(wide), selection.columns))
         if selection.dense.numel():
             self._waiting.append((gradient.index_select(0, selection.dense), rows[selection.dense]))
             if sum(len(places) for _, places in self._waiting) >= CHUNK_ROWS:
@@ -203,13 +233,31 @@ class HeadProducts:
             product = self._through_weight(gradient, self.hidden_grad.dtype)
             self.hidden_grad.index_copy_(0, places, product.to(self.hidden_grad.dtype))
         if self.needs[1]:
-            x = self.hidden.index_select(0, places).to(gradient.dtype)
-            total = self._weight_sum()
-            if gradient.dtype != torch.float32:
-                add_product(gradient.t(), x, total, fresh=False)
-                return
-            for rows in self._slices():
-                total[rows] += torch.mm(gradient[:, rows].t(), x)
+            self._add_part(_Part(gradient, self.hidden.index_select(0, places).to(gradient.dtype), None))
+
+    def _add_part(self, part: _Part) -> None:
+        """Adds a part of the weight's gradient. In a type of 16 bits parts are kept, up to the size of the weight: if
+        they are all there is, their sum in float32 is made a slice at a time, and never exists whole."""
+        self._parts.append(part)
+        size = sum(each.gradient.numel() for each in self._parts)
+        if self.dtype.itemsize == 2 and self.weight_grad is None and size <= self.weight.numel():
+            return
+        total, everything = self._weight_sum(), slice(0, self.weight.shape[0])
+        for each in self._parts:
+            each.add_to(total, everything)
+        self._parts = []
+
+    def _sum_parts(self) -> None:
+        """The weight's gradient where parts of it were kept."""
+        if not self._parts:
+            return
+        self.weight_grad = self._new_weight_grad(self.dtype)
+        for rows in self._slices(_PART_BYTES):
+            total = self._scratch(rows).zero_()
+            for part in self._parts:
+                part.add_to(total, rows)
+            self.weight_grad[rows] = total
+        self._parts = []
 
     def _new_weight_grad(self, dtype: torch.dtype) -> Tensor:
         return fresh(torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device))
@@ -289,6 +337,7 @@ class HeadProducts:
     def finish(self) -> None:
         """What is left after the last chunk: rows that wait, zeros where there was none, sums in their own type."""
         self.backward_waiting()
+        self._sum_parts()
         self._narrow()
         if self.bias_grad is not None and self.bias is not None:
             self.bias_grad = self.bias_grad.to(self.bias.dtype)

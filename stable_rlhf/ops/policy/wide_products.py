@@ -16,15 +16,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stable_rlhf.ops.backends import cpu_isa, extension
+
 SLICE_BYTES = 32 << 20  # what is held in another type for a moment
 
 _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of CBLAS
 _GEMMS = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
 
 
-def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
-    """total += a b, or total = a b where it is `fresh`; a [M, K] and b [K, N] of one type, total [M, N] in float32."""
-    if a.dtype == torch.float32:
+def add_product(
+    a: Tensor, b: Tensor, total: Tensor, *, fresh: bool, places: Tensor | None = None, rows: Tensor | None = None
+) -> None:
+    """total += a b, or total = a b where it is `fresh`; a [M, K] and b [K, N] of one type, total [M, N] in float32.
+
+    Args:
+        places: [M] the rows of total, which has more, that are meant; no two are the same.
+        rows: [K] the rows of b, which has more, that are meant.
+    """
+    if a.dtype != torch.float32 and a.device.type == "cpu" and takes_places(a.dtype):
+        _call_own(a, b, total, fresh, places, rows)
+        return
+    if rows is not None:
+        b = b.index_select(0, rows)
+    if places is not None:
+        product = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+        add_product(a, b, product, fresh=True)
+        (total.index_copy_ if fresh else total.index_add_)(0, places, product)
+    elif a.dtype == torch.float32:
         if fresh:
             torch.mm(a, b, out=total)
         else:
@@ -36,22 +54,22 @@ def add_product(a: Tensor, b: Tensor, total: Tensor, *, fresh: bool) -> None:
         if sums_in_product(a.dtype, a.device):
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
             return
-        for rows in _slices(a.shape[0], 4 * b.shape[1]):
-            total[rows] += torch.mm(a[rows], b, out_dtype=torch.float32)
+        for some in _slices(a.shape[0], 4 * b.shape[1]):
+            total[some] += torch.mm(a[some], b, out_dtype=torch.float32)
     elif (gemm := _blas(a.dtype)) is not None:
         _call(gemm, a, b, total, fresh)
     else:
         b = b.float()
-        for rows in _slices(a.shape[0], 4 * max(a.shape[1], 1)):
+        for some in _slices(a.shape[0], 4 * max(a.shape[1], 1)):
             if fresh:
-                torch.mm(a[rows].float(), b, out=total[rows])
+                torch.mm(a[some].float(), b, out=total[some])
             else:
-                total[rows].addmm_(a[rows].float(), b)
+                total[some].addmm_(a[some].float(), b)
 
 
 def writes_float32(dtype: torch.dtype) -> bool:
-    """Whether the CPU's library writes float32 products of such matrices, which nothing here has to copy first."""
-    return _blas(dtype) is not None
+    """Whether the CPU has float32 products of such matrices, which nothing here has to copy first."""
+    return takes_places(dtype) or _blas(dtype) is not None
 
 
 def _slices(rows: int, bytes_per_row: int) -> list[slice]:
@@ -94,6 +112,16 @@ def narrow_in_place(total: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(total.shape)
 
 
+def takes_places(dtype: torch.dtype) -> bool:
+    """Whether the CPU's product is the C++ module's, which copies nothing to take rows by their places: of bfloat16, on
+    a processor with AVX-512 BF16 that has no AMX. MKL's is fast with AMX; on an AMD it emulates, more slowly than
+    float32 copies of the operands would be multiplied."""
+    if dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported() or cpu_isa() not in ("", "avx512"):
+        return False
+    module = extension()
+    return module is not None and bool(module.has_wide_product())
+
+
 @cache
 def _blas(dtype: torch.dtype) -> Callable[..., None] | None:
     """The matrix product of the BLAS that libtorch_cpu is linked to, 16-bit operands to float32, or None.
@@ -122,6 +150,24 @@ def _works(gemm: Callable[..., None], dtype: torch.dtype) -> bool:
     total = torch.ones(2, 2, dtype=torch.float32, device="cpu")
     _call(gemm, a, a.view(3, 2), total, fresh=False)
     return total.tolist() == [[11.0, 14.0], [29.0, 41.0]]
+
+
+def _call_own(a: Tensor, b: Tensor, total: Tensor, fresh: bool, places: Tensor | None, rows: Tensor | None) -> None:
+    if 0 in (*a.shape, b.shape[1]):
+        if fresh:
+            total[slice(None) if places is None else places] = 0.0
+        return
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    kept = {"total_places": places, "b_places": rows}
+    index = {name: at.contiguous() for name, at in kept.items() if at is not None}
+    assert total.is_contiguous() and total.dtype == torch.float32
+    module = extension()
+    assert module is not None
+    module.wide_product(
+        a=a.data_ptr(), b=b.data_ptr(), total=total.data_ptr(), m=a.shape[0], n=b.shape[1], k=a.shape[1],
+        a_row=a.stride(0), a_column=a.stride(1), b_row=b.stride(0), b_column=b.stride(1), fresh=fresh,
+        num_threads=torch.get_num_threads(), **{name: at.data_ptr() for name, at in index.items()},
+    )  # fmt: skip
 
 
 def _call(gemm: Callable[..., None], a: Tensor, b: Tensor, total: Tensor, fresh: bool) -> None:

@@ -25,9 +25,22 @@ ROWS, VOCABULARY, WIDTH = 102, 301, 48
 CONFIG = PolicyLossConfig(rehearsal_coef=1.0, clip_low=1.0, clip_high=1e4)  # no row falls to the one or the other side
 
 
-@pytest.fixture(params=["native, by BLAS", "native, by float32", "emulated"])
+def own_product() -> bool:
+    module = extension()
+    return module is not None and module.has_wide_product()
+
+
+OWN = pytest.mark.skipif(not own_product(), reason="the C++ module has a product for AVX-512 BF16 alone")
+
+
+@pytest.fixture(params=["native, by C++", "native, by BLAS", "native, by float32", "emulated"])
 def products(request, monkeypatch):
     monkeypatch.setattr(head_products, "has_native_products", lambda *_: request.param != "emulated")
+    own = request.param == "native, by C++"
+    if own and not own_product():
+        pytest.skip("the C++ module has a product for AVX-512 BF16 alone")
+    for module in (head_products, wide_products):
+        monkeypatch.setattr(module, "takes_places", lambda dtype: own and dtype == torch.bfloat16)
     if request.param == "native, by float32":
         monkeypatch.setattr(wide_products, "_blas", lambda _: None)
     elif request.param == "native, by BLAS" and wide_products._blas(torch.bfloat16) is None:
@@ -159,6 +172,104 @@ def test_a_product_in_float32_of_whatever_lies_in_memory(shape, dtype, monkeypat
             torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=1e-5)
             add_product(left, right, total, fresh=False)
             torch.testing.assert_close(total.double(), 2 * want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 20])
+def test_rows_by_their_places(size, fresh, dtype):
+    """Some rows of the total and of the second operand; the others are not looked at."""
+    g = torch.Generator().manual_seed(2)
+    places, rows = (torch.randperm(n, generator=g)[:size].sort().values for n in (70, 90))
+    a = torch.randn(size, size, generator=g).to(dtype)
+    b = torch.full((90, 19), math.nan, dtype=dtype)
+    b[rows] = torch.randn(size, 19, generator=g).to(dtype)
+    total = torch.full((70, 19), math.nan)
+    total[places] = math.nan if fresh else 1.0
+    add_product(a, b, total, fresh=fresh, places=places, rows=rows)
+    want = a.double() @ b[rows].double() + (0 if fresh else 1)
+    torch.testing.assert_close(total[places].double(), want, rtol=1e-5, atol=1e-5)
+    assert total.isnan().all(1).sum() == 70 - size
+
+
+@OWN
+@pytest.mark.parametrize("shape", [
+    (8, 2, 48), (9, 3, 49), (17, 65, 33), (100, 1025, 40), (64, 33, 500), (33, 9000, 17), (40, 40000, 110),
+    (700, 3001, 60), (2000, 530, 96),
+])  # fmt: skip
+@pytest.mark.parametrize("threads", [1, 2])
+def test_our_own_product_of_any_size(shape, threads, monkeypatch):
+    """Ends of panels, odd depths, more depth than is packed at a time, one side larger or the other; infinities, and
+    numbers that are none, reach their own rows and columns alone."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(wide_products, "takes_places", lambda dtype: dtype == torch.bfloat16)
+    m, k, n = shape
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*size, generator=g).bfloat16() for size in ((m, k), (k, n)))
+    want = a.double() @ b.double()
+    for left in (a, a.t().contiguous().t()):
+        for right in (b, b.t().contiguous().t()):
+            total = torch.full((m, n), math.nan)
+            add_product(left, right, total, fresh=True)
+            assert distance(total, want) <= 1e-6 * float(want.norm())
+            again = torch.full((m, n), math.nan)
+            add_product(left, right, again, fresh=True)
+            assert torch.equal(again, total)
+    a[m // 2, k - 1], b[0, n - 1] = math.inf, math.nan
+    add_product(a, b, total, fresh=True)
+    told = ~total.isfinite()
+    assert told[m // 2].all() and told[:, n - 1].all() and told.sum() == m + n - 1
+
+
+@OWN
+def test_who_makes_the_product_of_bfloat16(monkeypatch):
+    monkeypatch.delenv("STABLE_RLHF_CPU_ISA", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert wide_products.takes_places(torch.bfloat16) and not wide_products.takes_places(torch.float16)
+    monkeypatch.setenv("STABLE_RLHF_CPU_ISA", "avx2")
+    assert not wide_products.takes_places(torch.bfloat16)
+    monkeypatch.delenv("STABLE_RLHF_CPU_ISA")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # MKL's is faster
+    assert not wide_products.takes_places(torch.bfloat16)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("kept", [10**9, 0])
+def test_the_weights_gradient_in_slices(dtype, kept, monkeypatch):
+    """Parts that are kept, or too large to be kept, give the same sum."""
+    g = torch.Generator().manual_seed(4)
+    hidden = torch.randn(90, WIDTH, generator=g).to(dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=g).to(dtype)
+    gradient = torch.randn(90, VOCABULARY, generator=g).to(dtype)
+    monkeypatch.setattr(head_products, "_PART_BYTES", 4 * WIDTH * 50)
+    made = HeadProducts(hidden, weight, None, None, (False, True, False))
+    monkeypatch.setattr(made, "weight", _of_size(weight, kept))
+    rows, none = torch.arange(90), torch.arange(0)
+    columns = torch.tensor([0, 49, 50, 51, 149, 300])
+    ours = gradient.to(made.gradient_dtype)
+    made.backward_columns(rows, ours, Selection(columns, rows[:40], rows[40:45]))
+    made.backward_columns(rows, ours, Selection(columns[2:4], rows[45:60], none))
+    made.backward_columns(rows, ours, Selection(none, rows[60:70], rows[70:]))
+    made.finish()
+    through = torch.zeros(90, VOCABULARY, dtype=torch.float64)
+    through[:40, columns] = gradient[:40].double()[:, columns]
+    through[45:60, columns[2:4]] = gradient[45:60].double()[:, columns[2:4]]
+    through[40:45], through[70:] = gradient[40:45].double(), gradient[70:].double()
+    truth = through.t() @ hidden.double()
+    assert made.weight_grad is not None and made.weight_grad.dtype == dtype
+    assert distance(made.weight_grad, truth) <= 1.02 * distance(truth.to(dtype), truth) + 1e-6 * float(truth.norm())
+
+
+def _of_size(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """The weight, which says that it has so many numbers."""
+
+    class Told(torch.Tensor):
+        def numel(self) -> int:
+            return size
+
+    return weight.as_subclass(Told)
 
 
 @pytest.mark.parametrize(
