@@ -1,0 +1,209 @@
+"""Rehearsal on real text: the prompts by use, and what the policies of the study make of text that people wrote.
+
+    python -m bench.studies.rehearsed_text prepare --data-dir DIR --output-dir TEXT
+    stable-rlhf study recipes/study-rehearsal-text.yaml --data-dir TEXT
+    python -m bench.studies.rehearsed_text run runs/study-rehearsal-text --data-dir TEXT
+    python -m bench.studies.rehearsed_text report      # the tables of docs/results/rehearsal_text.md
+
+DIR holds pairs.jsonl.gz, prompts.jsonl.gz and gsm8k-train.jsonl.gz. Held out are solutions of school mathematics, which
+PPO never sees, and preferred answers to other tasks: no policy is trained on any. A seed with lines is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench.case import RESULTS, Line, read_lines
+from bench.common import ROOT
+from bench.pages import append, markdown, rendered
+from stable_rlhf.data import read_comparisons, read_demonstrations
+from stable_rlhf.data.encoding import Encoded, encode
+from stable_rlhf.data.jsonl import read_jsonl, write_jsonl
+from stable_rlhf.data.records import DataError, Prompt
+from stable_rlhf.evaluate.over_seeds import paired_difference, seed_mean
+from stable_rlhf.metrics import Interval
+from stable_rlhf.models.features import FeatureCache
+from stable_rlhf.models.loading import load_tokenizer
+from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.models.views import response_span, view
+from stable_rlhf.ranks import device
+from stable_rlhf.run.stages import load_policy
+from stable_rlhf.settings.recipe import EngineArguments
+
+OUTPUT = RESULTS / "rehearsed-text.jsonl"
+PAGE = ROOT / "docs" / "results" / "rehearsal_text.md"
+FORGET = "math"  # the skill that PPO never sees
+ROWS, LONGEST, BATCH = 120, 192, 8  # held-out rows a set, their tokens at most, rows a forward
+TRAINED = 2  # blocks, as in the recipe
+NAMES = {"SFT": "before PPO", "rm": "RM", "rm-best": "RM, rehearsal", "am": "AM", "am-best": "AM, rehearsal"}
+COMPARED = (("rm-best", "rm"), ("am-best", "am"), ("am", "rm"), ("am-best", "rm-best"))
+OF_TEXT = {"math": "mathematics: nats a token", "main": "other tasks: nats a token"}
+OF_SETS = {
+    "rows": ("rows", 1),
+    "math": ("of mathematics %", 100),
+    "finished": ("finished %", 100),
+    "tokens": ("tokens", 1),
+}
+
+
+def prepare(data: Path, folder: Path) -> None:
+    """The study's files: prompts of PPO, prompts of the forget set, and what is read whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = read_jsonl(data / "prompts.jsonl.gz")
+    write_jsonl(folder / "main_prompts.jsonl.gz", [row for row in prompts if row["skill"] != FORGET])
+    write_jsonl(folder / "math_prompts.jsonl.gz", [row for row in prompts if row["skill"] == FORGET])
+    for name in ("pairs.jsonl.gz", "gsm8k-train.jsonl.gz"):
+        shutil.copyfile(data / name, folder / name)
+
+
+def held_out(data: Path, tokenizer: object, rehearsed: set[str]) -> dict[str, list[Encoded]]:
+    """Written by people: solutions to problems that were not rehearsed, and preferred answers to other tasks."""
+    columns = {"prompt": "question", "response": "answer"}
+    solutions = [
+        (row.prompt, row.response)
+        for row in read_demonstrations([data / "gsm8k-train.jsonl.gz"], columns=columns).rows
+        if row.prompt not in rehearsed
+    ]
+    preferred = [
+        (row.prompt, row.responses[row.pairs[0][0]])
+        for row in read_comparisons([data / "pairs.jsonl.gz"]).rows
+        if row.task != FORGET
+    ]
+    return {"math": some(solutions, tokenizer), "main": some(preferred, tokenizer)}
+
+
+def some(texts: Sequence[tuple[Prompt, str]], tokenizer: object) -> list[Encoded]:
+    """ROWS of the texts that are short enough, the same for every seed but for those left out."""
+    order = sorted(texts, key=lambda text: hashlib.sha256(str(text[0]).encode()).digest())
+    found: list[Encoded] = []
+    for prompt, response in order:
+        example = encode(tokenizer, prompt, response, source=str(prompt))
+        if len(example) <= LONGEST and example.response:
+            found.append(example)
+        if len(found) == ROWS:
+            break
+    return sorted(found, key=len)
+
+
+def nats_a_token(policy: PolicyModel, examples: Sequence[Encoded], cache: FeatureCache) -> float:
+    """Mean negative log-likelihood of all response tokens."""
+    cache.fill(policy.trunk, [e.ids for e in examples], description="hidden states")
+    total, count = 0.0, 0
+    for start in range(0, len(examples), BATCH):
+        part = examples[start : start + BATCH]
+        seen = view(policy.trunk, part, cache.get(policy.trunk, [e.ids for e in part]))
+        logprob = policy(*seen)["logprob"].float().cpu()
+        total -= sum(float(row[response_span(e)].sum()) for row, e in zip(logprob, part, strict=True))
+        count += sum(len(e.response) for e in part)
+    return total / count
+
+
+def measure(seed: Path, data: Path) -> Iterator[Line]:
+    """Lines of a seed: its selections, and every policy on the held-out text."""
+    rehearsed: set[str] = set()
+    for folder in sorted(seed.glob("selection*")):
+        rows = read_jsonl(folder / "rehearsal.jsonl.gz")
+        rehearsed |= {row["prompt"] for row in rows}
+        yield {
+            "set": folder.name.removeprefix("selection").removeprefix("-") or "am", "rows": len(rows),
+            "math": sum(row["task"] == FORGET for row in rows) / len(rows),
+            "finished": sum(row["finished"] for row in rows) / len(rows),
+            "tokens": sum(row["length"] for row in rows) / len(rows),
+        }  # fmt: skip
+    tokenizer = load_tokenizer(str(seed / "initial-policy"))
+    texts, cache = held_out(data, tokenizer, rehearsed), FeatureCache()
+    policies = {"SFT": seed / "initial-policy"}
+    policies |= {path.name.removeprefix("ppo-"): path for path in sorted(seed.glob("ppo-*"))}
+    engine = EngineArguments(bf16=True)
+    for name, path in policies.items():
+        policy = load_policy(str(path), engine, num_trainable_layers=TRAINED).to(device()).eval()
+        with torch.no_grad():
+            yield {"policy": name, **{on: nats_a_token(policy, rows, cache) for on, rows in texts.items()}}
+
+
+def run(study: Path, data: Path, output: Path) -> None:
+    """Lines of the seeds that have none."""
+    known = {line["seed"] for line in read_lines(output)} if output.exists() else set()
+    folders = sorted((path for path in (study / "seeds").iterdir() if path.is_dir()), key=lambda path: path.name)
+    if not folders:
+        raise DataError(f"{study}: no seed has begun")
+    for seed in folders:
+        if int(seed.name) in known or not (seed / "summary.json").exists():
+            continue
+        for line in list(measure(seed, data)):
+            append({"seed": int(seed.name), **line}, output)
+
+
+def shown(interval: Interval, digits: int, sign: str = "") -> str:
+    ends = (f"{interval[end]:{sign}.{digits}f}" for end in ("low", "high"))
+    return f"{interval['value']:{sign}.{digits}f} [{', '.join(ends)}]"
+
+
+def of_seeds(lines: Sequence[Line], policy: str, on: str) -> list[float]:
+    return [line[on] for line in sorted(lines, key=lambda line: line["seed"]) if line.get("policy") == policy]
+
+
+def block(name: str) -> str:
+    """The table of that name."""
+    lines = read_lines(OUTPUT)
+    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
+    note = f"Seeds {seeds}; mean [95 % interval over the seeds]."
+    if name == "sets":
+        of_set: Mapping[str, list[Line]] = defaultdict(list)
+        for line in lines:
+            if "set" in line:
+                of_set[line["set"]].append(line)
+        rows = [
+            [
+                title,
+                *(shown(seed_mean([factor * line[key] for line in own]), 0) for key, (_, factor) in OF_SETS.items()),
+            ]
+            for title, own in of_set.items()
+        ]
+        return f"{markdown(['scorer', *(heading for heading, _ in OF_SETS.values())], rows)}\n\n{note}\n"
+    if name == "text":
+        rows = [
+            [title, *(shown(seed_mean(of_seeds(lines, policy, on)), 3) for on in OF_TEXT)]
+            for policy, title in NAMES.items()
+        ]
+        return f"{markdown(['policy', *OF_TEXT.values()], rows)}\n\n{note}\n"
+    pairs = [(policy, "SFT") for policy in NAMES if policy != "SFT"] + list(COMPARED)
+    rows = [
+        [
+            f"{NAMES[one]} less {NAMES[other]}",
+            *(shown(paired_difference(of_seeds(lines, one, on), of_seeds(lines, other, on)), 3, "+") for on in OF_TEXT),
+        ]
+        for one, other in pairs
+    ]
+    return f"{markdown(['difference', *OF_TEXT.values()], rows)}\n\n{note}\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepares = commands.add_parser("prepare", help="write the study's files")
+    prepares.add_argument("--data-dir", type=Path, required=True, help="folder of the published files")
+    prepares.add_argument("--output-dir", type=Path, required=True, help="folder for the study's files")
+    runs = commands.add_parser("run", help="measure the policies of a study")
+    runs.add_argument("study", type=Path, help="the study's folder")
+    runs.add_argument("--data-dir", type=Path, required=True, help="what `prepare` wrote")
+    runs.add_argument("--output", type=Path, default=OUTPUT, help="lines of each seed (%(default)s)")
+    commands.add_parser("report", help=f"write the tables of {PAGE.name}")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "prepare":
+        prepare(arguments.data_dir, arguments.output_dir)
+    elif arguments.command == "run":
+        run(arguments.study, arguments.data_dir, arguments.output)
+    else:
+        PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), "rehearsed-text", block), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
