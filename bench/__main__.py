@@ -30,6 +30,7 @@ from bench.presets import PRESETS
 from bench.run import machine, run_case
 
 README_LINES = RESULTS / "readme.jsonl"
+PAGE_LINES = (README_LINES, RESULTS / "native.jsonl")  # what the pages show
 
 HELP = """\
 examples:
@@ -39,15 +40,16 @@ examples:
   python -m bench --ops policy --rows 2048 --width 896 --vocabulary 151936 --dtype bfloat16 --active 0.5
   python -m bench --preset sweep --peers plain,liger        the lines of the plots, two peers
   python -m bench list                                      which peers work here
+  python -m bench --preset native --text pairs.jsonl        bfloat16 beside its peers, on a processor that multiplies it
   python -m bench report bench/results/*.jsonl --plots DIR  tables and plots of earlier runs
-  python -m bench report --readme                           write the tables of the pages from readme.jsonl
+  python -m bench report --readme                           write the tables of the pages
   python -m bench compare OLD.jsonl NEW.jsonl               what became slower beyond the noise; exit status 1 if ours
   python -m bench guard                                     two minutes of ratios to the floor against the last ones
   python -m bench count                                     what the CUDA path does, counted without a GPU
 
-Results are JSON lines in bench/results/, one file a device and commit (quick, readme and guard have their own); a case
-that is measured again replaces its lines. Peers that are absent, fail, give wrong results or take longer than --limit
-are listed with the reason. `python -m bench run --help` lists all options; bench/README.md says how to read it."""
+Results are JSON lines in bench/results/, one file a device and commit (quick, readme, native and guard have their own);
+a case that is measured again replaces its lines. Peers that are absent, fail, give wrong results or take longer than
+--limit are listed with the reason. `python -m bench run --help` lists all options; bench/README.md says how to read it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="which peers work here, and whether their gradients are right")
     _add_how(listing)
     report = commands.add_parser("report", help="tables and plots of results, the tables of the pages")
-    report.add_argument("files", nargs="*", type=Path, help="JSON lines (default: readme.jsonl)")
+    report.add_argument("files", nargs="*", type=Path, help="JSON lines (default: those of the pages)")
     report.add_argument("--short", action="store_true", help="one line a case")
     report.add_argument("--readme", action="store_true", help="write those of README.md and docs/benchmarks.md")
     report.add_argument("--plots", type=Path, metavar="DIR", help="write the plots that the lines suffice for")
@@ -222,7 +224,7 @@ def run(given: argparse.Namespace, log: Console, console: Console) -> int:
 
 
 def default_file(preset: str | None, device: torch.device) -> Path:
-    if preset in ("quick", "readme", "dry"):
+    if preset in ("quick", "readme", "native", "dry"):
         return RESULTS / f"{preset}.jsonl"
     facts = environment(device)
     changed = "-changed" if facts["tree_is_dirty"] else ""
@@ -246,7 +248,7 @@ def list_peers(given: argparse.Namespace, console: Console) -> int:
 
 
 def report(given: argparse.Namespace, console: Console) -> int:
-    files = given.files or [README_LINES]
+    files = given.files or PAGE_LINES
     lines = [line for path in files for line in read_lines(path)]
     if given.readme:
         for page in render.PAGES:

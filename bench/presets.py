@@ -136,6 +136,24 @@ def cpu() -> list[Case]:
     ]
 
 
+def native() -> list[Case]:
+    """bfloat16 beside its peers, on a processor that multiplies it."""
+    one, large = "policy-loss-native", "large-vocabulary-native"
+    weighed = linear("policy", SMALL, "bfloat16", one)
+    cases = [
+        linear("policy", SMALL, "bfloat16", one, active=0.5, rehearsal=0.1),
+        weighed,
+        linear("policy", SMALL, "bfloat16", one, states=1, tolerance=2.0**-8),
+        linear("logprob", SMALL, "bfloat16", one),
+        linear("logprob-grad", SMALL, "bfloat16", one),
+        Case("logits", {"rows": 1024, "vocabulary": 49_152}, "bfloat16", one),
+        linear("policy", {"rows": 1024, "width": 1024, "vocabulary": 250_880}, "bfloat16", large, active=0.5),
+        linear("policy", {**SMALL, "rows": 4096}, "bfloat16", large),
+        linear("policy", {**SMALL, "rows": 4096}, "bfloat16", large, states=1, tolerance=2.0**-8),
+    ]
+    return [replace(case, memory=case is weighed) for case in cases]
+
+
 GPU_SHAPES = (
     {"rows": 8192, "width": 4096, "vocabulary": 250_880},
     {"rows": 8192, "width": 4096, "vocabulary": 128_256},
@@ -168,5 +186,6 @@ def dry() -> list[Case]:
 
 
 PRESETS: dict[str, Callable[[], list[Case]]] = {
-    "quick": quick, "readme": readme, "sweep": sweep, "guard": guard, "cpu": cpu, "gpu": gpu, "dry": dry,
+    "quick": quick, "readme": readme, "sweep": sweep, "guard": guard, "cpu": cpu, "native": native, "gpu": gpu,
+    "dry": dry,
 }  # fmt: skip

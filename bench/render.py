@@ -17,6 +17,7 @@ from bench.compare import FASTER, NOISE, SAME, SLOWER, Change
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 COMMAND = "make bench-readme"
 # What takes long on a CPU is a preset of its own, kept in the same file.
+NATIVE = ("policy-loss-native", "large-vocabulary-native")
 LONG = {
     "cpu": "--peers none",
     "large-vocabulary": "--peers plain,compile,cut-,Liger --active-only --rounds 3 --limit 60 --budget 1",
@@ -161,6 +162,8 @@ def origin(lines: Sequence[Line], study: str) -> str:
         told.append((device, run["versions"]["torch"], (run["commit"] or "unknown")[:8] + changed, run["time"][:10]))
     sources = dict.fromkeys(f"{device}, torch {torch}, commit {commit}, {day}" for device, torch, commit, day in told)
     again = f"`{COMMAND}` or `python -m bench --preset readme --study {study}`"
+    if study in NATIVE:
+        again = f"`python -m bench --preset native --study {study} --text pairs.jsonl`"
     if study in LONG:
         again = f"`python -m bench --preset cpu --study {study} {LONG[study]} --output bench/results/readme.jsonl`"
     return f"{'; '.join(sources)}. Again: {again}.\n"
@@ -263,7 +266,7 @@ def block(name: str, lines: Sequence[Line]) -> str:
     chosen = [line for line in lines if line["study"] == name]
     if not chosen:
         return f"Not measured yet: `{COMMAND}`.\n"
-    text = policy_loss(chosen) if name == "policy-loss" else plain_table(chosen)
+    text = policy_loss(chosen) if name.startswith("policy-loss") else plain_table(chosen)
     return text + "\n" + origin(chosen, name)
 
 

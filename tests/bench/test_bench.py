@@ -203,23 +203,29 @@ def test_presets_name_operations_that_exist(preset):
     assert len({(case.key, case.study) for case in cases}) == len(cases)
 
 
+def lines_of_pages():
+    return [line for path in command.PAGE_LINES for line in read_lines(path)]
+
+
 def test_pages_show_what_the_results_hold():
     marked = {}
     for path in render.PAGES:
         page = path.read_text(encoding="utf-8")
         marked[path.name] = [match["name"] for match in pages.marked("bench").finditer(page)]
-        assert render.rendered(page, read_lines(command.README_LINES)) == page, "run: python -m bench report --readme"
+        assert render.rendered(page, lines_of_pages()) == page, "run: python -m bench report --readme"
     assert marked["README.md"] == ["speed"]
     assert marked["benchmarks.md"] == [
         "policy-loss",
         "large-vocabulary",
         "cpu",
+        "policy-loss-native",
+        "large-vocabulary-native",
         "advantage-loss",
         "contrastive",
         "small-operations",
         "updates",
     ]
-    studies = {case.study for preset in ("readme", "cpu") for case in PRESETS[preset]()}
+    studies = {case.study for preset in ("readme", "cpu", "native") for case in PRESETS[preset]()}
     assert studies == set(marked["benchmarks.md"])
 
 
