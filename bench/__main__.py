@@ -49,7 +49,8 @@ examples:
 
 Results are JSON lines in bench/results/, one file a device and commit (quick, readme, native and guard have their own);
 a case that is measured again replaces its lines. Peers that are absent, fail, give wrong results or take longer than
---limit are listed with the reason. `python -m bench run --help` lists all options; bench/README.md says how to read it."""
+--limit are listed with the reason. `python -m bench run --help` lists all options; bench/README.md says how to read
+it."""
 
 
 def parser() -> argparse.ArgumentParser:
