@@ -55,7 +55,7 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device,
 def release_workspace() -> None:
     """Give back the memory that the losses keep between calls in this thread (CPU; at most `workspace_bytes`,
     and SLICE_BYTES for inputs of 16 bits). The threads that work on rows each keep 4 bytes a word of the vocabulary,
-    and one that multiplies in the C++ module at most 8 MiB."""
+    and one that multiplies in the C++ module 8 MiB, or 1 KiB a row where that is more."""
     vars(_held).clear()
 
 
