@@ -142,7 +142,9 @@ def run(study: Path, data: Path, output: Path) -> None:
 
 
 def shown(interval: Interval, digits: int, sign: str = "") -> str:
-    ends = (f"{interval[end]:{sign}.{digits}f}" for end in ("low", "high"))
+    """A difference where it has a sign, else a figure that is never negative."""
+    low = interval["low"] if sign else max(0.0, interval["low"])
+    ends = (f"{end:{sign}.{digits}f}" for end in (low, interval["high"]))
     return f"{interval['value']:{sign}.{digits}f} [{', '.join(ends)}]"
 
 
