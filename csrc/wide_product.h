@@ -9,7 +9,7 @@ struct WideProduct {
     const uint16_t* a;        // [m, k]
     const uint16_t* b;        // [k, n]
     float* total;             // [m, n], rows of n numbers one behind the other
-    const int64_t* b_places;  // [k] the rows of b, which has more, or null: 0 to k - 1
+    const int64_t* b_places;  // [k] the rows of b, which has more, or null: 0 to k - 1; null where b_row is 1
     const int64_t* total_places;  // [m] the rows of total, which has more, or null; no two are the same
     int64_t m, n, k;
     int64_t a_row, a_column;  // elements between rows, and between columns; one of the two is 1

@@ -157,6 +157,8 @@ def _call_own(a: Tensor, b: Tensor, total: Tensor, fresh: bool, places: Tensor |
         if fresh:
             total[slice(None) if places is None else places] = 0.0
         return
+    if rows is not None and (b.stride(1) != 1 or b.stride(0) == 1):  # C++ takes places of rows that lie as rows alone
+        b, rows = b.index_select(0, rows), None
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     kept = {"total_places": places, "b_places": rows}
     index = {name: at.contiguous() for name, at in kept.items() if at is not None}

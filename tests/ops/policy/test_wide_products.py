@@ -178,14 +178,17 @@ def test_a_product_in_float32_of_whatever_lies_in_memory(shape, dtype, monkeypat
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 20])
-def test_rows_by_their_places(size, fresh, dtype):
+@pytest.mark.parametrize(("width", "as_columns"), [(19, False), (19, True), (1, False)])
+def test_rows_by_their_places(width, as_columns, size, fresh, dtype):
     """Some rows of the total and of the second operand; the others are not looked at."""
     g = torch.Generator().manual_seed(2)
     places, rows = (torch.randperm(n, generator=g)[:size].sort().values for n in (70, 90))
     a = torch.randn(size, size, generator=g).to(dtype)
-    b = torch.full((90, 19), math.nan, dtype=dtype)
-    b[rows] = torch.randn(size, 19, generator=g).to(dtype)
-    total = torch.full((70, 19), math.nan)
+    b = torch.full((90, width), math.nan, dtype=dtype)
+    b[rows] = torch.randn(size, width, generator=g).to(dtype)
+    if as_columns:
+        b = b.t().contiguous().t()
+    total = torch.full((70, width), math.nan)
     total[places] = math.nan if fresh else 1.0
     add_product(a, b, total, fresh=fresh, places=places, rows=rows)
     want = a.double() @ b[rows].double() + (0 if fresh else 1)
