@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stable_rlhf.kernels.policy_call import capturing, kl_number
 from stable_rlhf.kernels.policy_rows import row_kernel
-from stable_rlhf.kernels.tuning import RowLaunch, row_launch
+from stable_rlhf.kernels.tuning import RowLaunch, programs, row_launch
 from stable_rlhf.ops.policy.formula import RowState, Terms
 from stable_rlhf.ops.policy.types import DEFAULT, OBJECTIVES, PolicyLossConfig
 
@@ -132,13 +132,6 @@ def registers_of(shape: RowLaunch, whole_block: bool) -> int | None:
     return min(255, 65536 // (32 * shape.warps * shape.residency))
 
 
-def _programs(device: torch.device, each: int) -> int:
-    """Programs that run at once on a device, `each` on a multiprocessor."""
-    if device.type != "cuda":
-        return 3  # interpreted, one after the other
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * each
-
-
 def _float32(x: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", x))[0])
 
@@ -193,7 +186,7 @@ def _launch(
     aligned = all(x.stride(0) % lanes == 0 and x.storage_offset() % lanes == 0 for x in rows)
     unit = lanes if aligned else 1
     with torch.cuda.device_of(logits):
-        row_kernel[(min(count, _programs(logits.device, shape.residency)),)](
+        row_kernel[(min(count, programs(logits.device, shape.residency)),)](
             logits_ptr=logits,
             gradient_ptr=logits if gradient is None else gradient,
             **{f"{name}_ptr": state.target if x is None else x.contiguous() for name, x in optional.items()},
@@ -273,7 +266,7 @@ def close_gaps(gradient: Tensor, state: RowState) -> Tensor | None:
             on_host.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        _move_kernel[(min(count, _programs(device, 4)),)](
+        _move_kernel[(min(count, programs(device, 4)),)](
             gradient, order, gap, numbers, gradient.stride(0), gradient.shape[1],
             BLOCK=_MOVE_WARPS * 32 * 32 // gradient.element_size(), num_warps=_MOVE_WARPS,
         )  # fmt: skip

@@ -7,7 +7,7 @@ one program: there are as many rows as tokens, a few values each.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -126,42 +126,74 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The active rows of a call as they are on the device; the host has read nothing."""
+
+    index: Tensor  # [A or more] into the flattened rows; empty where every row stays at its place
+    target: Tensor
+    kind: Tensor
+    counts: Tensor
+    whole: Tensor  # the call's own targets
+    late: bool  # wrong values are noted, for the host does not read the counts in this call
+    compact: bool
+
+    def read(self, call: PolicyCall, vocabulary: int) -> tuple[int, int, int]:
+        """Active rows, those of the policy, and of rehearsal; one synchronisation.
+
+        Raises:
+            ValueError: as `formula.select_rows` does; or for what was noted in an earlier call.
+        """
+        active, policy, rehearsal, unknown, outside, *noted = self.counts.tolist()
+        tell(self.counts.device, noted)
+        if unknown or outside or call.active_rows not in (None, active):
+            select_rows(call, vocabulary)  # which says what is wrong
+        return active, policy, rehearsal
+
+
+def choose(call: PolicyCall, vocabulary: int, *, always_compact: bool = False) -> Chosen:
+    """The active rows in one launch. `always_compact`: their index is as long as there are rows, active or not, and 0
+    behind the active ones; else there is none under graph capture, where their number is not known when it is needed.
+    """
+    target, kind, device = call.target.reshape(-1).contiguous(), call.kind, call.source.device
+    count, in_graph, wanted = target.numel(), capturing(target), call.active_rows
+    late = in_graph or (wanted is not None and not check_values(device))
+    known = wanted is not None and late and not in_graph and not always_compact
+    room = min(wanted, count) if known and wanted is not None else count
+    compact = always_compact or not (in_graph or (known and room == count))
+    if kind is not None:
+        check_tensor("kind", kind, shape=tuple(call.target.shape), device=device, dtypes=INTEGERS)
+        kind = kind.reshape(-1).contiguous()
+    index = target.new_zeros(room) if always_compact else target.new_empty(room if compact else 0)
+    chosen = Chosen(
+        index, target.new_empty(room), target.new_empty(room, dtype=torch.int8), target.new_empty(COUNTS + _FAULTS),
+        target, late, compact,
+    )  # fmt: skip
+    with torch.cuda.device_of(target):
+        _select_kernel[(1,)](
+            target, target if kind is None else kind, index, chosen.target, chosen.kind, chosen.counts, notes(device),
+            count, wanted or 0, vocabulary, HAS_KIND=kind is not None, COMPACT=compact, WANTED=known, NOTE=late,
+            FAULTS=_FAULTS, BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
+    return chosen
+
+
 def select(call: PolicyCall, vocabulary: int) -> Rows:
     """`formula.select_rows` in one launch, and one synchronisation.
 
     None under graph capture, where every row takes part and those that are not active are of kind 0; nor where
     `active_rows` says how many there are. Wrong values are noted on the device then (`ops.flags`), and the loss is NaN.
     """
-    target, kind, device = call.target.reshape(-1).contiguous(), call.kind, call.source.device
-    count, in_graph, wanted = target.numel(), capturing(target), call.active_rows
-    late = in_graph or (wanted is not None and not check_values(device))
-    known = wanted is not None and late and not in_graph
-    room = min(wanted, count) if known and wanted is not None else count
-    compact = not in_graph and not (known and room == count)
-    if kind is not None:
-        check_tensor("kind", kind, shape=tuple(call.target.shape), device=device, dtypes=INTEGERS)
-        kind = kind.reshape(-1).contiguous()
-    index = target.new_empty(room if compact else 0)
-    chosen_target = target.new_empty(room)
-    chosen_kind = target.new_empty(room, dtype=torch.int8)
-    counts = target.new_empty(COUNTS + _FAULTS)
-    with torch.cuda.device_of(target):
-        _select_kernel[(1,)](
-            target, target if kind is None else kind, index, chosen_target, chosen_kind, counts, notes(device), count,
-            wanted or 0, vocabulary, HAS_KIND=kind is not None, COMPACT=compact, WANTED=known, NOTE=late,
-            FAULTS=_FAULTS, BLOCK=_BLOCK, num_warps=_WARPS,
-        )  # fmt: skip
-    if late:
-        rows = Rows(call.target.shape, index if compact else None, chosen_target, chosen_kind, None, None, 1.0, counts)
+    chosen = choose(call, vocabulary)
+    if chosen.late:
+        index = chosen.index if chosen.compact else None
+        rows = Rows(call.target.shape, index, chosen.target, chosen.kind, None, None, 1.0, chosen.counts)
         return replace(rows, temperature=row_temperature(call.temperature, rows))
-    active, policy, rehearsal, unknown, outside, *noted = counts.tolist()
-    tell(device, noted)
-    if unknown or outside or wanted not in (None, active):
-        return select_rows(call, vocabulary)  # which says what is wrong
-    whole = active == count
+    active, policy, rehearsal = chosen.read(call, vocabulary)
+    whole = active == call.target.numel()
     rows = Rows(
-        call.target.shape, None if whole else index[:active], target if whole else chosen_target[:active],
-        chosen_kind[:active], policy, rehearsal, 1.0, counts,
+        call.target.shape, None if whole else chosen.index[:active], chosen.whole if whole else chosen.target[:active],
+        chosen.kind[:active], policy, rehearsal, 1.0, chosen.counts,
     )  # fmt: skip
     return replace(rows, temperature=row_temperature(call.temperature, rows))
 
@@ -319,6 +351,28 @@ def totals(rows: Rows, state: RowState, terms: Terms, config: PolicyLossConfig) 
             TERMS=_KL_TERMS, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return loss, metrics, of_kind
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _note_kernel(logprob_ptr, entropy_ptr, notes_ptr, rows, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    wrong_lane = tl.zeros((BLOCK,), tl.int32)
+    for begin in range(0, rows, BLOCK):
+        at = begin + lanes
+        logprob = tl.load(logprob_ptr + at, mask=at < rows, other=0.0)
+        entropy = tl.load(entropy_ptr + at, mask=at < rows, other=0.0)
+        wrong_lane += ((_is_finite(logprob) & _is_finite(entropy)) == 0).to(tl.int32)
+    tl.store(notes_ptr + _LOGITS, tl.full((), 1, tl.int32), mask=tl.sum(wrong_lane, 0) > 0)
+
+
+def note_statistics(state: RowState) -> None:
+    """Notes it where a row's statistics are not finite; the totals of a loss do so by themselves."""
+    device = state.logprob.device
+    if state.logprob.numel() > 0:
+        with torch.cuda.device_of(state.logprob):
+            _note_kernel[(1,)](
+                state.logprob, state.entropy, notes(device), state.logprob.numel(), BLOCK=_BLOCK, num_warps=_WARPS
+            )
 
 
 def noted_totals(

@@ -1,4 +1,5 @@
-"""What was measured to be fastest on a device, by the device's name: rows of a chunk, launches of the row kernel.
+"""What was measured to be fastest on a device, by the device's name: rows of a chunk, launches of the row kernel, and
+up to which width of hidden states statistics are made in the product.
 
 `tuned.json` beside this file is the table; `bench/gpu.sh run1` proposes one on the card that it runs on, and
 STABLE_RLHF_TUNED names a file to read in its place. A device that no entry names, and a vocabulary far from any that
@@ -36,6 +37,9 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
         rows = entry.get("chunk_rows")
         if rows is not None and (not isinstance(rows, int) or rows < 128 or rows % 128):
             raise ValueError(f"{path}: {device}: chunk_rows takes a multiple of 128 or null, got {rows!r}")
+        width = entry.get("product_width")
+        if width is not None and (not isinstance(width, int) or width < 0):
+            raise ValueError(f"{path}: {device}: product_width takes a number of elements or null, got {width!r}")
         for launch in entry.get("row_launches", ()):
             block, warps, residency = (launch.get(name) for name in RowLaunch._fields)
             right = all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in (block, warps))
@@ -62,6 +66,20 @@ def chunk_rows(device: torch.device) -> int | None:
     """The most rows of a chunk of logits that paid on this device, or None where nobody measured."""
     rows: int | None = _entry(device).get("chunk_rows")
     return rows
+
+
+def statistics_in_product(device: torch.device, width: int) -> bool:
+    """Whether softmax statistics without a gradient are made in a product of our own and no logits are written: where
+    hidden states are no wider than it paid for, which is any width where nobody measured."""
+    widest: int | None = _entry(device).get("product_width")
+    return widest is None or width <= widest
+
+
+def programs(device: torch.device, each: int) -> int:
+    """Programs that run at once on a device, `each` on a multiprocessor."""
+    if device.type != "cuda":
+        return 3  # interpreted, one after the other
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * each
 
 
 def row_launch(device: torch.device, vocabulary: int, dtype: torch.dtype) -> RowLaunch | None:

@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.count.device import _FIRST_ADDRESS, CountError, Device
+from bench.count.tiles import Tile, tiles_of
 from bench.count.trace import IrregularLoop, Sectors, Trace, summed
 from bench.count.work import Programs, Sort, Work
 
@@ -100,10 +102,14 @@ class Launches:
         programs, warps = math.prod(shape[:3]), int(kwargs.get("num_warps", 4))
         if programs == 0:
             return
-        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        described = {name: x.base for name, x in given.items() if isinstance(x, TensorDescriptor)}
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)} | described
         for name, x in tensors.items():
             if self.device.memory(x) is None:
                 raise CountError(f"{function.fn.__name__}: {name} is a tensor of the host")
+        if described:
+            self._multiply(function, code, given, tensors, shape, f"{function.fn.__name__}, {warps} warps")
+            return
         whole = all(not x.is_meta for x in tensors.values())
         registers = int(kwargs.get("maxnreg") or 0)
         key = None if whole else (self._key(function, given, shape, warps), registers)
@@ -135,6 +141,20 @@ class Launches:
         if key is not None:
             self._known[key] = moved, table, counters.after_all
         self._write_down(label, moved)
+
+    def _multiply(
+        self, function: Any, code: Any, given: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, ...],
+        label: str,
+    ) -> None:  # fmt: skip
+        """A launch that multiplies matrices. As of a library's product, each of them is moved once by count."""
+        operands = {id(x.base) for x in given.values() if isinstance(x, TensorDescriptor)}
+        if any(not x.is_meta and x.ndim > 1 and id(x) not in operands for x in tensors.values()):
+            raise CountError(f"{function.fn.__name__}: one of its tiles is run, and leaves the rest of a result unmade")
+        with self._prepared(function, code, given, tensors, shape)() as one:
+            tiles = tiles_of(one, math.prod(shape[:3]))
+        storages = {(m.address, m.bytes) for x in tensors.values() if (m := self.device.memory(x)) is not None}
+        moved = float(sum(size for _address, size in storages))
+        self.device.entries.append(Work(label, Sort.KERNEL, moved, tiles=tiles))
 
     def _write_down(self, name: str, programs: Programs) -> None:
         self.device.entries.append(Work(name, Sort.KERNEL, programs.read + programs.written, programs=programs))
@@ -193,7 +213,7 @@ class Launches:
 
     def _prepared(
         self, function: Any, code: Any, given: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, ...]
-    ) -> Callable[[], contextlib.AbstractContextManager[Callable[[int, bool], Trace | None]]]:
+    ) -> Callable[[], contextlib.AbstractContextManager[Callable[[int, bool | Tile], Trace | None]]]:
         constants = {
             name for name, kind in inspect.get_annotations(function.fn).items()
             if kind is tl.constexpr or "constexpr" in str(kind)
@@ -207,8 +227,11 @@ class Launches:
             kinds, _results = self._of_rows(tensors)
             return all(bool((x == x[0]).all()) for x in kinds.values())
 
-        def _run_program(number: int, traced: bool) -> Trace | None:
-            trace = self._trace = Trace(continues=self._sampling and self._regular, alike=alike) if traced else None
+        def _run_program(number: int, traced: bool | Tile) -> Trace | None:
+            trace: Trace | None = traced if isinstance(traced, Tile) else None
+            if traced and trace is None:
+                trace = Trace(continues=self._sampling and self._regular, alike=alike)
+            self._trace = trace
             x, rest = divmod(number, grid[1] * grid[2])
             builder.set_grid_idx(x, *divmod(rest, grid[2]))
             try:
@@ -220,7 +243,7 @@ class Launches:
             return trace
 
         @contextlib.contextmanager
-        def ready() -> Iterator[Callable[[int, bool], Trace | None]]:
+        def ready() -> Iterator[Callable[[int, bool | Tile], Trace | None]]:
             builder.set_grid_dim(*grid)
             with self._language(code):
                 yield _run_program
@@ -228,6 +251,12 @@ class Launches:
         return ready
 
     def _argument(self, x: Any) -> Any:
+        if isinstance(x, TensorDescriptor):
+            return interpreter.interpreter_semantic.make_tensor_descriptor(
+                base=self._argument(x.base), shape=[interpreter._implicit_cvt(n) for n in x.shape],
+                strides=[*(interpreter._implicit_cvt(n) for n in x.strides[:-1]), tl.constexpr(1)],
+                block_shape=[tl.constexpr(n) for n in x.block_shape],
+            )  # fmt: skip
         if not isinstance(x, Tensor):
             return interpreter._implicit_cvt(x)
         kind = tl.pointer_type(_TYPES[x.dtype])
@@ -372,7 +401,7 @@ class Launches:
         load, store = builder.create_masked_load, builder.create_masked_store
         swap, change, barrier = builder.create_atomic_cas, builder.create_atomic_rmw, builder.create_barrier
 
-        def masked_load(pointers: Any, mask: Any, other: Any, policy: Any, volatile: Any) -> Any:
+        def masked_load(pointers: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any) -> Any:
             known = self._record(pointers, mask)
             kind = pointers.get_element_ty()
             if _without_data(pointers):
@@ -382,9 +411,9 @@ class Launches:
                     data = np.where(mask.data, data, other.data).astype(dtype)
                 value = interpreter.TensorHandle(data, kind)
             else:
-                value = load(pointers, mask, other, policy, volatile)
+                value = load(pointers, mask, other, cache_policy, is_volatile)
             if self._trace is not None and known is not None:
-                value.stamp = self._trace.load(*known, _stamp(pointers, mask), policy is not _EVICT_FIRST)
+                value.stamp = self._trace.load(*known, _stamp(pointers, mask), cache_policy is not _EVICT_FIRST)
             return value
 
         def masked_store(pointers: Any, value: Any, mask: Any, policy: Any) -> Any:
@@ -412,6 +441,13 @@ class Launches:
         def atomic_cas(pointers: Any, expected: Any, value: Any, *more: Any) -> Any:
             return atomic(pointers, None, (expected, value), lambda: swap(pointers, expected, value, *more))
 
+        def dot(a: Any, b: Any, total: Any, *_more: Any) -> Any:
+            if not isinstance(self._trace, Tile):
+                raise CountError("a product in a launch without descriptors of its matrices")
+            rows, inner = a.data.shape
+            self._trace.multiply(rows, inner, b.data.shape[1])
+            return total
+
         def cache_policy(modifier: Any, eviction: Any) -> Any:
             """What the interpreter hands on to loads and stores, and does not look at."""
             return _EVICT_FIRST if str(eviction).lower().endswith("evict_first") else None
@@ -426,7 +462,8 @@ class Launches:
             hooks.pop(name, None)
         hooks |= {
             "create_masked_load": masked_load, "create_masked_store": masked_store, "create_atomic_rmw": atomic_rmw,
-            "create_atomic_cas": atomic_cas, "create_barrier": fence, "get_cache_policy": cache_policy,
+            "create_atomic_cas": atomic_cas, "create_barrier": fence, "create_dot": dot,
+            "get_cache_policy": cache_policy,
         }  # fmt: skip
         return hooks
 

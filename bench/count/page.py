@@ -22,6 +22,8 @@ RATES: dict[str, tuple[str, float, str]] = {
     "tile": ("tile of a product's result, in either orientation", 1, ""),
     "tile_flops": ("a multiprocessor on one tile", 1e12, "TFLOP/s"),
     "tile_start": ("start and end of a tile", 1e-6, "µs"),
+    "end_instructions": ("end of a tile of our own product, an element (read off the machine code)", 1, "instructions"),
+    "issued": ("instructions of single threads, a second and multiprocessor", 1e9, "G"),
     "most_splits": ("parts that a product's inner dimension may be cut into", 1, "at most"),
     "float32_product_flops": ("float32 products", 1e12, "TFLOP/s"),
     "kernel_share": ("share of the copy's rate that a Triton kernel gets", 1, ""),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Wait, Work
+from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Tiles, Wait, Work
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class Rates:
     tile: tuple[int, int] = (256, 128)  # of a product's result, in either orientation
     tile_flops: float = 6.17e12  # a multiprocessor on one tile
     tile_start: float = 1.5e-6  # seconds a tile, for its start and its end
+    # Of a Triton product's tile: the same rate, and when its steps are done so many instructions an element (read off
+    # the machine code, tests/ops/test_ahead_of_time.py), while the blocks of the next tile are already on their way.
+    end_instructions: float = 10.75
+    issued: float = 128 * 1.755e9  # instructions a second and multiprocessor, of single threads
     most_splits: int = 16  # parts of a product's inner dimension that a library may sum up afterwards
     float32_product_flops: float = 50e12  # without tensor cores, as PyTorch has it by default
 
@@ -58,6 +62,10 @@ class Rates:
                 best = min(best, waves * each + parts / self.copy_bytes)
         return max(best, moved / self.copy_bytes)
 
+    def tiles_seconds(self, tiles: Tiles, moved: float) -> float:
+        end = max(self.tile_start, tiles.elements * self.end_instructions / self.issued)
+        return max(tiles.most * (tiles.flops / self.tile_flops + end), moved / self.copy_bytes)
+
     def kernel_bytes(self, programs: Programs) -> tuple[float, float]:
         """Bytes of a launch from memory and from the second-level cache: a second read is one of memory when the
         programs on the device have touched more than the cache since the first."""
@@ -84,6 +92,8 @@ class Rates:
     def seconds(self, work: Work) -> float:
         if work.programs is not None:
             took = self.kernel_seconds(work.programs)
+        elif work.tiles is not None:
+            took = self.tiles_seconds(work.tiles, work.bytes)
         elif work.product is not None:
             took = self.product_seconds(work.product, work.bytes)
         else:

@@ -48,6 +48,16 @@ class Programs:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """A Triton launch that multiplies matrices tile by tile, and does more with each tile than to write it."""
+
+    number: int
+    most: int  # of the program that has most of them
+    flops: float  # of one, its rests outside of the matrices too
+    elements: int  # of one
+
+
+@dataclass(frozen=True)
 class Work:
     """One or more launches on the device that belong together."""
 
@@ -57,6 +67,13 @@ class Work:
     launches: int = 1
     product: Product | None = None
     programs: Programs | None = None
+    tiles: Tiles | None = None
+
+    @property
+    def flops(self) -> float:
+        if self.tiles is not None:
+            return self.tiles.number * self.tiles.flops
+        return 0.0 if self.product is None else self.product.flops
 
 
 @dataclass(frozen=True)
@@ -111,8 +128,8 @@ class Ledger:
         return sum(work.launches for work in self.work)
 
     @property
-    def flops(self) -> int:
-        return sum(work.product.flops for work in self.work if work.product is not None)
+    def flops(self) -> float:
+        return sum(work.flops for work in self.work)
 
     def _waits(self) -> Iterable[bool]:
         return (late(self.entries, at) for at, entry in enumerate(self.entries) if isinstance(entry, Wait))
@@ -139,7 +156,7 @@ def by_name(ledger: Ledger, seconds: dict[int, float], memory: dict[int, float])
             entry.name, {"name": entry.name, "launches": 0, "flops": 0, "bytes": 0.0, "seconds": 0.0}
         )
         line["launches"] += entry.launches
-        line["flops"] += entry.product.flops if entry.product is not None else 0
+        line["flops"] += entry.flops
         line["bytes"] += memory[at]
         line["seconds"] += seconds[at]
     return sorted(totals.values(), key=lambda line: -line["seconds"])

@@ -26,6 +26,7 @@ STEPS = {
         "addmm",
         "ceilings",
         "ours",
+        "statistics",
         "rows",
         "propose",
         "profile",

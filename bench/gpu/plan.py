@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from stable_rlhf.kernels.tuning import VARIABLE
 
 Row = dict[str, Any]
 DRY = "DRY RUN on a CPU: tiny shapes, interpreted kernels; no figure below is of a GPU"
@@ -62,6 +65,20 @@ class Step(NamedTuple):
     name: str
     work: Callable[[Plan], Iterator[Row]]
     limit: float  # seconds
+
+
+@contextmanager
+def table(path: Path) -> Iterator[None]:
+    """The table of tuned choices in force."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def sabotaged(step: str) -> None:

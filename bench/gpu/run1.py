@@ -23,7 +23,7 @@ from bench.case import COPY_BYTES, RESULTS
 from bench.common import Step as Call
 from bench.common import Timing, allocator_peak, describe, environment, free_memory, measure, quantile
 from bench.gpu import correctness
-from bench.gpu.plan import Plan, Row, Step
+from bench.gpu.plan import Plan, Row, Step, table
 from bench.ops.problem import Problem, make_problem, own_loss, random_inputs, with_gradients
 from bench.ops.problem import floor as bare_products
 from bench.presets import GPU_SHAPES
@@ -33,6 +33,8 @@ ALL = {"active": 1.0, "clipped": 0.0, "rehearsal": 0.0}
 CHUNK_ROWS = (2048, 4096)  # candidates beside one chunk of all rows
 GIB = 1 << 30
 COUNTED = RESULTS / "count.json"
+WAYS = ("in the product", "rows of logits")  # to make statistics
+STEPS_READ = ("facts", "ours", "statistics", "rows")  # by the proposal
 
 
 def shapes(plan: Plan) -> list[dict[str, int]]:
@@ -174,14 +176,13 @@ def ours(plan: Plan) -> Iterator[Row]:
             free_memory(plan.device)
 
 
-def by_count(shape: dict[str, int], everything: bool) -> float | None:
+def by_count(shape: dict[str, int], op: str, ending: str) -> float | None:
     """Milliseconds that `python -m bench count --update` expected of the default, the prediction that a measurement
     stands beside; None where nothing was counted."""
     if not COUNTED.exists():
         return None
-    ending = ", all active" if everything else " % active"
     for line in json.loads(COUNTED.read_text(encoding="utf-8"))["ops"]:
-        if line["op"] == "linear_policy_loss" and line["shape"] == shape and line["case"].endswith(ending):
+        if line["op"] == op and line["shape"] == shape and line["case"].endswith(ending):
             return float(1e3 * line["seconds"])
     return None
 
@@ -197,10 +198,43 @@ def beside_products(
         row = {**shape, "active": share, "workspace": name, **milliseconds(timing)}
         row["share"] = quantile(ratios, 0.5) if ratios else None
         if name in ("default", "no table"):
-            row["by_count_ms"] = by_count(shape, problem.index.numel() == problem.kind.numel())
+            everything = problem.index.numel() == problem.kind.numel()
+            row["by_count_ms"] = by_count(shape, "linear_policy_loss", ", all active" if everything else " % active")
         if peak and name in calls and plan.device.type == "cuda" and timing.median is not None:
             row["added_gib"] = allocator_peak(calls[name], plan.device) / GIB
         yield row
+
+
+def statistics(plan: Plan) -> Iterator[Row]:
+    """`linear_logprob` without a gradient by both ways: statistics in a product of our own, and the library's product
+    with the row kernel behind it, which a table of choices asks for; beside the bare product."""
+    name = torch.cuda.get_device_name() if plan.device.type == "cuda" else "dry run, not a GPU"
+    tables: dict[str, Row] = dict(zip(WAYS, ({}, {name: {"product_width": 0}}), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in shapes(plan):
+            sizes = (shape["rows"], shape["width"], shape["vocabulary"])
+            hidden, weight, target = random_inputs(*sizes, torch.bfloat16, plan.device)
+            calls: dict[str, Call] = {"bare product": lambda h=hidden, w=weight: torch.mm(h, w.t())}  # type: ignore[misc]
+            for way, content in tables.items():
+                path = Path(folder, f"{way}.json")
+                path.write_text(json.dumps(content), encoding="utf-8")
+
+                def call(path: Path = path, h: Tensor = hidden, w: Tensor = weight, t: Tensor = target) -> Tensor:
+                    with table(path), torch.no_grad():
+                        return ops.linear_logprob(h, w, t)[0]
+
+                calls[way] = call
+            timings = timed(plan, calls, rounds=7, budget=0.5)
+            for way in tables:
+                row = {**shape, "way": way, **milliseconds(timings[way])}
+                pairs = zip(timings["bare product"].samples, timings[way].samples, strict=False)
+                ratios = sorted(bare / whole for bare, whole in pairs)
+                row["share"] = quantile(ratios, 0.5) if ratios else None
+                if way == "in the product":
+                    row["by_count_ms"] = by_count(shape, "linear_logprob", ", no gradient")
+                yield row
+            del hidden, weight, target, calls, call
+            free_memory(plan.device)
 
 
 # -- the row kernel ----------------------------------------------------------------------------------------------------
@@ -318,21 +352,40 @@ def best_launches(lines: list[Row]) -> list[Row]:
     return [{name: row[name] for name in names} for row in fastest.values()]
 
 
+def best_width(lines: list[Row]) -> int | None:
+    """The widest hidden states up to which statistics were made faster in the product than by rows of logits at every
+    shape, 0 where they nowhere were; None where all of them were, or none was measured both ways."""
+    by_width: dict[int, list[bool]] = {}
+    product, rows = (
+        {(r["width"], r["vocabulary"]): r["ms"] for r in lines if r["way"] == way and r.get("ms")} for way in WAYS
+    )
+    for case in product.keys() & rows.keys():
+        by_width.setdefault(case[0], []).append(product[case] < rows[case])
+    paid = 0
+    for width in sorted(by_width):
+        if not all(by_width[width]):
+            return paid
+        paid = width
+    return None
+
+
 def propose(plan: Plan) -> Iterator[Row]:
     """`tuned.json`: what was fastest here, in the form of the package's own table."""
     records = [json.loads(line) for line in plan.lines.read_text(encoding="utf-8").splitlines()]
-    of = {step: [r for r in records if r["event"] == "row" and r["step"] == step] for step in ("facts", "ours", "rows")}
-    if not of["facts"] or not (of["ours"] or of["rows"]):
+    of = {step: [r for r in records if r["event"] == "row" and r["step"] == step] for step in STEPS_READ}
+    if not of["facts"] or not any(of[step] for step in STEPS_READ[1:]):
         raise RuntimeError("nothing was measured to choose from")
     about = of["facts"][0]["environment"]
     device = "dry run, not a GPU" if plan.dry else about["gpu"]
     entry: Row = {
         "chunk_rows": best_chunk_rows(of["ours"]), "row_launches": best_launches(of["rows"]),
+        "product_width": best_width(of["statistics"]),
         "measured": {"time": about["time"], "commit": about["commit"], "versions": about["versions"]},
     }  # fmt: skip
     path = plan.output / "tuned.json"
     path.write_text(json.dumps({device: entry}, indent=1) + "\n", encoding="utf-8")
-    yield {"file": path.name, "device": device, **{k: entry[k] for k in ("chunk_rows", "row_launches")}}
+    chosen = {name: value for name, value in entry.items() if name != "measured"}
+    yield {"file": path.name, "device": device, **chosen}
 
 
 # -- a profile, and the tools ------------------------------------------------------------------------------------------
@@ -409,6 +462,7 @@ STEPS = (
     Step("addmm", addmm, 10.0),
     Step("ceilings", ceilings, 35.0),
     Step("ours", ours, 55.0),
+    Step("statistics", statistics, 25.0),
     Step("rows", rows, 55.0),
     Step("propose", propose, 5.0),
     Step("profile", profile, 20.0),

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,15 @@ import torch
 import stable_rlhf.ops as ops
 from bench.case import OURS, Case, Line, Settings
 from bench.common import free_memory
-from bench.gpu.plan import Plan, Row, Step
+from bench.gpu.plan import Plan, Row, Step, table
 from bench.gpu.run1 import ALL, MIXED, batch, beside_products, facts, loss_call, milliseconds, shapes, timed
 from bench.presets import GPU_SHAPES
 from bench.run import run_case
-from stable_rlhf.kernels.tuning import TABLE, VARIABLE
+from stable_rlhf.kernels.tuning import TABLE
 
 # What users of TRL ask for (its issue 7244): Qwen3's vocabulary, 8,192 tokens.
 ASKED = {"rows": 8192, "width": 4096, "vocabulary": 151_936}
 PEERS = ("plain PyTorch", "cut-cross-entropy", "Liger GRPO")
-
-
-@contextmanager
-def table(path: Path) -> Iterator[None]:
-    """The table of tuned choices in force."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = str(path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
 
 
 def tuned(plan: Plan) -> Iterator[Row]:

@@ -62,6 +62,11 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     ),
     "ours": ("linear_policy_loss by workspace, beside its three bare products", LOSS),
     "tuned": ("linear_policy_loss as tuned, beside its three bare products", LOSS),
+    "statistics": (
+        "linear_logprob without gradient, both ways",
+        (("T x H x V", shape), ("way", field("way")), ("ms", field("ms")), ("by count ms", field("by_count_ms")),
+         ("share of product", field("share")), ("", field("failure"))),
+    ),
     "rows": (
         "the row kernel alone",
         (("V", field("vocabulary")), ("call", field("call")), ("block", field("block")), ("warps", field("warps")),
@@ -69,7 +74,8 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     ),
     "propose": (
         "proposed",
-        (("device", field("device")), ("chunk rows", field("chunk_rows")), ("launches", field("row_launches"))),
+        (("device", field("device")), ("chunk rows", field("chunk_rows")), ("launches", field("row_launches")),
+         ("product width", field("product_width"))),
     ),
     "profile": (
         "one call at the first shape", (("kernel", field("kernel")), ("ms", field("ms")), ("calls", field("calls")),

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import stable_rlhf.ops as ops
 from bench import __main__ as command
 from bench import pages
 from bench.common import ROOT
@@ -26,7 +27,7 @@ from bench.count.device import CUDA, CountError, Device
 from bench.count.launches import Launches
 from bench.count.rates import Rates, timed
 from bench.count.wanted import WANTED
-from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Wait, Work
+from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Tiles, Wait, Work
 from helpers.forks import run_interpreted
 from helpers.interpreter import interpreted, not_interpreted
 
@@ -54,6 +55,58 @@ def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def only(ledger: Ledger) -> Work:
     (work,) = ledger.work
     return work
+
+
+# -- kernels that multiply ---------------------------------------------------------------------------------------------
+
+
+def scored(rows: int, width: int, vocabulary: int, **given: object) -> None:
+    hidden, weight = (new(n, width, dtype=torch.bfloat16) for n in (rows, vocabulary))
+    target = torch.zeros(rows, dtype=torch.int64, device=CUDA)
+    with torch.no_grad():
+        ops.linear_logprob(hidden, weight, target, **given)
+
+
+@interpreted
+def test_a_product_s_tiles_are_counted_by_one_of_them(device):
+    """Rests of the matrices are multiplied like the rest of them, and the longest program decides."""
+    scored(300, 200, 40_000)
+    (work,) = (work for work in device.entries if isinstance(work, Work) and work.tiles is not None)
+    tiles = work.tiles
+    assert tiles.number == 3 * 157 and tiles.most == math.ceil(3 * 157 / 132)
+    assert tiles.flops == 2.0 * 128 * 256 * 256 and tiles.elements == 128 * 256
+    assert work.flops == tiles.number * tiles.flops and work.product is None
+    operands, partial_sums = 2 * 200 * (300 + 40_000), 4 * 300 * (3 * 157 + 1)
+    assert operands + partial_sums <= work.bytes <= 1.02 * (operands + partial_sums)
+    assert device.peak < 4 * (operands + partial_sums), "no logits, which are 24 MB"
+
+
+@interpreted
+def test_a_tile_s_seconds():
+    tiles = Tiles(1000, 8, 2.0 * 128 * 256 * 4096, 128 * 256)
+    each = tiles.flops / RATES.tile_flops + tiles.elements * RATES.end_instructions / RATES.issued
+    assert RATES.tiles_seconds(tiles, 0.0) == pytest.approx(8 * each)
+    short = replace(RATES, end_instructions=0.1)
+    assert short.tiles_seconds(tiles, 0.0) == pytest.approx(8 * (tiles.flops / RATES.tile_flops + RATES.tile_start))
+    assert RATES.tiles_seconds(tiles, 1e12) == pytest.approx(1e12 / RATES.copy_bytes)
+
+
+@interpreted
+@pytest.mark.parametrize("active_rows", [None, 300])
+def test_log_probs_stop_the_host_after_all_work_or_never(device, active_rows):
+    scored(300, 64, 40_000, active_rows=active_rows)
+    stops = [at for at, entry in enumerate(device.entries) if isinstance(entry, Stop)]
+    assert len(stops) == (active_rows is None)
+    assert not any(isinstance(entry, Work) for at in stops for entry in device.entries[at:])
+
+
+@interpreted
+def test_log_probs_under_capture_never_stop():
+    made = Device(limit=64 << 10, capturing=True)
+    with made.present(), Launches(made, RATES.cache_bytes).caught():
+        scored(300, 64, 40_000)
+    assert any(isinstance(entry, Work) and entry.tiles is not None for entry in made.entries)
+    assert not any(isinstance(entry, Stop | Wait) for entry in made.entries)
 
 
 # -- kernels of known traffic ------------------------------------------------------------------------------------------
@@ -498,15 +551,16 @@ def case_named(op: str, ending: str) -> Case:
     return found
 
 
-# Bounds that the code does not hold yet; one that it does is to be taken off.
-NOT_YET = {("linear_logprob", "share"), ("policy_loss", "share")}
+# Bounds that the code does not hold; one that it does is to be taken off. The kernel of `policy_loss` gets 0.85 of the
+# copy rate by the ledger's own rates, which leaves nothing for the launches around it, nor for what the cache drops.
+NOT_YET = {("policy_loss", "share")}
 
 
 @not_interpreted
 @pytest.mark.parametrize("bound", WANTED, ids=str)
 def test_the_results_that_are_kept_hold_the_bounds(bound, request):
     if (bound.op, bound.name) in NOT_YET:
-        reason = "needs statistics in a product's epilogue, or logits read once"
+        reason = "no kernel can, at the rate that the ledger gives kernels"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     lines = page.read(page.COUNTED)["ops"]
     line = bound.line(lines)

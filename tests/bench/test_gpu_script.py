@@ -70,11 +70,24 @@ def test_chunks_that_are_as_fast_as_one_are_chosen():
 
 def test_a_prediction_stands_beside_the_measurement(monkeypatch, tmp_path):
     monkeypatch.setattr(run1, "COUNTED", RESULTS / "count-before.json")
-    whole, part = (run1.by_count(GPU_SHAPES[0], everything) for everything in (True, False))
+    op = "linear_policy_loss"
+    whole, part = (run1.by_count(GPU_SHAPES[0], op, ending) for ending in (", all active", " % active"))
     assert whole > part > 10.0, "milliseconds, fewer for fewer rows"
-    assert run1.by_count({"rows": 1, "width": 1, "vocabulary": 1}, True) is None
+    assert run1.by_count({"rows": 1, "width": 1, "vocabulary": 1}, op, ", all active") is None
     monkeypatch.setattr(run1, "COUNTED", tmp_path / "none.json")
-    assert run1.by_count(GPU_SHAPES[0], True) is None
+    assert run1.by_count(GPU_SHAPES[0], op, ", all active") is None
+
+
+def test_the_width_up_to_which_the_product_pays():
+    def found(*faster):
+        for (width, vocabulary), ratio in zip([(512, 1), (512, 2), (1024, 1), (4096, 1)], faster, strict=True):
+            base = {"width": width, "vocabulary": vocabulary}
+            yield from (base | {"way": "in the product", "ms": ratio}, base | {"way": "rows of logits", "ms": 1.0})
+
+    assert run1.best_width(list(found(0.9, 0.9, 0.8, 0.7))) is None
+    assert run1.best_width(list(found(0.9, 0.9, 0.8, 1.1))) == 1024
+    assert run1.best_width(list(found(0.9, 1.1, 0.8, 0.7))) == 0, "a wider one that pays says nothing of narrower ones"
+    assert run1.best_width([row | {"ms": None} for row in found(0.9, 0.9, 0.8, 1.1)]) is None
 
 
 def test_the_fastest_launch_in_place_is_chosen():

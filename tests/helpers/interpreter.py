@@ -43,7 +43,8 @@ def accesses_checked() -> Iterator[list[str]]:
         launched.append(self.fn.__name__)
         assert devices, f"{launched[-1]} is launched outside torch.cuda.device_of"
         hosted = prepare(self, args, kwargs)
-        tensors = [x for x in (*hosted[0], *hosted[1].values()) if isinstance(x, torch.Tensor)]
+        given = [getattr(x, "base", x) for x in (*hosted[0], *hosted[1].values())]  # of a descriptor its tensor
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
         assert all(x.is_contiguous() for x in tensors)
         ranges[:] = [(x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize) for x in tensors]
         return hosted
@@ -55,9 +56,9 @@ def accesses_checked() -> Iterator[list[str]]:
             mine |= (low <= addresses) & (addresses < high)
         assert mine.all(), f"{launched[-1]} touches memory of nobody"
 
-    def load(self, pointers, mask, *rest):
+    def load(self, pointers, mask, *rest, **named):  # a descriptor's loads name the rest
         check(pointers, mask)
-        return load_of(self, pointers, mask, *rest)
+        return load_of(self, pointers, mask, *rest, **named)
 
     def store(self, pointers, value, mask, *rest):
         check(pointers, mask)
@@ -77,6 +78,34 @@ def accesses_checked() -> Iterator[list[str]]:
         patch.setattr(InterpreterBuilder, "create_masked_store", store)
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", atomic)
         yield launched
+
+
+@contextmanager
+def bfloat16_of_a_gpu() -> Iterator[None]:
+    """The interpreter cuts float32 to bfloat16 off, where GPUs round to nearest, and multiplies matrices of bfloat16 as
+    if their bits were whole numbers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    other, product = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert(data, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
+        return other(data, source, target, mode)
+
+    def dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            wide = (convert(x.data, tl.bfloat16, tl.float32, None) for x in (a, b))
+            a, b = (interpreter.TensorHandle(x, tl.float32) for x in wide)
+        return product(self, a, b, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):  # infinity less infinity is meant
+        patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        yield
 
 
 @contextmanager

@@ -147,6 +147,22 @@ class MachineCode:
         """Innermost loops that load 16 bytes at a time."""
         return tuple(loop for loop in self.loops if loop.loaded())
 
+    @property
+    def after_product(self) -> int:
+        """Instructions from the wait for the last step of a product to the end of the loop over its tiles, by the
+        shortest way: every forward branch is taken."""
+        loop = max(self.loops, key=lambda loop: sum(x.kind == "HGMMA" for x in loop.instructions))
+        at = max(i for i, x in enumerate(loop.instructions) if "DEPBAR" in x.name and x.operands.endswith("0x0"))
+        passed = 0
+        while at < len(loop.instructions):
+            passed += 1
+            here = loop.instructions[at]
+            if here.target is None or here.target <= here.address:
+                at += 1
+            else:
+                at = sum(x.address < here.target for x in loop.instructions)
+        return passed
+
     def waits_before_wide_stores(self, bits: int) -> bool:
         """Whether all threads wait for each other between the last single logit of so many bits that is read before the
         first wide store, and that store: a gradient in the logits' place must not overwrite what others still read."""

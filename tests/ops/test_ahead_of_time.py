@@ -304,3 +304,45 @@ def test_swav(name, prototypes, capability, tmp_path, record_property):
     code = build(kernel, types, constants, capability, warps, tmp_path)
     record_property("resources", code.resources)
     holds(code, residency=12 // warps)  # 168 registers
+
+
+HEAD_TYPES = {"room": "i32", "vocabulary": "i32", "width": "i32", "target_ptr": "*i64", "count_ptr": "*i64"}
+HEADS = {
+    "bf16": ("bf16", "bf16", 10.75),
+    "fp16": pytest.param(("fp16", "fp16", None), marks=pytest.mark.slow),
+    "float32 logits": pytest.param(("bf16", "fp32", 10.0), marks=pytest.mark.slow),
+}
+
+
+@pytest.mark.parametrize("case", HEADS.values(), ids=HEADS)
+def test_head(case, tmp_path, record_property):
+    """A tile of the product with the head and its statistics stay in registers, on the only kind of GPU that it is for.
+    What follows a tile's last step is counted in instructions an element, which the ledger's time of a tile rests on.
+    """
+    from bench.count.rates import Rates
+    from stable_rlhf.kernels import policy_head as head
+
+    inputs, logits, most = case
+    names = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    types = {name: "*fp32" for name in head.head_kernel.arg_names if name.endswith("_ptr")} | HEAD_TYPES
+    for name, rows in (("hidden", head.ROWS), ("weight", head.COLUMNS)):
+        types[name] = f"tensordesc<{inputs}[{rows},{head.INNER}]>"
+    constants = {
+        "COUNTED": True, "DTYPE": names[logits], "ROWS": head.ROWS, "COLUMNS": head.COLUMNS,
+        "INNER": head.INNER, "GROUP": head.GROUP, "ASSEMBLY": True,
+    }  # fmt: skip
+    aligned = tuple(name for name in types if name.endswith("_ptr") or name == "width")
+    options = {"num_stages": head.STAGES}
+    code = build(head.head_kernel, types, constants, 90, head.WARPS, tmp_path, aligned, options)
+    record_property("resources", code.resources)
+    assert not code.spills and code.shared <= 227 << 10, code.resources
+    (loop,) = (loop for loop in code.loops if any(x.kind == "HGMMA" for x in loop.instructions))
+    products = [x.name for x in loop.instructions if x.kind == "HGMMA"]
+    assert len(products) == head.INNER // 16 and all(name.startswith("HGMMA.64x256x16.F32") for name in products)
+    assert any(x.kind == "UTMALDG" for x in loop.instructions), "the copy engine brings the next blocks"
+    if most is not None:
+        counted = code.after_product * 32 * head.WARPS / (head.ROWS * head.COLUMNS)
+        record_property("instructions an element", counted)
+        assert 8.0 < counted <= most
+    if case == HEADS["bf16"]:
+        assert most == Rates().end_instructions

@@ -45,12 +45,26 @@ def test_a_measured_device_gets_its_choices_near_what_was_measured(table):
     assert tuning.chunk_rows(CARD) is None and tuning.row_launch(CARD, 131_072, torch.bfloat16) is None
 
 
+def test_statistics_are_made_in_the_product_as_far_as_it_paid(table):
+    def widths():
+        return [width for width in (0, 1024, 4096) if tuning.statistics_in_product(CARD, width)]
+
+    table({"OTHER CARD": {"product_width": 0}})
+    assert widths() == [0, 1024, 4096], "nobody measured"
+    table({"CARD 3000": {"product_width": 1024}})
+    assert widths() == [0, 1024]
+    table({"CARD 3000": {"product_width": None}})
+    assert widths() == [0, 1024, 4096]
+
+
 @pytest.mark.parametrize(
     "entry, told",
     [
         ({"chunk_rows": 100}, "multiple of 128"),
         ({"row_launches": [{**LAUNCH, "block": 3000}]}, "powers of 2"),
         ({"row_launches": [{**LAUNCH, "residency": 0}]}, "residency"),
+        ({"product_width": -1}, "product_width"),
+        ({"product_width": "all"}, "product_width"),
     ],
 )
 def test_a_mistake_in_the_table_is_told(entry, told, table):
@@ -61,4 +75,4 @@ def test_a_mistake_in_the_table_is_told(entry, told, table):
 
 def test_the_table_of_the_package_can_be_read():
     for name, entry in tuning._read(str(tuning.TABLE)).items():
-        assert name and set(entry) <= {"chunk_rows", "row_launches", "measured"}
+        assert name and set(entry) <= {"chunk_rows", "row_launches", "product_width", "measured"}

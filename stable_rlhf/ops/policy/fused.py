@@ -25,7 +25,6 @@ from torch import Tensor
 
 from stable_rlhf.kernels import tuning
 from stable_rlhf.ops.checks import check_values, statistics_dtype
-from stable_rlhf.ops.flags import Fault, note
 from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.operators import (
     Differentiable,
@@ -124,6 +123,15 @@ def _run(
     if isinstance(kernels, SplitVocabulary) and products.hidden_grad is not None:
         products.hidden_grad = kernels.sum(products.hidden_grad).to(products.dtype)
     return products.hidden_grad, products.weight_grad, products.bias_grad
+
+
+def in_product(call: PolicyCall) -> bool:
+    """Whether statistics without a gradient are made in a product of our own, and no logits are written."""
+    if call.backend != "triton":
+        return False
+    from stable_rlhf.kernels.policy_head import takes
+
+    return takes(call)
 
 
 def statistics(
@@ -307,7 +315,13 @@ def _from_hidden(
         state, gradients = policy(kernels, products, rows, terms, config, workspace_bytes, call.grad_tolerance)
         return state, _or_empty(call, rows, gradients)
     products = _products(call, rows, call.weight, (False, False, False))
-    state = statistics(kernels, products, rows, config.softcap, workspace_bytes)
+    if in_product(call):
+        from stable_rlhf.kernels.policy_head import statistics as made_in_product
+
+        state = RowState.of(rows)
+        made_in_product(products.hidden, products.weight, products.logits_dtype, state)
+    else:
+        state = statistics(kernels, products, rows, config.softcap, workspace_bytes)
     if any(call.needs) and sequences is not None:
         _set_coefficients(state, rows, terms, config, sequences)
         products = _products(call, rows, call.weight, call.needs)
@@ -414,13 +428,20 @@ def _logprob(call: PolicyCall) -> tuple[Tensor, ...]:
             both = statistics_of(call, rows, True)
         return *(rows.scatter(x) for x in both), *(both[0].new_zeros(call.target.shape) for _ in range(2))
     assert call.weight is not None
+    if in_product(call):
+        from stable_rlhf.kernels.policy_head import logprobs
+
+        state = logprobs(call)
+        return tuple(x.reshape(call.target.shape) for x in (state.logprob, state.entropy, state.max, state.log_sum))
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
     rows = _chosen_rows(call, vocabulary)
     products = _products(call, rows, call.weight, (False, False, False))
     state = statistics(kernels, products, rows, call.config.softcap, call.workspace_bytes)
     check_statistics(state.logprob, state.entropy, rows, call.origin)
-    if call.backend == "triton" and not check_values(state.logprob.device):  # of a loss the totals note it
-        note(Fault.LOGITS, ~(state.logprob.isfinite() & state.entropy.isfinite()).all())
+    if call.backend == "triton" and not check_values(state.logprob.device):
+        from stable_rlhf.kernels.policy_call import note_statistics
+
+        note_statistics(state)
     results = [state.logprob, state.entropy, state.max, state.log_sum]
     if rows.policy_count is None:
         results = [torch.where(rows.kind == Kind.IGNORED, 0.0, x) for x in results]

@@ -10,7 +10,7 @@ import torch
 
 import stable_rlhf.ops as ops
 from helpers.forks import run_interpreted
-from helpers.interpreter import INTERPRETED, interpreted, not_interpreted
+from helpers.interpreter import INTERPRETED, bfloat16_of_a_gpu, interpreted, not_interpreted
 from helpers.policy_cases import CONFIGS, PER_ROW, fused_of, make_case, naive_row, relative
 from helpers.policy_rows import check, exact, fresh, make_rows, new_state
 from stable_rlhf.ops import PolicyLossConfig
@@ -36,23 +36,8 @@ def test_the_rest_in_the_interpreter():
 
 
 @pytest.fixture(autouse=INTERPRETED)
-def rounding_of_a_gpu(monkeypatch):
-    """The interpreter cuts float32 to bfloat16 off; GPUs round to nearest (the compiled test looks for that)."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    other = interpreter._convert_float
-
-    def convert(data, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
-        return other(data, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-    with np.errstate(all="ignore"):  # infinity minus infinity is looked at, and then left out
+def rounding_of_a_gpu():
+    with bfloat16_of_a_gpu():
         yield
 
 
@@ -240,7 +225,7 @@ def test_same_bits_on_every_grid(name, monkeypatch):
     config = CONFIGS["plain"] if name == "plain" else SETTINGS[name]
     made = []
     for programs in (1, 40):
-        monkeypatch.setattr(kernels(), "_programs", lambda device, each, programs=programs: programs)
+        monkeypatch.setattr(kernels(), "programs", lambda device, each, programs=programs: programs)
         logits, state, kind, terms = make_rows(9, 150, config, torch.bfloat16, seed=3)
         row = None if name == "clip" else torch.tensor([8, 0, 3, 1, 7, 2, 4, 6, 5])
         order = kernels().policy(logits, logits, state, kind, terms, config, row=row)
