@@ -15,6 +15,8 @@
     void k3(const float* d, int64_t n, float* kl);                                                                 \
     void swav_columns(const Swav& call, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,      \
                       float* scratch);                                                                             \
+    void swav_masses(const Swav& call, int64_t view, int64_t begin, int64_t end, float* sum);                      \
+    void swav_codes(const Swav& call, int64_t view, int64_t begin, int64_t end, float* sum);                       \
     double swav_rows(const Swav& call, int64_t begin, int64_t end, float* scratch);                                \
     void moments_f32(const float* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square); \
     void moments_f64(const double* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square); \
@@ -30,7 +32,8 @@
 #define KERNELS_OF(name)                                                                                   \
     Kernels {                                                                                              \
         #name, name::run_rows, name::run_peaks, name::run_masses, name::sum, name::exponentials,           \
-            name::pair_terms, name::k3, name::swav_columns, name::swav_rows, name::moments_f32,            \
+            name::pair_terms, name::k3, name::swav_columns, name::swav_masses, name::swav_codes,           \
+            name::swav_rows, name::moments_f32,                                                            \
             name::moments_f64, name::scale_f32, name::scale_f64, name::nearest, name::add_row,             \
             name::unit_rows, name::unit_rows_back                                                          \
     }

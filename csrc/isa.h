@@ -19,6 +19,8 @@ struct Kernels {
     void (*k3)(const float* d, int64_t n, float* kl);
     void (*swav_columns)(const Swav&, int64_t view, int64_t begin, int64_t end, float* largest, float* sum,
                          float* scratch);
+    void (*swav_masses)(const Swav&, int64_t view, int64_t begin, int64_t end, float* sum);
+    void (*swav_codes)(const Swav&, int64_t view, int64_t begin, int64_t end, float* sum);
     double (*swav_rows)(const Swav&, int64_t begin, int64_t end, float* scratch);
     // Of a block: number, mean and sum of squared distances from it; scaled values (whiten_kernel.h).
     void (*moments_f32)(const float* x, const uint8_t* mask, int64_t n, double* count, double* mean, double* square);

@@ -116,10 +116,35 @@ inline float horizontal_max(Floats x) {
     for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
     return y;
 }
+// By halves: lane after lane, each addition would wait for the one before.
 inline float horizontal_sum(Floats x) {
-    float y = x[0];
-    for (int i = 1; i < kWidth; ++i) y += x[i];
-    return y;
+#if SIMD_WIDTH == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#elif SIMD_WIDTH == 8
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+// The first n of a vector's lanes from and to memory, 0 < n < kWidth; the others are `rest`, and are not stored.
+inline Floats load_part(const float* from, int64_t n, float rest) {
+#if SIMD_WIDTH == 16
+    return (Floats)_mm512_mask_loadu_ps((__m512)splat(rest), (__mmask16)((1u << n) - 1), from);
+#else
+    Floats x = splat(rest);
+    for (int64_t i = 0; i < n; ++i) x[i] = from[i];
+    return x;
+#endif
+}
+inline void store_part(float* to, Floats x, int64_t n) {
+#if SIMD_WIDTH == 16
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), (__m512)x);
+#else
+    for (int64_t i = 0; i < n; ++i) to[i] = x[i];
+#endif
 }
 
 }  // namespace SIMD_NAMESPACE

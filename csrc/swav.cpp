@@ -43,6 +43,29 @@ void swav_log_sums(const Swav& call) {
     }
 }
 
+void swav_balance(const Swav& call) {
+    const Kernels& chosen = kernels(call.isa);
+    const int64_t blocks = (call.rows + kBlock - 1) / kBlock, padded = swav_padded(call.prototypes);
+    std::vector<float> parts(2 * blocks * padded);  // [view, block, padded]
+    const double scores = static_cast<double>(kBlock * call.prototypes);
+    for (int64_t step = 0; step < call.iterations; ++step) {
+        parallel_for(2 * blocks, 1, (step ? 0.1 : 1.0) * scores, call.num_threads, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t first = task % blocks * kBlock, last = std::min(first + kBlock, call.rows);
+                float* part = parts.data() + task * padded;
+                (step ? chosen.swav_codes : chosen.swav_masses)(call, task / blocks, first, last, part);
+            }
+        });
+        for (int64_t view = 0; view < 2; ++view) {
+            for (int64_t k = 0; k < padded; ++k) {
+                double sum = 0.0;
+                for (int64_t b = 0; b < blocks; ++b) sum += parts[(view * blocks + b) * padded + k];
+                call.weights[view * padded + k] = k < call.prototypes ? float(1.0 / sum) : 0.0f;
+            }
+        }
+    }
+}
+
 double swav_loss(const Swav& call) {
     const Kernels& chosen = kernels(call.isa);
     const int64_t blocks = (call.rows + kBlock - 1) / kBlock;
@@ -71,11 +94,17 @@ void bind_swav(pybind11::module_& m) {
         STABLE_RLHF_FIELD(Swav, scale),
         STABLE_RLHF_FIELD(Swav, gradient),
         STABLE_RLHF_FIELD(Swav, log_sums),
+        STABLE_RLHF_FIELD(Swav, mass),
+        STABLE_RLHF_FIELD(Swav, weights),
+        STABLE_RLHF_FIELD(Swav, iterations),
         STABLE_RLHF_FIELD(Swav, num_threads),
         STABLE_RLHF_FIELD(Swav, isa),
     };
     define<Swav>(m, "swav_log_sums", fields, swav_log_sums);
+    define<Swav>(m, "swav_balance", fields, swav_balance);
     define<Swav>(m, "swav_loss", fields, swav_loss);
+    m.attr("SWAV_PADDING") = kSwavPadding;
+    m.attr("SWAV_MOST_DIGITS") = kSwavMostDigits;
 }
 
 }  // namespace stable_rlhf

@@ -65,11 +65,18 @@ bool unit_rows_of(const UnitRows& call, int64_t begin, int64_t end) {
             call.width, [&](int64_t at) { const Floats y = load(x + at) * scales; return y * y; },
             [&](int64_t at) { const float y = widen(x[at]) * scale; return y * y; });
         const float length = square == 0 ? 1.0f : float(sqrt(square));
-        const Floats lengths = splat(length);
-        along_row(
-            0, call.width, [&](int64_t at) { store(unit + at, load(x + at) * scales / lengths); },
-            [&](int64_t at) { unit[at] = widen(x[at]) * scale / length; });
-        call.inverse[i] = scale / length;
+        const float inverse = call.inverse[i] = scale / length;
+        if (inverse >= 1.17549435e-38f || scale == 0) {
+            const Floats factor = splat(inverse);
+            along_row(
+                0, call.width, [&](int64_t at) { store(unit + at, load(x + at) * factor); },
+                [&](int64_t at) { unit[at] = widen(x[at]) * inverse; });
+        } else {  // of a row so long that one factor would have lost digits
+            const Floats lengths = splat(length);
+            along_row(
+                0, call.width, [&](int64_t at) { store(unit + at, load(x + at) * scales / lengths); },
+                [&](int64_t at) { unit[at] = widen(x[at]) * scale / length; });
+        }
     }
     return finite;
 }

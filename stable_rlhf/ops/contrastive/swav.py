@@ -15,6 +15,7 @@ from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
 from stable_rlhf.ops.groups import group_name, resolve_group, stack_ranks
 from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.operators import loss_operation, requires_grad, shapes_of_gradients
+from stable_rlhf.ops.policy.products import workspace
 
 
 def swav_loss(
@@ -133,19 +134,27 @@ def _reference(
     return -(codes.flip(0) * torch.log_softmax(scores / temperature, -1)).sum() / (2 * ranks.total)
 
 
+class Masses(NamedTuple):
+    """A row's code is its masses times the weights, over their sum."""
+
+    mass: Tensor  # [2, rows, padded] exp((score - 1) / epsilon), but for a factor that all have
+    weights: Tensor  # [2, padded]
+
+
 class Kernels(NamedTuple):
     """What a backend makes of scores [2, rows, prototypes] float32: see `kernels.swav`."""
 
     log_sums: Callable[..., Tensor]
     loss: Callable[..., Tensor]
+    masses: Callable[..., Masses | None]  # what Sinkhorn makes without logarithms, of one rank's rows, where it can
 
 
 def kernels_of(backend: str) -> Kernels:
     if backend == "cpu":
-        return Kernels(_log_sums_cpu, _loss_cpu)
+        return Kernels(_log_sums_cpu, _loss_cpu, _masses_cpu)
     from stable_rlhf.kernels import swav
 
-    return Kernels(swav.log_sums, swav.loss)
+    return Kernels(swav.log_sums, swav.loss, lambda *_: None)
 
 
 def _loss_and_gradients(call: SwavCall) -> tuple[Tensor, ...]:
@@ -155,8 +164,13 @@ def _loss_and_gradients(call: SwavCall) -> tuple[Tensor, ...]:
     with torch.autocast(a.device.type, enabled=False):
         for view, score in zip(views, scores, strict=True):
             torch.mm(view, prototypes.T, out=score)
-        v = potentials(scores, call.epsilon, call.iterations, resolve_group(call.group), kernels)
-        loss = kernels.loss(scores, v, 1.0 / call.epsilon, 1.0 / call.temperature, 0.5 / call.total, any(needs))
+        group, inverse_epsilon = resolve_group(call.group), 1.0 / call.epsilon
+        codes: Masses | Tensor | None = None
+        if group is None:
+            codes = kernels.masses(scores, inverse_epsilon, call.iterations)
+        if codes is None:
+            codes = potentials(scores, call.epsilon, call.iterations, group, kernels)
+        loss = kernels.loss(scores, codes, inverse_epsilon, 1.0 / call.temperature, 0.5 / call.total, any(needs))
         gradients = [
             torch.mm(score, prototypes, out=fresh(torch.empty_like(view))) if need else a.new_empty(0)
             for view, score, need in zip(views, scores, needs[:2], strict=True)
@@ -175,14 +189,30 @@ def _shapes(call: SwavCall) -> tuple[Tensor, ...]:
 _fused = loss_operation("swav_loss", SwavCall, ("a", "b", "prototypes"), 4, body=_loss_and_gradients, shapes=_shapes)
 
 
-def _cpu_fields(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> dict[str, Any]:
-    """What both calls of C++ take."""
+def _cpu_fields(scores: Tensor, codes: Masses | Tensor | None, inverse_epsilon: float) -> dict[str, Any]:
+    """What all calls of C++ take."""
     assert scores.is_contiguous() and scores.dtype == torch.float32
-    return {
+    fields = {
         "scores": scores.data_ptr(), "rows": scores.shape[1], "prototypes": scores.shape[2],
-        "potential": 0 if potential is None else potential.data_ptr(), "inverse_epsilon": inverse_epsilon,
-        "num_threads": torch.get_num_threads(), "isa": cpu_isa(),
+        "inverse_epsilon": inverse_epsilon, "num_threads": torch.get_num_threads(), "isa": cpu_isa(),
     }  # fmt: skip
+    if isinstance(codes, Masses):
+        return fields | {"mass": codes.mass.data_ptr(), "weights": codes.weights.data_ptr()}
+    return fields | ({} if codes is None else {"potential": codes.data_ptr()})
+
+
+def _masses_cpu(scores: Tensor, inverse_epsilon: float, iterations: int) -> Masses | None:
+    """None where a mass may be too small a number, and without iterations."""
+    module = extension()
+    assert module is not None
+    if iterations < 1 or 2.0 * inverse_epsilon > module.SWAV_MOST_DIGITS:
+        return None
+    _, rows, prototypes = scores.shape
+    padded = -(-prototypes // module.SWAV_PADDING) * module.SWAV_PADDING
+    mass = workspace(2 * rows, padded, torch.float32, scores.device, "masses")
+    made = Masses(mass, torch.empty(2, padded, dtype=torch.float32, device="cpu"))
+    module.swav_balance(**_cpu_fields(scores, made, inverse_epsilon), iterations=iterations)
+    return made
 
 
 def _log_sums_cpu(scores: Tensor, potential: Tensor | None, inverse_epsilon: float) -> Tensor:
@@ -195,7 +225,7 @@ def _log_sums_cpu(scores: Tensor, potential: Tensor | None, inverse_epsilon: flo
 
 def _loss_cpu(
     scores: Tensor,
-    potential: Tensor | None,
+    codes: Masses | Tensor | None,
     inverse_epsilon: float,
     inverse_temperature: float,
     scale: float,
@@ -204,7 +234,7 @@ def _loss_cpu(
     module = extension()
     assert module is not None
     total = module.swav_loss(
-        **_cpu_fields(scores, potential, inverse_epsilon), inverse_temperature=inverse_temperature, scale=scale,
+        **_cpu_fields(scores, codes, inverse_epsilon), inverse_temperature=inverse_temperature, scale=scale,
         gradient=gradient,
     )  # fmt: skip
     return torch.tensor(total, dtype=torch.float64, device="cpu")

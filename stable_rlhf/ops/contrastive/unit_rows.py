@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from stable_rlhf.ops.backends import cpu_isa, extension, selected, transformed
 from stable_rlhf.ops.checks import FLOATS, check_finite, check_tensor, check_values, statistics_dtype
 from stable_rlhf.ops.groups import stack_ranks
 from stable_rlhf.ops.memory import fresh
+from stable_rlhf.ops.operators import Differentiable, needs_operator
 from stable_rlhf.ops.policy.types import LOGITS_TYPES
 
 
@@ -30,7 +31,7 @@ def unit_rows(x: Tensor, name: str) -> Tensor:
     the result is 0. No other finite row is too long or too short: its largest entry is taken out first.
     """
     if not transformed():
-        return unit_rows_operator(x, name)[0]
+        return _operation(UnitRows(x, name))[0]
     scaled, length, _scale = _scaled(x, name)
     return scaled / length
 
@@ -91,16 +92,21 @@ def _by_cpp(x: Tensor) -> bool:
     return x.dtype in LOGITS_TYPES and selected("info_nce", x.device) == "cpu"
 
 
-@torch.library.custom_op("stable_rlhf::unit_rows", mutates_args=())
-def unit_rows_operator(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+class UnitRows(NamedTuple):
+    """A call of `unit_rows`."""
+
+    x: Tensor  # [n, D]
+    name: str  # of x, in errors
+
+
+def _made(call: UnitRows) -> tuple[Tensor, ...]:
     """`unit_rows`, and 1 / |x| [n, 1]."""
-    return _compiled(x, name) if _by_cpp(x) else _plain(x, name)
+    return _compiled(*call) if _by_cpp(call.x) else _plain(*call)
 
 
-@unit_rows_operator.register_fake
-def _(x, name):
-    unit = torch.empty_like(x, dtype=statistics_dtype(x.dtype), memory_format=torch.contiguous_format)
-    return unit, unit.new_empty(x.shape[0], 1)
+def _shapes(call: UnitRows) -> tuple[Tensor, ...]:
+    unit = torch.empty_like(call.x, dtype=statistics_dtype(call.x.dtype), memory_format=torch.contiguous_format)
+    return unit, unit.new_empty(call.x.shape[0], 1)
 
 
 @torch.library.custom_op("stable_rlhf::unit_rows_backward", mutates_args=())
@@ -114,28 +120,32 @@ def _(upstream, unit, inverse, dtype):
     return unit.new_empty(unit.shape, dtype=dtype)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, call: UnitRows, results: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.by_cpp = inputs[0].dtype, _by_cpp(inputs[0])
-    ctx.save_for_backward(*output)
+    ctx.dtype, ctx.by_cpp = call.x.dtype, _by_cpp(call.x)
+    ctx.save_for_backward(*results)
 
 
-def _through(ctx: Any, upstream: Tensor | None, by_inverse: Tensor | None) -> tuple[Tensor | None, None]:
+def _through(ctx: Any, upstream: Tensor | None, by_inverse: Tensor | None) -> list[Tensor | None]:
     unit, inverse_length = ctx.saved_tensors
     gradient = None
     if upstream is not None:
         if ctx.by_cpp and by_inverse is None and not torch.is_grad_enabled():
-            return unit_rows_backward(upstream, unit, inverse_length, ctx.dtype), None
+            many = torch._C._functorch.is_legacy_batchedtensor(upstream)  # at once, by vmap over the backward pass
+            back = unit_rows_backward if many or needs_operator(upstream) else _compiled_backward
+            return [back(upstream, unit, inverse_length, ctx.dtype)]
         # Only what is at right angles to the row turns it.
         along = (upstream * unit).sum(1, keepdim=True)
         gradient = torch.addcmul(upstream, unit, along, value=-1.0).mul_(inverse_length)
     if by_inverse is not None:  # of a second derivative: d (1 / |x|) = -u du / |x|^2
         shorter = -by_inverse * inverse_length.square() * unit
         gradient = shorter if gradient is None else gradient + shorter
-    return None if gradient is None else gradient.to(ctx.dtype), None
+    return [None if gradient is None else gradient.to(ctx.dtype)]
 
 
-unit_rows_operator.register_autograd(_through, setup_context=_keep)
+_operation = Differentiable(
+    "unit_rows", UnitRows, ("x",), 2, body=_made, shapes=_shapes, setup=_keep, backward=_through
+)
 
 
 class Ranks:

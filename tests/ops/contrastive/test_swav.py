@@ -99,13 +99,36 @@ def test_value_and_gradients(shape, backend):
         compare(got, want)
 
 
+# Codes by masses and rows without a maximum; by logarithms; masses and rows with a maximum; and the last of either.
+SHARPNESS = {
+    "soft": {}, "hard codes": {"epsilon": 0.02}, "hard predictions": {"temperature": 0.02},
+    "hardly soft": {"epsilon": 2 / 59, "temperature": 2 / 59},
+    "hardly hard": {"epsilon": 2 / 61, "temperature": 2 / 61},
+}  # fmt: skip
+
+
 @cpp
+@pytest.mark.parametrize("name", SHARPNESS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa, monkeypatch):
+def test_every_instruction_set(isa, name, monkeypatch):
     monkeypatch.setenv("STABLE_RLHF_CPU_ISA", isa)
     for prototypes in (1, 3, 16, 37):
         inputs = problem(70, prototypes, 12)
-        compare(run(*inputs), definition(*inputs))
+        compare(run(*inputs, **SHARPNESS[name]), definition(*inputs, **SHARPNESS[name]))
+
+
+@cpp
+@pytest.mark.parametrize("name", SHARPNESS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_are_prototypes(isa, name, monkeypatch):
+    """Cosines from -1 to 1, so masses of every size that there is; rounded, some are beyond 1."""
+    monkeypatch.setenv("STABLE_RLHF_CPU_ISA", isa)
+    _, _, prototypes = problem(1, 21, 40, seed=5)
+    a = torch.cat([prototypes, -prototypes, prototypes[:9]])
+    b = torch.cat([-prototypes, prototypes.flip(0), 3.0 * prototypes[:9]])
+    units = unit_rows.unit_rows(prototypes, "x")
+    assert (units @ units.T).amax() > 1.0
+    compare(run(a, b, prototypes, **SHARPNESS[name]), definition(a, b, prototypes, **SHARPNESS[name]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
