@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def statistics_of(scores: dict[str, Any]) -> dict[str, Statistic]:
     return {"accuracy": mean(right), "ece": calibration_statistic(chosen, rejected), "loss": mean(loss)}
 
 
-def cell(statistic: Statistic, pairs: int, figure: Figure, sign: str = "", **bounds: float) -> str:
-    interval = bootstrap(statistic, pairs, **bounds)
+def cell(statistic: Statistic, pairs: int, figure: Figure, sign: str = "", low: float = -math.inf) -> str:
+    interval = bootstrap(statistic, pairs, low=low)
     text = shown(interval, figure, sign)
     apart = sign and (interval["low"] > 0 or interval["high"] < 0)
     return f"**{text}**" if apart else text
@@ -68,7 +69,8 @@ def cell(statistic: Statistic, pairs: int, figure: Figure, sign: str = "", **bou
 
 def block(content: dict[str, Any]) -> str:
     """The marked part of the page."""
-    scores, rows, against = content["scores"], [], []
+    scores = content["scores"]
+    rows: list[list[str]] = []
     pairs = len(next(iter(scores["rm"].values()))["chosen"])
     of = {o: {epoch: statistics_of(s) for epoch, s in by_epoch.items()} for o, by_epoch in scores.items()}
     for objective, title in SCORER_NAMES.items():
@@ -89,7 +91,7 @@ def block(content: dict[str, Any]) -> str:
         f"{pairs} test; one seed; 95 % over the test pairs. CPU seconds of training: {seconds}. "
         f"{line['environment']['cpu']}, {line['environment']['time'][:10]}."
     )
-    return "\n\n".join([markdown(["Scorer, epochs", *titles], rows + against), made]) + "\n"
+    return "\n\n".join([markdown(["Scorer, epochs", *titles], rows), made]) + "\n"
 
 
 def report() -> None:
