@@ -137,45 +137,64 @@ class Chosen:
     whole: Tensor  # the call's own targets
     late: bool  # wrong values are noted, for the host does not read the counts in this call
     compact: bool
+    on_host: Tensor | None = None  # the counts, once they have arrived there
+    arrived: torch.cuda.Event | None = None
+
+    def unread(self, call: PolicyCall) -> Rows:
+        """The rows, whose numbers the device alone knows."""
+        index = self.index if self.compact else None
+        rows = Rows(call.target.shape, index, self.target, self.kind, None, None, 1.0, self.counts)
+        return replace(rows, temperature=row_temperature(call.temperature, rows))
 
     def read(self, call: PolicyCall, vocabulary: int) -> tuple[int, int, int]:
-        """Active rows, those of the policy, and of rehearsal; one synchronisation.
+        """Active rows, those of the policy, and of rehearsal. Waits for the launch that counted them, and not for what
+        was queued behind it, where their copy was.
 
         Raises:
             ValueError: as `formula.select_rows` does; or for what was noted in an earlier call.
         """
-        active, policy, rehearsal, unknown, outside, *noted = self.counts.tolist()
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        counts = self.counts if self.on_host is None else self.on_host
+        active, policy, rehearsal, unknown, outside, *noted = counts.tolist()
         tell(self.counts.device, noted)
         if unknown or outside or call.active_rows not in (None, active):
             select_rows(call, vocabulary)  # which says what is wrong
         return active, policy, rehearsal
 
 
-def choose(call: PolicyCall, vocabulary: int, *, always_compact: bool = False) -> Chosen:
-    """The active rows in one launch. `always_compact`: their index is as long as there are rows, active or not, and 0
-    behind the active ones; else there is none under graph capture, where their number is not known when it is needed.
+def choose(call: PolicyCall, vocabulary: int, *, index: bool | None = None) -> Chosen:
+    """The active rows in one launch. `index`: whether there is one; it is then as long as there are rows, active or
+    not, and 0 behind the active ones. By default there is one, but not under graph capture, where the number of active
+    rows is not known when it is needed, and it ends with them.
     """
     target, kind, device = call.target.reshape(-1).contiguous(), call.kind, call.source.device
     count, in_graph, wanted = target.numel(), capturing(target), call.active_rows
     late = in_graph or (wanted is not None and not check_values(device))
-    known = wanted is not None and late and not in_graph and not always_compact
+    known = wanted is not None and late and not in_graph and index is None
     room = min(wanted, count) if known and wanted is not None else count
-    compact = always_compact or not (in_graph or (known and room == count))
+    compact = not (in_graph or (known and room == count)) if index is None else index
     if kind is not None:
         check_tensor("kind", kind, shape=tuple(call.target.shape), device=device, dtypes=INTEGERS)
         kind = kind.reshape(-1).contiguous()
-    index = target.new_zeros(room) if always_compact else target.new_empty(room if compact else 0)
+    places = target.new_zeros(room) if index else target.new_empty(room if compact else 0)
     chosen = Chosen(
-        index, target.new_empty(room), target.new_empty(room, dtype=torch.int8), target.new_empty(COUNTS + _FAULTS),
+        places, target.new_empty(room), target.new_empty(room, dtype=torch.int8), target.new_empty(COUNTS + _FAULTS),
         target, late, compact,
     )  # fmt: skip
     with torch.cuda.device_of(target):
         _select_kernel[(1,)](
-            target, target if kind is None else kind, index, chosen.target, chosen.kind, chosen.counts, notes(device),
+            target, target if kind is None else kind, places, chosen.target, chosen.kind, chosen.counts, notes(device),
             count, wanted or 0, vocabulary, HAS_KIND=kind is not None, COMPACT=compact, WANTED=known, NOTE=late,
             FAULTS=_FAULTS, BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
-    return chosen
+        if index is None or late or not target.is_cuda:
+            return chosen
+        on_host = torch.empty(chosen.counts.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        on_host.copy_(chosen.counts, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return replace(chosen, on_host=on_host, arrived=arrived)
 
 
 def select(call: PolicyCall, vocabulary: int) -> Rows:
@@ -186,9 +205,7 @@ def select(call: PolicyCall, vocabulary: int) -> Rows:
     """
     chosen = choose(call, vocabulary)
     if chosen.late:
-        index = chosen.index if chosen.compact else None
-        rows = Rows(call.target.shape, index, chosen.target, chosen.kind, None, None, 1.0, chosen.counts)
-        return replace(rows, temperature=row_temperature(call.temperature, rows))
+        return chosen.unread(call)
     active, policy, rehearsal = chosen.read(call, vocabulary)
     whole = active == call.target.numel()
     rows = Rows(

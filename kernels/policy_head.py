@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stable_rlhf.kernels.policy_call import Chosen, choose, note_statistics
 from stable_rlhf.kernels.policy_rows import _FLOOR, _LOG2_E, _log1p, _ordered, _times
 from stable_rlhf.kernels.tuning import programs, statistics_in_product
-from stable_rlhf.ops.policy.formula import Rows, RowState, check_statistics, row_temperature
+from stable_rlhf.ops.policy.formula import RowState, check_statistics
 from stable_rlhf.ops.policy.products import HeadProducts
 from stable_rlhf.ops.policy.types import PolicyCall
 
@@ -294,9 +294,8 @@ def logprobs(call: PolicyCall) -> RowState:
     host reads it when all work is queued; under graph capture, and where `active_rows` was given, it does not."""
     assert call.weight is not None
     vocabulary = call.weight.shape[0]
-    chosen = choose(call, vocabulary, always_compact=True)
-    rows = Rows(call.target.shape, chosen.index, chosen.target, chosen.kind, None, None, 1.0, chosen.counts)
-    rows = replace(rows, temperature=row_temperature(call.temperature, rows))
+    chosen = choose(call, vocabulary, index=True)
+    rows = chosen.unread(call)
     inverse_temperature = rows.inverse_temperature()
     results = (torch.zeros_like(inverse_temperature) for _ in range(6))  # one memory each: some are returned
     state = RowState(chosen.target, inverse_temperature, *results)

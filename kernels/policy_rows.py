@@ -408,7 +408,11 @@ def row_kernel(
             top_lane = tl.full((R,), _FLOOR, tl.float32)
             rest_lane = tl.zeros((R,), tl.float32)
             weighted_lane = tl.zeros((R,), tl.float32)
-            for k in range(0, last):
+            whole_blocks = last
+            if TERMS:
+                kind = tl.load(kind_ptr + i)
+                whole_blocks = tl.where(kind != 0, last, 0)  # nothing of a row that takes no part is worth reading
+            for k in range(0, whole_blocks):
                 ahead = (k + 1) * BLOCK
                 next_near, next_far = _load_block(logits + ahead, lanes, vocabulary - ahead, HALF, "")
                 top_lane, rest_lane, weighted_lane = _add_block(
@@ -424,7 +428,6 @@ def row_kernel(
                 entropy_denominator = policy_denominator
                 if HAS_ENTROPY_DENOMINATOR:
                     entropy_denominator = tl.load(entropy_denominator_ptr)
-                kind = tl.load(kind_ptr + i)
                 old_logprob = 0.0
                 if HAS_OLD_LOGPROB:
                     old_logprob = tl.load(old_logprob_ptr + i)
@@ -448,6 +451,9 @@ def row_kernel(
             entropy = log_sum - mean
             target_logprob = apart - log_sum
             logprob = tl.where(target >= 0, target_logprob, 0.0)
+            if TERMS:  # whatever it holds
+                logprob = tl.where(kind != 0, logprob, 0.0)
+                entropy = tl.where(kind != 0, entropy, 0.0)
             inverse_sum = 1.0 / (1.0 + rest)
             tl.store(logprob_ptr + i, logprob)
             tl.store(entropy_ptr + i, entropy)

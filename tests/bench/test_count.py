@@ -91,21 +91,33 @@ def test_a_tile_s_seconds():
     assert RATES.tiles_seconds(tiles, 1e12) == pytest.approx(1e12 / RATES.copy_bytes)
 
 
-@interpreted
-@pytest.mark.parametrize("active_rows", [None, 300])
-def test_log_probs_stop_the_host_after_all_work_or_never(device, active_rows):
-    scored(300, 64, 40_000, active_rows=active_rows)
-    stops = [at for at, entry in enumerate(device.entries) if isinstance(entry, Stop)]
-    assert len(stops) == (active_rows is None)
-    assert not any(isinstance(entry, Work) for at in stops for entry in device.entries[at:])
+def lost(rows: int, vocabulary: int, **given: object) -> None:
+    logits = new(rows, vocabulary, dtype=torch.bfloat16).requires_grad_()
+    target = torch.zeros(rows, dtype=torch.int64, device=CUDA)
+    advantage = torch.ones(rows, dtype=torch.float32, device=CUDA)
+    ops.policy_loss(logits, target, advantage=advantage, **given).loss.backward()
+
+
+CALLS = {"linear_logprob": lambda **given: scored(300, 64, 40_000, **given), "policy_loss": partial(lost, 300, 40_000)}
 
 
 @interpreted
-def test_log_probs_under_capture_never_stop():
+@pytest.mark.parametrize(
+    ("name", "given"), [("linear_logprob", {}), ("linear_logprob", {"active_rows": 300}), ("policy_loss", {})]
+)
+def test_counts_are_read_behind_queued_work_or_never(name, given, device):
+    CALLS[name](**given)
+    ledger = Ledger(device.entries)
+    assert not ledger.stops and ledger.late_reads == (not given)
+
+
+@interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_under_capture_nothing_is_read(name):
     made = Device(limit=64 << 10, capturing=True)
     with made.present(), Launches(made, RATES.cache_bytes).caught():
-        scored(300, 64, 40_000)
-    assert any(isinstance(entry, Work) and entry.tiles is not None for entry in made.entries)
+        CALLS[name]()
+    assert any(isinstance(entry, Work) and entry.sort is Sort.KERNEL for entry in made.entries)
     assert not any(isinstance(entry, Stop | Wait) for entry in made.entries)
 
 
@@ -551,8 +563,8 @@ def case_named(op: str, ending: str) -> Case:
     return found
 
 
-# Bounds that the code does not hold; one that it does is to be taken off. The kernel of `policy_loss` gets 0.85 of the
-# copy rate by the ledger's own rates, which leaves nothing for the launches around it, nor for what the cache drops.
+# Bounds that the code cannot hold: the kernel of `policy_loss` gets 0.85 of the copy rate by the ledger's own rates, which
+# leaves nothing for the launches around it, nor for what the cache drops.
 NOT_YET = {("policy_loss", "share")}
 
 

@@ -279,12 +279,38 @@ def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
             by_autograd = _gradients([out.loss], None, call)
         return *_flat(out), *by_autograd
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
+    if _counts_may_wait(call):
+        return _in_place(kernels, call, vocabulary)
     rows = _chosen_rows(call, vocabulary)
     gather = cpu_call.gather if call.backend == "cpu" else gather_terms
     terms, sequences = gather(rows, call, torch.float32), sequences_of(call, rows)
     make = _from_logits if call.weight is None else _from_hidden
     state, gradients = make(kernels, call, rows, terms, sequences)
     return *_totals(call, rows, state, terms, sequences), *gradients
+
+
+def _counts_may_wait(call: PolicyCall) -> bool:
+    """Whether a loss from logits needs no count of rows before it is queued. What rows of the policy need may be absent
+    where there are none: the host has to look first."""
+    config = call.config
+    complete = call.advantage is not None and (config.kl_coef == 0.0 or call.ref_logprob is not None)
+    alone = not call.group and config.importance_level == "token"
+    return call.backend == "triton" and call.weight is None and call.needs[0] and alone and complete
+
+
+def _in_place(kernels: Any, call: PolicyCall, vocabulary: int) -> tuple[Tensor, ...]:
+    """The loss from logits on a GPU. Every row stays at its place, and which are active the device knows; the host
+    reads it when all work is queued, and under graph capture not at all."""
+    from stable_rlhf.kernels.policy_call import choose
+
+    chosen = choose(call, vocabulary, index=False)
+    rows = chosen.unread(call)
+    terms = gather_terms(rows, call, torch.float32)
+    state, gradients = _from_logits(kernels, call, rows, terms, None)
+    totals = _totals(call, rows, state, terms, None)
+    if not chosen.late:
+        chosen.read(call, vocabulary)
+    return *totals, *gradients
 
 
 def _set_coefficients(

@@ -550,3 +550,40 @@ def test_peaked_rows_keep_their_digits():
             ops.policy_loss(value, target, torch.tensor([2, 2, 2]), temperature=0.9).loss.backward()
     for got, want in zip(leaf.grad, truth.grad, strict=True):
         assert relative(got, want) < 2e-6
+
+
+@interpreted
+def test_rows_from_logits_that_take_no_part():
+    """Whatever they hold, and whoever knows of them: their gradient is 0, and nothing of them reaches a sum."""
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(7, 300, generator=g)
+    target, kind = torch.randint(0, 300, (7,), generator=g), torch.tensor([1, 0, 2, 1, 1, 1, 0])
+    target[3] = -100
+    idle = torch.tensor([1, 3, 6])
+    given = {"old_logprob": torch.randn(7, generator=g) - 5.0, "advantage": torch.randn(7, generator=g)}
+    made = {}
+    for backend, filling in (("torch", 0.0), ("triton", 0.0), ("triton", math.nan)):
+        leaf = logits.index_fill(0, idle, filling).requires_grad_()
+        with ops.backend(backend):
+            out = ops.policy_loss(leaf, target, kind, **given)
+        out.loss.backward()
+        assert not leaf.grad[idle].any() and not out.logprob[idle].any() and not out.entropy[idle].any()
+        made[backend, str(filling)] = torch.cat(
+            [out.loss[None], out.logprob, out.entropy, leaf.grad.flatten()]
+        ).detach()
+    want = made["torch", "0.0"]
+    torch.testing.assert_close(made["triton", "0.0"], want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(made["triton", "nan"], made["triton", "0.0"])
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("target", 300, "300 at row 5 is outside"), ("target", -7, "-7 at row 5 is outside"), ("kind", 3, "3 at row 5")],
+)
+def test_wrong_values_beside_logits_are_told_in_the_call(name, value, told):
+    given = {"target": torch.zeros(7, dtype=torch.int64), "kind": torch.ones(7, dtype=torch.int64)}
+    given[name][5] = value
+    logits = torch.zeros(7, 300, requires_grad=True)
+    with ops.backend("triton"), pytest.raises(ValueError, match=f"{name}: {told}"):
+        ops.policy_loss(logits, **given, advantage=torch.ones(7))
