@@ -15,7 +15,6 @@ from stable_rlhf.ops.contrastive.unit_rows import Ranks, check_pair, unit_rows
 from stable_rlhf.ops.groups import group_name, resolve_group, stack_ranks
 from stable_rlhf.ops.memory import fresh
 from stable_rlhf.ops.operators import loss_operation, requires_grad, shapes_of_gradients
-from stable_rlhf.ops.policy.products import workspace
 
 
 def swav_loss(
@@ -209,7 +208,7 @@ def _masses_cpu(scores: Tensor, inverse_epsilon: float, iterations: int) -> Mass
         return None
     _, rows, prototypes = scores.shape
     padded = -(-prototypes // module.SWAV_PADDING) * module.SWAV_PADDING
-    mass = workspace(2 * rows, padded, torch.float32, scores.device, "masses")
+    mass = fresh(torch.empty(2, rows, padded, dtype=torch.float32, device="cpu"))
     made = Masses(mass, torch.empty(2, padded, dtype=torch.float32, device="cpu"))
     module.swav_balance(**_cpu_fields(scores, made, inverse_epsilon), iterations=iterations)
     return made
