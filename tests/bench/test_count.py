@@ -498,8 +498,7 @@ def case_named(op: str, ending: str) -> Case:
     return found
 
 
-# Bounds that the code cannot hold: the kernel of `policy_loss` gets 0.85 of the copy rate by the ledger's own rates,
-# which leaves nothing for the launches around it, nor for what the cache drops.
+# Cannot be held: the kernel of `policy_loss` gets 0.85 of the copy rate, which leaves nothing for the launches around it.
 NOT_YET = {("policy_loss", "share")}
 
 
