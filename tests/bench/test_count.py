@@ -498,7 +498,7 @@ def case_named(op: str, ending: str) -> Case:
     return found
 
 
-# Cannot be held: the kernel of `policy_loss` gets 0.85 of the copy rate, which leaves nothing for the launches around it.
+# The kernel of `policy_loss` gets 0.85 of the copy rate, which leaves nothing for the launches around it.
 NOT_YET = {("policy_loss", "share")}
 
 
