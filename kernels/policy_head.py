@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stable_rlhf.kernels.policy_call import Chosen, choose, note_statistics
 from stable_rlhf.kernels.policy_rows import _FLOOR, _LOG2_E, _log1p, _ordered, _times
 from stable_rlhf.kernels.tuning import programs, statistics_in_product
+from stable_rlhf.ops.flags import Fault, note
 from stable_rlhf.ops.policy.formula import RowState, check_statistics
 from stable_rlhf.ops.policy.products import HeadProducts
 from stable_rlhf.ops.policy.types import PolicyCall
@@ -304,5 +305,7 @@ def logprobs(call: PolicyCall) -> RowState:
     note_statistics(state)
     if not chosen.late:
         chosen.read(call, vocabulary)
+    elif call.active_rows is not None:
+        note(Fault.ACTIVE_ROWS, chosen.counts[0] != call.active_rows)
     check_statistics(state.logprob, state.entropy, replace(rows, index=None), call.origin)
     return state

@@ -146,12 +146,20 @@ class Launches:
         self, function: Any, code: Any, given: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, ...],
         label: str,
     ) -> None:  # fmt: skip
-        """A launch that multiplies matrices. As of a library's product, each of them is moved once by count."""
-        operands = {id(x.base) for x in given.values() if isinstance(x, TensorDescriptor)}
-        if any(not x.is_meta and x.ndim > 1 and id(x) not in operands for x in tensors.values()):
-            raise CountError(f"{function.fn.__name__}: one of its tiles is run, and leaves the rest of a result unmade")
+        """A launch that multiplies matrices. As of a library's product, each of them is moved once by count. One tile
+        is looked at; all are made where the matrices and what is made of them have data. Products of matrices without
+        data are 0, as whatever is read of them is."""
+        operands = {id(x.base): x.base for x in given.values() if isinstance(x, TensorDescriptor)}
+        programs = math.prod(shape[:3])
+        made = [x for x in tensors.values() if not x.is_meta and x.ndim > 1 and id(x) not in operands]
         with self._prepared(function, code, given, tensors, shape)() as one:
-            tiles = tiles_of(one, math.prod(shape[:3]))
+            tiles = tiles_of(one, programs)  # first: it multiplies nothing, and its tile is made anew below
+            if made and all(not x.is_meta for x in operands.values()):
+                for program in range(programs):
+                    one(program, False)
+            elif made:
+                for x in made:
+                    x.zero_()
         storages = {(m.address, m.bytes) for x in tensors.values() if (m := self.device.memory(x)) is not None}
         moved = float(sum(size for _address, size in storages))
         self.device.entries.append(Work(label, Sort.KERNEL, moved, tiles=tiles))
@@ -442,6 +450,8 @@ class Launches:
             return atomic(pointers, None, (expected, value), lambda: swap(pointers, expected, value, *more))
 
         def dot(a: Any, b: Any, total: Any, *_more: Any) -> Any:
+            if self._trace is None:
+                return interpreter.TensorHandle(_wide(a) @ _wide(b) + total.data, total.dtype.scalar)
             if not isinstance(self._trace, Tile):
                 raise CountError("a product in a launch without descriptors of its matrices")
             rows, inner = a.data.shape
@@ -502,6 +512,14 @@ class Launches:
             at -= 1
         if at < 0 or low < self._ends[at][0]:
             raise CountError(f"addresses {low:#x} to {high:#x} lie outside the arguments")
+
+
+def _wide(x: Any) -> np.ndarray[Any, Any]:
+    """A block in float32; of bfloat16 the interpreter holds the bits."""
+    if x.dtype.scalar == tl.bfloat16:
+        bits: np.ndarray[Any, Any] = x.data.astype(np.uint32) << 16
+        return bits.view(np.float32)
+    return np.asarray(x.data, dtype=np.float32)
 
 
 def _tells_kinds(x: Tensor) -> bool:

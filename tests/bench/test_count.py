@@ -14,7 +14,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bench import __main__ as command
 from bench import pages
@@ -22,15 +21,13 @@ from bench.common import ROOT
 from bench.count import page
 from bench.count.cases import SHAPES, Case, all_cases, policy_step
 from bench.count.counting import Counter, stated
-from bench.count.device import CUDA, CountError, Device
-from bench.count.launches import Launches
-from bench.count.rates import Rates, timed
+from bench.count.device import CUDA, CountError
+from bench.count.rates import timed
 from bench.count.wanted import WANTED
 from bench.count.work import Ledger, Product, Programs, Record, Sort, Stop, Wait, Work
+from helpers.counted import RATES, counted, new
 from helpers.forks import run_interpreted
 from helpers.interpreter import interpreted, not_interpreted
-
-RATES = Rates()
 
 
 @pytest.mark.slow
@@ -41,14 +38,8 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def device():
-    """A device whose tensors have data up to 64 KiB; everything of a test happens on it."""
-    made = Device(limit=64 << 10)
-    with made.present(), Launches(made, RATES.cache_bytes).caught():
+    with counted() as made:
         yield made
-
-
-def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=CUDA)
 
 
 def only(ledger: Ledger) -> Work:
@@ -594,7 +585,7 @@ def test_the_command(capsys):
     fields = {"op", "share", "launches", "synchronisations", "flops", "bytes", "peak_bytes", "seconds", "floor_seconds"}
     assert all(fields <= set(line) for line in made["ops"])
     assert command.main(["count", "--shape", "16,32,256", "--ops", "linear_logprob", "--kernels"]) == 0
-    assert "row_kernel" in capsys.readouterr().out
+    assert "head_kernel" in capsys.readouterr().out
     for wrong in (["--shape", "1,2"], ["--shape", "a,b,c"], ["--ops", "nothing"], ["--update", "--ops", "gae"]):
         with pytest.raises(SystemExit, match="--"):
             command.main(["count", *wrong])

@@ -8,19 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 import stable_rlhf.ops as ops
-from bench.count.device import CUDA, Device
-from bench.count.launches import Launches
-from bench.count.rates import Rates
+from bench.count.device import CUDA
 from bench.count.work import Ledger, Sort, Stop, Tiles, Wait, Work
+from helpers.counted import RATES, counted, new
 from helpers.forks import run_interpreted
 from helpers.interpreter import interpreted, not_interpreted
-
-RATES = Rates()
 
 
 @not_interpreted
@@ -30,14 +26,8 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def device():
-    """A device whose tensors have data up to 64 KiB; everything of a test happens on it."""
-    made = Device(limit=64 << 10)
-    with made.present(), Launches(made, RATES.cache_bytes).caught():
+    with counted() as made:
         yield made
-
-
-def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=CUDA)
 
 
 def scored(rows: int, width: int, vocabulary: int, **given: object) -> None:
@@ -59,6 +49,19 @@ def test_a_product_s_tiles_are_counted_by_one_of_them(device):
     operands, partial_sums = 2 * 200 * (300 + 40_000), 4 * 300 * (3 * 157 + 1)
     assert operands + partial_sums <= work.bytes <= 1.02 * (operands + partial_sums)
     assert device.peak < 4 * (operands + partial_sums), "no logits, which are 24 MB"
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_matrices_are_multiplied(dtype, device):
+    """Every tile of them, since what comes after reads the results."""
+    hidden, weight = new(5, 8, dtype=dtype).fill_(0.5), new(600, 8, dtype=dtype).fill_(0.25)
+    weight[300:] = 0.75
+    target = torch.tensor([0, 299, 300, 599, 2], dtype=torch.int64, device=CUDA)
+    with torch.no_grad():
+        logprob, _ = ops.linear_logprob(hidden, weight, target)
+    total = math.log(300 * math.exp(1.0) + 300 * math.exp(3.0))
+    assert logprob.tolist() == pytest.approx([1.0 - total, 1.0 - total, 3.0 - total, 3.0 - total, 1.0 - total])
 
 
 @interpreted
@@ -94,8 +97,7 @@ def test_counts_are_read_behind_queued_work_or_never(name, given, device):
 @interpreted
 @pytest.mark.parametrize("name", CALLS)
 def test_under_capture_nothing_is_read(name):
-    made = Device(limit=64 << 10, capturing=True)
-    with made.present(), Launches(made, RATES.cache_bytes).caught():
+    with counted(capturing=True) as made:
         CALLS[name]()
     assert any(isinstance(entry, Work) and entry.sort is Sort.KERNEL for entry in made.entries)
     assert not any(isinstance(entry, Stop | Wait) for entry in made.entries)

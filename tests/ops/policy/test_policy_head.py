@@ -172,6 +172,28 @@ def test_the_operation_takes_this_way():
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
+@interpreted
+@pytest.mark.parametrize("told", [11, 13])
+def test_a_wrong_number_of_active_rows_is_told_by_the_next_call(told, monkeypatch):
+    """Where the host reads no values, as on a GPU."""
+    from stable_rlhf.kernels import policy_call
+
+    hidden, weight = torch.ones(3, 5, 16).half(), torch.ones(300, 16).half()
+    target = torch.zeros(3, 5, dtype=torch.int64)
+    target[1, :3] = -100
+    with ops.backend("triton"):
+        with monkeypatch.context() as patch:
+            patch.setattr(policy_call, "check_values", lambda device: False)
+            ops.linear_logprob(hidden, weight, target, active_rows=12)
+        ops.linear_logprob(hidden, weight, target)  # nothing was noted
+        with monkeypatch.context() as patch:
+            patch.setattr(policy_call, "check_values", lambda device: False)
+            ops.linear_logprob(hidden, weight, target, active_rows=told)
+        with pytest.raises(ValueError, match="active_rows: not the number"):
+            ops.linear_logprob(hidden, weight, target)
+        ops.linear_logprob(hidden, weight, target)  # told once
+
+
 CASES = {
     "plain": ({}, True),
     "float32": ({"dtype": torch.float32}, False),
