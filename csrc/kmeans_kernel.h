@@ -4,33 +4,34 @@
 namespace stable_rlhf {
 namespace SIMD_NAMESPACE {
 
+// The first of the largest scores[:] - half[:] of c; 0 where none is a number.
+template <bool kLess>
+inline int32_t nearest_of_row(const float* scores, const float* half, int64_t c) {
+    // Each lane's largest and its place, then those of the lanes: no branch depends on the data.
+    constexpr int32_t kNowhere = INT32_MAX;
+    Floats top = splat(-INFINITY);
+    Ints at, where = Ints{} + kNowhere;
+    for (int lane = 0; lane < kWidth; ++lane) at[lane] = lane;
+    const auto look = [&](Floats value) {
+        where = value > top ? at : where;
+        top = larger(value, top);
+        at += kWidth;
+    };
+    int64_t k = 0;
+    for (; k + kWidth <= c; k += kWidth) look(kLess ? load(scores + k) - load(half + k) : load(scores + k));
+    if (k < c) {
+        const Floats rest = load_part(scores + k, c - k, -INFINITY);
+        look(kLess ? rest - load_part(half + k, c - k, 0.0f) : rest);
+    }
+    const int32_t place = horizontal_min(top == splat(horizontal_max(top)) ? where : Ints{} + kNowhere);
+    return place == kNowhere ? 0 : place;
+}
+
 // labels[i]: the first of the largest scores[i, :] - half[:] of c; half may be null.
 void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels) {
     for (int64_t i = 0; i < n; ++i) {
         const float* row = scores + i * c;
-        // The largest first, its place then, from numbers that are in the nearest cache by now: two loops without a
-        // dependence from element to element but the maximum's.
-        float best = -INFINITY;
-        int64_t at = 0;
-        if (c >= kWidth) {
-            Floats top = splat(-INFINITY);
-            for (; at + kWidth <= c; at += kWidth) {
-                top = larger(half ? load(row + at) - load(half + at) : load(row + at), top);
-            }
-            best = horizontal_max(top);
-        }
-        for (int64_t rest = at; rest < c; ++rest) {
-            const float value = half ? row[rest] - half[rest] : row[rest];
-            best = value > best ? value : best;
-        }
-        int64_t place = 0;
-        const Floats wanted = splat(best);
-        for (; place + kWidth <= c; place += kWidth) {
-            const Ints equal = (half ? load(row + place) - load(half + place) : load(row + place)) == wanted;
-            if (any(equal)) break;
-        }
-        while (place < c && (half ? row[place] - half[place] : row[place]) != best) ++place;
-        labels[i] = place < c ? static_cast<int32_t>(place) : 0;  // no number at all
+        labels[i] = half ? nearest_of_row<true>(row, half, c) : nearest_of_row<false>(row, half, c);
     }
 }
 

@@ -111,12 +111,31 @@ inline bool any(const Ints& holds) {
 #endif
 }
 
+// By halves: lane after lane, each step would wait for the one before.
 inline float horizontal_max(Floats x) {
-    float y = x[0];
-    for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
-    return y;
+#if SIMD_WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#elif SIMD_WIDTH == 8
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+#else
+    const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+#endif
 }
-// By halves: lane after lane, each addition would wait for the one before.
+inline int32_t horizontal_min(Ints x) {
+#if SIMD_WIDTH == 16
+    return _mm512_reduce_min_epi32((__m512i)x);
+#elif SIMD_WIDTH == 8
+    __m128i y = _mm_min_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    y = _mm_min_epi32(y, _mm_unpackhi_epi64(y, y));
+    return _mm_cvtsi128_si32(_mm_min_epi32(y, _mm_shuffle_epi32(y, 1)));
+#else
+    const int32_t a = x[0] < x[2] ? x[0] : x[2], b = x[1] < x[3] ? x[1] : x[3];
+    return a < b ? a : b;
+#endif
+}
 inline float horizontal_sum(Floats x) {
 #if SIMD_WIDTH == 16
     return _mm512_reduce_add_ps((__m512)x);

@@ -18,6 +18,7 @@ from bench.ops.accuracy import relative_error
 from stable_rlhf.ops import PolicyLossConfig
 
 FLOORS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+CUT_OFF = 2  # times, where Triton's interpreter cuts a float32 off to bfloat16 instead of rounding it
 SMALLER = 16  # times, where every operation is run slowly
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -169,12 +170,13 @@ def compared(make: Make, device: torch.device, backend: str, smaller: int) -> Ro
     with ops.backend("torch"):
         plain, want = results(inputs), results(inputs, torch.float64)
     error, allowed, worst = 0.0, 0.0, True
+    floor = FLOORS[inputs.leaves[0].dtype] * (1 if device.type == "cuda" else CUT_OFF)
     for x, y, z in zip(got, plain, want, strict=True):
         if not x.is_floating_point():
             error, allowed, right = float((x != z).sum()) if x.shape == z.shape else 1.0, 0.0, torch.equal(x, z)
         else:
             here, there = error_of(x, z), error_of(y, z)
-            limit = max(FLOORS[inputs.leaves[0].dtype], 1.5 * there)
+            limit = max(floor, 1.5 * there)
             right = here <= limit  # NaN is wrong too
             if not right or here / limit > error / max(allowed, 1e-30):
                 error, allowed = here, limit

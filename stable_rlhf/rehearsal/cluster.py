@@ -93,17 +93,20 @@ def _first_distinct(rows: _Blocks, most: int) -> np.ndarray:
     seen: set[bytes] = set()
     places: list[int] = []
     for start in range(0, len(rows), kmeans.BLOCK_ROWS):
-        block = np.ascontiguousarray(rows.scaled(start) + np.float32(0))  # -0.0 and 0.0 become the same bytes
-        # One unique over a whole block first: a million equal rows must not go through Python one by one.
-        keys = block.view(np.dtype((np.void, block.shape[1] * block.itemsize)))[:, 0]
-        _, firsts = np.unique(keys, return_index=True)
-        for index in np.sort(firsts).tolist():
-            key = keys[index].tobytes()
-            if key not in seen:
-                seen.add(key)
-                places.append(start + index)
-                if len(places) == most:
-                    return np.array(places)
+        block = rows.scaled(start)
+        # The first few are enough unless rows repeat, and to sort a whole block takes as long as a product with it.
+        for low, high in ((0, most), (most, len(block))):
+            part = np.ascontiguousarray(block[low:high] + np.float32(0))  # -0.0 and 0.0 become the same bytes
+            # One unique over many rows first: a million equal ones must not go through Python one by one.
+            keys = part.view(np.dtype((np.void, part.shape[1] * part.itemsize)))[:, 0]
+            _, firsts = np.unique(keys, return_index=True)
+            for index in np.sort(firsts).tolist():
+                key = keys[index].tobytes()
+                if key not in seen:
+                    seen.add(key)
+                    places.append(start + low + index)
+                    if len(places) == most:
+                        return np.array(places)
     return np.array(places)
 
 

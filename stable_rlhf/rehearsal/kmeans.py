@@ -152,13 +152,19 @@ def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
 
     Distances are differences of products, in every backend. With an offset that long, float32's rounding of the
     products is as large as the distances, and all rows may end up in one cluster."""
-    total = np.zeros(rows.array.shape[1])
-    for _, part in rows.map(lambda start: rows.block(start).sum(axis=0, dtype=np.float64)):
-        total += part
-    mean = total / len(rows)
+    mean = _mean(rows)
     shared = float(mean @ mean)
     spread = float(squared.mean(dtype=np.float64)) - shared
     return mean.astype(np.float32) if spread * _LONG_OFFSET < shared else None
+
+
+def _mean(rows: Rows) -> np.ndarray:
+    """float64 [d], of the rows as `block` gives them; summed in float32 within a block, for any offset near it will do.
+    Rows whose squares do not overflow have sums that do not."""
+    total = np.zeros(rows.array.shape[1])
+    for _, part in rows.map(lambda start: rows.block(start).sum(axis=0)):
+        total += part
+    return total / len(rows)
 
 
 def _kernels() -> tuple[Any | None, str]:
@@ -368,9 +374,9 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
     n = len(rows)
     count = min(n, max(INIT_ROWS, 32 * num_clusters))
     places = np.arange(n) if count == n else np.sort(generator.choice(n, count, replace=False))
-    around = rows.take(places)
+    sample = rows.of(rows.whole() if count == n else rows.take(places))
     # Distances come from products here: an offset that all rows share would drown them in rounding.
-    sample = rows.of(around - around.mean(axis=0, dtype=np.float64).astype(np.float32))
+    sample.offset = _mean(sample).astype(np.float32)
     lengths = squared_lengths(sample)
     nearest = np.full(count, np.inf, dtype=np.float32)
     chosen: list[int] = []
@@ -385,7 +391,7 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
         np.minimum(nearest[here], _apart(products.min(axis=0) + lengths[here], lengths[here]), out=nearest[here])
 
     while True:
-        candidates, own = sample.array[proposals], lengths[proposals]
+        candidates, own = sample.take(proposals), lengths[proposals]
         apart = _apart(own[:, None] + own - 2 * (candidates @ candidates.T), own)
         now, accepted = nearest[proposals], []
         for index, before in enumerate(now.tolist()):

@@ -290,6 +290,10 @@ def test_the_nearest_is_the_first_of_the_best(isa):
                 scores=scores.ctypes.data, half=address, n=200, c=c, labels=labels.ctypes.data, isa=isa
             )
             np.testing.assert_array_equal(labels, (scores if less is None else scores - less).argmax(1))
+        scores[0], scores[1, c // 2] = np.nan, np.nan  # no number at all is the first; some are passed over
+        extension().kmeans_nearest(scores=scores.ctypes.data, half=0, n=2, c=c, labels=labels.ctypes.data, isa=isa)
+        passed = np.where(np.isnan(scores[1]), -np.inf, scores[1])
+        assert labels[:2].tolist() == [0, passed.argmax()]
 
 
 def test_a_fault_of_a_block_reaches_the_caller():
