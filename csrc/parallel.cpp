@@ -59,8 +59,6 @@ void run_on_own_threads(int threads, void (*work)(void*), void* data) {
 
 }  // namespace
 
-int threads_for(double nanoseconds, int num_threads) { return nanoseconds < 1e6 ? 1 : num_threads; }
-
 int64_t shared_loops() { return shared; }
 
 void run_on_threads(int threads, void (*work)(void*), void* data) {

@@ -7,10 +7,14 @@
 
 namespace stable_rlhf {
 
-// The threads for a loop that takes one thread about so many nanoseconds: one below a millisecond. Where another process
-// wants the cores, OpenMP's barrier waits for a worker that has none, up to a time slice of the system: a hundred times
-// what a small loop takes.
-int threads_for(double nanoseconds, int num_threads);
+// What a loop takes one thread, in nanoseconds, from where on it is shared out. Where another process wants the cores,
+// OpenMP's barrier waits for a worker that has none, up to a time slice of the system: a hundred times what a small loop
+// takes. Between products of torch that risk is run anyway, and the workers are awake.
+constexpr double kWorthThreads = 1e6, kWorthThreadsBetweenProducts = 2e5;
+
+inline int threads_for(double nanoseconds, int num_threads, double worth = kWorthThreads) {
+    return nanoseconds < worth ? 1 : num_threads;
+}
 
 // How many loops have been shared out to threads since the module was loaded.
 int64_t shared_loops();
@@ -19,12 +23,13 @@ int64_t shared_loops();
 void run_on_threads(int threads, void (*work)(void*), void* data);
 
 // Calls body(begin, end) over [0, n) in blocks of `grain`, on at most num_threads threads; on one where all of it takes
-// less than a millisecond, by the caller's estimate of what one of the n costs on one thread.
+// less than `worth`, by the caller's estimate of what one of the n costs on one thread.
 // Results must not depend on which thread takes which block. `body` must not throw.
 template <typename Body>
-void parallel_for(int64_t n, int64_t grain, double nanoseconds_each, int num_threads, const Body& body) {
+void parallel_for(int64_t n, int64_t grain, double nanoseconds_each, int num_threads, const Body& body,
+                  double worth = kWorthThreads) {
     const int64_t blocks = (n + grain - 1) / grain;
-    num_threads = threads_for(nanoseconds_each * static_cast<double>(n), num_threads);
+    num_threads = threads_for(nanoseconds_each * static_cast<double>(n), num_threads, worth);
     if (num_threads <= 1 || blocks <= 1) {
         if (n > 0) body(int64_t{0}, n);
         return;

@@ -28,7 +28,7 @@ void swav_log_sums(const Swav& call) {
             float* part = parts.data() + task * 2 * padded;
             chosen.swav_columns(call, task / blocks, first, last, part, part + padded, scratch.data());
         }
-    });
+    }, kWorthThreadsBetweenProducts);
     for (int64_t view = 0; view < 2; ++view) {
         for (int64_t k = 0; k < call.prototypes; ++k) {
             const float* part = parts.data() + view * blocks * 2 * padded + k;
@@ -55,7 +55,7 @@ void swav_balance(const Swav& call) {
                 float* part = parts.data() + task * padded;
                 (step ? chosen.swav_codes : chosen.swav_masses)(call, task / blocks, first, last, part);
             }
-        });
+        }, kWorthThreadsBetweenProducts);
         for (int64_t view = 0; view < 2; ++view) {
             for (int64_t k = 0; k < padded; ++k) {
                 double sum = 0.0;
@@ -77,7 +77,7 @@ double swav_loss(const Swav& call) {
             const int64_t first = block * kBlock, last = std::min(first + kBlock, call.rows);
             parts[block] = chosen.swav_rows(call, first, last, scratch.data());
         }
-    });
+    }, kWorthThreadsBetweenProducts);
     double loss = 0.0;
     for (const double part : parts) loss += part;
     return loss;

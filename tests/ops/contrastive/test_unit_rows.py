@@ -67,7 +67,7 @@ def test_what_is_not_finite_is_named(value, place, isa):
 
 
 def test_the_bits_do_not_depend_on_threads_and_strides():
-    # Loops of less than a millisecond, half a nanosecond a value, stay on one thread.
+    # Small loops, of less than 200,000 values, stay on one thread.
     x = torch.randn(16_384, 200, generator=torch.Generator().manual_seed(0))
     upstream = torch.randn(16_384, 200, generator=torch.Generator().manual_seed(1))
     threads = torch.get_num_threads()
