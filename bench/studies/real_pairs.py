@@ -1,12 +1,14 @@
-"""Both scorers on all pairs, one seed: figures over the epochs with intervals over the test pairs.
+"""Both scorers on all pairs of a dataset, one seed: figures over the epochs with intervals over the test pairs.
 
     python -m bench.studies.real run --data-dir DIR --output-dir OUT --output OUT/lines.jsonl --seeds 1 \\
         --datasets pairs --workers 2 --setting scorer.num_trainable_layers=1 --setting data.max_pairs=0 \\
         --setting data.max_length=2048 --setting data.max_prompt_length=2048 --setting data.test_fraction=0.25 \\
         --setting scorer.num_train_epochs=3 --setting scorer.per_device_train_batch_size=1 \\
         --setting scorer.gradient_accumulation_steps=8    # pairs are of all lengths: alone they need no padding
-    python -m bench.studies.real_pairs keep OUT      # into bench/results
-    python -m bench.studies.real_pairs report        # the table of docs/results/human_pairs.md
+    python -m bench.studies.real_pairs keep OUT      # into bench/results, in place of what it had of the dataset
+    python -m bench.studies.real_pairs report        # the tables of docs/results/human_pairs.md
+
+HH-RLHF's were made by ``--datasets hh-rlhf`` and eight epochs.
 
 `bench.studies.real` repeats small trainings over seeds, and its intervals speak of seeds; this is one training on
 everything, whose intervals speak of the pairs that it was tested on (a paired bootstrap where scorers are compared).
@@ -39,13 +41,17 @@ MEASURED = ("accuracy", "ece", "loss")
 
 def keep(folder: Path) -> None:
     """Scores of the test pairs and the lines of the run, from its folder."""
-    content: dict[str, Any] = {"lines": read_lines(folder / "lines.jsonl"), "scores": {}}
-    for objective in SCORER_NAMES:
-        scored = json.loads((folder / "scores" / f"pairs-{objective}-seed-1.json").read_text(encoding="utf-8"))
-        content["scores"][objective] = {
-            epoch: {side: [round(x, 4) for x in scores[side]] for side in ("chosen", "rejected")}
-            for epoch, scores in scored.items()
-        }
+    content: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    lines = read_lines(folder / "lines.jsonl")
+    for dataset in dict.fromkeys(line["dataset"] for line in lines):
+        run: dict[str, Any] = {"lines": [line for line in lines if line["dataset"] == dataset], "scores": {}}
+        for objective in SCORER_NAMES:
+            file = folder / "scores" / f"{dataset}-{objective}-seed-1.json"
+            run["scores"][objective] = {
+                epoch: {side: [round(x, 4) for x in scores[side]] for side in ("chosen", "rejected")}
+                for epoch, scores in json.loads(file.read_text(encoding="utf-8")).items()
+            }
+        content[dataset] = run
     write_json(content, KEPT)
 
 
@@ -67,9 +73,9 @@ def cell(statistic: Statistic, pairs: int, figure: Figure, sign: str = "", low: 
     return f"**{text}**" if apart else text
 
 
-def block(content: dict[str, Any]) -> str:
-    """The marked part of the page."""
-    scores = content["scores"]
+def block(run: dict[str, Any]) -> str:
+    """A marked part of the page: the run of a dataset."""
+    scores = run["scores"]
     rows: list[list[str]] = []
     pairs = len(next(iter(scores["rm"].values()))["chosen"])
     of = {o: {epoch: statistics_of(s) for epoch, s in by_epoch.items()} for o, by_epoch in scores.items()}
@@ -84,7 +90,7 @@ def block(content: dict[str, Any]) -> str:
             cells.append(cell(lambda w, am=am, rm=rm: am(w) - rm(w), pairs, FIGURES[name], "+"))  # type: ignore[misc]
         rows.append([f"difference, {epoch}", *cells])
     titles = [FIGURES[name].title for name in MEASURED]
-    line, *others = content["lines"]
+    line, *others = run["lines"]
     seconds = ", ".join(f"{SCORER_NAMES[x['objective']]} {x['cpu_seconds']:,.0f}" for x in (line, *others))
     made = (
         f"{line['pairs']['fit']:,} pairs, {line['pairs']['train']:,} train ({line['tokens']:,} tokens an epoch) and "
@@ -96,7 +102,7 @@ def block(content: dict[str, Any]) -> str:
 
 def report() -> None:
     content = json.loads(KEPT.read_text(encoding="utf-8"))
-    text = rendered(PAGE.read_text(encoding="utf-8"), "real-pairs", lambda _: block(content))
+    text = rendered(PAGE.read_text(encoding="utf-8"), "real-pairs", lambda dataset: block(content[dataset]))
     PAGE.write_text(text, encoding="utf-8")
 
 

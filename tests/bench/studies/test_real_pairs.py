@@ -46,6 +46,23 @@ def test_the_table_compares_on_the_same_pairs():
 
 def test_the_page_shows_what_was_kept():
     page = real_pairs.PAGE.read_text(encoding="utf-8")
-    assert [match["name"] for match in marked("real-pairs").finditer(page)] == [""]
     kept = json.loads(real_pairs.KEPT.read_text(encoding="utf-8"))
-    assert rendered(page, "real-pairs", lambda _: real_pairs.block(kept)) == page
+    assert [match["name"] for match in marked("real-pairs").finditer(page)] == list(kept)
+    assert rendered(page, "real-pairs", lambda dataset: real_pairs.block(kept[dataset])) == page
+
+
+def test_what_is_kept_of_one_dataset_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_pairs, "KEPT", tmp_path / "kept.json")
+    (tmp_path / "scores").mkdir()
+    for dataset in ("pairs", "hh-rlhf", "pairs"):
+        run = content()
+        lines = "".join(json.dumps(line | {"dataset": dataset}) + "\n" for line in run["lines"])
+        (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8")
+        for objective, scores in run["scores"].items():
+            (tmp_path / "scores" / f"{dataset}-{objective}-seed-1.json").write_text(
+                json.dumps(scores), encoding="utf-8"
+            )
+        real_pairs.keep(tmp_path)
+    kept = json.loads(real_pairs.KEPT.read_text(encoding="utf-8"))
+    assert list(kept) == ["pairs", "hh-rlhf"] and len(kept["pairs"]["lines"]) == 2
+    assert "| difference, 1 |" in real_pairs.block(kept["hh-rlhf"])
