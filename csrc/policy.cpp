@@ -7,19 +7,17 @@
 #include "fields.h"
 #include "isa.h"
 #include "parallel.h"
+#include "room.h"
 
 namespace stable_rlhf {
 namespace {
 
 constexpr double kLogit = 1.0;  // nanoseconds of one thread for a logit
 
-// One row's exponentials, 4 bytes a word of the vocabulary, from call to call: fresh pages would cost as much as they save.
+// One row's exponentials, 4 bytes a word of the vocabulary.
 float* kept_by_this_thread(const Rows& call) {
     thread_local std::vector<float> kept;
-    if (call.mode != RowsMode::policy) return nullptr;
-    const size_t line = 64, needed = static_cast<size_t>(kept_floats(call.vocabulary)) + line / sizeof(float);
-    if (kept.size() < needed) kept.resize(needed);
-    return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(kept.data()) + line - 1) / line * line);
+    return call.mode == RowsMode::policy ? room(kept, kept_floats(call.vocabulary)) : nullptr;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "fields.h"
 #include "parallel.h"
+#include "room.h"
 
 namespace stable_rlhf {
 namespace {
@@ -16,13 +17,6 @@ constexpr int64_t kPairs = 256;          // of depth at a time: a panel of 16 Ki
 constexpr int64_t kBlock = 6 * kLanes;   // of the larger side
 constexpr int64_t kShared = 8 << 20;     // bytes of the smaller side that are packed at a time
 constexpr double kFlops = 200;           // of a thread in a nanosecond
-
-// Room for 32-bit numbers at a line of the cache, kept by this thread from call to call.
-uint32_t* room(std::vector<uint32_t>& kept, int64_t numbers) {
-    const size_t line = 64, needed = static_cast<size_t>(numbers) + line / sizeof(uint32_t);
-    if (kept.size() < needed) kept.resize(needed);
-    return reinterpret_cast<uint32_t*>((reinterpret_cast<std::uintptr_t>(kept.data()) + line - 1) / line * line);
-}
 
 bool available() {
 #if defined(__x86_64__)

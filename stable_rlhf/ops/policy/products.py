@@ -30,7 +30,6 @@ _ONEDNN_WITHOUT_FLOAT16 = _ONEDNN_WITHOUT_BFLOAT16 | {
 }  # fmt: skip
 
 CHUNK_ROWS = 256  # fewer rows keep fewer columns, more rows make better products
-_PART_BYTES = 8 << 20  # of the weight's gradient, which is summed while it lies in the cache
 _STEPS = tuple(2.0**-step for step in range(3, 11))  # thresholds, in units of the tolerance
 
 _held = threading.local()
@@ -151,9 +150,9 @@ class HeadProducts:
         if self.hidden_grad is not None:
             self.hidden_grad = fresh(torch.empty_like(self.hidden_grad, dtype=torch.float32))
 
-    def _slices(self, size: int = SLICE_BYTES) -> list[slice]:
+    def _slices(self) -> list[slice]:
         vocabulary, width = self.weight.shape
-        step = max(1, size // (4 * width))
+        step = max(1, SLICE_BYTES // (4 * width))
         return [slice(begin, min(begin + step, vocabulary)) for begin in range(0, vocabulary, step)]
 
     def _scratch(self, rows: slice) -> Tensor:
@@ -252,7 +251,7 @@ class HeadProducts:
         if not self._parts:
             return
         self.weight_grad = self._new_weight_grad(self.dtype)
-        for rows in self._slices(_PART_BYTES):
+        for rows in self._slices():
             total = self._scratch(rows).zero_()
             for part in self._parts:
                 part.add_to(total, rows)

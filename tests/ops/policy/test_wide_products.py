@@ -246,7 +246,7 @@ def test_the_weights_gradient_in_slices(dtype, kept, monkeypatch):
     hidden = torch.randn(90, WIDTH, generator=g).to(dtype)
     weight = torch.randn(VOCABULARY, WIDTH, generator=g).to(dtype)
     gradient = torch.randn(90, VOCABULARY, generator=g).to(dtype)
-    monkeypatch.setattr(head_products, "_PART_BYTES", 4 * WIDTH * 50)
+    monkeypatch.setattr(head_products, "SLICE_BYTES", 4 * WIDTH * 50)
     made = HeadProducts(hidden, weight, None, None, (False, True, False))
     monkeypatch.setattr(made, "weight", _of_size(weight, kept))
     rows, none = torch.arange(90), torch.arange(0)
