@@ -32,7 +32,9 @@ LLAMA_7B = {
 
 
 @pytest.mark.parametrize(
-    ("stage", "bf16", "layers"), [(0, False, None), (0, True, 1), (2, False, 1), (2, True, None), (2, True, 1)]
+    ("stage", "bf16", "layers"),
+    [(0, False, None), (2, True, 1)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in [(0, True, 1), (2, False, 1), (2, True, None)]],
 )
 def test_weights_gradients_and_optimiser_are_what_an_engine_holds(one_process, tokenizer, stage, bf16, layers):
     measured, wanted, trained = measure(tokenizer, EngineArguments(zero_stage=stage, bf16=bf16), layers)
@@ -168,7 +170,7 @@ def test_metarm_by_hand(stage, shares):
 
 
 @pytest.mark.parametrize("layers", [None, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (2, True)])
+@pytest.mark.parametrize(("stage", "bf16"), [pytest.param(0, False, marks=pytest.mark.slow), (2, True)])
 def test_an_engine_with_lora_and_an_average_holds_what_is_estimated(one_process, tokenizer, stage, bf16, layers):
     arguments = EngineArguments(zero_stage=stage, bf16=bf16, lora_r=8, ema_decay=0.9)
     measured, wanted, trained = measure(tokenizer, arguments, layers)

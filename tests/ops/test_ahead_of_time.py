@@ -290,7 +290,7 @@ def test_info_nce(gradient, capability, tmp_path, record_property):
 
 
 @CAPABILITIES
-@pytest.mark.parametrize("prototypes", [20, 50, 3000])
+@pytest.mark.parametrize("prototypes", [50, *(pytest.param(number, marks=pytest.mark.slow) for number in (20, 3000))])
 @pytest.mark.parametrize("name", ["_log_sums_kernel", "_loss_kernel"])
 def test_swav(name, prototypes, capability, tmp_path, record_property):
     from stable_rlhf.kernels import swav
