@@ -159,10 +159,9 @@ def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
 
 
 def _mean(rows: Rows) -> np.ndarray:
-    """float64 [d], of the rows as `block` gives them; summed in float32 within a block, for any offset near it will do.
-    Rows whose squares do not overflow have sums that do not."""
+    """float64 [d], of the rows as `block` gives them."""
     total = np.zeros(rows.array.shape[1])
-    for _, part in rows.map(lambda start: rows.block(start).sum(axis=0)):
+    for _, part in rows.map(lambda start: rows.block(start).sum(axis=0, dtype=np.float64)):
         total += part
     return total / len(rows)
 

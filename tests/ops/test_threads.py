@@ -134,8 +134,9 @@ def two_threads():
 @CPP
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("op", [gae, rewards, whiten, topk, advantage, rows, swav])
-def test_only_work_of_a_millisecond_is_shared_out(op):  # of swav, which stands between products, of a fifth
-    """Beside a busy neighbour a small loop on two threads takes a time slice, a hundred times as long as on one."""
+def test_only_work_of_a_millisecond_is_shared_out(op):
+    """Beside a busy neighbour a small loop on two threads takes a time slice, a hundred times as long as on one. Of
+    swav, which stands between products, a fifth of a millisecond is enough."""
     before = extension().shared_loops()
     op(100)
     assert extension().shared_loops() == before
