@@ -8,7 +8,7 @@
     python -m bench.studies.real_pairs keep OUT      # into bench/results, in place of what it had of the dataset
     python -m bench.studies.real_pairs report        # the tables of docs/results/human_pairs.md
 
-HH-RLHF's were made by ``--datasets hh-rlhf`` and eight epochs.
+HH-RLHF's were made by ``--datasets hh-rlhf`` and ``--setting engine.bf16=true``.
 
 `bench.studies.real` repeats small trainings over seeds, and its intervals speak of seeds; this is one training on
 everything, whose intervals speak of the pairs that it was tested on (a paired bootstrap where scorers are compared).

@@ -336,6 +336,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
         ("rehearsal", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
         ("rehearsal", ("rehearsal-further",), "Skill world: rules of selection, and the Advantage Model"),
         ("rehearsal", ("rehearsal-groups",), "Skill world: rehearsal beside GRPO, reward model and Advantage Model"),
+        ("rehearsal", ("rehearsal-amounts",), "Skill world: how many clusters, how many of each, and a threshold"),
         ("lookalikes", ("lookalikes",), "Skill world: lookalikes"),
         ("rehearsal_text", ("rehearsal-text",), "Real text: rehearsal beside PPO, reward model and Advantage Model"),
         ("estimators", ("estimators",), "Skill world: six estimators with and without rehearsal, five seeds"),
