@@ -334,6 +334,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
         ("skill_world", ("skill_world", "skill_world-further"), "Skill world: seven variants, ten seeds"),
         ("rehearsal", ("rehearsal",), "Skill world: what is rehearsed, ten seeds"),
         ("rehearsal", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
+        ("rehearsal", ("rehearsal-dose-more",), "Skill world: the dose of rehearsal, two more"),
         ("rehearsal", ("rehearsal-further",), "Skill world: rules of selection, and the Advantage Model"),
         ("rehearsal", ("rehearsal-groups",), "Skill world: rehearsal beside GRPO, reward model and Advantage Model"),
         ("rehearsal", ("rehearsal-amounts",), "Skill world: how many clusters, how many of each, and a threshold"),
