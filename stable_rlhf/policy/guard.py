@@ -127,7 +127,7 @@ _RULES = (
     _Rule(
         "rehearsal_share", lambda now, before: 0 < _lasting(now, before, "rehearsal_share") < 0.01,
         "rehearsal pulls with less than a hundredth of the gradient, so it holds nothing: raise ppo.rehearsal_coef ten "
-        "times, or more",
+        "times, or more, or set ppo.rehearsal_target 0.35",
     ),
     _Rule(
         "skipped_updates", lambda now, _: now.get("skipped_updates", 0) > 0,

@@ -40,6 +40,7 @@ from stable_rlhf.models.features import FeatureCache, share_lower
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import chunks, response_span, view
 from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.policy.dose import RehearsalController
 from stable_rlhf.policy.estimators import OF_GROUPS, without_signal
 from stable_rlhf.policy.experience import (
     Experience,
@@ -120,6 +121,7 @@ class PPOTrainer:
         self.rehearsal, self.seed = list(rehearsal), seed
         self.moments = RunningMoments() if moving_average else None
         self.kl = KLController(arguments.kl_coef, arguments.kl_target)
+        self.dose = RehearsalController(arguments.rehearsal_coef, arguments.rehearsal_target)
         self.guard = StabilityGuard(recipe.guard, self.kl.lower_target)
         shares = micro_steps(
             list(range(arguments.rollout_batch_size)), arguments.per_device_train_batch_size, rank(), world_size()
@@ -166,7 +168,7 @@ class PPOTrainer:
             clip_low=arguments.cliprange,
             clip_high=arguments.cliprange if arguments.cliprange_high is None else arguments.cliprange_high,
             entropy_coef=arguments.entropy_coef,
-            rehearsal_coef=arguments.rehearsal_coef if self.rehearsal else 0.0,
+            rehearsal_coef=self.dose.value if self.rehearsal else 0.0,
             objective=arguments.objective, importance_level=arguments.importance_level, dual_clip=arguments.dual_clip,
         )  # fmt: skip
         if arguments.kl_in == "loss":
@@ -215,6 +217,9 @@ class PPOTrainer:
                     metrics |= self.of_groups(experiences)
                 metrics |= of_rollouts | of_rewards | {"kl_coef": self.kl.value, "seconds": loop.seconds}
                 self.kl.update(metrics["kl"])
+                if self.rehearsal:
+                    metrics["rehearsal_coef"] = self.dose.value
+                    self.dose.update(metrics.get("rehearsal_share", math.nan))
                 try:
                     self.watch(asked, experiences, metrics, step)
                 except KLTooHigh as error:
@@ -454,6 +459,8 @@ class PPOTrainer:
             "token_mean": tokens, "sequence_mean": responses, "sequence_sum": responses * a.max_new_tokens
         }  # fmt: skip
         config = replace(self.loss_config, kl_coef=self.kl.value) if a.kl_in == "loss" else self.loss_config
+        if self.rehearsal:
+            config = replace(config, rehearsal_coef=self.dose.value)
         metrics: dict[str, float] = {}
         largest, moved, too_far, squares = 0.0, True, False, [0.0, 0.0]
         for i, (micro, rehearsed) in enumerate(zip(micros, rehearsal, strict=True)):
@@ -540,14 +547,15 @@ class PPOTrainer:
         moments = self.moments
         return {
             "moments": [moments.count, moments.mean, moments.m2] if moments else None,
-            "kl": [self.kl.value, self.kl.target], "guard": self.guard.state(), "drawn_together": self.drawn_together,
-            "first_gap": self.first_gap,
+            "kl": [self.kl.value, self.kl.target], "rehearsal_coef": self.dose.value, "guard": self.guard.state(),
+            "drawn_together": self.drawn_together, "first_gap": self.first_gap,
         }  # fmt: skip
 
     def _resume(self, loop: Loop) -> None:
         """Take up what :meth:`state` gave."""
         carried = loop.carried
         self.kl.value, self.kl.target = carried["kl"]
+        self.dose.value = carried.get("rehearsal_coef", self.dose.value)
         self.drawn_together = carried.get("drawn_together", self.drawn_together)
         self.first_gap = carried.get("first_gap")
         self.guard.restore(carried["guard"], loop.tracker.history)

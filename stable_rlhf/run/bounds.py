@@ -56,6 +56,10 @@ def check(recipe: Recipe) -> None:
     _check_outside(recipe)
     if recipe.guard.on_kl == "lower_target" and (recipe.ppo.kl_target is None or recipe.guard.max_kl is None):
         raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")
+    for name, (_, policy) in recipe.policies.items():
+        if policy.ppo.rehearsal_target is not None and not policy.ppo.rehearsal_coef:
+            at = f"variations.{name}: " if name in recipe.variations else ""
+            raise ValueError(f"{at}ppo.rehearsal_target needs a ppo.rehearsal_coef above 0 to begin with")
     if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
         raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
     _check_study(recipe)

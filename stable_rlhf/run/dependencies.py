@@ -27,7 +27,7 @@ LATER = (
     "ppo.num_generations", "ppo.advantage_estimator", "ppo.advantage_scale", "ppo.dynamic_sampling",
     "ppo.overlong_buffer", "ppo.overlong_penalty", "ppo.kl_in", "ppo.kl_unbiased", "ppo.objective",
     "ppo.importance_level", "ppo.loss_aggregation", "ppo.dual_clip", "data.columns", "data.max_prompts",
-    "data.forget_prompts", "select.candidates", "select.group_by", "world.forget_set",
+    "data.forget_prompts", "select.candidates", "select.group_by", "world.forget_set", "ppo.rehearsal_target",
 )  # fmt: skip
 
 

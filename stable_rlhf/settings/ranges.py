@@ -82,6 +82,7 @@ Threshold = Annotated[float, Range(-1e12, 1e12)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, without_high=True)]
 PositiveShare = Annotated[float, Range(0, 1, without_low=True)]
+InnerShare = Annotated[float, Range(0.01, 0.99)]  # of two parts, neither of which is all
 # Logits are divided by it: by much less than this they are infinite.
 Temperature = Annotated[float, Range(1e-4, 10**4)]
 TemperatureOrGreedy = Annotated[float, Range(1e-4, 10**4, or_zero=True)]

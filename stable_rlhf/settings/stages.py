@@ -11,6 +11,7 @@ from stable_rlhf.settings.ranges import (
     CountOrNone,
     Device,
     Epochs,
+    InnerShare,
     LearningRate,
     Number,
     PathName,
@@ -251,6 +252,8 @@ class PPOArguments:
         per_device_train_batch_size: Rollouts per device and micro-step.
         per_device_rehearsal_batch_size: Rehearsal sequences per device and micro-step (variants with rehearsal only).
         rehearsal_coef: The paper's gamma: weight of the rehearsal NLL (0.01 there, of sums over tokens).
+        rehearsal_target: Lead rehearsal_coef towards this share of the gradient, the metric ``rehearsal_share`` (unset:
+            rehearsal_coef is constant).
         rehearsal_reduction: ``mean`` over rehearsal tokens, or the paper's ``sum`` per sequence.
         rehearsal_prompts_in_ppo: Whether selected prompts stay in PPO as well.
         kl_coef: The paper's beta: weight of the per-token KL penalty.
@@ -299,6 +302,7 @@ class PPOArguments:
     per_device_train_batch_size: Rows = 8
     per_device_rehearsal_batch_size: Rows = 4
     rehearsal_coef: Coefficient = 1.0
+    rehearsal_target: InnerShare | None = None
     rehearsal_reduction: Literal["mean", "sum"] = "mean"
     rehearsal_prompts_in_ppo: bool = True
     kl_coef: Coefficient = 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from stable_rlhf.data.encoding import Encoded
+from stable_rlhf.policy.dose import RehearsalController
 from stable_rlhf.policy.experience import (
     Experience,
     RunningMoments,
@@ -195,6 +197,48 @@ def test_without_a_target_the_coefficient_stays():
     controller.update(1e6)
     controller.lower_target()
     assert (controller.value, controller.target) == (0.3, None)
+
+
+# -- the dose of rehearsal ---------------------------------------------------------------------------------------------
+
+
+def share_at(coef: float, rehearsal: float, policy: float = 1.0) -> float:
+    """The share of terms whose gradients have these norms."""
+    return coef * rehearsal / (policy + coef * rehearsal)
+
+
+@pytest.mark.parametrize("unit", [0.02, 0.9, 40.0])
+def test_the_dose_is_led_to_its_share(unit):
+    controller = RehearsalController(1.0, target=0.35)
+    for _ in range(40):
+        controller.update(share_at(controller.value, unit))
+    assert share_at(controller.value, unit) == pytest.approx(0.35, abs=1e-3)
+
+
+def test_one_step_of_the_dose():
+    controller = RehearsalController(2.0, target=0.5)
+    controller.update(0.4)  # odds of 2 / 3 where 1 is wanted
+    assert controller.value == pytest.approx(2.0 * math.sqrt(1.5))
+    for share, factor in ((0.01, 1.5), (0.0, 1.5), (0.999, 1 / 1.5), (1.0, 1 / 1.5), (0.5, 1.0)):
+        before = controller.value
+        controller.update(share)
+        assert controller.value == pytest.approx(before * factor)
+
+
+def test_a_dose_that_nothing_answers_stays_within_bounds():
+    for share, bound in ((0.0, 300.0), (1.0, 0.03)):
+        controller = RehearsalController(3.0, target=0.35)
+        for _ in range(50):
+            controller.update(share)
+        assert controller.value == pytest.approx(bound)
+        controller.update(math.nan)
+        assert controller.value == pytest.approx(bound)
+
+
+def test_without_a_share_to_hold_the_dose_stays():
+    controller = RehearsalController(0.3)
+    controller.update(0.9)
+    assert controller.value == 0.3
 
 
 # -- another engine's rollouts -----------------------------------------------------------------------------------------

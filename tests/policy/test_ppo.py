@@ -22,11 +22,12 @@ from stable_rlhf.engine.signals import Stopped
 from stable_rlhf.engine.snapshots import Snapshots
 from stable_rlhf.models.policy import PolicyModel
 from stable_rlhf.models.views import response_logprobs
+from stable_rlhf.policy.dose import RehearsalController
 from stable_rlhf.policy.ppo import PPOTrainer, check_sizes
 from stable_rlhf.rollout.local import Rollout
 from stable_rlhf.run import stages
 from stable_rlhf.scorer import AdvantageModel, ScorerSettings
-from stable_rlhf.settings.recipe import DataArguments, Recipe
+from stable_rlhf.settings.recipe import CheckpointArguments, DataArguments, Recipe
 from stable_rlhf.settings.stages import PPOArguments
 from stable_rlhf.settings.variants import VARIANTS
 
@@ -43,8 +44,9 @@ def make(tiny_model, tokenizer):
     made = []
 
     def build(
-        arguments=ARGUMENTS, objective="am", layers=None, scorer_seed=3, n=2, k=1, critic=True, **settings
-    ) -> PPOTrainer:
+        arguments=ARGUMENTS, objective="am", layers=None, scorer_seed=3, n=2, k=1, critic=True, checkpoint=None,
+        **settings,
+    ) -> PPOTrainer:  # fmt: skip
         shape = {"num_policies": n, "num_alternates": k} if objective == "am" else {}
         scorer = AdvantageModel(
             tiny_model(seed=scorer_seed).base_model, tokenizer, ScorerSettings(objective=objective, **shape),
@@ -52,7 +54,7 @@ def make(tiny_model, tokenizer):
         )  # fmt: skip
         policy = PolicyModel(tiny_model(), value_head=critic, num_trainable_layers=layers)
         estimator = None if critic or arguments.advantage_estimator != "gae" else "score"
-        recipe = quiet(ppo=arguments)
+        recipe = quiet(ppo=arguments, checkpoint=checkpoint or CheckpointArguments())
         made.append(PPOTrainer(policy, tokenizer, scorer, recipe, estimator=estimator, seed=7, **settings))
         return made[-1]
 
@@ -138,6 +140,30 @@ def test_without_rehearsal_data_nothing_is_rehearsed(make, prompts, rehearsal, t
     assert "rehearsal_share" not in found["without"][0]
     assert found["without"][0]["score"] == found["with"][0]["score"]
     assert not torch.equal(found["without"][1], found["with"][1])
+
+
+def test_a_share_to_hold_leads_the_dose_and_survives_a_resume(make, prompts, rehearsal, tmp_path, killed_after):
+    arguments = replace(ARGUMENTS, total_steps=4, rehearsal_target=0.9)
+    every = CheckpointArguments(save_steps=1)
+
+    def run(folder):
+        return make(arguments, rehearsal=rehearsal, checkpoint=every).train(prompts, folder)["curve"]
+
+    whole = run(tmp_path / "whole")
+    doses = [row["rehearsal_coef"] for row in whole]
+    expected = RehearsalController(0.5, 0.9)
+    for row in whole:
+        assert row["rehearsal_coef"] == expected.value
+        assert row["loss"] == pytest.approx(
+            row["policy_loss"] + expected.value * row["rehearsal_loss"] + ARGUMENTS.vf_coef * row["value_loss"],
+            rel=1e-4,
+        )
+        expected.update(row["rehearsal_share"])
+    assert doses[0] == 0.5 and doses[0] < doses[1] < doses[-1]
+    with killed_after(3):
+        run(tmp_path / "killed")
+    again = run(tmp_path / "killed")
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in whole]
 
 
 def test_the_same_seed_gives_the_same_run(make, prompts, rehearsal, tmp_path):

@@ -124,6 +124,10 @@ def assign(recipe: Recipe, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"ppo.rehearsal_target": 0.3, "ppo.rehearsal_coef": 0.0},
+            r"ppo\.rehearsal_target needs a ppo\.rehearsal_coef above 0",
+        ),
         ({"data.max_length": 16, "data.max_prompt_length": 17}, r"data\.max_length 16 .* data\.max_prompt_length 17"),
         (
             {"data.test_fraction": 0.5, "data.judge_fraction": 0.5},
