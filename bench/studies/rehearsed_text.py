@@ -2,7 +2,7 @@
 
     python -m bench.studies.rehearsed_text prepare --data-dir DIR --output-dir TEXT
     stable-rlhf study recipes/study-rehearsal-text.yaml --data-dir TEXT
-    python -m bench.studies.rehearsed_text run runs/study-rehearsal-text --data-dir TEXT
+    python -m bench.studies.rehearsed_text run runs/study-rehearsal-text --data-dir TEXT    # so, too, ...-text-dose
     python -m bench.studies.rehearsed_text report      # the tables of docs/results/rehearsal_text.md
 
 DIR holds pairs.jsonl.gz, prompts.jsonl.gz and gsm8k-train.jsonl.gz. Held out are solutions of school mathematics, which
@@ -25,7 +25,7 @@ from bench.common import ROOT
 from bench.pages import append, markdown, rendered
 from stable_rlhf.data import read_comparisons, read_demonstrations
 from stable_rlhf.data.encoding import Encoded, encode
-from stable_rlhf.data.jsonl import read_jsonl, write_jsonl
+from stable_rlhf.data.jsonl import read_json, read_jsonl, write_jsonl
 from stable_rlhf.data.records import DataError, Prompt
 from stable_rlhf.evaluate.over_seeds import paired_difference, seed_mean
 from stable_rlhf.metrics import Interval
@@ -42,9 +42,22 @@ PAGE = ROOT / "docs" / "results" / "rehearsal_text.md"
 FORGET = "math"  # the skill that PPO never sees
 ROWS, LONGEST, BATCH = 120, 192, 8  # held-out rows a set, their tokens at most, rows a forward
 TRAINED = 2  # blocks, as in the recipe
-NAMES = {"SFT": "before PPO", "rm": "RM", "rm-best": "RM, rehearsal", "am": "AM", "am-best": "AM, rehearsal"}
-COMPARED = (("rm-best", "rm"), ("am-best", "am"), ("am", "rm"), ("am-best", "rm-best"))
+# Of each study the policies' names on the page, and which of them are compared.
+NAMES = {
+    "rehearsal-text": {
+        "SFT": "before PPO", "rm": "RM", "rm-best": "RM, rehearsal", "am": "AM", "am-best": "AM, rehearsal",
+    },
+    "rehearsal-text-dose": {
+        "SFT": "before PPO", "rm": "no rehearsal", "best-5": "γ 5", "best": "35 % of the gradient",
+        "chance": "35 %, by chance", "kl": "no rehearsal, kl_coef 0.1",
+    },
+}  # fmt: skip
+COMPARED = {
+    "rehearsal-text": (("rm-best", "rm"), ("am-best", "am"), ("am", "rm"), ("am-best", "rm-best")),
+    "rehearsal-text-dose": (("best", "rm"), ("kl", "rm"), ("best", "kl"), ("best", "best-5"), ("best", "chance")),
+}
 OF_TEXT = {"math": "mathematics: nats a token", "main": "other tasks: nats a token"}
+OF_TRAINING = {"rise": "rise of the score"}  # from the first tenth of the steps to the last quarter
 OF_SETS = {
     "rows": ("rows", 1),
     "math": ("of mathematics %", 100),
@@ -130,7 +143,9 @@ def measure(seed: Path, data: Path) -> Iterator[Line]:
 
 def run(study: Path, data: Path, output: Path) -> None:
     """Lines of the seeds that have none."""
-    known = {line["seed"] for line in read_lines(output)} if output.exists() else set()
+    name = study.resolve().name.removeprefix("study-")
+    lines = read_lines(output) if output.exists() else []
+    known = {line["seed"] for line in lines if line["study"] == name}
     folders = sorted((path for path in (study / "seeds").iterdir() if path.is_dir()), key=lambda path: path.name)
     if not folders:
         raise DataError(f"{study}: no seed has begun")
@@ -138,7 +153,7 @@ def run(study: Path, data: Path, output: Path) -> None:
         if int(seed.name) in known or not (seed / "summary.json").exists():
             continue
         for line in list(measure(seed, data)):
-            append({"seed": int(seed.name), **line}, output)
+            append({"study": name, "seed": int(seed.name), **line}, output)
 
 
 def shown(interval: Interval, digits: int, sign: str = "") -> str:
@@ -148,16 +163,30 @@ def shown(interval: Interval, digits: int, sign: str = "") -> str:
     return f"{interval['value']:{sign}.{digits}f} [{', '.join(ends)}]"
 
 
-def of_seeds(lines: Sequence[Line], policy: str, on: str) -> list[float]:
-    return [line[on] for line in sorted(lines, key=lambda line: line["seed"]) if line.get("policy") == policy]
+Values = dict[tuple[str, str], list[float]]  # of (policy, figure), seed by seed
+
+
+def figures(study: str) -> Values:
+    lines = sorted((line for line in read_lines(OUTPUT) if line["study"] == study), key=lambda line: line["seed"])
+    values: Values = defaultdict(list)
+    for line in lines:
+        for on in OF_TEXT if "policy" in line else ():
+            values[line["policy"], on].append(line[on])
+    rows = read_json(PAGE.parent / f"{study}.json")["policies"]
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        trained = row["variant"] != "sft"
+        rise = row["train_score_last"] - row["train_score_first"] if trained else 0.0
+        values[row["variant"] if trained else "SFT", "rise"].append(rise)
+    return values
 
 
 def block(name: str) -> str:
-    """The table of that name."""
-    lines = read_lines(OUTPUT)
+    """The table of that name: `text`, `differences` or `sets`, of the doses where it begins so."""
+    study = "rehearsal-text-dose" if name.startswith("dose-") else "rehearsal-text"
+    lines = [line for line in read_lines(OUTPUT) if line["study"] == study]
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
     note = f"Seeds {seeds}; mean [95 % interval over the seeds]."
-    if name == "sets":
+    if name.endswith("sets"):
         of_set: Mapping[str, list[Line]] = defaultdict(list)
         for line in lines:
             if "set" in line:
@@ -169,22 +198,24 @@ def block(name: str) -> str:
             ]
             for title, own in of_set.items()
         ]
-        return f"{markdown(['scorer', *(heading for heading, _ in OF_SETS.values())], rows)}\n\n{note}\n"
-    if name == "text":
+        head = "rehearsed" if study.endswith("dose") else "scorer"
+        return f"{markdown([head, *(heading for heading, _ in OF_SETS.values())], rows)}\n\n{note}\n"
+    headings, values, names = OF_TEXT | OF_TRAINING, figures(study), NAMES[study]
+    if name.endswith("text"):
         rows = [
-            [title, *(shown(seed_mean(of_seeds(lines, policy, on)), 3) for on in OF_TEXT)]
-            for policy, title in NAMES.items()
+            [names[one], *(shown(seed_mean(values[one, on]), 3, "+" if on in OF_TRAINING else "") for on in headings)]
+            for one in names
         ]
-        return f"{markdown(['policy', *OF_TEXT.values()], rows)}\n\n{note}\n"
-    pairs = [(policy, "SFT") for policy in NAMES if policy != "SFT"] + list(COMPARED)
+        return f"{markdown(['policy', *headings.values()], rows)}\n\n{note}\n"
+    pairs = [(policy, "SFT") for policy in names if policy != "SFT"] + list(COMPARED[study])
     rows = [
         [
-            f"{NAMES[one]} less {NAMES[other]}",
-            *(shown(paired_difference(of_seeds(lines, one, on), of_seeds(lines, other, on)), 3, "+") for on in OF_TEXT),
+            f"{names[one]} less {names[other]}",
+            *(shown(paired_difference(values[one, on], values[other, on]), 3, "+") for on in headings),
         ]
         for one, other in pairs
     ]
-    return f"{markdown(['difference', *OF_TEXT.values()], rows)}\n\n{note}\n"
+    return f"{markdown(['difference', *headings.values()], rows)}\n\n{note}\n"
 
 
 def main(argv: list[str] | None = None) -> None:

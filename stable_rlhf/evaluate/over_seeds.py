@@ -141,14 +141,19 @@ def _sft_row(summary: Mapping[str, Any], rows: Sequence[Row]) -> Row:
 
 def _of_curve(curve: Sequence[Mapping[str, float]]) -> Row:
     """Score and gold score in the first tenth of the steps (next to SFT), the lowest tenth and the last quarter; and
-    rehearsal's mean share of the gradient.
+    rehearsal's mean share of the gradient and its coefficient in the last quarter.
 
     ``late``: last quarter minus second quarter, fixed beforehand: a best moment picked from a noisy curve would make
     any run look as if it had fallen afterwards.
     """
-    shares = [point["rehearsal_share"] for point in curve if point.get("rehearsal_share") is not None]
-    row: Row = {"rehearsal_share": float(np.mean(shares)) if shares else None}
     quarter = max(1, len(curve) // 4)
+    shares, doses = (
+        [point[key] for point in curve if point.get(key) is not None] for key in ("rehearsal_share", "rehearsal_coef")
+    )
+    row: Row = {
+        "rehearsal_share": float(np.mean(shares)) if shares else None,
+        "rehearsal_coef_last": float(np.mean(doses[-quarter:])) if doses else None,
+    }
     for key in ("score", "gold"):
         values = [point.get(key) for point in curve]
         known = [float(value) for value in values if value is not None]

@@ -175,6 +175,7 @@ def test_rehearsals_share_is_a_mean_over_steps_where_there_is_rehearsal(summarie
     for number, summary in enumerate(watched):
         for point in summary["policies"]["am-sr"]["curve"]:
             point["rehearsal_share"] = 0.2 + 0.1 * number if point["step"] % 2 else 0.4 + 0.1 * number
+            point["rehearsal_coef"] = point["step"] + number
     found = study.results(watched, ABOUT)
     steps = [point["step"] for point in watched[0]["policies"]["am-sr"]["curve"]]
     odd = sum(step % 2 for step in steps) / len(steps)
@@ -184,6 +185,10 @@ def test_rehearsals_share_is_a_mean_over_steps_where_there_is_rehearsal(summarie
     assert found["means"]["policies"]["am-sr"]["rehearsal_share"]["value"] == pytest.approx(
         np.mean(list(rows.values()))
     )
+    last = steps[-(len(steps) // 4) :]
+    for row in found["policies"]:
+        if row["variant"] == "am-sr":
+            assert row["rehearsal_coef_last"] == pytest.approx(np.mean(last) + SEEDS.index(row["seed"]))
     assert "rehearsal_share" not in found["means"]["policies"]["am"]
     assert "rehearsal's share" in study_report.markdown(found)
     assert "rehearsal's share" not in study_report.markdown(study.results(summaries, ABOUT))

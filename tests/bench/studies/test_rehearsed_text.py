@@ -65,8 +65,11 @@ def test_a_seed_is_measured_once_and_whole(study):
     output = study / "lines.jsonl"
     for _ in range(2):
         rehearsed_text.run(study / "study", study / "text", output)
-    first, *policies = read_lines(output)
-    assert first == {"seed": 7, "set": "rm", "rows": 2, "math": 0.5, "finished": 0.5, "tokens": 2.0}
+    (study / "study").rename(study / "study-other")  # the same seed of another study
+    rehearsed_text.run(study / "study-other", study / "text", output)
+    assert [line["study"] for line in read_lines(output)] == ["study"] * 4 + ["other"] * 4
+    first, *policies = read_lines(output)[:4]
+    assert first == {"study": "study", "seed": 7, "set": "rm", "rows": 2, "math": 0.5, "finished": 0.5, "tokens": 2.0}
     by_name = {line["policy"]: line for line in policies}
     assert list(by_name) == ["SFT", "am", "rm"] and len(policies) == 3
     for on in ("math", "main"):
