@@ -18,6 +18,21 @@ struct WideProduct {
     int num_threads;
 };
 
+// out [rows, n] in bfloat16: the sum over parts of a^T b, made in float32, a stretch of rows at a time that stays in a
+// thread's cache: the sum in float32 never exists whole, and nothing of its size crosses memory.
+struct WideSum {
+    struct Part {
+        int64_t a, a_row;  // address of [k, m], each row's numbers side by side, and the elements between its rows
+        int64_t m, k;
+        int64_t b, b_row;  // of [k, n]
+        int64_t places;    // of [m], ascending: the rows of out; 0: 0 to m - 1
+    };
+    const int64_t* parts;  // [num_parts] of Part
+    uint16_t* out;         // rows of n numbers one behind the other
+    int64_t num_parts, rows, n;
+    int num_threads;
+};
+
 // The rows of a, or the columns of b: `lanes` of them, each `depth` numbers apart from the next one of its own.
 struct Lanes {
     const uint16_t* at;
@@ -48,6 +63,9 @@ struct Block {
 };
 
 void block(const Block&);
+
+// The nearest bfloat16 to each number, of two as near the even one.
+void narrow(const float* from, int64_t count, uint16_t* to);
 
 }  // namespace avx512bf16
 }  // namespace stable_rlhf

@@ -144,6 +144,19 @@ void block(const Block& call) {
     }
 }
 
+void narrow(const float* from, int64_t count, uint16_t* to) {
+    // In whole numbers: the instruction for it takes the smallest numbers for 0.
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), nan = _mm512_set1_epi32(0x7fc0);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const __mmask16 there = static_cast<__mmask16>((1u << least(count - i, kLanes)) - 1);
+        const __m512 x = _mm512_maskz_loadu_ps(there, from + i);
+        const __m512i bits = _mm512_castps_si512(x), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+        const __m512i near = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(half, even)), 16);
+        const __m512i y = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
+        _mm256_mask_storeu_epi16(to + i, there, _mm512_cvtepi32_epi16(y));
+    }
+}
+
 }  // namespace avx512bf16
 }  // namespace stable_rlhf
 
@@ -160,6 +173,7 @@ extern const bool compiled = false;
 
 void pack(const Lanes&, int64_t, int64_t, int64_t, uint32_t*) {}
 void block(const Block&) {}
+void narrow(const float*, int64_t, uint16_t*) {}
 
 }  // namespace avx512bf16
 }  // namespace stable_rlhf

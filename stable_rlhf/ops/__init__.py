@@ -9,6 +9,7 @@ from stable_rlhf.ops.advantage.loss import AdvantageLoss, AdvantageLossOutput, a
 from stable_rlhf.ops.backends import backend, backend_report
 from stable_rlhf.ops.contrastive.info_nce import info_nce
 from stable_rlhf.ops.contrastive.swav import swav_loss
+from stable_rlhf.ops.memory import release_workspace
 from stable_rlhf.ops.policy.loss import (
     PolicyHead,
     linear_logprob,
@@ -16,7 +17,6 @@ from stable_rlhf.ops.policy.loss import (
     logprob_policy_loss,
     policy_loss,
 )
-from stable_rlhf.ops.policy.products import release_workspace
 from stable_rlhf.ops.policy.types import PolicyLossConfig, PolicyLossOutput
 from stable_rlhf.ops.sequence import gae, masked_whiten, token_rewards
 from stable_rlhf.ops.topk import topk_by_cluster

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stable_rlhf.ops.backends import cpu_isa, extension
+from stable_rlhf.ops.memory import workspace
 
 SLICE_BYTES = 32 << 20  # what is held in another type for a moment
 
@@ -39,9 +40,10 @@ def add_product(
     if rows is not None:
         b = b.index_select(0, rows)
     if places is not None:
-        product = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
-        add_product(a, b, product, fresh=True)
-        (total.index_copy_ if fresh else total.index_add_)(0, places, product)
+        for some in _slices(a.shape[0], 4 * b.shape[1]):
+            product = workspace(some.stop - some.start, b.shape[1], torch.float32, a.device, "product")
+            add_product(a[some], b, product, fresh=True)
+            (total.index_copy_ if fresh else total.index_add_)(0, places[some], product)
     elif a.dtype == torch.float32:
         if fresh:
             torch.mm(a, b, out=total)
@@ -65,6 +67,27 @@ def add_product(
                 torch.mm(a[some].float(), b, out=total[some])
             else:
                 total[some].addmm_(a[some].float(), b)
+
+
+def narrow_sum(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], out: Tensor) -> None:
+    """`out` [rows, n] = the sum over parts (a [k, m], b [k, n], places) of a^T b, in the rows `places` [m] of it, which
+    ascend, or in all. It is made in float32 and rounded once; only where `takes_places`."""
+    assert out.is_contiguous()
+    kept, table = [], []
+    for a, b, places in parts:
+        a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
+        if 0 in a.shape:
+            continue
+        kept.append((a, b, places if places is None else places.contiguous()))
+        addresses = [a.data_ptr(), a.stride(0), a.shape[1], a.shape[0], b.data_ptr(), b.stride(0)]
+        table.append([*addresses, 0 if places is None else kept[-1][2].data_ptr()])
+    fields = torch.tensor(table, dtype=torch.int64, device="cpu")
+    module = extension()
+    assert module is not None
+    module.wide_sum(
+        parts=fields.data_ptr(), out=out.data_ptr(), num_parts=len(table), rows=out.shape[0], n=out.shape[1],
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def writes_float32(dtype: torch.dtype) -> bool:

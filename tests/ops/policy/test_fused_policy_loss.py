@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stable_rlhf.ops as ops
-from stable_rlhf.ops import PolicyLossConfig
+from stable_rlhf.ops import PolicyLossConfig, memory
 from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.policy import products
 
@@ -92,7 +92,7 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 def poison() -> None:
     """What the buffer between calls holds must never reach a result: fill it with NaN."""
     ops.release_workspace()
-    products.workspace(1, 70_000, torch.float32, torch.device("cpu")).fill_(math.nan)
+    memory.workspace(1, 70_000, torch.float32, torch.device("cpu")).fill_(math.nan)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -17,7 +17,7 @@ from stable_rlhf.ops.backends import extension
 from stable_rlhf.ops.policy import products as head_products
 from stable_rlhf.ops.policy import wide_products
 from stable_rlhf.ops.policy.products import HeadProducts, Selection, has_native_products
-from stable_rlhf.ops.policy.wide_products import add_product
+from stable_rlhf.ops.policy.wide_products import add_product, narrow_sum
 
 CPP = pytest.mark.skipif(extension() is None, reason="the C++ module is not installed")
 HALVES = [torch.bfloat16, torch.float16]
@@ -223,6 +223,50 @@ def test_our_own_product_of_any_size(shape, threads, monkeypatch):
     add_product(a, b, total, fresh=True)
     told = ~total.isfinite()
     assert told[m // 2].all() and told[:, n - 1].all() and told.sum() == m + n - 1
+
+
+@OWN
+@pytest.mark.parametrize(("rows", "width", "depths"), [
+    (1, 1, (1,)), (50, 3, (1, 2, 1)), (1000, 64, (5, 33)), (333, 576, (256, 70, 700)), (2111, 129, (256, 1)),
+    (90, 40, ()),
+])  # fmt: skip
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sum_of_products_that_is_rounded_once(rows, width, depths, threads, monkeypatch):
+    """To the bit what the products would add up to in a float32 sum of full size, rows that no part has included."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(wide_products, "takes_places", lambda dtype: dtype == torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    total, parts = torch.zeros(rows, width), []
+    for i, depth in enumerate(depths):
+        columns = torch.randperm(rows, generator=g)[: rows // 3].sort().values if i % 3 != 2 else None
+        wide = torch.randn(depth, 2 * rows + 7, generator=g).bfloat16()
+        a = wide[:, 3 : 3 + (rows if columns is None else len(columns))]
+        b = torch.randn(width, depth, generator=g).bfloat16().t() if i == 1 else torch.randn(
+            depth, width, generator=g
+        ).bfloat16()  # fmt: skip
+        parts.append((a, b, columns))
+        add_product(a.t(), b, total, fresh=False, places=columns)
+    out = torch.full((rows, width), math.nan, dtype=torch.bfloat16)
+    narrow_sum(parts, out)
+    assert torch.equal(out, total.bfloat16())
+
+
+@OWN
+def test_the_rounding_of_a_sum_is_torchs():
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F7F7FFF, 0xBF818000, 0x42FF7FFF])
+    values = bits.to(torch.int32).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf])
+    # As sums of two numbers of bfloat16 each, with a 1: what rounding has to decide on lies in the second.
+    values = torch.cat([values, special])
+    high = values.bfloat16()
+    low = torch.where(values.isfinite() & high.isfinite(), values - high.float(), 0.0).bfloat16()
+    total = high.float() + low.float()
+    a = torch.stack([high, low])  # [2, m]
+    out = torch.empty(len(values), 1, dtype=torch.bfloat16)
+    narrow_sum([(a, torch.ones(2, 1, dtype=torch.bfloat16), None)], out)
+    assert torch.equal(out[:, 0].view(torch.int16) & 0x7FFF, total.bfloat16().view(torch.int16) & 0x7FFF)
+    narrow_sum([(torch.tensor([[math.nan, 1.0]]).bfloat16(), torch.ones(1, 1, dtype=torch.bfloat16), None)], out[:2])
+    assert out[0].isnan() and out[1] == 1
 
 
 @OWN
