@@ -78,9 +78,10 @@ def narrow_sum(parts: Sequence[tuple[Tensor, Tensor, Tensor | None]], out: Tenso
         a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
         if 0 in a.shape:
             continue
-        kept.append((a, b, places if places is None else places.contiguous()))
-        addresses = [a.data_ptr(), a.stride(0), a.shape[1], a.shape[0], b.data_ptr(), b.stride(0)]
-        table.append([*addresses, 0 if places is None else kept[-1][2].data_ptr()])
+        places = None if places is None else places.contiguous()
+        kept.append((a, b, places))
+        numbers = [a.data_ptr(), a.stride(0), a.shape[1], a.shape[0], b.data_ptr(), b.stride(0)]
+        table.append([*numbers, 0 if places is None else places.data_ptr()])
     fields = torch.tensor(table, dtype=torch.int64, device="cpu")
     module = extension()
     assert module is not None
