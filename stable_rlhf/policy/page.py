@@ -46,6 +46,8 @@ _PANELS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
     ("Length against score within a group", "correlation", {"group_length_correlation": "Pearson's"}, False),
     ("Share that ended by itself", "", {"finished": "finished"}, False),
     ("KL coefficient", "", {"kl_coef": "β"}, True),
+    ("Rehearsal", "share of the gradient", {"rehearsal_share": "share"}, False),
+    ("Rehearsal coefficient", "", {"rehearsal_coef": "γ"}, True),
 )
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
 

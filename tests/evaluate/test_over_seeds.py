@@ -338,13 +338,19 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
     [
         ("skill_world", ("skill_world", "skill_world-further"), "Skill world: seven variants, ten seeds"),
         ("rehearsal", ("rehearsal",), "Skill world: what is rehearsed, ten seeds"),
-        ("rehearsal", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
-        ("rehearsal", ("rehearsal-dose-more",), "Skill world: the dose of rehearsal, two more"),
+        ("rehearsal_dose", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
+        ("rehearsal_dose", ("rehearsal-dose-more",), "Skill world: the dose of rehearsal, two more"),
         ("rehearsal", ("rehearsal-further",), "Skill world: rules of selection, and the Advantage Model"),
         ("rehearsal", ("rehearsal-groups",), "Skill world: rehearsal beside GRPO, reward model and Advantage Model"),
         ("rehearsal", ("rehearsal-amounts",), "Skill world: how many clusters, how many of each, and a threshold"),
+        ("rehearsal_dose", ("rehearsal-factorial",), "Skill world: scorer, rehearsal, dose and reduction"),
         ("lookalikes", ("lookalikes",), "Skill world: lookalikes"),
         ("rehearsal_text", ("rehearsal-text",), "Real text: rehearsal beside PPO, reward model and Advantage Model"),
+        (
+            "rehearsal_text",
+            ("rehearsal-text-dose",),
+            "Real text: doses of rehearsal, and a KL penalty in its place",
+        ),
         ("estimators", ("estimators",), "Skill world: six estimators with and without rehearsal, five seeds"),
     ],
 )
