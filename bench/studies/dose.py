@@ -28,10 +28,10 @@ PAGE, KEPT, PICTURE = (
 SCORERS = {"rm": "reward model", "am": "Advantage Model"}
 TOKENS = 4.2  # of a rehearsed answer, by which a sum over its tokens is a larger dose than their mean
 COLORS = {"best": "#0b6e4f", "chance": "#c8553d", "data": "#335c9e"}
-# name: (heading, factor, digits)
+# name: (heading, how it is written)
 FIGURES = {
-    "gold": ("gold score of both sets, over no rehearsal's", 1, 3),
-    "share": ("share of the gradient", 1, 2),
+    "gold": ("gold score of both sets, over no rehearsal's", "+.3f"),
+    "share": ("share of the gradient", ".2f"),
 }
 
 Row = Mapping[str, Any]
@@ -76,15 +76,14 @@ def figure(cells: Mapping[Cell, Sequence[Row]], cell: Cell, name: str) -> float:
 
 def doses(cells: Mapping[Cell, Sequence[Row]], name: str) -> str:
     """A row for each scorer, rehearsal and reduction, a column for each gamma."""
-    _, factor, digits = FIGURES[name]
+    heading, form = FIGURES[name]
     columns = sorted({cell.dose for cell in cells if cell.rehearsed != "none" and cell.way != "target"})
     kinds = list(dict.fromkeys(cell[:3] for cell in cells if cell.rehearsed != "none" and cell.way != "target"))
-    sign = "+" if name == "gold" else ""
     rows = [
         [
             f"{SCORERS[scorer]}, {rehearsed}{', sum' if way == 'sum' else ''}",
             *(
-                f"{factor * figure(cells, cell, name):{sign}.{digits}f}"
+                format(figure(cells, cell, name), form)
                 if (cell := Cell(scorer, rehearsed, way, dose)) in cells
                 else "–"
                 for dose in columns
@@ -92,7 +91,7 @@ def doses(cells: Mapping[Cell, Sequence[Row]], name: str) -> str:
         ]
         for scorer, rehearsed, way in kinds
     ]
-    return markdown([FIGURES[name][0], *(f"γ {dose:g}" for dose in columns)], rows)
+    return markdown([heading, *(f"γ {dose:g}" for dose in columns)], rows)
 
 
 def targets(cells: Mapping[Cell, Sequence[Row]]) -> str:
@@ -102,9 +101,7 @@ def targets(cells: Mapping[Cell, Sequence[Row]]) -> str:
         if cell.way == "target":
             rows.append([
                 f"{SCORERS[cell.scorer]}, {cell.dose:g}",
-                *(f"{figure(cells, cell, key):{sign}.{digits}f}" for key, sign, digits in (
-                    ("share", "", 2), ("gold", "+", 3),
-                )),
+                *(format(figure(cells, cell, key), FIGURES[key][1]) for key in ("share", "gold")),
                 f"{100 * fmean(row['main_lose'] for row in cells[cell]):.1f}",
                 f"{100 * fmean(row['forget_lose'] for row in cells[cell]):.1f}",
                 f"{fmean(row['train_score_late'] for row in cells[cell]):.3f}",
