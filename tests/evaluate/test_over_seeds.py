@@ -340,6 +340,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
         ("rehearsal", ("rehearsal",), "Skill world: what is rehearsed, ten seeds"),
         ("rehearsal_dose", ("rehearsal-dose",), "Skill world: the dose of rehearsal"),
         ("rehearsal_dose", ("rehearsal-dose-more",), "Skill world: the dose of rehearsal, two more"),
+        ("rehearsal", ("rehearsal-default",), "Skill world: selected against chance at the default dose"),
         ("rehearsal", ("rehearsal-further",), "Skill world: rules of selection, and the Advantage Model"),
         ("rehearsal", ("rehearsal-groups",), "Skill world: rehearsal beside GRPO, reward model and Advantage Model"),
         ("rehearsal", ("rehearsal-amounts",), "Skill world: how many clusters, how many of each, and a threshold"),
