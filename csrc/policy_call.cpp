@@ -142,8 +142,8 @@ bool policy_totals(const Totals& call) {
         }
     }
     const double count = static_cast<double>(std::max<int64_t>(sums.policies, 1));
-    const double values[] = {
-        sums.policy + call.rehearsal_coef * sums.rehearsal,
+    *call.loss = static_cast<float>(sums.policy + call.rehearsal_coef * sums.rehearsal);
+    const double metrics[] = {
         sums.policy,
         sums.rehearsal,
         static_cast<double>(sums.clipped) / count,
@@ -154,7 +154,9 @@ bool policy_totals(const Totals& call) {
         sums.max_ratio,
         sums.entropy / count,
     };
-    std::copy(std::begin(values), std::end(values), call.out);
+    std::copy(std::begin(metrics), std::end(metrics), call.metrics);
+    call.counts[0] = sums.policies;
+    call.counts[1] = call.count - sums.policies;
     return sound;
 }
 
@@ -186,7 +188,9 @@ void bind_policy_call(pybind11::module_& m) {
         STABLE_RLHF_FIELD(Totals, places),
         STABLE_RLHF_FIELD(Totals, logprobs),
         STABLE_RLHF_FIELD(Totals, entropies),
-        STABLE_RLHF_FIELD(Totals, out),
+        STABLE_RLHF_FIELD(Totals, loss),
+        STABLE_RLHF_FIELD(Totals, metrics),
+        STABLE_RLHF_FIELD(Totals, counts),
         STABLE_RLHF_FIELD(Totals, kind),
         STABLE_RLHF_FIELD(Totals, old_logprob),
         STABLE_RLHF_FIELD(Totals, advantage),

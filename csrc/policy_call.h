@@ -44,7 +44,9 @@ struct Totals : PolicyTerms {
     float *logprobs, *entropies;     // [places] the statistics at the rows' places, 0 elsewhere; null: not wanted
     const int64_t* index;            // [count] these places
     int64_t places;
-    float* out;                      // loss, then the metrics in the order of fused.METRICS
+    float* loss;
+    float* metrics;                  // in the order of fused.METRICS
+    int64_t* counts;                 // rows of the policy, and of rehearsal
 };
 
 // Whether all statistics are finite. `entropy_scale` and `rehearsal_scale` of the terms are over the denominators alone,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +25,8 @@ def _call(
 ) -> int:
     module = extension()
     assert module is not None
-    assert logits.stride(1) == 1 and (gradient is None or gradient.stride(1) == 1)
+    for rows in (logits, logits if gradient is None else gradient):
+        assert rows.stride(1) == 1 or rows.shape[1] == 1  # one column may have any stride
     return int(
         module.rows(
             mode=mode, type=LOGITS_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=address(gradient),
@@ -37,19 +39,27 @@ def _call(
     )  # fmt: skip
 
 
-def term_fields(terms: Terms, config: PolicyLossConfig) -> dict[str, Any]:
-    """The fields of csrc/policy.h's PolicyTerms but kind and rehearsal_scale; their arrays are those of `terms`, which
-    must be float32 and contiguous."""
+@functools.lru_cache(maxsize=64)
+def constants(config: PolicyLossConfig) -> dict[str, Any]:
+    """The fields of csrc/policy.h's PolicyTerms that are a config's. Not to be written to."""
     return {
-        "old_logprob": address(terms.old_logprob), "advantage": address(terms.advantage),
-        "ref_logprob": address(terms.ref_logprob), "row_weight": address(terms.row_weight),
         "clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip or 0.0,
         "kl_coef": config.kl_coef, "kl_clamp": config.kl_clamp or 0.0, "kl_ratio_max": config.kl_ratio_max or 0.0,
         "kl_estimator": KL_ESTIMATORS.index(config.kl_base) + 1, "kl_apart": config.kl_apart,
         "kl_unbiased": config.kl_unbiased, "objective": OBJECTIVES.index(config.objective),
-        "entropy_coef": config.entropy_coef,
+        "entropy_coef": config.entropy_coef, "log_ratio_clamp": config.log_ratio_clamp,
+    }  # fmt: skip
+
+
+def term_fields(terms: Terms, config: PolicyLossConfig) -> dict[str, Any]:
+    """The fields of PolicyTerms but kind and rehearsal_scale; their arrays are those of `terms`, which must be float32
+    and contiguous."""
+    return {
+        **constants(config),
+        "old_logprob": address(terms.old_logprob), "advantage": address(terms.advantage),
+        "ref_logprob": address(terms.ref_logprob), "row_weight": address(terms.row_weight),
         "entropy_scale": 0.0 if terms.entropy_denominator is None else 1.0 / float(terms.entropy_denominator),
-        "log_ratio_clamp": config.log_ratio_clamp, "policy_scale": 1.0 / float(terms.policy_denominator),
+        "policy_scale": 1.0 / float(terms.policy_denominator),
     }  # fmt: skip
 
 

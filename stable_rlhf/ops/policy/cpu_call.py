@@ -26,8 +26,8 @@ from stable_rlhf.ops.policy.formula import (
 )
 from stable_rlhf.ops.policy.types import PolicyCall, warn_k1
 
-_PER_ROW = ("old_logprob", "advantage", "ref_logprob", "row_weight")  # in the order of csrc/policy_call.h
-_METRICS = 9
+PER_ROW = ("old_logprob", "advantage", "ref_logprob", "row_weight")  # in the order of csrc/policy_call.h
+METRICS = 9  # in the order of `fused.METRICS`
 
 
 def select(call: PolicyCall, vocabulary: int) -> Rows:
@@ -59,7 +59,7 @@ def gather(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     """`formula.gather_terms` in one pass; `dtype` is float32."""
     module, config = extension(), call.config
     assert module is not None and dtype == torch.float32
-    given = {name: getattr(call, name) for name in _PER_ROW}
+    given = {name: getattr(call, name) for name in PER_ROW}
     if config.kl_coef == 0.0:
         given["ref_logprob"] = None
     if given["advantage"] is None or (config.kl_coef != 0.0 and given["ref_logprob"] is None):
@@ -69,7 +69,8 @@ def gather(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     sources = {
         name: value.detach().reshape(-1).to(dtype).contiguous() for name, value in given.items() if value is not None
     }
-    out = torch.empty(len(_PER_ROW), rows.target.numel(), dtype=dtype, device="cpu")
+    assert all(value.numel() == call.target.numel() for value in sources.values())
+    out = torch.empty(len(PER_ROW), rows.target.numel(), dtype=dtype, device="cpu")
     sound = module.gather_rows(
         kind=rows.kind.data_ptr(), index=address(rows.index), count=rows.target.numel(), out=out.data_ptr(),
         **{name: value.data_ptr() for name, value in sources.items()},
@@ -77,7 +78,7 @@ def gather(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
     if not sound:
         return gather_terms(rows, call, dtype)
     old, advantage, ref, weight = (
-        row if name in sources else None for name, row in zip(_PER_ROW, out.unbind(), strict=True)
+        row if name in sources else None for name, row in zip(PER_ROW, out.unbind(), strict=True)
     )
     assert advantage is not None
     return Terms(old, advantage, ref, weight, *denominators(rows, call, dtype))
@@ -97,17 +98,16 @@ def totals(
     logprob, entropy = state.logprob, state.entropy
     if rows.index is not None:
         logprob, entropy = (logprob.new_empty(rows.shape.numel()) for _ in range(2))
-    out = state.logprob.new_empty(1 + _METRICS)
+    loss, metrics = state.logprob.new_empty(()), state.logprob.new_empty(METRICS)
+    counts = torch.empty(2, dtype=torch.int64, device="cpu")
     terms, kind = terms.contiguous(), rows.kind.contiguous()
     sound = module.policy_totals(
         logprob=state.logprob.data_ptr(), entropy=state.entropy.data_ptr(), index=address(rows.index),
         count=kind.numel(), places=logprob.numel(), logprobs=0 if rows.index is None else logprob.data_ptr(),
-        entropies=0 if rows.index is None else entropy.data_ptr(), out=out.data_ptr(), kind=kind.data_ptr(),
-        **term_fields(terms, config), rehearsal_scale=1.0 / float(terms.rehearsal_denominator),
-        rehearsal_coef=config.rehearsal_coef,
+        entropies=0 if rows.index is None else entropy.data_ptr(), loss=loss.data_ptr(), metrics=metrics.data_ptr(),
+        counts=counts.data_ptr(), kind=kind.data_ptr(), **term_fields(terms, config),
+        rehearsal_scale=1.0 / float(terms.rehearsal_denominator), rehearsal_coef=config.rehearsal_coef,
     )  # fmt: skip
     if not sound:
         check_statistics(state.logprob, state.entropy, rows, call.origin)
-    counts = torch.tensor([rows.policy_count, rows.rehearsal_count], dtype=torch.int64, device="cpu")
-    # Tensors of their own: results of an operator share no memory.
-    return out[0].clone(), logprob.reshape(rows.shape), entropy.reshape(rows.shape), out[1:].clone(), counts
+    return loss, logprob.reshape(rows.shape), entropy.reshape(rows.shape), metrics, counts

@@ -35,7 +35,7 @@ from stable_rlhf.ops.operators import (
     register_operator,
     shapes_of_gradients,
 )
-from stable_rlhf.ops.policy import chunks, cpu_call
+from stable_rlhf.ops.policy import chunks, cpu_call, small_call
 from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
@@ -278,6 +278,8 @@ def _loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...]:
             out = loss_of(call)
             by_autograd = _gradients([out.loss], None, call)
         return *_flat(out), *by_autograd
+    if (made := small_call.loss_and_gradients(call)) is not None:
+        return made
     kernels, vocabulary = row_kernels(call.backend, call.group, call.width, call.source.device)
     if _counts_may_wait(call):
         return _in_place(kernels, call, vocabulary)
