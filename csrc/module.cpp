@@ -22,6 +22,7 @@ void bind_wide_product(pybind11::module_& m);
 PYBIND11_MODULE(_C, m) {
     using namespace stable_rlhf;
     m.doc() = "CPU kernels of stable_rlhf";
+    watch_forks();
     m.def("isa_names", [] {
         pybind11::list names;
         for (const char* const* name = isa_names(); *name; ++name) names.append(*name);

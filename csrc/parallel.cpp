@@ -31,7 +31,6 @@ Parallel find_parallel() {
     // have this entry point too.
     auto symbol = reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel"));
     dlclose(torch);
-    if (symbol && pthread_atfork(nullptr, nullptr, [] { forked = true; }) != 0) return nullptr;
     return symbol;
 }
 
@@ -58,6 +57,12 @@ void run_on_own_threads(int threads, void (*work)(void*), void* data) {
 }
 
 }  // namespace
+
+void watch_forks() {
+#if defined(__linux__)
+    if (pthread_atfork(nullptr, nullptr, [] { forked = true; }) != 0) forked = true;
+#endif
+}
 
 int64_t shared_loops() { return shared; }
 

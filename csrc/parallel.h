@@ -18,6 +18,8 @@ inline int threads_for(double nanoseconds, int num_threads, double worth = kWort
 
 // How many loops have been shared out to threads since the module was loaded.
 int64_t shared_loops();
+// From now on a forked child is told from its parent; called when the module is loaded.
+void watch_forks();
 
 // Calls work(data) once on each of up to `threads` threads, the caller's among them, and returns when all have ended.
 void run_on_threads(int threads, void (*work)(void*), void* data);

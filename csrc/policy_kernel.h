@@ -8,9 +8,12 @@ namespace SIMD_NAMESPACE {
 constexpr int kBlock = 1024;  // floats held in the first cache between two passes over a block
 static_assert(kBlock % kWidth == 0 && kept_floats(1) == kBlock + 1, "a block holds whole vectors");
 
-inline Floats tanh_of(Floats x) {
+// tanh, and its slope: from the exponential, for of 1 - tanh^2 rounding leaves nothing where tanh is near 1.
+inline Floats tanh_of(Floats x, Floats* slope) {
     const Floats size = x < Floats{} ? -x : x;
     const Floats e = exp_nonpositive(splat(-2.0f) * size);
+    const Floats inverse = splat(1.0f) / (splat(1.0f) + e);
+    *slope = splat(4.0f) * e * inverse * inverse;
     const Floats far = (splat(1.0f) - e) / (splat(1.0f) + e);
     const Floats s = x * x;  // near 0 the quotient loses digits
     const Floats near = size * (splat(1.0f) + s * (splat(-1.0f / 3) + s * (splat(2.0f / 15) + s * splat(-17.0f / 315))));
@@ -23,14 +26,19 @@ struct RowShape {
     float softcap, inverse_softcap;
 };
 
-// z of one block of logits, written to `z`, and the largest by lane; elements past `count` are filled.
+// z of one block of logits, written to `z`, and the largest by lane; elements past `count` are filled. With a softcap
+// `slopes` gets the slope of each z by its logit over the temperature, where it is not null.
 template <typename T, bool kSoftcap>
-inline Floats block_z(const T* logits, int64_t count, const RowShape& shape, float* z) {
+inline Floats block_z(const T* logits, int64_t count, const RowShape& shape, float* z, float* slopes) {
     const Floats scale = splat(shape.inverse_temperature);
     Floats largest = splat(-__builtin_huge_valf());
     int64_t i = 0;
     auto put = [&](Floats x, int64_t at) {
-        if (kSoftcap) x = splat(shape.softcap) * tanh_of(x * splat(shape.inverse_softcap));
+        if (kSoftcap) {
+            Floats slope;
+            x = splat(shape.softcap) * tanh_of(x * splat(shape.inverse_softcap), &slope);
+            if (slopes) store(slopes + at, slope);
+        }
         x = x * scale;
         store(z + at, x);
         return x;
@@ -44,7 +52,9 @@ inline Floats block_z(const T* logits, int64_t count, const RowShape& shape, flo
         float top = z[i];
         for (int k = 0; k < kWidth; ++k) top = largest[k] > top ? largest[k] : top;
         for (int64_t j = i; j < count; ++j) top = z[j] > top ? z[j] : top;
-        for (int64_t j = count; j < i + kWidth; ++j) z[j] = top - 100.0f;
+        // A hundred is nothing beside numbers from 2^31: there a millionth of them is as far.
+        const float far = 100.0f + 1e-6f * (top < 0 ? -top : top);
+        for (int64_t j = count; j < i + kWidth; ++j) z[j] = top - far;
         largest = larger(largest, load(z + i));
     }
     return largest;
@@ -73,7 +83,7 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
     bool first = true;
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
-        const float largest = horizontal_max(block_z<T, kSoftcap>(logits + begin, count, shape, z));
+        const float largest = horizontal_max(block_z<T, kSoftcap>(logits + begin, count, shape, z, nullptr));
         if (target >= begin && target < begin + count) statistics.target = z[target - begin];
         if (first || largest > statistics.max) {
             if (!first) {
@@ -128,14 +138,9 @@ RowStatistics row_statistics(const T* logits, int64_t vocabulary, int64_t target
 }
 
 // The target's own gradient, from its log-prob: 1 - p loses every digit where p rounds to 1. `target_z` is the very z
-// that max and log_sum were made from: another rounding would swamp 1 - p.
-template <bool kSoftcap, bool kEntropy>
-float target_gradient(const RowShape& shape, float target_z, float max, float log_sum, float entropy, float c, float e) {
-    double slope = shape.inverse_temperature;
-    if (kSoftcap) {
-        const double t = double(target_z) * shape.inverse_softcap / shape.inverse_temperature;
-        slope *= 1.0 - t * t;
-    }
+// that max and log_sum were made from: another rounding would swamp 1 - p. `slope`: of z by the logit.
+template <bool kEntropy>
+float target_gradient(double slope, float target_z, float max, float log_sum, float entropy, float c, float e) {
     const double logprob = double(target_z) - double(max) - double(log_sum);
     double g = -double(c) * expm1(logprob);
     if (kEntropy) g -= double(e) * exp(logprob) * (logprob + double(entropy));
@@ -155,7 +160,7 @@ void row_gradient_of(const KeptRow& kept, G* gradient, int64_t vocabulary, int64
         for (; i < end; ++i) narrow(kept.values[i] * factor[0], gradient + i);
     }
     if (target < 0 || target >= vocabulary) return;
-    narrow(target_gradient<false, false>(shape, s.target, s.max, log_sum, 0.0f, c, 0.0f), gradient + target);
+    narrow(target_gradient<false>(shape.inverse_temperature, s.target, s.max, log_sum, 0.0f, c, 0.0f), gradient + target);
 }
 
 // Gradient of c logprob + e entropy with respect to the logits of one row. `gradient` may be `logits`, also in a narrower
@@ -163,27 +168,27 @@ void row_gradient_of(const KeptRow& kept, G* gradient, int64_t vocabulary, int64
 template <typename T, typename G, bool kSoftcap, bool kEntropy>
 void row_gradient(const T* logits, G* gradient, int64_t vocabulary, int64_t target, const RowShape& shape, float max,
                   float log_sum, float entropy, float c, float e) {
-    alignas(64) float z[kBlock];
+    alignas(64) float z[kBlock], slopes[kSoftcap ? kBlock : 1];
     const Floats shift = splat(max), inverse_sum = splat(float(exp(-double(log_sum))));
     const Floats scale = splat(shape.inverse_temperature), minus_c = splat(-c), minus_e = splat(-e);
     const Floats centre = splat(entropy - log_sum);  // log p + H = (z - max) + centre
     const bool here = target >= 0 && target < vocabulary;
     float target_z = 0.0f;
+    double target_slope = shape.inverse_temperature;
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = vocabulary - begin < kBlock ? vocabulary - begin : kBlock;
-        block_z<T, kSoftcap>(logits + begin, count, shape, z);
-        if (target >= begin && target < begin + count) target_z = z[target - begin];
+        block_z<T, kSoftcap>(logits + begin, count, shape, z, kSoftcap ? slopes : nullptr);
+        if (target >= begin && target < begin + count) {
+            target_z = z[target - begin];
+            if (kSoftcap) target_slope *= slopes[target - begin];
+        }
         for (int64_t i = 0; i < count; i += kWidth) {
             const Floats x = load(z + i), a = x - shift;
             const Floats p = exp_nonpositive(a) * inverse_sum;
             Floats g = minus_c * p;
             if (kEntropy) g += minus_e * p * (a + centre);
             g = g * scale;
-            if (kSoftcap) {
-                // The slope of softcap tanh(x / softcap) is 1 - tanh^2, and z is softcap tanh over the temperature.
-                const Floats t = x * splat(shape.inverse_softcap / shape.inverse_temperature);
-                g = g * (splat(1.0f) - t * t);
-            }
+            if (kSoftcap) g = g * load(slopes + i);
             if (i + kWidth <= count) {
                 store(gradient + begin + i, g);
             } else {
@@ -194,7 +199,7 @@ void row_gradient(const T* logits, G* gradient, int64_t vocabulary, int64_t targ
         }
     }
     if (here) {
-        narrow(target_gradient<kSoftcap, kEntropy>(shape, target_z, max, log_sum, entropy, c, e), gradient + target);
+        narrow(target_gradient<kEntropy>(target_slope, target_z, max, log_sum, entropy, c, e), gradient + target);
     }
 }
 

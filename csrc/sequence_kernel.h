@@ -30,9 +30,9 @@ inline void k3_of_pair(const float* d, float* kl) {
     }
     if (any(some)) {  // log-ratios are mostly small
         for (int i = 0; i < kPair; ++i) {
-            // Beyond 200 the exponential is infinite, or nothing beside -1 - x.
-            Floats bounded = x[i] > splat(200.0f) ? splat(200.0f) : x[i];
-            bounded = bounded < splat(-200.0f) ? splat(-200.0f) : bounded;
+            // Beyond 100 the exponential is infinite, or nothing beside -1 - x.
+            Floats bounded = x[i] > splat(100.0f) ? splat(100.0f) : x[i];
+            bounded = bounded < splat(-100.0f) ? splat(-100.0f) : bounded;
             const Floats away = exp_of(bounded) - splat(1.0f) - x[i];
             y[i] = beyond[i] ? away : y[i];
         }

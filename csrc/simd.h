@@ -92,7 +92,7 @@ inline Floats exp_nonpositive(Floats x) {
     return flushed ? Floats{} : y;
 }
 
-// exp(x) for |x| up to 200: infinite from 88.73 on, 0 below -87.3.
+// exp(x) for |x| up to 170: infinite from 88.73 on, 0 below -87.3. (2^n is made for n up to 255.)
 inline Floats exp_of(Floats x) {
     const Exponential e = exponential(x);
     const Ints half = e.n >> 1;  // 2^n in two factors, for n runs beyond the exponents of one

@@ -12,12 +12,16 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+# Loaded here and not at its first call: it can tell a forked child, whose threads are gone, if it was there before.
+with suppress(ImportError):
+    importlib.import_module("stable_rlhf._C")
 
 BACKENDS = ("triton", "cpu", "torch")
 _forced: ContextVar[str | None] = ContextVar("stable_rlhf_ops_backend", default=None)

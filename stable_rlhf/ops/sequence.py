@@ -229,7 +229,7 @@ def masked_whiten(
     if group is not None and not hasattr(group, "group_name"):
         raise ValueError(f"group: expected a torch.distributed process group, got {type(group).__name__}")
     check_flag("shift_mean", shift_mean)
-    eps = check_not_negative("eps", eps)
+    eps = max(check_not_negative("eps", eps), 1e-300)  # a constant's 0 times this one's root is 0
     backend = choice("masked_whiten", x.device)
     if needs_operator(x, backend):
         return _whiten_operator(x.detach(), mask, group_name(group), shift_mean, eps, backend)

@@ -366,10 +366,10 @@ def test_token_rewards_without_kl_put_the_score_on_the_last_token():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 3, 255, 70_001])
 def test_k3_keeps_its_digits(dtype, n, poisoned):
-    """From log-ratios of 1e-7, where 1 cancels twice, to where the exponential overflows."""
+    """From log-ratios of 1e-7, where 1 cancels twice, to far beyond where the exponential overflows."""
     g = torch.Generator().manual_seed(5)
     d = torch.randn(n, generator=g, dtype=torch.float64).sign()
-    d = (d * 10 ** (9 * torch.rand(n, generator=g, dtype=torch.float64) - 7)).to(dtype)
+    d = (d * 10 ** (10 * torch.rand(n, generator=g, dtype=torch.float64) - 7)).to(dtype)
     options = {"kl_coef": 1.0, "kl_estimator": "k3", "clamp": 1000.0}
     score = torch.tensor([0.0], dtype=dtype)
     got = ops.token_rewards(d, torch.zeros_like(d), score, torch.tensor([0, n]), **options)
@@ -381,6 +381,14 @@ def test_k3_keeps_its_digits(dtype, n, poisoned):
     with threads_of_torch(2):
         again = ops.token_rewards(d, torch.zeros_like(d), score, torch.tensor([0, n]), **options)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=CPP)])
+@pytest.mark.parametrize("x", [[3.0] * 4, [0.1] * 100_003, [7.0]], ids=["constant", "inexact", "one"])
+def test_nothing_to_whiten_is_zero_without_an_epsilon_too(backend, x):
+    with ops.backend(backend):
+        assert not ops.masked_whiten(torch.tensor(x), eps=0.0).any()
+        assert torch.equal(ops.masked_whiten(torch.tensor(x), eps=0.0, shift_mean=False), torch.tensor(x))
 
 
 BAD_REWARDS = [

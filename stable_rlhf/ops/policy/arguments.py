@@ -26,7 +26,7 @@ from stable_rlhf.ops.checks import (
 )
 from stable_rlhf.ops.groups import group_name
 from stable_rlhf.ops.operators import requires_grad
-from stable_rlhf.ops.policy.types import Kind, PolicyCall, PolicyLossConfig
+from stable_rlhf.ops.policy.types import IGNORE, Kind, PolicyCall, PolicyLossConfig
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -134,14 +134,21 @@ def _divided_by_row(call: PolicyCall) -> PolicyCall:
     target, divisors = call.target, {}
     for name, kind in (("policy_denominator", Kind.POLICY), ("rehearsal_denominator", Kind.REHEARSAL)):
         value = getattr(call, name)
-        if isinstance(value, Tensor) and value.numel() != 1 and _is_by_sequence(value, target):
+        if not isinstance(value, Tensor) or value.numel() == 1 or target.ndim != 2:
+            continue
+        if tuple(value.shape) in ((target.shape[0],), (target.shape[0], 1)):
             check_tensor(name, value, device=target.device, dtypes=FLOATS + INTEGERS)
             divisors[name] = (kind, value.reshape(-1, 1).expand(target.shape))
     if not divisors:
         return call
     weight = torch.ones((), dtype=torch.float32, device=target.device) if call.row_weight is None else call.row_weight
     kinds = torch.full_like(target, Kind.POLICY) if call.kind is None else call.kind
-    for kind, value in divisors.values():
+    for name, (kind, value) in divisors.items():
+        if not torch.compiler.is_compiling() and check_values(value.device):
+            wrong = ((kinds == kind) & (target != IGNORE) & ~(value >= 1e-30)).reshape(-1)
+            if bool(wrong.any()):
+                at = first_true(wrong)
+                raise ValueError(f"{name}: {float(value.reshape(-1)[at])} is not positive, and row {at} has it")
         weight = torch.where(kinds == kind, weight / value, weight)
     ones: dict[str, Any] = dict.fromkeys(divisors, 1.0)
     return call._replace(row_weight=weight.expand(target.shape), **ones)

@@ -123,7 +123,8 @@ def row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
         return check_positive("temperature", temperature)
     values = rows.take("temperature", temperature, temperature.dtype)
     assert values is not None
-    if check_values(values.device) and not bool(((values >= 1e-30) & (values <= 1e30)).all()):
+    wide = values.double()  # in 16 bits 1e-30 is 0
+    if check_values(values.device) and not bool(((wide >= 1e-30) & (wide <= 1e30)).all()):
         raise ValueError("temperature: has values that are not positive numbers from 1e-30 to 1e30")
     return values
 
@@ -318,6 +319,9 @@ def row_losses(
 ) -> RowLosses:
     clamp, advantage = config.log_ratio_clamp, terms.advantage
     policy = kind == Kind.POLICY
+    nll = torch.where(kind == Kind.REHEARSAL, -logprob, 0.0)
+    # What is not the policy's is 0 from here on: what it grew to, a gradient of 0 would multiply.
+    logprob = torch.where(policy, logprob, 0.0)
     log_ratio = logprob - (logprob.detach() if terms.old_logprob is None else terms.old_logprob)
     of_token = log_ratio.clamp(-clamp, clamp)
     ratio = (of_token if sequences is None else sequences.mean(log_ratio, policy).clamp(-clamp, clamp)).exp()
@@ -348,7 +352,7 @@ def row_losses(
         term = term + config.kl_coef * estimate
     if config.entropy_coef != 0.0 and terms.entropy_denominator is None:
         term = term - config.entropy_coef * entropy
-    term, nll = torch.where(policy, term, 0.0), torch.where(kind == Kind.REHEARSAL, -logprob, 0.0)
+    term = torch.where(policy, term, 0.0)
     if terms.row_weight is not None:
         term, nll = term * terms.row_weight, nll * terms.row_weight
     if terms.entropy_denominator is not None:  # over which every row counts alike

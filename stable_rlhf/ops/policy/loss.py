@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_rlhf.ops.backends import register
-from stable_rlhf.ops.checks import FLOATS, check_flag, check_number, check_positive, check_tensor
+from stable_rlhf.ops.checks import FLOATS, check_flag, check_number, check_positive, check_tensor, statistics_dtype
 from stable_rlhf.ops.operators import needs_operator, requires_grad
 from stable_rlhf.ops.policy import fused
 from stable_rlhf.ops.policy.arguments import check_linear, checked_loss, checked_rows, in_one_type, ready, tokens
@@ -127,7 +127,10 @@ def linear_policy_loss(
     if call.backend == "torch" and not needs_operator(hidden, call.backend):
         return loss_of(_with_one_head(call))
     if grad_scale != 1.0:  # a factor on every row's term, taken off again behind the operator
-        unit = torch.ones(target.shape, device=target.device, dtype=torch.float32) if row_weight is None else row_weight
+        unit = call.row_weight  # of each row by now, with denominators of each sequence in it
+        if unit is None:
+            unit = torch.ones(target.shape, device=target.device, dtype=torch.float32)
+        unit = unit.to(statistics_dtype(unit.dtype))  # the scale may be beyond what 16 bits hold
         apart = call.entropy_denominator
         call = call._replace(
             row_weight=unit * grad_scale, entropy_denominator=None if apart is None else apart / grad_scale

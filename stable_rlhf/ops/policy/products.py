@@ -356,11 +356,12 @@ def select_columns(gradient: Tensor, rows: Tensor, scale: Tensor, target: Tensor
     """
     count, vocabulary = rows.numel(), gradient.shape[1]
     thresholds = torch.tensor([tolerance * step for step in _STEPS], device=gradient.device, dtype=torch.float32)
-    inverse = torch.where(scale > 0, 1.0 / scale, 0.0).float().contiguous()
+    sound = scale >= 1e-37  # of less the inverse may be infinite, and 0 times that is no share
+    inverse = torch.where(sound, 1.0 / scale, 0.0).float().contiguous()
     peaks = _peaks(gradient, rows, inverse)
     here = target[(target >= 0) & (target < vocabulary)]
     peaks[here] = torch.inf
-    holds = (_masses(gradient, rows, inverse, peaks, thresholds) <= tolerance) & (scale > 0)[:, None]  # [m, thresholds]
+    holds = (_masses(gradient, rows, inverse, peaks, thresholds) <= tolerance) & sound[:, None]  # [m, thresholds]
     kept = (peaks >= thresholds[:, None]).sum(1)  # [thresholds]; along memory: a third of the time
     bounded = holds.sum(0)
     work = kept * bounded + vocabulary * (count - bounded)

@@ -69,6 +69,22 @@ def test_the_documented_bound_holds_for_every_row(tolerance, softcap, monkeypatc
     assert sum(k for k, _ in kept) < 0.8 * 4001 * sum(m for _, m in kept)
 
 
+@pytest.mark.parametrize("advantage", [0.0, 1e-45, 1e-40, 1e-37, 1e-30])
+def test_a_row_of_next_to_no_weight_takes_no_columns_from_others(advantage):
+    logits = torch.full((3, 64), -30.0)
+    for row, (top, second, gap) in enumerate([(0, 5, -2.2), (1, 6, -2.2), (2, 3, 0.0)]):
+        logits[row, top], logits[row, second] = 0.0, gap
+    found = []
+    for tolerance in (0.0, 1e-3):
+        hidden, weight = logits.clone().requires_grad_(), torch.eye(64).requires_grad_()
+        ops.linear_policy_loss(
+            hidden, weight, torch.tensor([0, 1, 2]), advantage=torch.tensor([1.0, 1.0, advantage]),
+            policy_denominator=1.0, grad_tolerance=tolerance,
+        ).loss.backward()  # fmt: skip
+        found.append(hidden.grad)
+    assert ((found[0] - found[1]).abs().sum(1) <= 1e-3 * torch.tensor([1.0, 1.0, advantage]) + 1e-12).all()
+
+
 def test_a_flat_softmax_drops_nothing():
     call = peaked()
     call["hidden"] = 0.01 * call["hidden"]

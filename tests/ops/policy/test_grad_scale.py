@@ -46,6 +46,34 @@ def test_small_gradients_survive_float16(backend, weighted):
         assert max(map(error, call(torch.float16, backend, weighted)[1], want)) > 0.1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"row_weight": torch.tensor([2.0, 5.0])}, {"row_weight": torch.tensor([[2.0], [5.0]])},
+        {"policy_denominator": torch.tensor([2.0, 5.0])}, {"rehearsal_denominator": torch.tensor([[2], [5]])},
+        {"row_weight": torch.ones(2, 3, dtype=torch.float16)},
+    ],
+    ids=["weights", "column", "denominators", "rehearsal", "16 bits"],
+)  # fmt: skip
+def test_one_number_a_sequence_is_scaled_with_its_rows(backend, given):
+    g = torch.Generator().manual_seed(8)
+    hidden, weight = torch.randn(2, 3, 8, generator=g), torch.randn(20, 8, generator=g)
+    target, kind = torch.randint(0, 20, (2, 3), generator=g), torch.tensor([[1, 2, 1], [2, 1, 0]])
+    advantage, old = torch.randn(2, 3, generator=g), -3 + 0.1 * torch.randn(2, 3, generator=g)
+    found = []
+    for scale in (1.0, 2.0**17):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        with ops.backend(backend):
+            out = ops.linear_policy_loss(
+                *leaves, target, kind, advantage=advantage, old_logprob=old, grad_scale=scale, **given
+            )
+        (out.loss * scale).backward()
+        found.append([out.loss.detach(), *(x.grad / scale for x in leaves), *out.metrics.values()])
+    for plain, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-7)
+
+
 def test_a_power_of_two_changes_no_bit_of_float32():
     plain, gradients = call(torch.float32, "cpu", False)
     scaled, found = call(torch.float32, "cpu", False, grad_scale=SCALE)

@@ -183,3 +183,71 @@ def test_softcap_or_temperature_forgotten_in_one_of_the_passes(backend, softcap,
     torch.testing.assert_close(lp.detach().double(), logprob, rtol=1e-5, atol=1e-5)
     (-lp.mean()).backward()
     torch.testing.assert_close(hidden.grad.double(), want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e8, 1e12, 1e29])
+@pytest.mark.parametrize("vocabulary", [1, 7, 9, 1025, 2051])
+def test_fillers_that_count_at_any_size(backend, scale, vocabulary):
+    """Rows are filled up to whole vectors: at 2^31, 100 less is the same number."""
+    g = torch.Generator().manual_seed(7)
+    for sign in (1.0, -1.0):
+        logits = torch.randn(3, vocabulary, generator=g)
+        logits = sign * (logits.abs() + 1) if sign < 0 else logits
+        logits[0, -1] = 30.0  # the largest in a part of a vector, and elsewhere
+        target = torch.full((3,), vocabulary - 1)
+        out, gradient = loss_of(logits, target, temperature=1.0 / scale)
+        want, logprob = rehearsal_gradient(logits, target, 1.0 / scale)
+        torch.testing.assert_close(out.logprob.double(), logprob, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), want, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(("near", "cap", "temperature"), [
+    (50, 30, 1.0), (150, 30, 1.0), (300, 30, 1.0), (400, 30, 0.7), (8, 1, 1.0), (1, 1e-20, 1e20),
+])  # fmt: skip
+def test_a_softcap_s_slope_from_one_less_its_square(near, cap, temperature):
+    """Saturated, 1 - tanh^2 is rounding alone, and may be of the wrong sign."""
+    g = torch.Generator().manual_seed(8)
+    logits, target = (0.05 * torch.randn(4, 200, generator=g) + 1) * near, torch.randint(0, 200, (4,), generator=g)
+    leaf = logits.double().requires_grad_()
+    tanh = torch.tanh(leaf / cap)
+    z = cap * tanh / temperature
+    slope = 1 / torch.cosh((leaf / cap).clamp(-350, 350)).detach() ** 2 / temperature  # by itself, of z by the logit
+    logprob = torch.log_softmax(z.detach(), -1)
+    want = (logprob.exp() - torch.nn.functional.one_hot(target, 200)) / 4 * slope
+    with ops.backend("cpu"):
+        _, gradient = loss_of(logits, target, temperature=temperature, softcap=float(cap))
+    torch.testing.assert_close(gradient.double(), want, rtol=1e-4, atol=max(1e-30, 1e-6 * float(want.abs().max())))
+    assert ((gradient >= 0) | torch.nn.functional.one_hot(target, 200).bool()).all()
+
+
+@pytest.mark.parametrize("clamp", [20.0, 1000.0, float("inf")])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_rehearsal_row_far_from_the_policy_s_terms(backend, clamp, level):
+    """A gradient of 0 through something infinite is NaN."""
+    config = PolicyLossConfig(kl_coef=0.1, log_ratio_clamp=clamp, importance_level=level, rehearsal_coef=0.5)
+    logits = torch.zeros(2, 4)
+    logits[1, 3] = -200.0
+    leaf = logits.clone().requires_grad_()
+    out = ops.policy_loss(
+        leaf, torch.tensor([0, 3]), torch.tensor([1, 2]), old_logprob=torch.tensor([-1.4, 0.0]),
+        advantage=torch.ones(2), ref_logprob=torch.tensor([-1.3, 0.0]), config=config,
+        cu_seqlens=torch.tensor([0, 2]),
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(leaf.grad[1], 0.5 * torch.tensor([1 / 3, 1 / 3, 1 / 3, -1.0]))
+    assert leaf.grad[0].isfinite().all() and leaf.grad[0].any()
+
+
+@needs_cpp
+def test_one_column_with_any_stride():
+    with ops.backend("cpu"):
+        out = ops.policy_loss(torch.randn(1, 4).t(), torch.zeros(4, dtype=torch.long), advantage=torch.ones(4))
+    assert float(out.loss) == -1.0
+
+
+def test_a_temperature_of_zero_in_16_bits(backend):
+    with pytest.raises(ValueError, match=r"^temperature: has values that are not positive numbers"):
+        ops.policy_loss(
+            torch.randn(4, 9), torch.zeros(4, dtype=torch.long), advantage=torch.ones(4),
+            temperature=torch.tensor([1.0, 0.0, 1.0, 1.0]).half(),
+        )  # fmt: skip

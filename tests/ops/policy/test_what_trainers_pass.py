@@ -61,6 +61,18 @@ def test_denominators_by_sequence(backend, given):
     same(run(backend, case, **{**whole, **divisors}), want, 1e-6)
     case["row_weight"] = None
     assert run(backend, case, **{**whole, **divisors})[0].isfinite()
+    for wrong in (-1.0, 0.0, torch.nan):
+        each = torch.where(torch.arange(BATCH) == 1, wrong, divisors[given[-1]].double())
+        with pytest.raises(ValueError, match=rf"^{given[-1]}: {wrong} is not positive, and row \d+ has it"):
+            run(backend, case, **{**whole, **divisors, given[-1]: each})
+
+
+@backends
+def test_denominators_of_sequences_of_one_row(backend):
+    case = {name: x[:, :1] if x.shape[:2] == (BATCH, LENGTH) else x for name, x in case_of().items()}
+    case["kind"] = torch.ones_like(case["kind"])
+    each = 1.0 + torch.arange(BATCH)
+    same(run(backend, case, policy_denominator=each[:, None]), run(backend, case, policy_denominator=each))
 
 
 @backends
