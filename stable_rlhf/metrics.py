@@ -61,7 +61,7 @@ def _bins(bins: int) -> int:
     return int(bins)
 
 
-def wilson(successes: float, total: int) -> Interval:
+def wilson(successes: float, total: float) -> Interval:
     """Wilson score interval of a proportion; ``successes`` may be fractional (ties counted half only make it wider)."""
     if total < 1:
         raise ValueError(f"total must be at least 1, got {total}")
@@ -101,8 +101,34 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
     return {"value": d, "low": float(d - down), "high": float(d + up)}
 
 
-def _weights(n: int, resamples: int, seed: int, strata: Sequence[str] | None) -> Iterator[Floats]:
-    """Blocks of bootstrap weights [rows, n]: how often each item was drawn; sizes of strata are kept."""
+def _independent(values: Floats, groups: Sequence[object]) -> float:
+    """How many independent items tell as much of the mean as these, of which a group's are not: at most all of them,
+    and where all values are the same as many as there are groups."""
+    gaps = values - values.mean()
+    by_group = np.bincount(_codes(groups), gaps)
+    if not gaps.any():
+        return float(len(by_group))
+    return float(min(values.size, values.size * (gaps**2).sum() / max((by_group**2).sum(), np.finfo(float).tiny)))
+
+
+def _codes(labels: Sequence[object]) -> NDArray[np.int64]:
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64)
+
+
+def _weights(
+    n: int, resamples: int, seed: int, strata: Sequence[str] | None, groups: Sequence[object] | None
+) -> Iterator[Floats]:
+    """Blocks of bootstrap weights [rows, n]: how often each item was drawn; sizes of strata are kept. What is drawn is
+    a group's whole part in a stratum."""
+    if groups is not None:
+        given = [""] * n if strata is None else strata
+        units = list(zip(given, groups, strict=True))
+        unit = _codes(units)
+        strata_of_units = None if strata is None else [stratum for stratum, _ in dict.fromkeys(units)]
+        for block in _weights(int(unit.max()) + 1, resamples, seed, strata_of_units, None):
+            yield block[:, unit]
+        return
     rng = np.random.default_rng(seed)
     if strata is None:
         order, start, size = np.arange(n), np.zeros(n), np.full(n, float(n))
@@ -127,22 +153,25 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
     strata: Sequence[str] | None = None,
+    groups: Sequence[object] | None = None,
     low: float = -np.inf,
     high: float = np.inf,
 ) -> Interval:
     """Basic (reflected) bootstrap interval of ``statistic`` over ``n`` items.
 
-    statistic: weights [rows, n] (draws of each item, summing to n) -> values [rows]; ``value`` is that of weights one.
+    statistic: weights [rows, n] (draws of each item) -> values [rows]; ``value`` is that of weights one.
     Reflection (2·value − quantile) is used because figures such as ECE are biased upwards on a sample and a resample is
     biased once more: the percentile interval of a calibrated scorer would lie wholly above its own value.
     The result is clipped to [low, high] and always contains its value. strata: labels whose counts resamples keep.
+    groups: labels of items that are not independent and are drawn together, such as the pairs of a prompt; the weights
+    then need not sum to n, and it is counts of groups that strata keep.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     value = float(statistic(np.ones((1, n)))[0])
-    values = np.concatenate([statistic(block) for block in _weights(n, resamples, seed, strata)])
+    values = np.concatenate([statistic(block) for block in _weights(n, resamples, seed, strata, groups)])
     tail = (1 - LEVEL) / 2
     q_low, q_high = (float(q) for q in np.quantile(values, [tail, 1 - tail]))
     return {
@@ -252,6 +281,7 @@ def ece_interval(
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    groups: Sequence[object] | None = None,
 ) -> Interval:
     """ECE with its bootstrap interval, whose lower end is 0 where perfect calibration is not ruled out.
 
@@ -260,7 +290,7 @@ def ece_interval(
     """
     c, r = _pairs(chosen, rejected)
     statistic = calibration_statistic(c, r, bins, mass)
-    interval = bootstrap(statistic, c.size, seed=seed, resamples=resamples, low=0, high=1)
+    interval = bootstrap(statistic, c.size, seed=seed, resamples=resamples, groups=groups, low=0, high=1)
     chance = ece_if_calibrated(c, r, bins, mass, seed=seed, resamples=resamples)
     if interval["value"] <= np.quantile(chance, (1 + LEVEL) / 2):
         interval["low"] = 0.0
@@ -427,7 +457,13 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
 
 
 def scorer_evaluation(
-    chosen: ArrayLike, rejected: ArrayLike, tasks: Sequence[str | None] | None = None, bins: int = 10, seed: int = 0
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    tasks: Sequence[str | None] | None = None,
+    bins: int = 10,
+    seed: int = 0,
+    *,
+    prompts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Everything the report says of one scorer, as a JSON-ready dict.
 
@@ -436,7 +472,8 @@ def scorer_evaluation(
     after scaling (``ece_after_temperature`` and its like) divides each pair by a temperature fitted on other pairs,
     ``temperature_fit`` says which, and its interval takes that temperature as given. ``ece_if_calibrated`` is the mean
     ECE that chance would give a perfect scorer on as many pairs. Two scorers are compared pair by pair, so give them
-    the same pairs in the same order. Pairs of one ranking share responses: intervals then are a little too narrow.
+    the same pairs in the same order. prompts: a number of each pair's prompt; where some have several pairs, which are
+    not independent (those of a ranking share responses), intervals are those of a sample of prompts. None: all differ.
     """
     c, r = _pairs(chosen, rejected)
     names = _tasks([None] * c.size if tasks is None else tasks, c.size)
@@ -445,19 +482,23 @@ def scorer_evaluation(
     zero = np.zeros_like(scaled)
     table = per_task(np.concatenate([c, r]), names + names)
     label = np.asarray(names, dtype=object)
+    if prompts is not None and len(prompts) != c.size:
+        raise ValueError(f"prompts has {len(prompts)} entries but there are {c.size} pairs")
+    groups = None if prompts is None or len(set(prompts)) == c.size else list(prompts)
+    independent = c.size if groups is None else _independent(credit, groups)
 
     return {
         "pairs": int(c.size),
-        "accuracy": wilson(float(credit.sum()), c.size),
-        "ece": ece_interval(c, r, bins, seed=seed),
-        "ece_equal_mass": ece_interval(c, r, bins, "equal", seed=seed),
+        "accuracy": wilson(float(credit.sum()) * independent / c.size, independent),
+        "ece": ece_interval(c, r, bins, seed=seed, groups=groups),
+        "ece_equal_mass": ece_interval(c, r, bins, "equal", seed=seed, groups=groups),
         "ece_if_calibrated": float(ece_if_calibrated(c, r, bins, seed=seed).mean()),
         "bins": int(bins),
         "brier": brier(c, r),
         "temperature": fit_temperature(c, r),
         "temperature_fit": how,
-        "ece_after_temperature": ece_interval(scaled, zero, bins, seed=seed),
-        "ece_equal_mass_after_temperature": ece_interval(scaled, zero, bins, "equal", seed=seed),
+        "ece_after_temperature": ece_interval(scaled, zero, bins, seed=seed, groups=groups),
+        "ece_equal_mass_after_temperature": ece_interval(scaled, zero, bins, "equal", seed=seed, groups=groups),
         "brier_after_temperature": brier(scaled, zero),
         "reliability": calibration(c, r, bins)[1],
         "reliability_after_temperature": calibration(scaled, zero, bins)[1],
@@ -471,4 +512,5 @@ def scorer_evaluation(
         "chosen": c.tolist(),
         "rejected": r.tolist(),
         "pair_tasks": names,
+        "pair_prompts": list(range(c.size)) if prompts is None else list(prompts),
     }

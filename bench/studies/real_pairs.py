@@ -3,15 +3,16 @@
     python -m bench.studies.real run --data-dir DIR --output-dir OUT --output OUT/lines.jsonl --seeds 1 \\
         --datasets pairs --workers 2 --setting scorer.num_trainable_layers=1 --setting data.max_pairs=0 \\
         --setting data.max_length=2048 --setting data.max_prompt_length=2048 --setting data.test_fraction=0.25 \\
-        --setting scorer.num_train_epochs=3 --setting scorer.per_device_train_batch_size=1 \\
+        --setting scorer.num_train_epochs=8 --setting scorer.per_device_train_batch_size=1 \\
         --setting scorer.gradient_accumulation_steps=8    # pairs are of all lengths: alone they need no padding
     python -m bench.studies.real_pairs keep OUT      # into bench/results, in place of what it had of the dataset
     python -m bench.studies.real_pairs report        # the tables of docs/results/human_pairs.md
 
-HH-RLHF's were made by ``--datasets hh-rlhf`` and ``--setting engine.bf16=true``.
+HH-RLHF's were made by ``--datasets hh-rlhf``.
 
 `bench.studies.real` repeats small trainings over seeds, and its intervals speak of seeds; this is one training on
-everything, whose intervals speak of the pairs that it was tested on (a paired bootstrap where scorers are compared).
+everything, whose intervals speak of the prompts that it was tested on (a bootstrap that draws them with all their
+pairs, for both scorers alike where they are compared).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,12 @@ def keep(folder: Path) -> None:
         run: dict[str, Any] = {"lines": [line for line in lines if line["dataset"] == dataset], "scores": {}}
         for objective in SCORER_NAMES:
             file = folder / "scores" / f"{dataset}-{objective}-seed-1.json"
+            by_epoch = json.loads(file.read_text(encoding="utf-8"))
             run["scores"][objective] = {
                 epoch: {side: [round(x, 4) for x in scores[side]] for side in ("chosen", "rejected")}
-                for epoch, scores in json.loads(file.read_text(encoding="utf-8")).items()
+                for epoch, scores in by_epoch.items()
             }
+            run["prompts"] = next(iter(by_epoch.values()))["prompts"]  # of the same test pairs for every scorer
         content[dataset] = run
     write_json(content, KEPT)
 
@@ -66,8 +69,8 @@ def statistics_of(scores: dict[str, Any]) -> dict[str, Statistic]:
     return {"accuracy": mean(right), "ece": calibration_statistic(chosen, rejected), "loss": mean(loss)}
 
 
-def cell(statistic: Statistic, pairs: int, figure: Figure, sign: str = "", low: float = -math.inf) -> str:
-    interval = bootstrap(statistic, pairs, low=low)
+def cell(statistic: Statistic, prompts: Sequence[int], figure: Figure, sign: str = "", low: float = -math.inf) -> str:
+    interval = bootstrap(statistic, len(prompts), groups=prompts, low=low)
     text = shown(interval, figure, sign)
     apart = sign and (interval["low"] > 0 or interval["high"] < 0)
     return f"**{text}**" if apart else text
@@ -77,24 +80,25 @@ def block(run: dict[str, Any]) -> str:
     """A marked part of the page: the run of a dataset."""
     scores = run["scores"]
     rows: list[list[str]] = []
-    pairs = len(next(iter(scores["rm"].values()))["chosen"])
+    prompts = run["prompts"]
     of = {o: {epoch: statistics_of(s) for epoch, s in by_epoch.items()} for o, by_epoch in scores.items()}
     for objective, title in SCORER_NAMES.items():
         for epoch, figures in of[objective].items():
-            cells = [cell(figures[name], pairs, FIGURES[name], low=0.0) for name in MEASURED]
+            cells = [cell(figures[name], prompts, FIGURES[name], low=0.0) for name in MEASURED]
             rows.append([f"{title}, {epoch}", *cells])
     for epoch in of["am"]:
         cells = []
         for name in MEASURED:
             am, rm = of["am"][epoch][name], of["rm"][epoch][name]
-            cells.append(cell(lambda w, am=am, rm=rm: am(w) - rm(w), pairs, FIGURES[name], "+"))  # type: ignore[misc]
+            cells.append(cell(lambda w, am=am, rm=rm: am(w) - rm(w), prompts, FIGURES[name], "+"))  # type: ignore[misc]
         rows.append([f"difference, {epoch}", *cells])
     titles = [FIGURES[name].title for name in MEASURED]
     line, *others = run["lines"]
     seconds = ", ".join(f"{SCORER_NAMES[x['objective']]} {x['cpu_seconds']:,.0f}" for x in (line, *others))
     made = (
         f"{line['pairs']['fit']:,} pairs, {line['pairs']['train']:,} train ({line['tokens']:,} tokens an epoch) and "
-        f"{pairs} test; one seed; 95 % over the test pairs. CPU seconds of training: {seconds}. "
+        f"{len(prompts)} test, of {len(set(prompts))} prompts; one seed; 95 % over these prompts. "
+        f"CPU seconds of training: {seconds}. "
         f"{line['environment']['cpu']}, {line['environment']['time'][:10]}."
     )
     return "\n\n".join([markdown(["Scorer, epochs", *titles], rows), made]) + "\n"

@@ -109,6 +109,14 @@ def _paired(rm: dict[str, Any], am: dict[str, Any]) -> bool:
     return len(sizes) == 1 and sizes != {0} and rm["pair_tasks"] == am["pair_tasks"]
 
 
+def _prompts(part: dict[str, Any]) -> list[int] | None:
+    """A number of each pair's prompt; None where every pair has a prompt of its own."""
+    numbers = part.get("pair_prompts")
+    if not isinstance(numbers, list) or len(numbers) != len(part["chosen"]) or len(set(numbers)) == len(numbers):
+        return None
+    return numbers
+
+
 def _minus(first: Statistic, second: Statistic) -> Statistic:
     return lambda weights: first(weights) - second(weights)
 
@@ -130,6 +138,7 @@ _OVER_TASKS: tuple[tuple[Literal["spread", "relative", "variation"], str, str], 
 
 def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[Finding]:
     paired, n, bins = _paired(rm, am), int(rm["pairs"]), int(rm.get("bins", 10))
+    groups = _prompts(rm) if paired else None
     results: list[Finding] = []
 
     def add(claim: str, held: bool | None, detail: str) -> None:
@@ -138,7 +147,7 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
     def compared(make: Callable[[dict[str, Any]], Statistic], key: str) -> Interval:
         """AM minus RM."""
         if paired:
-            return bootstrap(_minus(make(am), make(rm)), n, seed=seed)
+            return bootstrap(_minus(make(am), make(rm)), n, seed=seed, groups=groups)
         return difference_interval(am[key], rm[key])
 
     ece = compared(lambda part: calibration_statistic(part["chosen"], part["rejected"], bins), "ece")
@@ -148,7 +157,9 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
     if paired:
         scaled, how = temperature_scaled(rm["chosen"], rm["rejected"], seed=seed)
         after = calibration_statistic(scaled, np.zeros_like(scaled), bins)
-        gap = bootstrap(_minus(calibration_statistic(am["chosen"], am["rejected"], bins), after), n, seed=seed)
+        gap = bootstrap(
+            _minus(calibration_statistic(am["chosen"], am["rejected"], bins), after), n, seed=seed, groups=groups
+        )
         held, words = opposite(above(gap)), f"AM − scaled RM {_points(gap)}; temperature {how}."
     add("Its calibration is more than a matter of scale: it also beats a reward model with one fitted temperature.",
         held, f"ECE {_percent(am['ece'])} for AM as trained, {_percent(rm['ece_after_temperature'])} for RM "
@@ -164,7 +175,7 @@ def _scorer_findings(rm: dict[str, Any], am: dict[str, Any], seed: int) -> list[
         whole = np.ones((1, n))
         for what, claim, words in _OVER_TASKS:
             of_am, of_rm = (task_statistic(part["chosen"], part["rejected"], tasks, what) for part in (am, rm))
-            gap = bootstrap(_minus(of_am, of_rm), n, seed=seed, strata=tasks)
+            gap = bootstrap(_minus(of_am, of_rm), n, seed=seed, strata=tasks, groups=groups)
             values = f"{of_am(whole)[0]:.3f} for AM and {of_rm(whole)[0]:.3f} for RM"
             add(claim, opposite(above(gap)), f"{words} {values}; AM − RM {_number(gap)}.")
     return results

@@ -199,7 +199,7 @@ def columns(rows: Sequence[Row], who: str) -> dict[str, dict[str, list[float]]]:
         table[name] = {
             key: [float(own[seed][key]) for seed in seeds]
             for key in own[seeds[0]]
-            if key not in (who, "seed") and all(own[seed][key] is not None for seed in seeds)
+            if key not in (who, "seed") and all(own[seed].get(key) is not None for seed in seeds)
         }
     return table
 

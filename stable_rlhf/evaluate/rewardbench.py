@@ -156,15 +156,17 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
 
 
 def pairs_of(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Every (right, wrong) pair of scores, as calibration is measured on: ``chosen``, ``rejected``, ``tasks``."""
-    chosen, rejected, tasks = [], [], []
-    for item, own in zip(items, scores, strict=True):
+    """Every (right, wrong) pair of scores, as calibration is measured on: ``chosen``, ``rejected``, ``tasks``, and each
+    pair's item as ``prompts``."""
+    chosen, rejected, tasks, prompts = [], [], [], []
+    for number, (item, own) in enumerate(zip(items, scores, strict=True)):
         for better in own[: item.right]:
             for worse in own[item.right :]:
                 chosen.append(better)
                 rejected.append(worse)
                 tasks.append(item.subset)
-    return {"chosen": chosen, "rejected": rejected, "tasks": tasks}
+                prompts.append(number)
+    return {"chosen": chosen, "rejected": rejected, "tasks": tasks, "prompts": prompts}
 
 
 def benchmark_figures(benchmark: str, items: Sequence[Item], scores: Sequence[Sequence[float]]) -> dict[str, Any]:

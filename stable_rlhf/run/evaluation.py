@@ -128,7 +128,7 @@ def evaluate_scorers(recipe: Recipe, scorers: Mapping[str, str], test_pairs: lis
 def scorer_figures(recipe: Recipe, scores: Mapping[str, Any]) -> Result:
     """Everything that the report says of one scorer, from the scores of its pairs."""
     lists = scores["chosen"], scores["rejected"], scores["tasks"]
-    evaluation = scorer_evaluation(*lists, bins=recipe.scorer.bins, seed=recipe.seed)
+    evaluation = scorer_evaluation(*lists, bins=recipe.scorer.bins, seed=recipe.seed, prompts=scores.get("prompts"))
     return evaluation | {"rows": scores.get("rows")}
 
 
@@ -193,6 +193,11 @@ def _kept_scores(name: str, folder: str) -> dict[str, Any]:
         raise DataError(f"{path}: holds a score beyond {_LARGEST:g}, which no scorer gives")
     if not all(task is None or isinstance(task, str) for task in content["tasks"]):
         raise DataError(f"{path}: 'tasks' must be a list of texts and nulls")
+    prompts = content.get("prompts")  # not of a scorer of an earlier version
+    if prompts is not None and not (isinstance(prompts, list) and len(prompts) == len(scores[0])):
+        raise DataError(f"{path}: 'prompts' must be a list as long as 'chosen'")
+    if not all(type(number) is int for number in prompts or ()):
+        raise DataError(f"{path}: 'prompts' must be a list of whole numbers")
     return content
 
 

@@ -72,7 +72,10 @@ def evaluate_models(
         }
     summary["findings"] = findings(summary)
     write_report(summary, folder)
-    lists = ("chosen", "rejected", "pair_tasks", "reliability", "reliability_after_temperature", "difference_curve")
+    lists = (
+        "chosen", "rejected", "pair_tasks", "pair_prompts", "reliability", "reliability_after_temperature",
+        "difference_curve",
+    )  # fmt: skip
     found = {"benchmark": summary["benchmark"]} if benchmark else {}
     return {
         **found,

@@ -13,6 +13,7 @@ from torch import Tensor
 from stable_rlhf.data.digest import json_digest
 from stable_rlhf.data.encoding import Encoded, encode, encode_rows, fit, surely_too_long
 from stable_rlhf.data.records import Comparison, DataError
+from stable_rlhf.data.splits import prompt_key
 from stable_rlhf.metrics import calibration, pair_accuracy
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.policy import PolicyModel
@@ -108,17 +109,20 @@ def with_logprobs(
 def score_pairs(
     model: AdvantageModel, rows: Sequence[EncodedComparison], cache: FeatureCache | None = None
 ) -> dict[str, Any]:
-    """Scores of every (better, worse) pair as PPO would use them: lists ``chosen``, ``rejected``, ``tasks``."""
+    """Scores of every (better, worse) pair as PPO would use them: lists ``chosen``, ``rejected``, ``tasks`` and
+    ``prompts``, a number of each pair's prompt."""
     flat = [e for r in rows for e in r.examples]
     scores = iter(model.score_encoded(flat, cache=cache, description="held-out pairs").tolist())
-    chosen, rejected, tasks = [], [], []
+    chosen, rejected, tasks, prompts = [], [], [], []
+    numbers: dict[str, int] = {}
     for item in rows:
         own = [next(scores) for _ in item.examples]
         for better, worse in item.row.pairs:
             chosen.append(own[better])
             rejected.append(own[worse])
             tasks.append(item.row.task or "all")
-    return {"chosen": chosen, "rejected": rejected, "tasks": tasks}
+            prompts.append(numbers.setdefault(prompt_key(item.row.prompt), len(numbers)))
+    return {"chosen": chosen, "rejected": rejected, "tasks": tasks, "prompts": prompts}
 
 
 def eval_metrics(scores: dict[str, Any], bins: int) -> dict[str, float]:

@@ -107,6 +107,22 @@ def test_bootstrap_keeps_the_size_of_every_stratum() -> None:
     assert len({tuple(row) for row in np.concatenate(free)}) > 1
 
 
+def test_what_is_not_independent_is_drawn_together() -> None:
+    groups, strata = list("xxyzzz"), list("aaabbb")
+    seen: list[np.ndarray] = []
+    m.bootstrap(lambda w: seen.append(w) or w.sum(axis=1), 6, groups=groups, strata=strata, resamples=50)  # type: ignore[func-returns-value]
+    weights = np.concatenate(seen)
+    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 3:] == 1).all()  # a stratum of one group
+    assert (weights[:, 0] + weights[:, 2] == 2).all() and len(set(weights[:, 0])) == 3
+    values = np.random.default_rng(0).normal(size=300)
+    mean = lambda of: lambda w: w @ of / w.sum(axis=1)  # noqa: E731
+    once = m.bootstrap(mean(values), 300, seed=4)
+    alone = m.bootstrap(mean(values), 300, seed=4, groups=list(range(300)))
+    again = m.bootstrap(mean(np.repeat(values, 4)), 1200, seed=4, groups=list(np.repeat(np.arange(300), 4)))
+    for end in ("value", "low", "high"):  # four copies of each tell no more than one
+        assert again[end] == pytest.approx(once[end]) and alone[end] == pytest.approx(once[end])
+
+
 def test_ece_interval_of_a_calibrated_scorer_reaches_near_zero_and_holds_its_value() -> None:
     reached = 0
     for seed in range(40):
@@ -377,6 +393,26 @@ def test_scorer_evaluation_is_consistent_and_json_ready() -> None:
     assert got["reliability_after_temperature"] == rows
     equal = m.calibration(scaled, np.zeros(200), 7, "equal")[0]
     assert got["ece_equal_mass_after_temperature"]["value"] == pytest.approx(equal)
+
+
+def test_pairs_of_a_prompt_are_not_independent() -> None:
+    c, r = planted(150, 0.3, seed=1)
+    once = m.scorer_evaluation(c, r, seed=2)
+    assert once == m.scorer_evaluation(c, r, seed=2, prompts=list(range(150)))
+    four = m.scorer_evaluation(np.repeat(c, 4), np.repeat(r, 4), seed=2, prompts=[i // 4 for i in range(600)])
+    apart = m.scorer_evaluation(np.repeat(c, 4), np.repeat(r, 4), seed=2)
+    for name in ("accuracy", "ece", "ece_equal_mass"):
+        for end in ("value", "low", "high"):
+            assert four[name][end] == pytest.approx(once[name][end], abs=1e-9)
+        assert apart[name]["high"] - apart[name]["low"] < 0.7 * (four[name]["high"] - four[name]["low"])
+    mixed = m.scorer_evaluation(c, r, seed=2, prompts=[i // 2 for i in range(150)])  # alike by chance alone
+    assert mixed["accuracy"]["high"] - mixed["accuracy"]["low"] == pytest.approx(
+        once["accuracy"]["high"] - once["accuracy"]["low"], rel=0.25
+    )
+    sure = m.scorer_evaluation([1.0] * 6, [0.0] * 6, prompts=[0, 0, 0, 1, 1, 1])["accuracy"]
+    assert sure == m.wilson(2, 2)
+    with pytest.raises(ValueError, match="prompts has 1 entries but there are 2 pairs"):
+        m.scorer_evaluation([1.0, 2.0], [0.0, 0.0], prompts=[0])
 
 
 def test_one_pair_and_all_ties_work() -> None:

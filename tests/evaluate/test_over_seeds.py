@@ -309,19 +309,23 @@ def in_two(summaries: Any) -> list[dict[str, Any]]:
 
 
 def test_pooled_results_are_those_of_all_seeds_together(summaries: Any, results: Any) -> None:
-    parts = [
-        study.results(part, {**ABOUT, "seeds": [s["seed"] for s in part]}) for part in (summaries[:2], summaries[2:])
-    ]
+    parts = in_two(summaries)
     pool = study.pooled(parts)
     assert pool == {**results, "hours": 2.0}
     older = {**parts[1], "settings": {"ppo": {"kl_coef": 0.05, "new": True}}}  # a setting that came later
     assert study.pooled([parts[0], older])["means"] == results["means"]
 
 
+@pytest.mark.parametrize("newer", [0, 1])
+def test_a_figure_that_one_version_alone_knows_is_left_out_of_the_pool(summaries: Any, newer: int) -> None:
+    parts = in_two(summaries)
+    parts[newer]["policies"] = [{**row, "new": 1.0} for row in parts[newer]["policies"]]
+    pool = study.pooled(parts)
+    assert pool["means"] == study.pooled(in_two(summaries))["means"]
+
+
 def test_results_that_do_not_belong_together_are_refused(summaries: Any) -> None:
-    parts = [
-        study.results(part, {**ABOUT, "seeds": [s["seed"] for s in part]}) for part in (summaries[:2], summaries[2:])
-    ]
+    parts = in_two(summaries)
     with pytest.raises(ValueError, match=r"seeds \[3, 3, 4, 4\]: one is in two of the results"):
         study.pooled([parts[0], parts[0]])
     with pytest.raises(ValueError, match=r"settings\.ppo\.kl_coef: 0\.05 and 0\.1"):

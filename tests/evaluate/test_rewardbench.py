@@ -137,7 +137,9 @@ def test_second_by_hand():
 def test_pairs_of_a_benchmark_are_every_right_one_against_every_wrong_one():
     items = [Item("p", ("a", "b", "c"), 2, "Ties", "tied:0"), Item("q", ("a", "b"), 1, "Math", "1")]
     pairs = pairs_of(items, [[3.0, 2.0, 1.0], [5.0, 6.0]])
-    assert pairs == {"chosen": [3.0, 2.0, 5.0], "rejected": [1.0, 1.0, 6.0], "tasks": ["Ties", "Ties", "Math"]}
+    assert pairs == {
+        "chosen": [3.0, 2.0, 5.0], "rejected": [1.0, 1.0, 6.0], "tasks": ["Ties", "Ties", "Math"], "prompts": [0, 0, 1],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,9 @@ def test_pairs_are_scored_as_ppo_would(make, rows):
     scores = score_pairs(model, rows)
     assert len(scores["chosen"]) == len(scores["rejected"]) == sum(len(item.row.pairs) for item in rows)
     assert scores["tasks"] == ["reverse"] * 7 + ["all"] * 3
+    prompts = [item.row.prompt for item in rows for _ in item.row.pairs]
+    assert len(set(prompts)) < len(prompts) == len(scores["prompts"])
+    assert [prompts.index(p) for p in prompts] == [scores["prompts"].index(n) for n in scores["prompts"]]
     reward, expected = heads(model, rows[3].examples)
     wanted = [2 / 3 * (r - expected[0]) for r in reward]
     assert (scores["chosen"][-1], scores["rejected"][-1]) == pytest.approx((wanted[1], wanted[0]), abs=1e-5)
