@@ -66,26 +66,31 @@ def gold(row: Row) -> float:
     return (row["main_gold"] + row["forget_gold"]) / 2
 
 
-def figure(cells: Mapping[Cell, Sequence[Row]], cell: Cell, name: str) -> float:
+def by_seed(cells: Mapping[Cell, Sequence[Row]], cell: Cell, name: str) -> list[float]:
     rows = cells[cell]
     if name == "share":
-        return fmean(row["rehearsal_share"] for row in rows)
+        return [row["rehearsal_share"] for row in rows]
     none = cells[Cell(cell.scorer, "none", "mean", 0.0)]
-    return fmean(gold(a) - gold(b) for a, b in zip(rows, none, strict=True))
+    return [gold(a) - gold(b) for a, b in zip(rows, none, strict=True)]
+
+
+def figure(cells: Mapping[Cell, Sequence[Row]], cell: Cell, name: str) -> str:
+    """The mean over the seeds; of gains also each seed's, for what they are over is of the seed."""
+    values, form = by_seed(cells, cell, name), FIGURES[name][1]
+    each = ", ".join(format(value, form) for value in values)
+    return format(fmean(values), form) + (f" ({each})" if name == "gold" else "")
 
 
 def doses(cells: Mapping[Cell, Sequence[Row]], name: str) -> str:
     """A row for each scorer, rehearsal and reduction, a column for each gamma."""
-    heading, form = FIGURES[name]
+    heading = FIGURES[name][0]
     columns = sorted({cell.dose for cell in cells if cell.rehearsed != "none" and cell.way != "target"})
     kinds = list(dict.fromkeys(cell[:3] for cell in cells if cell.rehearsed != "none" and cell.way != "target"))
     rows = [
         [
             f"{SCORERS[scorer]}, {rehearsed}{', sum' if way == 'sum' else ''}",
             *(
-                format(figure(cells, cell, name), form)
-                if (cell := Cell(scorer, rehearsed, way, dose)) in cells
-                else "–"
+                figure(cells, cell, name) if (cell := Cell(scorer, rehearsed, way, dose)) in cells else "–"
                 for dose in columns
             ),
         ]
@@ -101,7 +106,7 @@ def targets(cells: Mapping[Cell, Sequence[Row]]) -> str:
         if cell.way == "target":
             rows.append([
                 f"{SCORERS[cell.scorer]}, {cell.dose:g}",
-                *(format(figure(cells, cell, key), FIGURES[key][1]) for key in ("share", "gold")),
+                *(figure(cells, cell, key) for key in ("share", "gold")),
                 f"{100 * fmean(row['main_lose'] for row in cells[cell]):.1f}",
                 f"{100 * fmean(row['forget_lose'] for row in cells[cell]):.1f}",
                 f"{fmean(row['train_score_late'] for row in cells[cell]):.3f}",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,11 +157,13 @@ def run(study: Path, data: Path, output: Path) -> None:
             append({"study": name, "seed": int(seed.name), **line}, output)
 
 
-def shown(interval: Interval, digits: int, sign: str = "") -> str:
-    """A difference where it has a sign, else a figure that is never negative."""
-    low = interval["low"] if sign else max(0.0, interval["low"])
-    ends = (f"{end:{sign}.{digits}f}" for end in (low, interval["high"]))
-    return f"{interval['value']:{sign}.{digits}f} [{', '.join(ends)}]"
+def shown(interval: Interval, digits: int, sign: str = "", most: float = math.inf) -> str:
+    """A difference where it has a sign, else a figure from 0 to `most`; of one seed without an interval."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if not sign:
+        low, high = max(0.0, low), min(most, high)
+    ends = "" if math.isnan(interval["low"]) else f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return f"{value:{sign}.{digits}f}{ends}"
 
 
 Values = dict[tuple[str, str], list[float]]  # of (policy, figure), seed by seed
@@ -194,7 +197,10 @@ def block(name: str) -> str:
         rows = [
             [
                 title,
-                *(shown(seed_mean([factor * line[key] for line in own]), 0) for key, (_, factor) in OF_SETS.items()),
+                *(
+                    shown(seed_mean([factor * line[key] for line in own]), 0, most=100.0 if factor == 100 else math.inf)
+                    for key, (_, factor) in OF_SETS.items()
+                ),
             ]
             for title, own in of_set.items()
         ]

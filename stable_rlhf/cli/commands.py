@@ -197,10 +197,11 @@ def _strength(recipe: Recipe, own: argparse.Namespace) -> None:
 
 def _files(recipe: Recipe, flag: str, given: Sequence[str] | None) -> list[str]:
     from stable_rlhf.cli.arguments import items
+    from stable_rlhf.data.tables import is_hub_name
     from stable_rlhf.run.datasets import locate
 
     files = [expand_user(name) for name in items(flag, given)]
-    missing = [str(path) for path in locate(recipe.data, files) if not path.exists()]
+    missing = [str(path) for path in locate(recipe.data, files) if not (is_hub_name(path) or path.exists())]
     if missing:
         raise ValueError(f"{missing[0]}: no such file{_hint(given)}")
     return files
@@ -254,6 +255,8 @@ def _train_ppo(recipe: Recipe, own: argparse.Namespace) -> None:
         raise ValueError(
             f"--variant {variant.name} needs --rehearsal, the rehearsal.jsonl.gz that `stable-rlhf select` wrote"
         )
+    if rehearsal is not None and not variant.rehearsal:
+        raise ValueError(f"--rehearsal: --variant {variant.name} does not rehearse, {variant.name}-sr does")
     if (own.scorer is None) == (SCORER in recipe.rewards.functions):
         words = "has" if own.scorer is None else "does not have"
         raise ValueError(f"--scorer: give it where rewards.functions has {SCORER!r}, and else not; it {words} it")
@@ -273,6 +276,10 @@ def _evaluate(recipe: Recipe, own: argparse.Namespace) -> None:
     test_pairs = _files(recipe, "--test_pairs", own.test_pairs)
     if test_pairs and not scorers:
         raise ValueError("--test_pairs are for scorers: give --scorers NAME=FOLDER as well")
+    if own.judge_scorer is not None and not (policies and recipe.evaluate.judge == "scorer"):
+        raise ValueError(
+            "--judge_scorer compares policies where evaluate.judge is 'scorer': leave it out, or set these"
+        )
     benchmark = _benchmark(recipe, own, bool(scorers), bool(test_pairs))
     baseline = _policy(recipe) if policies else None
     inputs: dict[str, Any] = {

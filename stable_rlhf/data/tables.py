@@ -26,6 +26,7 @@ _BATCH = 1024  # rows of a parquet or Arrow file that are in memory at the same 
 _LARGEST_CELL = 2**27  # characters of CSV
 # Cells of CSV are text; these columns have numbers.
 _NUMBERS = {"margin", "score", "entropy", "satisfaction", "length", "preference"}
+_OPTIONAL = {"task", "skill", "finished"}  # columns whose empty cells are none; a response may be an empty text
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
@@ -42,16 +43,15 @@ def rows_of(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tu
         ModuleNotFoundError: its format needs a library that is not installed.
     """
     if not columns:
-        return _rows(path, _NUMBERS)
-    numbers = {columns.get(name, name) for name in _NUMBERS}
-    return ((number, partial(_renamed, row, columns)) for number, row in _rows(path, numbers))
+        return _rows(path, {})
+    return ((number, partial(_renamed, row, columns)) for number, row in _rows(path, columns))
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
     return renamed(row(), columns)
 
 
-def _rows(path: Path, numbers: set[str]) -> Iterator[tuple[int, Row]]:
+def _rows(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
     if is_hub_name(path):
         return _hub(path)
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that no file can have
@@ -62,7 +62,7 @@ def _rows(path: Path, numbers: set[str]) -> Iterator[tuple[int, Row]]:
     if ending == ".arrow":
         return _arrow(path)
     if ending in (".csv", ".csv.gz"):
-        return _csv(path, numbers)
+        return _csv(path, columns)
     return ((number, partial(parse_row, line)) for number, line in read_lines(path))
 
 
@@ -99,7 +99,7 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
 # Files.
 
 
-def _csv(path: Path, numbers: set[str]) -> Iterator[tuple[int, Row]]:
+def _csv(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
     check_file(path, "a .csv file")
     csv.field_size_limit(_LARGEST_CELL)
     number = 0
@@ -113,22 +113,25 @@ def _csv(path: Path, numbers: set[str]) -> Iterator[tuple[int, Row]]:
             for cells in reader:
                 if cells:
                     number += 1
-                    yield number, partial(_csv_row, header, cells, numbers)
+                    yield number, partial(_csv_row, header, cells, columns)
     except (csv.Error, UnicodeError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as CSV in UTF-8, after row {number}: {error}") from error
 
 
-def _csv_row(header: list[str], cells: list[str], numbers: set[str]) -> dict[str, Any]:
+def _csv_row(header: list[str], cells: list[str], columns: Mapping[str, str]) -> dict[str, Any]:
     if len(cells) != len(header):
         bad(f"has {len(cells)} cells for {len(header)} columns")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for name in numbers & row.keys():
+    for name in {columns.get(name, name) for name in _OPTIONAL} & row.keys():
+        row[name] = row[name] or None
+    for name in {columns.get(name, name) for name in _NUMBERS} & row.keys():
         try:
             row[name] = float(row[name]) if row[name].strip() else None
         except ValueError:
             bad(f"'{name}' must be a number, got {row[name][:40]!r}")
-    if row.get("finished", "").lower() in ("true", "false"):
-        row["finished"] = row["finished"].lower() == "true"
+    finished = columns.get("finished", "finished")
+    if isinstance(text := row.get(finished), str) and text.lower() in ("true", "false"):
+        row[finished] = text.lower() == "true"
     return _checked(row)
 
 
@@ -179,6 +182,8 @@ def _batches(path: Path, batches: Iterator[Any]) -> Iterator[tuple[int, Row]]:
 def _folder(path: Path) -> Iterator[tuple[int, Row]]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(each.name for each in path.iterdir() if each.is_dir())
+        if not splits:
+            raise DataError(f"{path}: names splits, and none of their folders is there; was it saved whole?")
         raise DataError(f"{path}: holds the splits {', '.join(splits)}; name one of them: {path / splits[0]}")
     if (path / "state.json").is_file():
         return _saved(path)

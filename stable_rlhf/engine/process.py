@@ -58,7 +58,7 @@ def start(seed: int) -> None:
                 "MASTER_PORT": str(port),
             }
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES)))
+        timeout = timedelta(minutes=_minutes("DEEPSPEED_TIMEOUT", _TIMEOUT_MINUTES))
         _meet(backend, timeout)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     if torch.cuda.is_available():
@@ -66,9 +66,21 @@ def start(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _minutes(name: str, default: float) -> float:
+    """A time from the environment."""
+    value = os.environ.get(name, "")
+    try:
+        minutes = float(value) if value else float(default)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise ValueError(f"{name}: {value!r} is no number of minutes")
+    return minutes
+
+
 def _meet(backend: str, timeout: timedelta) -> None:
     """The process group, whose collectives wait for `timeout`, of ranks that come together in less."""
-    minutes = float(os.environ.get("STABLE_RLHF_MEETING_MINUTES", _MEETING_MINUTES))
+    minutes = _minutes("STABLE_RLHF_MEETING_MINUTES", _MEETING_MINUTES)
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))

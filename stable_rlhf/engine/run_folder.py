@@ -160,6 +160,23 @@ class RunDirectory:
             raise Stopped(stop, f"stage {name} is finished")
         return done
 
+    def refuse_changed(self, name: str, settings: dict[str, Any]) -> None:
+        """Raise where a finished stage was made with other settings, before what goes into it is made anew."""
+
+        def look() -> None:
+            folder = self.root / name
+            known = read_json(folder / _STAGE) if (folder / _STAGE).is_file() else {}
+            key = {"settings": settings, "inputs": known.get("inputs", {})}
+            alone = self.checkpoint.universal and _layout_alone(known, key)
+            if not alone and known.get("settings", settings) != json.loads(to_json(settings)):
+                changed = ", ".join(_changes(known, key))
+                raise RunError(
+                    f"stage {name} was made with other settings ({changed}); delete {str(folder)!r} to redo it, or "
+                    "choose another output_dir"
+                )
+
+        self._first_rank(look)
+
     def _look(self, name: str, folder: Path, key: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
         working = folder.with_name(f"{name}.tmp")
         if not folder.exists() and _fingerprint(working / _STAGE) == fingerprint:  # killed after its last word

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_rlhf.data.jsonl import read_json, read_jsonl, to_json
+from stable_rlhf.ranks import barrier
 from stable_rlhf.show.progress import is_main_process, say
 from stable_rlhf.system.http import without_credentials
 
@@ -53,6 +54,8 @@ class Tracker:
         # Samples of a step are taken before that step's update, so those of ``after`` itself come again.
         samples = read_jsonl(folder / _SAMPLES, torn_end=True) if after and (folder / _SAMPLES).is_file() else []
         self.samples: list[dict[str, Any]] = [row for row in samples if row["step"] < after]
+        if after:
+            barrier()  # all ranks have read what the first writes anew
         self._folder, self._main = folder, is_main_process()
         self._file: Any = None
         self._board: Any = None

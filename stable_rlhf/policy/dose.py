@@ -21,6 +21,8 @@ class RehearsalController:
     """
 
     def __init__(self, rehearsal_coef: float, target: float | None = None) -> None:
+        if target is not None and not rehearsal_coef > 0:
+            raise ValueError(f"rehearsal_target needs a rehearsal_coef above 0 to begin with, got {rehearsal_coef:g}")
         self.value, self.target, self._first = rehearsal_coef, target, rehearsal_coef
 
     def update(self, share: float) -> None:

@@ -211,7 +211,8 @@ class StabilityGuard:
         for name in sorted({*metrics} - {*finite}):
             self._warn_nonfinite(step, name, metrics[name])
         for rule in _RULES:
-            if rule.broken(finite, self._before):
+            # A step may lack a metric, or have it as no number: what went before is told of by the next that has it.
+            if rule.name in finite and rule.broken(finite, self._before):
                 self._warn(step, rule.name, f"{rule.name} is {finite[rule.name]:.3g}: {rule.advice}")
         known = list(task_scores)
         for task, score in known:

@@ -14,6 +14,8 @@ class KLController:
     """
 
     def __init__(self, kl_coef: float, target: float | None = None) -> None:
+        if target is not None and not kl_coef > 0:
+            raise ValueError(f"kl_target needs a kl_coef above 0 to begin with, got {kl_coef:g}")
         self.value, self.target = kl_coef, target
 
     def update(self, kl: float) -> None:

@@ -151,7 +151,7 @@ class PPOTrainer:
         # computes the same numbers, its own forward gives them: a pass over every response saved.
         self.on_policy = (
             self.estimator in OF_GROUPS
-            and (arguments.kl_in == "loss" or not (arguments.kl_coef or arguments.kl_target))
+            and (arguments.kl_in == "loss" or not arguments.kl_coef)
             and arguments.num_ppo_epochs * arguments.num_mini_batches == 1
             and arguments.rollout_importance_clip is None
             and not self.rollouts.holds_a_copy
@@ -547,15 +547,21 @@ class PPOTrainer:
         moments = self.moments
         return {
             "moments": [moments.count, moments.mean, moments.m2] if moments else None,
-            "kl": [self.kl.value, self.kl.target], "rehearsal_coef": self.dose.value, "guard": self.guard.state(),
-            "drawn_together": self.drawn_together, "first_gap": self.first_gap,
+            "kl": [self.kl.value, self.kl.target], "kl_target": self.arguments.kl_target,
+            "rehearsal_coef": self.dose.value, "guard": self.guard.state(), "drawn_together": self.drawn_together,
+            "first_gap": self.first_gap,
         }  # fmt: skip
 
     def _resume(self, loop: Loop) -> None:
         """Take up what :meth:`state` gave."""
         carried = loop.carried
-        self.kl.value, self.kl.target = carried["kl"]
-        self.dose.value = carried.get("rehearsal_coef", self.dose.value)
+        # What is led goes on from where it was; what is a setting is the one given now.
+        if self.kl.target is not None:
+            self.kl.value, target = carried["kl"]
+            if carried.get("kl_target", self.kl.target) == self.kl.target:  # else it is another one now
+                self.kl.target = target
+        if self.dose.target is not None:
+            self.dose.value = carried.get("rehearsal_coef", self.dose.value)
         self.drawn_together = carried.get("drawn_together", self.drawn_together)
         self.first_gap = carried.get("first_gap")
         self.guard.restore(carried["guard"], loop.tracker.history)

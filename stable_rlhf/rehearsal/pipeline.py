@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stable_rlhf.data.jsonl import to_json, write_jsonl
-from stable_rlhf.data.readers import OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
+from stable_rlhf.data.readers import Columns, OnBadRow, Paths, read_demonstrations, read_scored, tell_skipped
 from stable_rlhf.data.records import DataError, Demonstration
 from stable_rlhf.rehearsal.cluster import Clusters, known_groups
 from stable_rlhf.rehearsal.embed import DEFAULT_EMBEDDING_MODEL
@@ -45,15 +45,18 @@ def _known_groups(candidates: Sequence[Candidate], group_by: GroupBy, num_cluste
     return known_groups([""] * len(candidates), "none") if num_clusters == 1 else None
 
 
-def read_candidates(paths: Paths, *, on_bad_row: OnBadRow = "error") -> tuple[list[dict[str, Any]], np.ndarray]:
+def read_candidates(
+    paths: Paths, *, on_bad_row: OnBadRow = "error", columns: Columns = None
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Scored candidates and their scores, float64 [n], from JSON lines (docs/guide/data.md).
 
     Rows are demonstrations with a number `score`; `entropy`, `satisfaction` and `length` may stand beside it.
+    `columns`: the files' names of columns by ours, where they are others: {"score": "helpfulness"}.
 
     Raises:
         DataError: as `read_demonstrations`, and for a row without a number as score (file and line named).
     """
-    result = read_scored(paths, on_bad_row=on_bad_row)
+    result = read_scored(paths, on_bad_row=on_bad_row, columns=columns)
     tell_skipped("candidates", result)
     rows = [{**row.meta, "prompt": row.prompt, "response": row.response, "task": row.task} for row in result.rows]
     return rows, np.array([row.meta["score"] for row in result.rows], dtype=np.float64)
@@ -151,17 +154,18 @@ def select_file(
     *,
     outside: Paths | None = None,
     on_bad_row: OnBadRow = "error",
+    columns: Columns = None,
     **settings: Any,
 ) -> Selection:
-    """`select_to_folder` from files: scored candidates (`read_candidates`) and outside demonstrations.
+    """`select_to_folder` from files: scored candidates and outside demonstrations, read as by `read_candidates`.
 
     select_file("scored.jsonl.gz", "out", num_clusters=100, top_k=20) is a whole selection.
     """
     require("select_file", "transformers", "safetensors", "matplotlib", "jinja2", "sklearn")
-    rows, scores = read_candidates(candidates, on_bad_row=on_bad_row)
+    rows, scores = read_candidates(candidates, on_bad_row=on_bad_row, columns=columns)
     added = []
     if outside:
-        result = read_demonstrations(outside, on_bad_row=on_bad_row)
+        result = read_demonstrations(outside, on_bad_row=on_bad_row, columns=columns)
         tell_skipped("rehearsal data", result)
         added = result.rows
     return select_to_folder(rows, scores, folder, outside=added, **settings)

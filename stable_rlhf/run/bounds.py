@@ -56,9 +56,11 @@ def check(recipe: Recipe) -> None:
     _check_outside(recipe)
     if recipe.guard.on_kl == "lower_target" and (recipe.ppo.kl_target is None or recipe.guard.max_kl is None):
         raise ValueError("guard.on_kl 'lower_target' needs guard.max_kl and ppo.kl_target")
-    for name, (_, policy) in recipe.policies.items():
-        if policy.ppo.rehearsal_target is not None and not policy.ppo.rehearsal_coef:
-            at = f"variations.{name}: " if name in recipe.variations else ""
+    for name, (variant, policy) in recipe.policies.items():
+        at, ppo = f"variations.{name}: " if name in recipe.variations else "", policy.ppo
+        if variant.training == "ppo" and ppo.kl_target is not None and not ppo.kl_coef:
+            raise ValueError(f"{at}ppo.kl_target needs a ppo.kl_coef above 0 to begin with")
+        if variant.rehearsal and ppo.rehearsal_target is not None and not ppo.rehearsal_coef:
             raise ValueError(f"{at}ppo.rehearsal_target needs a ppo.rehearsal_coef above 0 to begin with")
     if recipe.evaluate.judge == "chat" and not (recipe.evaluate.judge_base_url and recipe.evaluate.judge_model):
         raise ValueError("evaluate.judge 'chat' needs evaluate.judge_base_url and evaluate.judge_model")
@@ -76,8 +78,12 @@ def _check_variations(recipe: Recipe) -> None:
             raise ValueError(f"{at}: a name is of letters, digits, '.', '_' and '-', and holds no '-round-'")
         if name in VARIANTS or name.endswith("-stopped"):  # the guard's folder of a policy that it stopped
             raise ValueError(f"{at}: is a name already: call it otherwise")
-        if own.get("variant") not in VARIANTS:
+        if not isinstance(own.get("variant"), str) or own["variant"] not in VARIANTS:
             raise ValueError(f"{at}.variant: one of {', '.join(VARIANTS)}, got {own.get('variant')!r}")
+        if not VARIANTS[own["variant"]].rehearsal:
+            for setting in own:
+                if setting == "data.rehearsal" or setting.startswith("ppo.rehearsal_"):
+                    raise ValueError(f"{at}: {setting!r} changes nothing, variant {own['variant']!r} does not rehearse")
         if wrong := [setting for setting in own if setting not in known]:
             words = ": it is the same for all policies" if wrong[0] in _OF_ALL_POLICIES else suggestion(wrong, known)
             raise ValueError(f"{at}: {wrong[0]!r} is no setting of one policy{words}")

@@ -142,9 +142,10 @@ def own_contents(rewards: RewardArguments) -> dict[str, str]:
 
 
 def _made_with(path: str) -> str | None:
-    """Which settings an input folder (or the folder of an input file) was made with, when a stage of ours made it."""
+    """Which settings an input folder (or the folder of an input file) was made with, when a stage of ours made it; of
+    any other file a digest."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     try:
         return str(read_json(folder / "stage.json", "fingerprint")["fingerprint"])
     except DataError:
-        return None
+        return file_digest(Path(path), "sha256")[:16] if Path(path).is_file() else None

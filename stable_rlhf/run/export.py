@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,24 @@ def export_scorer(scorer: str, output_dir: str) -> dict[str, Any]:
     Raises:
         ValueError: ``scorer`` is none, ``output_dir`` is not empty, or the family has no such class.
     """
-    source, target = check_scorer_folder(scorer), Path(output_dir)
+    source, target = check_scorer_folder(scorer), Path(output_dir).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "is not empty" if target.is_dir() else "is a file"
         raise RunError(f"output_dir {output_dir!r} {what}; nothing is overwritten: choose another output_dir")
     model = AdvantageModel.from_pretrained(source, dtype=_saved_type(source))
     exported = export_classifier(model)
-    working = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
-    exported.model.save_pretrained(working)
-    exported.tokenizer.save_pretrained(working)
-    (working / "README.md").write_text(card(exported, model.settings), encoding="utf-8")
-    with whole():
-        if target.exists():
-            target.rmdir()
-        working.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: NAME.tmp may be somebody's, and is a stage's that is not finished.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+        working = Path(name) / "model"
+        working.mkdir()  # with the permissions of any new folder, which a temporary one has not
+        exported.model.save_pretrained(working)
+        exported.tokenizer.save_pretrained(working)
+        (working / "README.md").write_text(card(exported, model.settings), encoding="utf-8")
+        with whole():
+            if target.exists():
+                target.rmdir()
+            working.rename(target)
     return _told(exported, model.settings, output_dir)
 
 

@@ -428,7 +428,7 @@ def _demonstrations(recipe: Recipe, model: Any, tokenizer: Any, scorer: str) -> 
     return [examples[i] for i in places], [
         {
             "prompt": rows[i].prompt, "response": rows[i].response, "task": rows[i].task,
-            "length": len(examples[i].response),
+            "length": len(examples[i].response), "finished": rows[i].meta.get("finished") is not False,
         }
         for i in places
     ]  # fmt: skip
@@ -440,7 +440,7 @@ def run_select_file(recipe: Recipe, candidates: list[str], folder: Path) -> Resu
 
     outside = locate(recipe.data, recipe.data.rehearsal) if recipe.data.rehearsal else None
     selection = select_file(
-        locate(recipe.data, candidates), folder, outside=outside, on_bad_row=recipe.data.on_bad_row,
+        locate(recipe.data, candidates), folder, outside=outside, **reading(recipe.data),
         embeddings_folder=folder.parent / "embeddings", seed=stream_seed(recipe.seed, "clusters") % 2**31,
         title=f"Rehearsal selection: {recipe.title}", **select_settings(recipe.select),
     )  # fmt: skip
@@ -503,8 +503,10 @@ def run_ppo(
         rehearsed = [e for e, _ in pairs if len(e) <= recipe.data.max_length]
         if not rehearsed:
             raise DataError(f"{rehearsal}: no rehearsal row fits max_length {recipe.data.max_length}")
+        if long := len(pairs) - len(rehearsed):
+            say(f"  {long} of {len(pairs)} rehearsal rows are too long: left out")
         if not arguments.rehearsal_prompts_in_ppo:
-            reserved = {e.ids[: e.prompt_length] for e, _ in pairs}
+            reserved = {e.ids[: e.prompt_length] for e in rehearsed}
             prompts = [p for p in prompts if tuple(p.ids) not in reserved]
             if not prompts:
                 raise DataError(

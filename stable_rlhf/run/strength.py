@@ -74,6 +74,8 @@ def measure_strength(
     load = functools.cache(lambda: _load(recipe, backbone))
     cache = FeatureCache()  # its own: the scorers after it read other rows together
     settings = {**settings, "scorer": {k: v for k, v in settings["scorer"].items() if k != "denoise"}}
+    of_all = {**settings, "strength": recipe.as_dict()["strength"]}
+    run.refuse_changed("strength", of_all)
     hidden: Stage | None = None
     if s.heads_only:
         hidden = run.stage(
@@ -95,7 +97,7 @@ def measure_strength(
 
             voters.append(run.stage(name, {**settings, "strength": shape}, vote, sources))
     return run.stage(
-        "strength", {**settings, "strength": recipe.as_dict()["strength"]},
+        "strength", of_all,
         lambda folder: _sum_up(load(), recipe, [v.folder for v in voters], folder), [*inputs, *voters],
     )  # fmt: skip
 

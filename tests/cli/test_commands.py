@@ -132,6 +132,10 @@ def test_help_wins_over_other_arguments(cli, command):
         ("select --candidates y --select.near_duplicate 1.5", ["select.near_duplicate must be between 0 and 1"]),
         ("select --candidates y --select.train_rows 0", ["select.train_rows must be at least 1, got 0"]),
         ("select --candidates nowhere.jsonl", ["nowhere.jsonl: no such file"]),
+        ("sft --variations {\"x\":{\"variant\":[\"rm\"]}}", ["variations.x.variant: one of", "got ['rm']"]),
+        ("sft --variations {\"x\":{\"variant\":\"rm\",\"ppo.rehearsal_target\":0.3}}", ["changes nothing"]),
+        ("train-ppo --variant rm --scorer x --rehearsal y --model_name_or_path z", ["--variant rm does not rehearse"]),
+        ("evaluate --scorers a=b --judge-scorer c", ["--judge_scorer compares policies"]),
         ("train-ppo", ["required: --variant"]),
         ("train-ppo --variant am", ["--model_name_or_path"]),
         ("train-ppo --scorer x", ["required: --variant"]),
@@ -226,6 +230,8 @@ def test_scorers_without_scores_of_their_own(cli, tmp_path):
         ('{"chosen": [], "rejected": [], "tasks": []}', "holds no scores"),
         ('{"chosen": [1e308], "rejected": [-1e308], "tasks": [null]}', "holds a score beyond 1e+30"),
         ('{"chosen": [1], "rejected": [0], "tasks": [["a"]]}', "'tasks' must be a list of texts and nulls"),
+        ('{"chosen": [1], "rejected": [0], "tasks": ["a"], "prompts": []}', "'prompts' must be a list as long as"),
+        ('{"chosen": [1], "rejected": [0], "tasks": ["a"], "prompts": [[]]}', "'prompts' must be a list of whole numb"),
     ],
 )  # fmt: skip
 def test_scores_of_a_scorer_that_are_broken(cli, tmp_path, text, reason):
@@ -342,6 +348,18 @@ def test_select_from_scored_candidates(cli, tmp_path):
     cli(*call).refused("stage selection was made with other settings", "candidates")
     write_lines(tmp_path / "d.jsonl", [rows[0], {"prompt": "p", "response": "r"}])
     cli("select", "--candidates", "d.jsonl", "--output-dir", "p").refused("d.jsonl:2: 'score' is missing")
+
+
+def test_scored_candidates_have_columns_of_other_names_too(cli, tmp_path):
+    rows = [{"prompt": f"p {i}", "response": "r", "helpfulness": i, "score": -i} for i in range(6)]
+    write_lines(tmp_path / "c.jsonl", rows)
+    cli("select", "--candidates", "c.jsonl", "--output-dir", "o", "--select.num_clusters", "1", "--select.top_k", "2",
+        "--data.columns", "{score: helpfulness}").worked()  # fmt: skip
+    with gzip.open(tmp_path / "o" / "selection" / "rehearsal.jsonl.gz", "rt", encoding="utf-8") as file:
+        kept = list(map(json.loads, file))
+    assert sorted(row["prompt"] for row in kept) == ["p 4", "p 5"]
+    done = cli("select", "--candidates", "hub:none/such", "--output-dir", "p", "--select.num_clusters", "1")
+    assert "no such file" not in done.refused("hub:none/such").err
 
 
 def test_select_from_scored_candidates_needs_no_deepspeed(tmp_path):
@@ -529,8 +547,11 @@ def test_a_trained_scorer_is_exported(cli, settings, files, tmp_path, how):
     cli("train-scorer", "--objective", "am", *settings, *how.split(), "--data.pairs", files / "pairs.jsonl",
         "--scorer.head_learning_rate", "1e-2", "--output-dir", "o").worked()  # fmt: skip
     export = ["export", "--scorer", "o/scorer-am", "--output-dir", "d"]
+    (tmp_path / "d.tmp").mkdir()  # somebody's
     told = json.loads(cli(*export).worked().out)
-    assert told["class"] == "LlamaForSequenceClassification" and told["folder"] == "d" and not Path("d.tmp").exists()
+    assert told["class"] == "LlamaForSequenceClassification" and told["folder"] == "d"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.tmp", "o"]
+    assert (tmp_path / "d").stat().st_mode & 0o777 == (tmp_path / "d.tmp").stat().st_mode & 0o777
     cli(*export).refused("output_dir 'd' is not empty", "nothing is overwritten")
     import torch
     from transformers import AutoModelForSequenceClassification

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -108,6 +109,23 @@ def test_splits_that_were_saved_together_are_named(tmp_path):
     with pytest.raises(DataError, match=r"holds the splits test, train; name one of them: .*both/test"):
         read_prompts(tmp_path / "both")
     assert [r.prompt for r in read_prompts(tmp_path / "both" / "test").rows] == ["Say ho"]
+    for name in ("train", "test"):  # a copy that was broken off
+        shutil.rmtree(tmp_path / "both" / name)
+    with pytest.raises(DataError, match=r"both: names splits, and none of their folders is there"):
+        read_prompts(tmp_path / "both")
+
+
+@pytest.mark.parametrize("columns", [None, {"finished": "done", "task": "kind", "margin": "bound"}])
+def test_empty_cells_of_csv_are_none_where_a_column_may_be_absent(tmp_path, columns):
+    named = [(columns or {}).get(name, name) for name in ("finished", "task")]
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,response,{','.join(named)}\np,r,False,add\nq,,,\n", encoding="utf-8")
+    first, second = read_demonstrations(path, columns=columns).rows
+    assert (first.task, first.meta["finished"], second.task, second.response) == ("add", False, None, "")
+    assert "finished" not in second.meta
+    margin = (columns or {}).get("margin", "margin")
+    path.write_text(f"prompt,chosen,rejected,{margin}\np,a,b,\nq,a,b,2\n", encoding="utf-8")
+    assert [row.margin for row in read_comparisons(path, columns=columns).rows] == [None, 2.0]
 
 
 def test_a_name_on_a_hub(tmp_path):

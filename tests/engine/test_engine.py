@@ -98,6 +98,9 @@ def test_ranks_wait_for_hours_or_as_long_as_deepspeed_is_told(plain, monkeypatch
         monkeypatch.setenv("DEEPSPEED_TIMEOUT", given)
     start(0)
     assert asked["timeout"] == asked["met"] == wanted
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "45 min")
+    with pytest.raises(ValueError, match=r"^DEEPSPEED_TIMEOUT: '45 min' is no number of minutes"):
+        start(0)
 
 
 def test_a_reference_keeps_tied_weights_tied(tiny_model):

@@ -214,6 +214,9 @@ def test_sizes_that_nobody_knows():
         read_config("nobody/nothing", {})
     with pytest.raises(ValueError, match=r"model_shape\.model_type 'llamma'"):
         read_config("nobody/nothing", LLAMA_7B | {"model_type": "llamma"})
+    for size in ({"hidden_size": "abc"}, {"num_attention_heads": 0}):
+        with pytest.raises(ValueError, match=r"^model_shape: \w+"):
+            read_config("nobody/nothing", LLAMA_7B | size)
 
 
 def test_a_folder_wins_over_the_recipe(tmp_path, tiny_model):

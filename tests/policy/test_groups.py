@@ -232,7 +232,7 @@ def test_one_update_a_rollout_reads_the_policy_once(make, prompts, rehearsal, tm
 def test_log_probs_are_read_beforehand_wherever_something_asks_for_them(make, tiny_model, tokenizer):
     assert make().on_policy and make(kl_coef=0.1, kl_in="loss", kl_estimator="k3").on_policy
     for changes in (
-        {"kl_coef": 0.1}, {"kl_target": 1.0}, {"num_mini_batches": 2}, {"num_ppo_epochs": 2},
+        {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_target": 1.0}, {"num_mini_batches": 2}, {"num_ppo_epochs": 2},
         {"rollout_importance_clip": 2.0}, {"advantage_estimator": "score", "num_generations": 1},
         {"advantage_estimator": "reinforce_plus_plus", "num_generations": 1}, {"advantage_estimator": "gae"},
     ):  # fmt: skip

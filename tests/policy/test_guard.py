@@ -18,6 +18,7 @@ from stable_rlhf.data.records import PromptRow
 from stable_rlhf.engine.run_folder import RunDirectory
 from stable_rlhf.engine.weights import gathered
 from stable_rlhf.models.policy import PolicyModel
+from stable_rlhf.policy.dose import RehearsalController
 from stable_rlhf.policy.guard import KLTooHigh, StabilityGuard, TaskDrift
 from stable_rlhf.policy.kl import KLController
 from stable_rlhf.policy.ppo import PPOTrainer
@@ -81,6 +82,26 @@ def test_what_is_not_finite_is_a_warning_in_every_rule(name, value):
     assert len(guard.warnings) == 1
     guard.look(16, {**CALM, "entropy": 0.2})
     assert guard.warnings[-1][1] == "entropy"
+
+
+@pytest.mark.parametrize("lacks", [{}, math.nan], ids=["missing", "nan"])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("kl", -2.0), ("score_length_correlation", 0.9), ("groups_without_signal", 0.95),
+        ("group_length_correlation", 0.9), ("rehearsal_share", 0.001),
+    ],
+)  # fmt: skip
+def test_a_step_without_a_metric_ends_no_run_in_which_that_has_been_bad_for_long(name, bad, lacks):
+    """As a step has none of an update where every update was left out."""
+    guard = StabilityGuard(GuardArguments())
+    for step in range(1, 9):
+        guard.look(step, {**CALM, name: bad})
+    assert name in {found for _, found, _ in guard.warnings}
+    guard.warnings.clear()
+    row = {key: value for key, value in CALM.items() if key != name}
+    guard.look(9, row if lacks == {} else {**row, name: lacks})
+    assert [found for _, found, _ in guard.warnings] == ([] if lacks == {} else [f"{name}, not finite"])
 
 
 def test_a_task_score_that_is_not_finite_is_told_and_forgotten():
@@ -249,6 +270,19 @@ def test_a_guard_goes_on_from_what_a_snapshot_keeps():
 
 
 # -- what it does ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_led_to_a_target_has_somewhere_to_begin():
+    recipe = quiet(variants=["rm"])
+    recipe.ppo.kl_target, recipe.ppo.kl_coef = 2.0, 0.0
+    with pytest.raises(ValueError, match=r"^ppo\.kl_target needs a ppo\.kl_coef above 0"):
+        check(recipe)
+    recipe.variants = ["rejection"]  # has no use for it
+    check(recipe)
+    with pytest.raises(ValueError, match="kl_target needs a kl_coef above 0"):
+        KLController(0.0, 2.0)
+    with pytest.raises(ValueError, match="rehearsal_target needs a rehearsal_coef above 0"):
+        RehearsalController(0.0, 0.3)
 
 
 def test_lowering_the_kl_target_needs_one_and_a_limit():

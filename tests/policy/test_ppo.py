@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,24 @@ def test_a_share_to_hold_leads_the_dose_and_survives_a_resume(make, prompts, reh
         run(tmp_path / "killed")
     again = run(tmp_path / "killed")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in whole]
+
+
+def test_a_coefficient_that_is_not_led_is_the_one_given_when_a_run_goes_on(make, rehearsal):
+    before = replace(ARGUMENTS, rehearsal_coef=0.5, kl_coef=0.1)
+    led = {"rehearsal_target": 0.9, "kl_target": 1e-3}
+
+    def gone_on(first: PPOTrainer, **changes):
+        """What a trainer with other settings begins with after the state of the first."""
+        trainer = make(replace(before, rehearsal_coef=5.0, kl_coef=0.3, **changes), rehearsal=rehearsal)
+        trainer._resume(SimpleNamespace(carried=first.state(), tracker=SimpleNamespace(history=[])))
+        return trainer.dose.value, trainer.kl.value, trainer.kl.target
+
+    plain, leading = make(before, rehearsal=rehearsal), make(replace(before, **led), rehearsal=rehearsal)
+    assert gone_on(plain) == gone_on(leading) == (5.0, 0.3, None)
+    leading.dose.value, leading.kl.value = 0.7, 0.2
+    leading.kl.lower_target()
+    assert gone_on(leading, **led) == (0.7, 0.2, 5e-4)
+    assert gone_on(leading, **{**led, "kl_target": 2e-3}) == (0.7, 0.2, 2e-3)  # another target than it began with
 
 
 def test_the_same_seed_gives_the_same_run(make, prompts, rehearsal, tmp_path):

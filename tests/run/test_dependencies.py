@@ -101,3 +101,10 @@ def test_what_stages_depend_on_by_what_is_asked_for(tmp_path):
     assert {name: found[name] for name in inputs} == inputs
     wanted = {"scorer_folder": "f", "rehearsal": "f", "variant": None, "model_name_or_path": None}
     assert found["made_from"] == wanted
+    file = tmp_path / "elsewhere" / "rehearsal.jsonl"  # nobody's stage: what is in it counts
+    file.parent.mkdir()
+    digests = []
+    for text in ("a", "b", "a"):
+        write_jsonl(file, [{"prompt": text}])
+        digests.append(Dependencies(own, alone=True).of(kinds.PPO, rehearsal=str(file))["made_from"]["rehearsal"])
+    assert digests[0] == digests[2] != digests[1] and len(digests[0]) == 16

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stable_rlhf.data import read_comparisons, write_jsonl
-from stable_rlhf.engine.run_folder import RunDirectory
+from stable_rlhf.engine.run_folder import RunDirectory, RunError
 from stable_rlhf.models.features import FeatureCache
 from stable_rlhf.models.loading import load_causal_lm
 from stable_rlhf.models.trunk import Trunk
@@ -158,9 +158,14 @@ def test_a_finished_scorer_is_not_trained_again(recipe, backbone, monkeypatch):
     stop_at = 99
     folder = measure(recipe, backbone)
     assert calls[2:] == ["strength-scorer-2.tmp"] and len(votes(folder)) == 2
+    recipe.strength.num_scorers = 3
+    with pytest.raises(
+        RunError, match=r"strength was made with other settings \(strength\.num_scorers: 2 -> 3\); delete"
+    ):
+        measure(recipe, backbone)
+    assert len(calls) == 3  # told before anything is trained
     shutil.rmtree(folder)
-    recipe.strength.num_scorers = 3  # the first two stay
-    measure(recipe, backbone)
+    measure(recipe, backbone)  # the first two stay
     assert calls[3:] == ["strength-scorer-3.tmp"]
 
 

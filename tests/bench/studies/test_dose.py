@@ -87,14 +87,17 @@ def test_tables_say_what_the_rows_hold(results):
     assert head.endswith("| γ 0.1 | γ 1 | γ 5 |")
     cells = {line.split(" | ")[0].lstrip("| "): line.rstrip(" |").split(" | ")[1:] for line in rows}
     # (0.08 + 0.16) / 2 on the main set and 0.08 on the other, halved
-    assert cells["reward model, best"] == ["+0.100"] * 3 and cells["Advantage Model, data"] == ["+0.025"] * 3
-    assert cells["reward model, best, sum"] == ["–", "-0.050", "–"] and len(cells) == 7
+    assert cells["reward model, best"] == ["+0.100 (+0.080, +0.120)"] * 3
+    assert cells["Advantage Model, data"] == ["+0.025 (+0.020, +0.030)"] * 3
+    assert cells["reward model, best, sum"] == ["–", "-0.050 (-0.050, -0.050)", "–"] and len(cells) == 7
     assert "| reward model, best | 0.30 | 0.30 | 0.30 |" in dose.block(results, "share")
     found = dose.block(results, "contrasts")
     assert "seeds 1, 2" in found
     assert "| reward model: best less chance | +0.040 / +0.080 | +4.0 / +4.0 |" in found
     assert "| Advantage Model: best less data | +0.060 / +0.120 | +6.0 / +6.0 |" in found
-    assert "| reward model, 0.35 | 0.30 | +0.100 | 20.0 | 10.0 | 0.050 | 2 / 4 |" in dose.block(results, "targets")
+    assert "| reward model, 0.35 | 0.30 | +0.100 (+0.100, +0.100) | 20.0 | 10.0 | 0.050 | 2 / 4 |" in dose.block(
+        results, "targets"
+    )
 
 
 def test_a_picture_of_both_scorers(results):
