@@ -16,13 +16,15 @@ from stable_rlhf.ops.policy.cpu import constants
 from stable_rlhf.ops.policy.cpu_call import METRICS, PER_ROW
 from stable_rlhf.ops.policy.types import LOGITS_TYPES, PolicyCall
 
-LARGEST = 1 << 18  # logits: a megabyte, whose products take a few times as long as what is saved
+# Logits, and what a product multiplies. Beyond, the steps between products are little, and rows that turn out to have
+# no gradient, which the other way leaves out of two of them, are much.
+_MOST_LOGITS, _MOST_WORK = 1 << 18, 1 << 24
 
 
 def loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...] | None:
     """What `fused` makes of the same call; None: it is not for here."""
     module, weight, config, count = extension(), call.weight, call.config, call.target.numel()
-    if module is None or weight is None or not _takes(call, count * call.width):
+    if module is None or weight is None or not _takes(call, count * call.width, weight.shape[1]):
         return None
     vocabulary, width = weight.shape
     target, kind = call.target.contiguous(), call.kind
@@ -86,12 +88,12 @@ def loss_and_gradients(call: PolicyCall) -> tuple[Tensor, ...] | None:
     return loss, logprobs, entropies, metrics, counts, *gradients
 
 
-def _takes(call: PolicyCall, logits: int) -> bool:
+def _takes(call: PolicyCall, logits: int, width: int) -> bool:
     config = call.config
     return (
         call.backend == "cpu"
         and not call.group
-        and 0 < logits <= min(LARGEST, (call.workspace_bytes or 4 * LARGEST) // 4)
+        and 0 < logits <= min(_MOST_LOGITS, _MOST_WORK // width, (call.workspace_bytes or 4 * _MOST_LOGITS) // 4)
         and call.source.dtype == torch.float32
         and any(call.needs)
         and call.bias is None

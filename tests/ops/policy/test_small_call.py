@@ -143,7 +143,8 @@ def test_what_is_wrong_is_named_as_ever(changes, message, taken):
 @pytest.mark.parametrize(
     "options",
     [
-        {"needs": (False, False)}, {"shape": (300, 1000, 4)}, {"workspace_bytes": 31 * 4 * 5}, {"grad_tolerance": 1e-2},
+        {"needs": (False, False)}, {"shape": (300, 1000, 4)}, {"shape": (24, 1000, 700)},
+        {"workspace_bytes": 31 * 4 * 5}, {"grad_tolerance": 1e-2},
         {"bias": torch.zeros(31)}, {"temperature": torch.ones(24)}, {"policy_denominator": torch.tensor(7.0)},
         {"config": PolicyLossConfig(importance_level="sequence"), "cu_seqlens": torch.tensor([0, 24])},
         {"config": PolicyLossConfig(entropy_coef=0.1), "entropy_denominator": 5.0}, {"kind": torch.zeros(24).long()},
