@@ -36,13 +36,13 @@ def is_hub_name(path: str | os.PathLike[str]) -> bool:
 
 def rows_of(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[int, Row]]:
     """Number (from 1) and row of each row of a file, a folder or a data set on a hub, whose format its name tells;
-    ``columns`` as in `renamed`, which is applied.
+    ``columns`` as in `renamed`, which is applied but to what a stage of ours wrote: that has our names already.
 
     Raises:
         DataError: it is missing, or cannot be read as what its name says.
         ModuleNotFoundError: its format needs a library that is not installed.
     """
-    if not columns:
+    if not columns or (not is_hub_name(path) and (path.parent / "stage.json").is_file()):
         return _rows(path, {})
     return ((number, partial(_renamed, row, columns)) for number, row in _rows(path, columns))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_rlhf.data import DataError, read_comparisons, read_demonstrations, read_prompts, write_jsonl
+from stable_rlhf.data import DataError, comparison_row, read_comparisons, read_demonstrations, read_prompts, write_jsonl
 from stable_rlhf.data.readers import read_scored
 from stable_rlhf.run.datasets import digests, load_prompts, locate
 from stable_rlhf.settings.recipe import DataArguments
@@ -113,6 +113,18 @@ def test_splits_that_were_saved_together_are_named(tmp_path):
         shutil.rmtree(tmp_path / "both" / name)
     with pytest.raises(DataError, match=r"both: names splits, and none of their folders is there"):
         read_prompts(tmp_path / "both")
+
+
+def test_what_a_stage_of_ours_wrote_has_our_names(tmp_path):
+    """Whatever those were that it read: here each is the other's."""
+    columns = {"chosen": "rejected", "rejected": "chosen"}
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "chosen": "worse", "rejected": "better"}\n', encoding="utf-8")
+    (first,) = read_comparisons(tmp_path / "a.jsonl", columns=columns).rows
+    (tmp_path / "denoised").mkdir()
+    write_jsonl(tmp_path / "denoised" / "pairs.jsonl.gz", [comparison_row(first)])
+    (tmp_path / "denoised" / "stage.json").write_text("{}", encoding="utf-8")
+    (again,) = read_comparisons(tmp_path / "denoised" / "pairs.jsonl.gz", columns=columns).rows
+    assert [row.responses[better] for row in (first, again) for better, _ in row.pairs] == ["better", "better"]
 
 
 @pytest.mark.parametrize("columns", [None, {"finished": "done", "task": "kind", "margin": "bound"}])
