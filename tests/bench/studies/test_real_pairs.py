@@ -15,14 +15,14 @@ def content(pairs=40):
     """A scorer that is right three times of four and sure, and one whose scores are half as far apart."""
     g = np.random.default_rng(0)
     apart = np.where(np.arange(pairs) % 4 == 0, -3.0, 3.0)
-    rejected = g.standard_normal(pairs)
+    rejected, prompts = g.standard_normal(pairs), [place // 2 for place in range(pairs)]
     scores = {
-        objective: {"1": {"chosen": list(rejected + scale * apart), "rejected": list(rejected)}}
+        objective: {"1": {"chosen": list(rejected + scale * apart), "rejected": list(rejected), "prompts": prompts}}
         for objective, scale in (("rm", 1.0), ("am", 0.5))
     }
     environment = {"cpu": "A processor", "time": "2030-01-02T03:04:05+00:00"}
     line = {"pairs": {"fit": 160, "train": 120}, "tokens": 12345, "cpu_seconds": 60.0, "environment": environment}
-    return {"lines": [line | {"objective": o} for o in ("rm", "am")], "scores": scores}
+    return {"lines": [line | {"objective": o} for o in ("rm", "am")], "scores": scores, "prompts": prompts}
 
 
 def test_figures_of_known_scores():
@@ -40,7 +40,7 @@ def test_the_table_compares_on_the_same_pairs():
     text = real_pairs.block(content())
     assert "| Reward model, 1 | 75.0 [" in text and "| Advantage Model, 1 | 75.0 [" in text
     assert "| difference, 1 | +0.0 [+0.0, +0.0] |" in text, "which rank alike, pair by pair"
-    assert "160 pairs, 120 train (12,345 tokens an epoch) and 40 test" in text
+    assert "160 pairs, 120 train (12,345 tokens an epoch) and 40 test, of 20 prompts" in text
     assert "Reward model 60, Advantage Model 60" in text and "A processor, 2030-01-02" in text
 
 
@@ -66,3 +66,6 @@ def test_what_is_kept_of_one_dataset_leaves_the_others(tmp_path, monkeypatch):
     kept = json.loads(real_pairs.KEPT.read_text(encoding="utf-8"))
     assert list(kept) == ["pairs", "hh-rlhf"] and len(kept["pairs"]["lines"]) == 2
     assert "| difference, 1 |" in real_pairs.block(kept["hh-rlhf"])
+    assert kept["pairs"]["prompts"] == content()["prompts"]
+    once = kept["pairs"] | {"prompts": list(range(40))}  # pairs of one prompt tell less
+    assert real_pairs.block(once) != real_pairs.block(kept["pairs"])
