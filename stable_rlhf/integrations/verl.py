@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stable_rlhf import ops
@@ -43,12 +45,37 @@ def linear_cross_entropy(
     reduce = _REDUCTIONS.get(reduction.lower())
     if reduce is None:
         raise ValueError(f"reduction: {reduction!r} is not one of {', '.join(_REDUCTIONS)}")
+    hidden = _gathered(hidden, dist_process_group)
     logprob, entropy = ops.linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, entropy=True,
         process_group=dist_process_group,
     )  # fmt: skip
     assert entropy is not None
     return reduce(logprob), entropy
+
+
+class _Shared(torch.autograd.Function):
+    """The same; each of ``ranks`` ranks gives back its share of a gradient that all of them have whole."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Any) -> tuple[Tensor, None]:
+        return gradient[0] / ctx.ranks, None
+
+
+def _gathered(hidden: Tensor, group: Any) -> Tensor:
+    """Megatron's sequence parallelism gathers the hidden states before the head, and on the way back sums what the
+    ranks give: of verl's own function a part each, of ours the whole, which would count once a rank. Without it nothing
+    is summed behind the head, and the whole is what is needed.
+    """
+    if group is None or not getattr(hidden.grad_fn, "tensor_parallel_output_grad", False):
+        return hidden
+    shared: Tensor = _Shared.apply(hidden, dist.get_world_size(group))
+    return shared
 
 
 def patch_linear_cross_entropy() -> Callable[[], None]:

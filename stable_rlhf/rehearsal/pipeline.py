@@ -128,9 +128,12 @@ def select_to_folder(
     if is_main_process():
         swept = None
         if sweep and array is not None:
+            allowed = np.ones(len(candidates), dtype=bool)
+            allowed[selection.left_out[0]] = False
             swept = sweep_clusters(
-                array, sweep, value=selection.value, budget=len(selection.rows), seed=seed, **clustering
-            )
+                array, sweep, value=selection.value, budget=len(selection.rows), seed=seed, allowed=allowed,
+                near_duplicate=selecting.get("near_duplicate"), **clustering,
+            )  # fmt: skip
         write_jsonl(folder / "rehearsal.jsonl.gz", rows)
         manifest = None if embeddings is None else embeddings.manifest
         summary = {

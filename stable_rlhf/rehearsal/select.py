@@ -204,7 +204,8 @@ def _near_duplicates(
             rows = np.asarray(embeddings[places], dtype=np.float32)
             # A zero row has no direction, so it is nobody's duplicate.
             rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-30))
-            with_kept, with_each_other = rows @ kept.T, rows @ rows.T
+            # Rounding makes some cosines of equal rows larger than 1, which no threshold is.
+            with_kept, with_each_other = (np.minimum(rows @ other.T, np.float32(1)) for other in (kept, rows))
             fresh: list[int] = []
             for i, place in enumerate(places.tolist()):
                 if (with_kept[i] > threshold).any() or (with_each_other[i, fresh] > threshold).any():

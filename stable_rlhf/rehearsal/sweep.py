@@ -41,6 +41,8 @@ def sweep_clusters(
     *,
     value: np.ndarray | None = None,
     budget: int | None = None,
+    allowed: np.ndarray | None = None,
+    near_duplicate: float | None = None,
     seed: int = 0,
     **clustering: Any,
 ) -> list[dict[str, Any]]:
@@ -50,7 +52,8 @@ def sweep_clusters(
     sample of at most 2,000 rows; None where it has fewer than two clusters), and with `value` (what candidates are
     ranked by, [n]) "kept" and "kept_value": number and mean value of the best max(1, `budget` // c) of every cluster,
     so that all counts keep about equally many and can be compared (the paper's Fig. 6 shows the reward after
-    PPO against c; its spread over c was about 0.05). `clustering`: keywords of `cluster_embeddings`.
+    PPO against c; its spread over c was about 0.05). `allowed`, `near_duplicate`: as in `select_rehearsal`'s `choose`.
+    `clustering`: keywords of `cluster_embeddings`.
     """
     from sklearn.metrics import silhouette_score
 
@@ -75,7 +78,10 @@ def sweep_clusters(
         }
         if value is not None and budget is not None:
             each = max(1, budget // clusters.num_clusters)
-            kept = choose(value, clusters.assignment, clusters.num_clusters, each).indices
-            row |= {"kept": len(kept), "kept_value": float(value[kept].mean())}
+            kept = choose(
+                value, clusters.assignment, clusters.num_clusters, each, allowed=allowed, embeddings=embeddings,
+                near_duplicate=near_duplicate,
+            ).indices  # fmt: skip
+            row |= {"kept": len(kept), "kept_value": float(value[kept].mean()) if len(kept) else None}
         table.append(row)
     return table

@@ -206,6 +206,12 @@ def test_sweep(tmp_path):
     assert found[0]["silhouette"] is None and found[1]["silhouette"] > 0.8 > found[2]["silhouette"]
     assert found[0]["inertia"] > found[1]["inertia"] > found[2]["inertia"]
     assert "kept" not in sweep_clusters(open_embeddings(tmp_path).array, [3])[0]
+    limited = sweep_clusters(x, [1], value=value, budget=9, allowed=value < 50)
+    assert limited[0]["kept_value"] == 45.0  # the best nine of those that a limit leaves
+    apart = sweep_clusters(x, [1], value=value, budget=90, near_duplicate=0.5)[0]
+    assert 3 <= apart["kept"] < 90
+    none = sweep_clusters(x, [1], value=value, budget=9, allowed=value < 0)[0]
+    assert (none["kept"], none["kept_value"]) == (0, None)
     with pytest.raises(ValueError, match="sweep: needs numbers of clusters"):
         sweep_clusters(x, [3, 0])
     with pytest.raises(ValueError, match="budget"):

@@ -294,6 +294,16 @@ def test_near_duplicates_against_brute_force(k, allowed_share, monkeypatch):
     assert k < 50 or passed
 
 
+def test_no_cosine_is_above_one():
+    from stable_rlhf.rehearsal import select
+
+    x = np.repeat(np.random.default_rng(0).normal(size=(200, 384)).astype(np.float32), 2, axis=0)
+    found = select.choose(np.arange(400.0), np.zeros(400, np.int64), 1, 400, embeddings=x, near_duplicate=1.0)
+    assert len(found.indices) == 400 and not len(found.duplicates)
+    found = select.choose(np.arange(400.0), np.zeros(400, np.int64), 1, 400, embeddings=x, near_duplicate=0.9999)
+    assert len(found.indices) == len(found.duplicates) == 200
+
+
 def test_near_duplicates_of_nothing():
     from stable_rlhf.rehearsal import select
 

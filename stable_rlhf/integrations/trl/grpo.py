@@ -108,7 +108,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             output = fused_policy_loss(
                 model, {"input_ids": ids, "attention_mask": attention, **named}, target, config=self._config(),
-                policy_denominator=denominator, entropy_denominator=mask.sum().clamp(min=1.0) * accumulation, **rows,
+                policy_denominator=denominator, entropy_denominator=mask.sum().clamp(min=1.0) * accumulation,
+                grad_scale=self._loss_scale() if training else 1.0, **rows,
             )  # fmt: skip
         if "rehearsal_denominator" in rows:
             loss = output.metrics["rehearsal_loss"] * accumulation
@@ -116,6 +117,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         assert output.entropy is not None
         count = mask.shape[0]
         return output, (output.logprob[:count, columns].detach(), output.entropy[:count, columns].detach())
+
+    def _loss_scale(self) -> float:
+        """What fp16 training will scale the loss by: the gradients are made before, and would be rounded to 0."""
+        if self.accelerator.scaler is not None:
+            return float(self.accelerator.scaler.get_scale())
+        engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+        return float(getattr(getattr(engine, "optimizer", None), "loss_scale", None) or 1.0)
 
     def _weights(
         self, inputs: dict[str, Any], mask: Tensor, accumulation: int, training: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 
 class Row(NamedTuple):
-    """A tokenised example, and from which token on it is learnt."""
+    """A tokenised example, from which token on it is learnt, and which tokens are, where that is not all of them."""
 
     ids: list[int]
     first: int
+    mask: list[int] | None = None
 
 
 class RehearsalRows:
@@ -57,13 +59,17 @@ def encode(example: dict[str, Any], tokenizer: Any) -> Row:
     from trl.data_utils import apply_chat_template, is_conversational
 
     if "input_ids" in example:
-        ids = list(example["input_ids"])
-        mask = list(example.get("completion_mask") or [1] * len(ids))
-        first = mask.index(1) if 1 in mask else len(ids)
-        return _checked(ids, first, example)
+        ids, mask = (None if (x := example.get(name)) is None else torch.as_tensor(x).tolist() for name in _TOKENS)
+        assert ids is not None
+        first = 0 if mask is None else mask.index(1) if 1 in mask else len(ids)
+        return _checked(Row(ids, first, mask), example)
     talk = is_conversational(example)
     if talk:
-        example = apply_chat_template({k: v for k, v in example.items() if k in _FIELDS}, tokenizer)
+        tools = example.get("tools")
+        example = apply_chat_template(
+            {k: v for k, v in example.items() if k in _FIELDS}, tokenizer,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+        )  # fmt: skip
     if not {"text"} <= {*example} and not {"prompt", "completion"} <= {*example}:
         raise ValueError(
             "rehearsal_dataset: rows hold prompt and completion, messages, text, or input_ids; these hold "
@@ -74,16 +80,19 @@ def encode(example: dict[str, Any], tokenizer: Any) -> Row:
     ids = tokenizer(text=before + after + end, add_special_tokens=not talk)["input_ids"]
     alone = tokenizer(text=before, add_special_tokens=not talk)["input_ids"] if before else []
     same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False))  # tokens may join over the border
-    return _checked(ids, sum(1 for _ in same), example)
+    return _checked(Row(ids, sum(1 for _ in same)), example)
 
 
+_TOKENS = ("input_ids", "completion_mask")
 _FIELDS = ("prompt", "completion", "messages", "chat_template_kwargs")
 
 
-def _checked(ids: list[int], first: int, example: dict[str, Any]) -> Row:
-    if max(first, 1) >= len(ids):
+def _checked(row: Row, example: dict[str, Any]) -> Row:
+    if row.mask is not None and len(row.mask) != len(row.ids):
+        raise ValueError(f"rehearsal_dataset: {len(row.ids)} input_ids have {len(row.mask)} of completion_mask")
+    if max(row.first, 1) >= len(row.ids) or (row.mask is not None and not any(row.mask[1:])):
         raise ValueError(f"rehearsal_dataset: a row has nothing to learn: {str(example)[:80]}")
-    return Row(ids, first)
+    return row
 
 
 def padded(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,4 +105,7 @@ def padded(rows: list[Row], pad: int, device: torch.device) -> tuple[Tensor, Ten
         learnt = slice(max(row.first, 1) - 1, len(row.ids) - 1)
         ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
         target[i, learnt] = tokens[1:][learnt]
+        if row.mask is not None:
+            kept = torch.tensor(row.mask[1:], dtype=torch.bool, device="cpu")
+            target[i, : len(kept)].masked_fill_(~kept, -100)
     return ids.to(device), mask.to(device), target.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from itertools import takewhile
 from typing import Any
@@ -102,7 +103,9 @@ def _prompt_length(example: dict[str, Any], processing_class: Any) -> dict[str, 
     if isinstance(prompt, str):
         alone = processing_class(text=prompt)["input_ids"]
     else:
-        extra = example.get("chat_template_kwargs", {})
+        tools = example.get("tools")  # which stand before the prompt
+        extra = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        extra |= example.get("chat_template_kwargs") or {}
         alone = processing_class.apply_chat_template(
             prompt, tokenize=True, add_generation_prompt=True, return_dict=True, **extra
         )["input_ids"]

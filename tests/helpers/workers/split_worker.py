@@ -11,6 +11,7 @@ from torch import nn
 
 import stable_rlhf.ops as ops
 from stable_rlhf.engine.process import finish
+from stable_rlhf.integrations.verl import linear_cross_entropy
 from stable_rlhf.ops import PolicyHead, PolicyLossConfig
 
 ROWS, VOCABULARY, WIDTH = 37, 101, 12
@@ -84,6 +85,41 @@ def split_vocabulary(rank: int, dtype: torch.dtype, **more) -> None:
         assert f"outside [0, {VOCABULARY})" in str(error)
     else:
         raise AssertionError("a target outside the whole vocabulary was taken")
+
+
+class Gathered(torch.autograd.Function):
+    """Megatron's gather before the head, of hidden states that are whole already: on the way back it sums, or not."""
+
+    @staticmethod
+    def forward(ctx, hidden, sums):
+        ctx.tensor_parallel_output_grad = sums
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        if ctx.tensor_parallel_output_grad:
+            dist.all_reduce(gradient)
+        return gradient, None
+
+
+def verls_function(rank: int) -> None:
+    """The gradient below Megatron's gather, whether it sums the ranks' or not, is that of one rank with it all."""
+    inputs, _, _ = case(torch.float32)
+    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=torch.Generator().manual_seed(1))
+    mine = slice(0, 40) if rank == 0 else slice(40, VOCABULARY)
+    found = []
+    for weight, gather, group in (
+        (inputs["weight"], None, None), *((inputs["weight"][mine], sums, dist.group.WORLD) for sums in (True, False))
+    ):  # fmt: skip
+        hidden, weight = inputs["hidden"].clone().requires_grad_(), weight.clone().requires_grad_()
+        given = hidden if gather is None else Gathered.apply(hidden, gather)
+        logprob, entropy = linear_cross_entropy(given, weight, labels, 0.7, "none", group)
+        (logprob.square().sum() + entropy.sum()).backward()
+        found.append((hidden.grad, weight.grad))
+    for hidden_grad, weight_grad in found[1:]:
+        close(hidden_grad, found[0][0], torch.float32)
+        close(weight_grad, found[0][1][mine], torch.float32)
 
 
 class Tied(nn.Module):
@@ -173,6 +209,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for more in ({}, BY_SEQUENCE, CISPO):
                 split_vocabulary(rank, dtype, **more)
+        verls_function(rank)
     elif sys.argv[1] == "fsdp":
         under_fsdp(expected())
     else:

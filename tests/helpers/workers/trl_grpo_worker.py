@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 import tempfile
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import transformers
 import trl
@@ -16,8 +18,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from helpers.tiny_model import redraw
 from stable_rlhf import ops
-from stable_rlhf.integrations.trl import FusedGRPOTrainer
-from stable_rlhf.integrations.trl.rehearsal import encode
+from stable_rlhf.integrations.trl import FusedGRPOTrainer, grpo
+from stable_rlhf.integrations.trl.rehearsal import encode, padded
 from stable_rlhf.world import build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -246,6 +248,43 @@ def rehearsal() -> None:
     parts = {"prompt": [{"role": "user", "content": "1+1="}], "completion": [{"role": "assistant", "content": "2"}]}
     assert encode(parts, TOKENIZER).ids == talk.ids
     assert TOKENIZER.decode(talk.ids[encode(parts, TOKENIZER).first :]) == "2" + TOKENIZER.eos_token
+
+    # What a mask leaves out inside of a completion is not learnt, whatever the data set's format is.
+    masked = {"input_ids": [5, 6, 7, 8, 9, 10], "completion_mask": [0, 1, 1, 0, 0, 1]}
+    for made in (list, np.array, torch.tensor):
+        row = encode({name: made(values) for name, values in masked.items()}, TOKENIZER)
+        assert padded([row, talk], 0, torch.device("cpu"))[2][0, :6].tolist() == [6, 7, -100, -100, 10, -100]
+    for wrong, words in (([1] * 5, "6 input_ids have 5"), ([1, 0, 0, 0, 0, 0], "nothing to learn")):
+        try:
+            encode({**masked, "completion_mask": wrong}, TOKENIZER)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(words)
+    plain = TOKENIZER.chat_template
+    TOKENIZER.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + plain
+    for tools in ([{"name": "plus"}], '[{"name": "plus"}]'):
+        with_tools = encode({**parts, "tools": tools}, TOKENIZER)
+        assert TOKENIZER.decode(with_tools.ids).startswith("plus")
+        assert with_tools.ids[with_tools.first :] == talk.ids[encode(parts, TOKENIZER).first :]
+    TOKENIZER.chat_template = plain
+
+    # In fp16 the gradients are made with the scale that the loss will have.
+    scaled = trainer(FusedGRPOTrainer, settings)
+    scaled.model.train()
+    scaled.current_gradient_accumulation_steps = 2
+    seen, fused_policy_loss = [], grpo.fused_policy_loss
+
+    def watched(*given, **named):
+        seen.append(named["grad_scale"])
+        return fused_policy_loss(*given, **named)
+
+    grpo.fused_policy_loss, scaled.accelerator.scaler = watched, SimpleNamespace(get_scale=lambda: 1024.0)
+    loss = scaled._compute_loss(scaled.model, dict(given))
+    got = gradients(scaled.model, loss * 1024.0)
+    grpo.fused_policy_loss, scaled.accelerator.scaler = fused_policy_loss, None
+    wanted = gradients(scaled.model, scaled._compute_loss(scaled.model, dict(given)))
+    assert seen == [1024.0] and float((got / 1024.0 - wanted).norm() / wanted.norm()) < 1e-5
 
     whole = trainer(FusedGRPOTrainer, settings, rehearsal_dataset=REHEARSAL, rehearsal_coef=1.0)
     whole.train()
