@@ -18,6 +18,7 @@ from trl.trainer import utils
 from helpers.tiny_model import redraw
 from stable_rlhf import ops
 from stable_rlhf.integrations.trl import AdvantageRewardTrainer, patch_logprob
+from stable_rlhf.integrations.trl.reward import _prompt_length
 from stable_rlhf.world import build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -144,6 +145,15 @@ def reward() -> None:
     trainer = reward_trainer(AdvantageRewardTrainer, preferences(), expected_head=True)
     row = trainer.train_dataset[2]
     assert row["prompt_length"] == len(TOKENIZER("3+3=")["input_ids"]), row
+    plain, asked = TOKENIZER.chat_template, [{"role": "user", "content": "3+3="}]
+    TOKENIZER.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + plain
+    for tools in ([{"name": "plus"}], '[{"name": "plus"}]'):  # stand before the prompt
+        begin = TOKENIZER.apply_chat_template(
+            asked, tools=[{"name": "plus"}], tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        example = {"prompt": asked, "tools": tools, "chosen_ids": [*begin, 7, 8], "rejected_ids": [*begin, 9]}
+        assert _prompt_length(example, TOKENIZER) == {"prompt_length": len(begin)}
+    TOKENIZER.chat_template = plain
     before = copy.deepcopy(trainer.model)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     loss = trainer.compute_loss(trainer.model, batch)
