@@ -161,18 +161,16 @@ class RunDirectory:
         return done
 
     def refuse_changed(self, name: str, settings: dict[str, Any]) -> None:
-        """Raise where a finished stage was made with other settings, before what goes into it is made anew."""
+        """Raise where a finished stage was made with other values of these settings, before what goes into it is made
+        anew."""
 
         def look() -> None:
             folder = self.root / name
-            known = read_json(folder / _STAGE) if (folder / _STAGE).is_file() else {}
-            key = {"settings": settings, "inputs": known.get("inputs", {})}
-            alone = self.checkpoint.universal and _layout_alone(known, key)
-            if not alone and known.get("settings", settings) != json.loads(to_json(settings)):
-                changed = ", ".join(_changes(known, key))
+            known = read_json(folder / _STAGE).get("settings", {}) if (folder / _STAGE).is_file() else settings
+            if changed := _differences({key: known.get(key) for key in settings}, settings):
                 raise RunError(
-                    f"stage {name} was made with other settings ({changed}); delete {str(folder)!r} to redo it, or "
-                    "choose another output_dir"
+                    f"stage {name} was made with other settings ({', '.join(changed)}); delete {str(folder)!r} to redo "
+                    "it, or choose another output_dir"
                 )
 
         self._first_rank(look)

@@ -74,8 +74,7 @@ def measure_strength(
     load = functools.cache(lambda: _load(recipe, backbone))
     cache = FeatureCache()  # its own: the scorers after it read other rows together
     settings = {**settings, "scorer": {k: v for k, v in settings["scorer"].items() if k != "denoise"}}
-    of_all = {**settings, "strength": recipe.as_dict()["strength"]}
-    run.refuse_changed("strength", of_all)
+    run.refuse_changed("strength", {"strength": recipe.as_dict()["strength"]})
     hidden: Stage | None = None
     if s.heads_only:
         hidden = run.stage(
@@ -97,7 +96,7 @@ def measure_strength(
 
             voters.append(run.stage(name, {**settings, "strength": shape}, vote, sources))
     return run.stage(
-        "strength", of_all,
+        "strength", {**settings, "strength": recipe.as_dict()["strength"]},
         lambda folder: _sum_up(load(), recipe, [v.folder for v in voters], folder), [*inputs, *voters],
     )  # fmt: skip
 

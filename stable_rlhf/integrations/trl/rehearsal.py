@@ -59,7 +59,7 @@ def encode(example: dict[str, Any], tokenizer: Any) -> Row:
     from trl.data_utils import apply_chat_template, is_conversational
 
     if "input_ids" in example:
-        ids, mask = (None if (x := example.get(name)) is None else torch.as_tensor(x).tolist() for name in _TOKENS)
+        ids, mask = (_listed(example[name]) if example.get(name) is not None else None for name in _TOKENS)
         assert ids is not None
         first = 0 if mask is None else mask.index(1) if 1 in mask else len(ids)
         return _checked(Row(ids, first, mask), example)
@@ -81,6 +81,11 @@ def encode(example: dict[str, Any], tokenizer: Any) -> Row:
     alone = tokenizer(text=before, add_special_tokens=not talk)["input_ids"] if before else []
     same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False))  # tokens may join over the border
     return _checked(Row(ids, sum(1 for _ in same)), example)
+
+
+def _listed(values: Any) -> list[int]:
+    """Of a data set in any format, numpy's and torch's too."""
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 _TOKENS = ("input_ids", "completion_mask")
