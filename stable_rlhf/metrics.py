@@ -103,10 +103,10 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 
 def _independent(values: Floats, groups: Sequence[object]) -> float:
     """How many independent items tell as much of the mean as these, of which a group's are not: at most all of them,
-    and where all values are the same as many as there are groups."""
+    and where all values are the same, or there is one group alone, as many as there are groups."""
     gaps = values - values.mean()
     by_group = np.bincount(_codes(groups), gaps)
-    if not gaps.any():
+    if not gaps.any() or len(by_group) == 1:
         return float(len(by_group))
     return float(min(values.size, values.size * (gaps**2).sum() / max((by_group**2).sum(), np.finfo(float).tiny)))
 

@@ -411,6 +411,8 @@ def test_pairs_of_a_prompt_are_not_independent() -> None:
     )
     sure = m.scorer_evaluation([1.0] * 6, [0.0] * 6, prompts=[0, 0, 0, 1, 1, 1])["accuracy"]
     assert sure == m.wilson(2, 2)
+    one = m.scorer_evaluation([1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 0.0, 0.0], prompts=[7] * 4)["accuracy"]
+    assert one == m.wilson(0.75, 1)
     with pytest.raises(ValueError, match="prompts has 1 entries but there are 2 pairs"):
         m.scorer_evaluation([1.0, 2.0], [0.0, 0.0], prompts=[0])
 
