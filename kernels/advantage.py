@@ -416,7 +416,7 @@ def advantage(call: AdvantageCall, pairs: bool) -> tuple[Tensor, Tensor, Tensor,
     )  # fmt: skip
     packed = [reward if x is None else x.contiguous() for x in (call.logprob, call.alt_logprob, call.cu_seqlens)]
     pieces = responses + triton.cdiv(tokens, TILE) if weighed else 0
-    partial = empty(pieces * call.num_alternates, of=torch.float64)
+    partial = empty(0, of=torch.float64)
     totals = empty(responses + prompts + 1 if pairs else 0, of=torch.int64)  # the last one counts programs
     heaviest, heavy = by_item[3], call.pair_count
     alternates = min(4, triton.next_power_of_2(max(call.num_alternates, 1)))
@@ -425,6 +425,8 @@ def advantage(call: AdvantageCall, pairs: bool) -> tuple[Tensor, Tensor, Tensor,
             programs = max(pieces, min(1024, triton.cdiv(max(totals.numel(), call.pair_count), TILE)), 1)
             heavy = min(programs, triton.cdiv(call.pair_count, TILE)) if given_each[3] and pairs else 0
             heaviest = empty(heavy, of=torch.float64)
+            # Every program stores its sum, those beyond the pieces one of nothing.
+            partial = empty(programs * call.num_alternates if weighed else 0, of=torch.float64)
             _prepare_kernel[(programs,)](
                 *packed, by_item[3], partial, totals, heaviest,
                 responses, tokens, call.num_alternates, totals.numel(), call.pair_count, heavy,

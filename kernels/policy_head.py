@@ -269,8 +269,10 @@ def statistics(
     places of its index.
     """
     room, (vocabulary, width) = hidden.shape[0], weight.shape
-    if not _readable(hidden):
-        hidden = hidden.contiguous()
+    if room == 0:
+        return
+    if not _readable(hidden):  # a copy where it counts as contiguous too: it may begin anywhere
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
     tiles = triton.cdiv(vocabulary, COLUMNS)
     made = torch.empty(3 * tiles + 1, room, dtype=torch.float32, device=hidden.device)
     top, rest, weighted, target_logit = made.split([tiles, tiles, tiles, 1])

@@ -190,7 +190,9 @@ def _gradient_values(
     factor = 1.0
     if SOFTCAP:
         x, factor = _softcapped(x, softcap)
-    d = _times(x, scale) - top if GIVEN else x - top
+    d = x - top
+    if GIVEN:  # a masked logit over its temperature may be infinite, and nothing times that is no number
+        d = tl.maximum(_times(x, scale) - top, -1e30, propagate_nan=tl.PropagateNan.ALL)
     if ENTROPY:
         slope = slope + slope_by_distance * d
     g = tl.exp2(d * power) * slope

@@ -178,6 +178,8 @@ def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device, *, re
         bounds = bounds.to(torch.int64)
     if bounds.ndim != 1 or bounds.numel() < 1:
         raise ValueError(f"cu_seqlens: shape {tuple(bounds.shape)} instead of [number of sequences + 1]")
+    if bounds.numel() == 1 and total > 0:
+        raise ValueError(f"cu_seqlens: no sequence for the {total} tokens given")
     if check_values(device) if read is None else read:
         if int(bounds[0]) != 0 or int(bounds[-1]) != total:
             raise ValueError(

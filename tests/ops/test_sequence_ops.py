@@ -392,6 +392,7 @@ def test_nothing_to_whiten_is_zero_without_an_epsilon_too(backend, x):
 
 
 BAD_REWARDS = [
+    ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens: no sequence for the 4 tokens given"),
     ({"cu_seqlens": torch.tensor([0, 5, 4])}, "cu_seqlens: decreases after entry 1"),
     ({"cu_seqlens": torch.tensor([0, 1, 3])}, "cu_seqlens: runs from 0 to 3"),
     ({"logprob": torch.tensor([0.0, 0.0, math.inf, 0.0])}, "logprob: non-finite value inf at position 2"),

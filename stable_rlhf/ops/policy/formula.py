@@ -61,6 +61,15 @@ class Rows:
         flat = value.detach().reshape(-1)
         return (flat if self.index is None else flat[self.index]).to(dtype)
 
+    def taking_part(self) -> Tensor | None:
+        """[A] bool, where only the device knows how many of them are active; else None, for all of them are."""
+        if self.policy_count is not None:
+            return None
+        if self.index is None:
+            return self.kind != Kind.IGNORED
+        assert self.counts is not None  # behind the active rows there is room
+        return torch.arange(len(self.target), device=self.target.device, dtype=torch.int64) < self.counts[0]
+
     def gather(self, value: Tensor) -> Tensor:
         """The active rows of [..., n] as [A, n]."""
         flat = value.reshape(-1, value.shape[-1])
@@ -123,8 +132,11 @@ def row_temperature(temperature: float | Tensor, rows: Rows) -> float | Tensor:
         return check_positive("temperature", temperature)
     values = rows.take("temperature", temperature, temperature.dtype)
     assert values is not None
-    wide = values.double()  # in 16 bits 1e-30 is 0
-    if check_values(values.device) and not bool(((wide >= 1e-30) & (wide <= 1e30)).all()):
+    if check_values(values.device):
+        wide, part = values.double(), rows.taking_part()  # in 16 bits 1e-30 is 0
+        holds = (wide >= 1e-30) & (wide <= 1e30)
+        if bool((holds if part is None else holds | ~part).all()):
+            return values
         raise ValueError("temperature: has values that are not positive numbers from 1e-30 to 1e30")
     return values
 
@@ -210,7 +222,8 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
             check_finite(name, terms[name])
     weight = rows.take("row_weight", call.row_weight, dtype)
     if weight is not None and check_values(weight.device):
-        check_finite("row_weight", weight)
+        part = rows.taking_part()
+        check_finite("row_weight", weight if part is None else torch.where(part, weight, 0.0))
     return Terms(
         terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators(rows, call, dtype)
     )
@@ -227,6 +240,11 @@ def denominators(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> list[Tenso
     if call.entropy_denominator is not None and config.entropy_coef != 0.0:
         wanted.append(("entropy_denominator", call.entropy_denominator, rows.policy_count, device_counts[0]))
     return [_denominator(*one, dtype, rows.target.device) for one in wanted]
+
+
+def check_denominator(name: str, value: float | None, count: int) -> None:
+    if value is not None and count and not value >= 1e-30:
+        raise ValueError(f"{name}: {value} is not positive, and there are {count} such rows")
 
 
 def _denominator(
@@ -246,13 +264,15 @@ def _denominator(
         value = value.detach().to(device=device, dtype=dtype).reshape(())
     if count is None:
         assert on_device is not None
-        return torch.where(on_device > 0, on_device if value is None else value, 1).to(dtype)
+        wanted = on_device if value is None else value
+        if not isinstance(wanted, Tensor):  # by itself `where` would take the caller's default type
+            wanted = torch.full((), wanted, dtype=dtype, device=device)
+        return torch.where(on_device > 0, wanted, 1).to(dtype)
     if isinstance(value, Tensor):
-        if check_values(device) and not bool(value >= 1e-30):
-            raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
+        if check_values(device):
+            check_denominator(name, float(value), count)
         return value
-    if value is not None and count and not value >= 1e-30:
-        raise ValueError(f"{name}: {float(value)} is not positive, and there are {count} such rows")
+    check_denominator(name, value, count)
     return torch.full((), float(count if value is None else value) if count else 1.0, dtype=dtype, device=device)
 
 

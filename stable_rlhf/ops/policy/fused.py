@@ -41,6 +41,7 @@ from stable_rlhf.ops.policy.formula import (
     RowState,
     Sequences,
     Terms,
+    check_denominator,
     check_statistics,
     gather_terms,
     loss_of,
@@ -311,7 +312,12 @@ def _in_place(kernels: Any, call: PolicyCall, vocabulary: int) -> tuple[Tensor, 
     state, gradients = _from_logits(kernels, call, rows, terms, None)
     totals = _totals(call, rows, state, terms, None)
     if not chosen.late:
-        chosen.read(call, vocabulary)
+        _, policies, rehearsals = chosen.read(call, vocabulary)
+        for name, count in (
+            ("policy_denominator", policies), ("rehearsal_denominator", rehearsals), ("entropy_denominator", policies)
+        ):  # fmt: skip
+            if not isinstance(value := getattr(call, name), Tensor):
+                check_denominator(name, value, count)
     return *totals, *gradients
 
 

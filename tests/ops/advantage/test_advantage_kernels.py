@@ -340,6 +340,20 @@ def test_launches():
         assert launched == ["_prepare_kernel", "_advantage_kernel"][2 - launches :]
 
 
+@interpreted
+def test_many_prompts_beside_few_responses():
+    """More programs go through the sums than there are pieces of sequences."""
+    case = {
+        "reward": torch.randn(2), "expected": torch.randn(3000), "prompt": torch.tensor([0, 1]),
+        "pairs": torch.tensor([[0, 1]]), **packed([5, 5]),
+    }  # fmt: skip
+    with accesses_checked() as launched:
+        got = run(case, "triton")
+    assert launched == ["_prepare_kernel", "_advantage_kernel"]
+    for ours, theirs in zip(got, run(case, "torch"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 LARGE = {
     "default pairs": (86, {"expected": (43,)}, {}),
     "rankings": (40, {"expected": (9,), "pair_weight": (90,)}, {"pairs": 90, "prompt": 9}),
