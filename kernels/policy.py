@@ -172,8 +172,8 @@ def _launch(
 ) -> None:
     """Runs the row kernel: statistics if asked for, coefficients with `terms`, gradient if given."""
     count = state.target.numel()
-    for rows in (logits, logits if gradient is None else gradient):
-        assert rows.stride(1) == 1 or rows.shape[1] == 1  # one column may have any stride
+    for matrix in (logits, logits if gradient is None else gradient):
+        assert matrix.stride(1) == 1 or matrix.shape[1] == 1  # one column may have any stride
     if count == 0:
         return
     optional: dict[str, Tensor | None] = {

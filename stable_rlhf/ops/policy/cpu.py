@@ -25,8 +25,8 @@ def _call(
 ) -> int:
     module = extension()
     assert module is not None
-    for rows in (logits, logits if gradient is None else gradient):
-        assert rows.stride(1) == 1 or rows.shape[1] == 1  # one column may have any stride
+    for matrix in (logits, logits if gradient is None else gradient):
+        assert matrix.stride(1) == 1 or matrix.shape[1] == 1  # one column may have any stride
     return int(
         module.rows(
             mode=mode, type=LOGITS_TYPES[logits.dtype], logits=logits.data_ptr(), gradient=address(gradient),
