@@ -184,7 +184,7 @@ ROW_KERNELS = {
     "all": ("bf16", "bf16", PLAIN, (11.2, 10.5)),
     "all of chosen rows": ("bf16", "bf16", {**PLAIN, "HAS_ROW": True, "LEAVE_OUT": False}, (11.2, 10.5)),
     "gradient for coefficients": (
-        "bf16", "bf16", {**PLAIN, "STATISTICS": False, "TERMS": False, "LEAVE_OUT": False, "ENTROPY": True}, (12.5,)
+        "bf16", "bf16", {**PLAIN, "STATISTICS": False, "TERMS": False, "LEAVE_OUT": False, "ENTROPY": True}, (13.5,)
     ),
     "all from float32 logits": ("fp32", "bf16", PLAIN, (13.0, 14.2)),
     "all of every option": ("bf16", "bf16", {**PLAIN, **EVERYTHING}, (34.0, 39.0)),
