@@ -271,3 +271,23 @@ def test_a_changed_file_has_another_digest(tmp_path):
     assert list(first) == ["a.jsonl"] and contents(arguments) == first
     (tmp_path / "a.jsonl").write_text("{ }\n", encoding="utf-8")
     assert contents(arguments) != first
+
+
+def test_demonstrations_that_were_cut_off_are_rehearsed_without_an_end(write, settings, tokenizer, monkeypatch):
+    from types import SimpleNamespace
+
+    from stable_rlhf.run import stages
+    from stable_rlhf.run.datasets import encode_demonstrations
+    from stable_rlhf.settings.recipe import Recipe
+
+    rows = [{"prompt": "ab", "response": "ba", "finished": False}, {"prompt": "cd", "response": "dc"}]
+    name = write("sft.jsonl", rows)
+    monkeypatch.setattr(stages, "check_scorer_folder", lambda folder: folder)
+    monkeypatch.setattr(stages, "load_config", lambda folder: SimpleNamespace(max_position_embeddings=64))
+    recipe = Recipe(data=settings(demonstrations=[name]))
+    _, candidates = stages._demonstrations(recipe, None, tokenizer, "scorer")
+    assert [row["finished"] for row in candidates] == [False, True]
+    chosen = write("rehearsal.jsonl", candidates)
+    read = stages.read_demonstrations(stages.locate(settings(), [chosen])[0])
+    ends = [e.ids[-1] == tokenizer.eos_token_id for e, _ in encode_demonstrations(read.rows, tokenizer)]
+    assert ends == [False, True]
