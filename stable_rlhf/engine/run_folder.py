@@ -168,10 +168,7 @@ class RunDirectory:
             folder = self.root / name
             known = read_json(folder / _STAGE).get("settings", {}) if (folder / _STAGE).is_file() else settings
             if changed := _differences({key: known.get(key) for key in settings}, settings):
-                raise RunError(
-                    f"stage {name} was made with other settings ({', '.join(changed)}); delete {str(folder)!r} to redo "
-                    "it, or choose another output_dir"
-                )
+                raise _made_otherwise(name, ", ".join(changed), folder)
 
         self._first_rank(look)
 
@@ -181,7 +178,6 @@ class RunDirectory:
             _put_in_place(working, folder)
         if not folder.exists():
             return None
-        remedy = f"delete {str(folder)!r} to redo it, or choose another output_dir"
         try:
             known = read_json(folder / _STAGE, *_KEPT)
             if wrong := [k for k, kind in _KEPT.items() if not isinstance(known[k], kind) or known[k] is True]:
@@ -189,16 +185,14 @@ class RunDirectory:
         except DataError as error:
             raise RunError(
                 f"stage {name}: {str(folder)!r} holds no readable {_STAGE}, so it is broken or foreign ({error}); "
-                f"{remedy}"
+                f"{_remedy(folder)}"
             ) from None
         seen = known["fingerprint"]
         if seen != fingerprint and not (self.checkpoint.universal and _layout_alone(known, key)):
-            changed = ", ".join(_changes(known, key))
-            raise RunError(f"stage {name} was made with other settings ({changed}); {remedy}")
+            raise _made_otherwise(name, ", ".join(_changes(known, key)), folder)
         before = _rows_a_step(known["settings"], known.get("world_size", world_size()))
         if seen != fingerprint and before != _rows_a_step(key["settings"], world_size()):
-            changed = "other rows a step: " + ", ".join(_changes(known, key))
-            raise RunError(f"stage {name} was made with other settings ({changed}); {remedy}")
+            raise _made_otherwise(name, "other rows a step: " + ", ".join(_changes(known, key)), folder)
         return dict(known)
 
     def _begin(self, name: str, working: Path, key: dict[str, Any], fingerprint: str) -> None:
@@ -266,6 +260,14 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if old.get("inputs") != new["inputs"]:
         changed.append("its input stages")
     return changed or ["unknown"]
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {str(folder)!r} to redo it, or choose another output_dir"
+
+
+def _made_otherwise(name: str, changed: str, folder: Path) -> RunError:
+    return RunError(f"stage {name} was made with other settings ({changed}); {_remedy(folder)}")
 
 
 def _layout_alone(old: dict[str, Any], new: dict[str, Any]) -> bool:

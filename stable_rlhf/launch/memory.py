@@ -151,7 +151,8 @@ def read_config(name: str, shape: dict[str, Any]) -> tuple[Any, str]:
         except ValueError as error:
             raise ValueError(f"model_shape.model_type {kind!r}: transformers knows no such model") from error
         except Exception as error:  # of the checks of each model's own config
-            raise ValueError(f"model_shape: {type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
+            *_, last = "", *str(error).strip().splitlines()
+            raise ValueError(f"model_shape: {type(error).__name__}: {last}") from error
     try:
         return load_config(name), f"the hub's config of {name}"
     except (OSError, ValueError) as error:

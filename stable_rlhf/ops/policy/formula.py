@@ -231,18 +231,31 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
 
 def denominators(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> list[Tensor]:
     """Of the policy and of the rehearsal rows, and where it is another one of the entropies; 0-d."""
-    config = call.config
-    device_counts = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
-    wanted = [
-        ("policy_denominator", call.policy_denominator, rows.policy_count, device_counts[0]),
-        ("rehearsal_denominator", call.rehearsal_denominator, rows.rehearsal_count, device_counts[1]),
+    policy, rehearsal = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
+    return [
+        _denominator(name, value, count, on_device, dtype, rows.target.device)
+        for (name, value, count), on_device in zip(
+            wanted_denominators(call, rows.policy_count, rows.rehearsal_count),
+            (policy, rehearsal, policy),
+            strict=False,
+        )
     ]
-    if call.entropy_denominator is not None and config.entropy_coef != 0.0:
-        wanted.append(("entropy_denominator", call.entropy_denominator, rows.policy_count, device_counts[0]))
-    return [_denominator(*one, dtype, rows.target.device) for one in wanted]
 
 
-def check_denominator(name: str, value: float | None, count: int) -> None:
+def wanted_denominators(
+    call: PolicyCall, policy_count: int | None, rehearsal_count: int | None
+) -> list[tuple[str, float | Tensor | None, int | None]]:
+    """The names, values and numbers of rows of those that a call reads."""
+    wanted = [
+        ("policy_denominator", call.policy_denominator, policy_count),
+        ("rehearsal_denominator", call.rehearsal_denominator, rehearsal_count),
+    ]
+    if call.entropy_denominator is not None and call.config.entropy_coef != 0.0:
+        wanted.append(("entropy_denominator", call.entropy_denominator, policy_count))
+    return wanted
+
+
+def check_denominator(name: str, value: float | None, count: int | None) -> None:
     if value is not None and count and not value >= 1e-30:
         raise ValueError(f"{name}: {value} is not positive, and there are {count} such rows")
 

@@ -50,6 +50,7 @@ from stable_rlhf.ops.policy.formula import (
     sequences_of,
     statistics_of,
     total_loss,
+    wanted_denominators,
 )
 from stable_rlhf.ops.policy.products import CHUNK_ROWS, HeadProducts, Selection, select_columns
 from stable_rlhf.ops.policy.split_vocabulary import SplitVocabulary
@@ -312,11 +313,8 @@ def _in_place(kernels: Any, call: PolicyCall, vocabulary: int) -> tuple[Tensor, 
     state, gradients = _from_logits(kernels, call, rows, terms, None)
     totals = _totals(call, rows, state, terms, None)
     if not chosen.late:
-        _, policies, rehearsals = chosen.read(call, vocabulary)
-        for name, count in (
-            ("policy_denominator", policies), ("rehearsal_denominator", rehearsals), ("entropy_denominator", policies)
-        ):  # fmt: skip
-            if not isinstance(value := getattr(call, name), Tensor):
+        for name, value, count in wanted_denominators(call, *chosen.read(call, vocabulary)[1:]):
+            if not isinstance(value, Tensor):
                 check_denominator(name, value, count)
     return *totals, *gradients
 

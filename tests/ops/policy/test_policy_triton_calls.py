@@ -76,6 +76,8 @@ def test_denominators_that_are_not_positive():
             from_logits(kind=torch.full((3,), kind), **{name: 0.0})
         with ops.backend("triton"):  # of no row
             from_logits(kind=torch.full((3,), 3 - kind), **{name: 0.0})
+    with ops.backend("triton"):  # of entropies that nobody asked for
+        from_logits(entropy_denominator=0.0)
 
 
 @interpreted
