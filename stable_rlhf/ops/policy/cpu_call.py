@@ -19,7 +19,7 @@ from stable_rlhf.ops.policy.formula import (
     RowState,
     Terms,
     check_statistics,
-    denominators,
+    denominators_of,
     gather_terms,
     row_temperature,
     select_rows,
@@ -81,7 +81,7 @@ def gather(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
         row if name in sources else None for name, row in zip(PER_ROW, out.unbind(), strict=True)
     )
     assert advantage is not None
-    return Terms(old, advantage, ref, weight, *denominators(rows, call, dtype))
+    return Terms(old, advantage, ref, weight, *denominators_of(rows, call, dtype))
 
 
 def totals(

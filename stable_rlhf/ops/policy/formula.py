@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from stable_rlhf.ops.backends import transformed
 from stable_rlhf.ops.checks import (
-    FLOATS,
     INTEGERS,
     check_finite,
     check_positive,
@@ -29,6 +28,7 @@ from stable_rlhf.ops.checks import (
     statistics_dtype,
 )
 from stable_rlhf.ops.policy.chunks import WORKSPACE_BYTES
+from stable_rlhf.ops.policy.denominators import denominators
 from stable_rlhf.ops.policy.types import (
     IGNORE,
     Kind,
@@ -225,68 +225,16 @@ def gather_terms(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> Terms:
         part = rows.taking_part()
         check_finite("row_weight", weight if part is None else torch.where(part, weight, 0.0))
     return Terms(
-        terms.get("old_logprob"), terms["advantage"], terms.get("ref_logprob"), weight, *denominators(rows, call, dtype)
+        terms.get("old_logprob"),
+        terms["advantage"],
+        terms.get("ref_logprob"),
+        weight,
+        *denominators_of(rows, call, dtype),
     )
 
 
-def denominators(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> list[Tensor]:
-    """Of the policy and of the rehearsal rows, and where it is another one of the entropies; 0-d."""
-    policy, rehearsal = (None, None) if rows.counts is None else (rows.counts[1], rows.counts[2])
-    return [
-        _denominator(name, value, count, on_device, dtype, rows.target.device)
-        for (name, value, count), on_device in zip(
-            wanted_denominators(call, rows.policy_count, rows.rehearsal_count),
-            (policy, rehearsal, policy),
-            strict=False,
-        )
-    ]
-
-
-def wanted_denominators(
-    call: PolicyCall, policy_count: int | None, rehearsal_count: int | None
-) -> list[tuple[str, float | Tensor | None, int | None]]:
-    """The names, values and numbers of rows of those that a call reads."""
-    wanted = [
-        ("policy_denominator", call.policy_denominator, policy_count),
-        ("rehearsal_denominator", call.rehearsal_denominator, rehearsal_count),
-    ]
-    if call.entropy_denominator is not None and call.config.entropy_coef != 0.0:
-        wanted.append(("entropy_denominator", call.entropy_denominator, policy_count))
-    return wanted
-
-
-def check_denominator(name: str, value: float | None, count: int | None) -> None:
-    if value is not None and count and not value >= 1e-30:
-        raise ValueError(f"{name}: {value} is not positive, and there are {count} such rows")
-
-
-def _denominator(
-    name: str,
-    value: float | Tensor | None,
-    count: int | None,
-    on_device: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """The denominator as a 0-d tensor; 1 where there is no row of this kind, whose sum is 0 whatever it is over."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in FLOATS + INTEGERS or value.is_meta:
-            raise ValueError(f"{name}: shape {tuple(value.shape)} instead of a single number")
-        if count == 0:
-            return torch.ones((), dtype=dtype, device=device)
-        value = value.detach().to(device=device, dtype=dtype).reshape(())
-    if count is None:
-        assert on_device is not None
-        wanted = on_device if value is None else value
-        if not isinstance(wanted, Tensor):  # by itself `where` would take the caller's default type
-            wanted = torch.full((), wanted, dtype=dtype, device=device)
-        return torch.where(on_device > 0, wanted, 1).to(dtype)
-    if isinstance(value, Tensor):
-        if check_values(device):
-            check_denominator(name, float(value), count)
-        return value
-    check_denominator(name, value, count)
-    return torch.full((), float(count if value is None else value) if count else 1.0, dtype=dtype, device=device)
+def denominators_of(rows: Rows, call: PolicyCall, dtype: torch.dtype) -> list[Tensor]:
+    return denominators(call, (rows.policy_count, rows.rehearsal_count), rows.counts, dtype, rows.target.device)
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ from stable_rlhf.ops.operators import (
     shapes_of_gradients,
 )
 from stable_rlhf.ops.policy import chunks, cpu_call, small_call
+from stable_rlhf.ops.policy.denominators import check_denominator, wanted_denominators
 from stable_rlhf.ops.policy.formula import (
     Rows,
     RowState,
     Sequences,
     Terms,
-    check_denominator,
     check_statistics,
     gather_terms,
     loss_of,
@@ -50,7 +50,6 @@ from stable_rlhf.ops.policy.formula import (
     sequences_of,
     statistics_of,
     total_loss,
-    wanted_denominators,
 )
 from stable_rlhf.ops.policy.products import CHUNK_ROWS, HeadProducts, Selection, select_columns
 from stable_rlhf.ops.policy.split_vocabulary import SplitVocabulary
