@@ -13,6 +13,9 @@ namespace stable_rlhf {
 namespace {
 
 constexpr double kLogit = 1.0;  // nanoseconds of one thread for a logit
+// A loss on few rows has just used torch's workers, and will again: 64 rows of 1,000 words between their products took 20
+// to 30 of 60 microseconds less.
+constexpr double kWorthThreadsOfFewRows = 2e4;
 
 // One row's exponentials, 4 bytes a word of the vocabulary.
 float* kept_by_this_thread(const Rows& call) {
@@ -26,7 +29,8 @@ int64_t rows(const Rows& call) {
     const Kernels& chosen = kernels(call.isa);
     const double width = static_cast<double>(call.vocabulary);
     parallel_for(call.count, 4, kLogit * width, call.num_threads,
-                 [&](int64_t begin, int64_t end) { chosen.rows(call, begin, end, kept_by_this_thread(call)); });
+                 [&](int64_t begin, int64_t end) { chosen.rows(call, begin, end, kept_by_this_thread(call)); },
+                 call.between_products ? kWorthThreadsOfFewRows : kWorthThreads);
     if (call.mode == RowsMode::statistics) return 0;
     if (call.mode == RowsMode::given || call.kept == nullptr) return call.count;
 
@@ -102,6 +106,7 @@ void bind_policy(pybind11::module_& m) {
         STABLE_RLHF_FIELD(Rows, vocabulary),
         STABLE_RLHF_FIELD(Rows, target),
         STABLE_RLHF_FIELD(Rows, inverse_temperature),
+        STABLE_RLHF_FIELD(Rows, inverse_temperature_of_all),
         STABLE_RLHF_FIELD(Rows, softcap),
         STABLE_RLHF_FIELD(Rows, kind),
         STABLE_RLHF_FIELD(Rows, old_logprob),
@@ -133,6 +138,7 @@ void bind_policy(pybind11::module_& m) {
         STABLE_RLHF_FIELD(Rows, target_logit),
         STABLE_RLHF_FIELD(Rows, kept),
         STABLE_RLHF_FIELD(Rows, num_threads),
+        STABLE_RLHF_FIELD(Rows, between_products),
         STABLE_RLHF_FIELD(Rows, isa),
     }, rows);
     const std::initializer_list<Field<Columns>> columns = {

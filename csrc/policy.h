@@ -54,7 +54,8 @@ struct Rows : PolicyTerms {
     const int64_t* row;           // [n] which row of logits and gradient row i is; null: row i
     int64_t count, vocabulary;
     const int64_t* target;        // [n]; outside [0, vocabulary): the target lies in another slice of the vocabulary
-    const float* inverse_temperature;  // [n]
+    const float* inverse_temperature;  // [n]; null: that of all
+    float inverse_temperature_of_all;
     float softcap;                // 0: off
     float* coefficient;           // [n] d loss / d logprob: written by `policy`, read by `given`
     float* entropy_coefficient;   // [n] d loss / d entropy: the same; null in `given`: 0
@@ -68,6 +69,7 @@ struct Rows : PolicyTerms {
     // Without it every gradient row stays at its place, and those are zero.
     int64_t* kept;
     int num_threads;
+    bool between_products;        // torch's workers are awake: far fewer rows are worth them
     const char* isa;              // one of isa_names(), or "" for the best this processor has
 };
 

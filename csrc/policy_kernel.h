@@ -263,7 +263,9 @@ void run_row(const Rows& call, int64_t i, const KeptRow& kept) {
     const int64_t at = call.row ? call.row[i] : i;
     const T* logits = static_cast<const T*>(call.logits) + at * call.logits_stride;
     G* gradient = call.gradient ? static_cast<G*>(call.gradient) + at * call.gradient_stride : nullptr;
-    const RowShape shape{call.inverse_temperature[i], call.softcap, kSoftcap ? 1.0f / call.softcap : 0.0f};
+    const float inverse_temperature =
+        call.inverse_temperature ? call.inverse_temperature[i] : call.inverse_temperature_of_all;
+    const RowShape shape{inverse_temperature, call.softcap, kSoftcap ? 1.0f / call.softcap : 0.0f};
     const int64_t target = call.target[i];
     if (call.mode != RowsMode::given) {
         // Of a soft cap, and of an entropy term, the gradient asks for z itself.

@@ -15,7 +15,7 @@ from stable_rlhf.ops.backends import extension
 
 LEAST_BYTES = 4 << 20  # a few pages of 2 MiB
 
-_held = threading.local()
+_held = threading.local()  # by name: a buffer, and the view of it that was asked for last
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -36,12 +36,19 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device,
     """
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
+    held: dict[str, tuple[Tensor, Tensor]] = vars(_held)
+    buffer, last = held.get(kept, (None, None))
+    # That of the call before saves two views, which a loss on few rows feels. One made under inference_mode stays so.
+    if last is not None and last.shape == (rows, columns) and last.dtype == dtype and not last.is_inference():
+        return last
     wanted = rows * columns * dtype.itemsize
-    buffer: Tensor | None = vars(_held).get(kept)
     if buffer is None or buffer.numel() < wanted:
-        vars(_held)[kept] = None  # the old one goes before the new one comes
-        buffer = vars(_held)[kept] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
-    return buffer[:wanted].view(dtype).view(rows, columns)
+        buffer = last = None
+        held.pop(kept, None)  # the old one goes before the new one comes
+        buffer = torch.empty(wanted, dtype=torch.uint8, device="cpu")
+    view = buffer[:wanted].view(dtype).view(rows, columns)
+    held[kept] = buffer, view
+    return view
 
 
 def release_workspace() -> None:

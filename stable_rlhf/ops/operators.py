@@ -145,6 +145,7 @@ class Differentiable:
         body, shapes: as in `register_operator`.
         setup: setup(ctx, call, results) keeps what the backward pass needs.
         backward: backward(ctx, *upstream) gives the gradients of the inputs.
+        differentiable: how many of the results, the first, autograd is to know. The others are detached.
     """
 
     def __init__(
@@ -158,9 +159,10 @@ class Differentiable:
         shapes: Body,
         setup: Callable[[Any, Any, tuple[Tensor, ...]], None],
         backward: Callable[..., Sequence[Tensor | None]],
+        differentiable: int,
     ) -> None:
         form = Form(kind)
-        self.form, self.inputs = form, inputs
+        self.form, self.inputs, self.differentiable = form, inputs, differentiable
         self.operator = register_operator(name, form, results, body, shapes)
         self.operator.register_autograd(
             lambda ctx, *upstream: tuple(form.gradients(dict(zip(inputs, backward(ctx, *upstream), strict=True)))),
@@ -169,22 +171,25 @@ class Differentiable:
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, call: Any, *leaves: Tensor | None) -> tuple[Tensor, ...]:
+            def forward(ctx: Any, call: Any, *leaves: Tensor | None) -> tuple[Any, ...]:
                 outputs = body(call)
                 setup(ctx, call, outputs)
-                return outputs
+                # Autograd lets what is no tensor pass; each tensor takes it some microseconds.
+                return *outputs[:differentiable], outputs[differentiable:]
 
             @staticmethod
             def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-                return (None, *backward(ctx, *upstream))
+                return (None, *backward(ctx, *upstream[:differentiable]))
 
         self.function = Function
 
     def __call__(self, call: Any) -> tuple[Tensor, ...]:
         leaves = [getattr(call, name) for name in self.inputs]
         if any(leaf is not None and needs_operator(leaf) for leaf in leaves):
-            return self.operator(*self.form.flat(call))
-        return self.function.apply(call, *leaves)
+            results = self.operator(*self.form.flat(call))
+            return *results[: self.differentiable], *(x.detach() for x in results[self.differentiable :])
+        *first, others = self.function.apply(call, *leaves)
+        return *first, *others
 
 
 # -- losses, whose gradients are made along with them ------------------------------------------------------------------
@@ -205,7 +210,9 @@ def loss_operation(
         refuse_second_derivative(name)
         return _hand_over(ctx, upstream)
 
-    return Differentiable(name, kind, inputs, results, body=body, shapes=shapes, setup=setup, backward=backward)
+    return Differentiable(
+        name, kind, inputs, results, body=body, shapes=shapes, setup=setup, backward=backward, differentiable=1
+    )
 
 
 def _hand_over(ctx: Any, upstream: Tensor) -> list[Tensor | None]:

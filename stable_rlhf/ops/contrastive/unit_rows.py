@@ -144,7 +144,7 @@ def _through(ctx: Any, upstream: Tensor | None, by_inverse: Tensor | None) -> li
 
 
 _operation = Differentiable(
-    "unit_rows", UnitRows, ("x",), 2, body=_made, shapes=_shapes, setup=_keep, backward=_through
+    "unit_rows", UnitRows, ("x",), 2, body=_made, shapes=_shapes, setup=_keep, backward=_through, differentiable=2
 )
 
 

@@ -93,7 +93,8 @@ def ready(op: str, call: PolicyCall, process_group: object | None, logit_scale: 
 
 def tokens(target: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Targets as int64."""
-    return check_tensor("target", target, shape=shape, device=device, dtypes=INTEGERS).to(torch.int64)
+    check_tensor("target", target, shape=shape, device=device, dtypes=INTEGERS)
+    return target if target.dtype == torch.int64 else target.to(torch.int64)
 
 
 def _kinds(kind: Tensor | None, target: Tensor) -> Tensor | None:
@@ -160,8 +161,8 @@ def in_one_type(call: PolicyCall) -> PolicyCall:
     source, weight, bias = call.source, call.weight, call.bias
     device = source.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source.dtype
-    source = source.to(dtype)
-    weight, bias = (x if x is None else x.to(dtype) for x in (weight, bias))
+    source = source if source.dtype == dtype else source.to(dtype)
+    weight, bias = (x if x is None or x.dtype == dtype else x.to(dtype) for x in (weight, bias))
     return call._replace(source=source, weight=weight, bias=bias, needs=requires_grad(source, weight, bias))
 
 

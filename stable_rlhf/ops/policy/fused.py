@@ -529,6 +529,7 @@ def _logprob_backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor, *_un
 linear_logprob = Differentiable(
     "linear_logprob", PolicyCall, _INPUTS, 4,
     body=_logprob, shapes=_logprob_shapes, setup=_keep_statistics, backward=_logprob_backward,
+    differentiable=2,
 )  # fmt: skip
 _BACKWARD = Form(LogprobBackward)
 linear_logprob_backward = register_operator(

@@ -314,10 +314,12 @@ def _with_one_head(call: PolicyCall) -> PolicyCall:
     return call if torch.is_autocast_enabled(call.source.device.type) else in_one_type(call)
 
 
+_NAMES = fused.METRICS + fused.COUNTS
+
+
 def _output(loss: Tensor, logprob: Tensor, entropy: Tensor, metrics: Tensor, counts: Tensor) -> PolicyLossOutput:
-    named = dict(zip(fused.METRICS, metrics.detach().unbind(), strict=True))
-    named |= dict(zip(fused.COUNTS, counts.detach().unbind(), strict=True))
-    return PolicyLossOutput(loss, logprob.detach(), entropy.detach(), named)
+    named = dict(zip(_NAMES, (*metrics.unbind(), *counts.unbind()), strict=True))
+    return PolicyLossOutput(loss, logprob, entropy, named)
 
 
 for _name in ("linear_policy_loss", "policy_loss", "linear_logprob"):

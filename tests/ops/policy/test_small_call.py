@@ -8,6 +8,7 @@ import torch
 import stable_rlhf.ops as ops
 from helpers.policy_cases import CONFIGS, PER_ROW, make_case, naive_of, relative
 from stable_rlhf.ops.backends import extension
+from stable_rlhf.ops.memory import release_workspace
 from stable_rlhf.ops.policy import fused, small_call
 from stable_rlhf.ops.policy.types import PolicyLossConfig
 
@@ -178,3 +179,40 @@ def test_results_share_no_memory():
     (made,) = seen
     places = [tensor.untyped_storage().data_ptr() for tensor in made if tensor.numel()]
     assert len(made) == 8 and len(places) == len(set(places)) == 7
+
+
+def test_autograd_knows_the_loss_alone():
+    weight, target = torch.randn(31, 12, requires_grad=True), torch.randint(0, 31, (24,))
+    out = ops.linear_policy_loss(torch.randn(24, 12), weight, target, advantage=torch.randn(24))
+    assert out.loss.requires_grad
+    assert not any(value.requires_grad for value in (out.logprob, out.entropy, *out.metrics.values()))
+
+
+def test_memory_that_is_kept_from_a_call_under_inference_mode(taken):
+    target = torch.zeros(24).long()
+    release_workspace()
+    with torch.inference_mode():
+        ops.linear_logprob(torch.randn(24, 12), torch.randn(31, 12), target)
+    run(target=target, kind=None)
+    assert taken == [True]
+
+
+def test_memory_that_is_kept_from_calls_of_other_shapes(taken):
+    for shape in ((24, 31, 12), (7, 90, 12), (30, 31, 12), (24, 31, 12)):
+        mine = run(shape=shape)
+        alike(mine, in_chunks(lambda shape=shape: run(shape=shape)))
+    assert taken == [True] * 4
+
+
+def test_rows_between_products_are_shared_out_to_threads_that_are_awake(taken):
+    before_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        before = extension().shared_loops()
+        run(shape=(64, 1000, 8))
+        assert extension().shared_loops() == before + 1
+        run(shape=(24, 31, 12))
+        assert extension().shared_loops() == before + 1, "these are done before a worker has looked"
+    finally:
+        torch.set_num_threads(before_threads)
+    assert taken == [True, True]
