@@ -29,9 +29,11 @@ struct Kernels {
                       float* out);
     void (*scale_f64)(const double* x, const uint8_t* mask, int64_t n, double mean, double factor, double back,
                       double* out);
-    // Of k-means (kmeans_kernel.h): the place of the largest score less half, and sum += weight x.
+    // Of k-means (kmeans_kernel.h): the place of the largest score less half, sum += weight x, and squared distances.
     void (*nearest)(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels);
     void (*add_row)(const float* x, double weight, int64_t d, double* sum);
+    void (*distances)(const float* rows, const float* scale, const float* centroids, const int32_t* labels, int64_t n,
+                      int64_t d, float* out);
     bool (*unit_rows)(const UnitRows&, int64_t begin, int64_t end);
     void (*unit_rows_back)(const UnitRows&, int64_t begin, int64_t end);
 };

@@ -1,4 +1,4 @@
-// The two loops of k-means, written once for every instruction set (simd.h).
+// The loops of k-means, written once for every instruction set (simd.h).
 #include "simd.h"
 
 namespace stable_rlhf {
@@ -40,6 +40,32 @@ void add_row(const float* x, double weight, int64_t d, double* sum) {
     int64_t at = 0;
     for (; at + kHalf <= d; at += kHalf) store_wide(sum + at, load_wide(sum + at) + load_wide(x + at) * weight);
     for (; at < d; ++at) sum[at] += static_cast<double>(x[at]) * weight;
+}
+
+// out[i]: the squared distance of rows[i] scale[i] to the centroid of its label; no scale counts as 1, no labels as the
+// only centroid. In float64, where neither the products nor the order of the sum can be told from the result.
+void distances(const float* rows, const float* scale, const float* centroids, const int32_t* labels, int64_t n, int64_t d,
+               float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float* row = rows + i * d;
+        const float* centroid = centroids + (labels ? labels[i] * d : 0);
+        const double factor = scale ? scale[i] : 1.0;
+        Doubles even{}, odd{};
+        int64_t at = 0;
+        for (; at + 2 * kHalf <= d; at += 2 * kHalf) {
+            const int64_t next = at + kHalf;
+            const Doubles first = load_wide(row + at) * factor - load_wide(centroid + at);
+            const Doubles second = load_wide(row + next) * factor - load_wide(centroid + next);
+            even += first * first;
+            odd += second * second;
+        }
+        double sum = total(even + odd);
+        for (; at < d; ++at) {
+            const double apart = row[at] * factor - centroid[at];
+            sum += apart * apart;
+        }
+        out[i] = static_cast<float>(sum);
+    }
 }
 
 }  // namespace SIMD_NAMESPACE

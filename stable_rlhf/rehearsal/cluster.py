@@ -419,7 +419,11 @@ def cluster_embeddings(
         if backend == "cpu":
             result = kmeans.lloyd(train, start, niter=niter, spherical=spherical)
             centroids, iterations = result.centroids, result.iterations
-            assignment = kmeans.assign(train if method == "gmm" else rows, centroids, spherical=spherical)
+            wanted = train if method == "gmm" else rows
+            if result.converged and wanted is train:
+                assignment = result.labels.astype(np.int64)
+            else:
+                assignment = kmeans.assign(wanted, centroids, spherical=spherical)
             if method == "kmeans":
                 inertia = float(kmeans.distances(rows, centroids, assignment).sum(dtype=np.float64))
     # What follows is other libraries' code, with as many BLAS threads as they like.

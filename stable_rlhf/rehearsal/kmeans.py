@@ -3,10 +3,13 @@
 Rows go through in blocks of a fixed size, and each block is worked on by one thread with BLAS kept to that thread. That
 is faster than one product shared by all threads (a block's scores stay in its core's cache until the arg-max has read
 them), and it makes every number independent of how many threads there are: the same block always meets the same code.
+Rows that lie in memory (or a memory map) as C++ needs them go through it many blocks at a time, on torch's threads;
+others, and all without the C++ module, on threads of Python.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import deque
@@ -24,6 +27,7 @@ from stable_rlhf.show.progress import progress
 BLOCK_ROWS = 2048  # 8 MB of scores at c = 1,000; of 256 to 4,096 rows the fastest at c = 100 and c = 1,000
 INIT_ROWS = 16_384  # k-means++ draws from this many rows, or 32 a cluster where that is more
 LARGEST_PROPOSAL = 256
+_SPAN = 64 * BLOCK_ROWS  # rows of one call of C++, which hears no interrupt
 _LONG_OFFSET = 1e4  # squared length of an offset over the rows' variance
 
 Result = TypeVar("Result")
@@ -46,29 +50,56 @@ class Rows:
     def __init__(self, array: np.ndarray, pool: ThreadPoolExecutor, threads: int, scale: np.ndarray | None = None):
         self.array, self.scale = array, scale
         self.offset: np.ndarray | None = None
-        self._pool, self._threads = pool, threads
+        self.mean: np.ndarray | None = None  # float64 [d], of the rows as they are stored, where it is known
+        self._pool, self.threads = pool, threads
         self._local = threading.local()
 
-    def scratch(self, length: int, width: int) -> np.ndarray:
-        """float32 [length, width] of this thread's own, over the last one it had: fresh pages cost as much as a small
-        product."""
-        held = getattr(self._local, "held", None)
+    def scratch(self, length: int, width: int, name: str = "scores") -> np.ndarray:
+        """float32 [length, width] of this thread's own, over the last one it had of this name: fresh pages cost as much
+        as a small product."""
+        held = vars(self._local).get(name)
         if held is None or held.size < length * width:
-            held = self._local.held = np.empty(length * width, dtype=np.float32)
+            held = vars(self._local)[name] = np.empty(length * width, dtype=np.float32)
         return held[: length * width].reshape(length, width)
+
+    @property
+    def plain(self) -> bool:
+        """Whether C++ takes the rows as they are stored, many blocks at a time: torch's threads are there at once,
+        where those of Python take a tenth of a millisecond a pass to wake."""
+        as_needed = self.array.dtype == np.float32 and self.array.flags.c_contiguous and self.array.flags.aligned
+        return bool(as_needed) and _kernels()[0] is not None and _gemm() != 0
+
+    def each(self, work: Callable[[slice, np.ndarray, int], None]) -> None:
+        """work(which rows, these as they are stored, threads to work with) for all rows, part by part."""
+        if self.plain:
+            for start in range(0, len(self), _SPAN):
+                here = slice(start, start + _SPAN)
+                work(here, self.array[here], self.threads)
+            return
+
+        def one(start: int) -> None:
+            work(slice(start, start + BLOCK_ROWS), self.stored(start), 1)
+
+        for _ in self.map(one):
+            pass
 
     def of(self, array: np.ndarray) -> Rows:
         """Other rows [m, d], as they are, on the same threads."""
-        return Rows(array, self._pool, self._threads)
+        return Rows(array, self._pool, self.threads)
 
     def __len__(self) -> int:
         return len(self.array)
 
+    def stored(self, start: int) -> np.ndarray:
+        """Rows [start, start + BLOCK_ROWS), float32 and contiguous; no copy where they are that."""
+        return np.ascontiguousarray(self.array[start : start + BLOCK_ROWS], dtype=np.float32)
+
     def block(self, start: int) -> np.ndarray:
-        """Rows [start, start + BLOCK_ROWS) as they are stored but for the offset, float32 and contiguous; no copy where
-        they are that."""
-        block = np.ascontiguousarray(self.array[start : start + BLOCK_ROWS], dtype=np.float32)
-        return block if self.offset is None else block - self.offset
+        """The same less the offset, until this thread asks for others."""
+        block = self.stored(start)
+        if self.offset is None:
+            return block
+        return np.subtract(block, self.offset, out=self.scratch(len(block), block.shape[1], "rows"))
 
     def scaled(self, start: int) -> np.ndarray:
         block = self.block(start)
@@ -92,11 +123,11 @@ class Rows:
         """(start, work(start)) of every block in order; few are under way at a time, so results do not pile up."""
         waiting: deque[tuple[int, Future[Result]]] = deque()
         for start in range(0, len(self.array), BLOCK_ROWS):
-            if self._threads == 1:
+            if self.threads == 1:
                 yield start, work(start)
                 continue
             waiting.append((start, self._pool.submit(work, start)))
-            if len(waiting) > 2 * self._threads:
+            if len(waiting) > 2 * self.threads:
                 yield _first(waiting, work)
         while waiting:
             yield _first(waiting, work)
@@ -119,10 +150,28 @@ def _first(waiting: deque[tuple[int, Future[Result]]], work: Callable[[int], Res
 
 @cache
 def _libraries() -> Any:
-    """What sets BLAS's threads. To look through the process's libraries takes milliseconds; numpy's is among them."""
+    """What sets BLAS's threads. To look through the process's libraries takes milliseconds; numpy's is among them, and
+    scipy's."""
     from threadpoolctl import ThreadpoolController
 
+    _gemm()
     return ThreadpoolController()
+
+
+@cache
+def _gemm() -> int:
+    """The address of BLAS's sgemm, which scipy hands out for compiled code to call; 0 where its whole numbers are not
+    those of C."""
+    from scipy.linalg import cython_blas
+
+    capsule = ctypes.py_object(cython_blas.__pyx_capi__["sgemm"])
+    name, pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    signature = name(capsule)
+    return (
+        int(pointer(capsule, signature)) if signature.startswith(b"void (char *, char *, int *, int *, int *,") else 0
+    )
 
 
 @contextmanager
@@ -135,16 +184,37 @@ def open_rows(array: np.ndarray, *, scale: np.ndarray | None = None, threads: in
 
 
 def squared_lengths(rows: Rows) -> np.ndarray:
-    """float32 [n], the squared length of every row as stored; not finite where the row is not (or is too large)."""
+    """float32 [n], the squared length of every row as stored, or its squared distance to the offset; not finite where
+    the row is not (or is too large)."""
     lengths = np.empty(len(rows), dtype=np.float32)
-
-    def work(start: int) -> None:
-        block = rows.block(start)
-        np.einsum("nd,nd->n", block, block, out=lengths[start : start + BLOCK_ROWS])
-
-    for _ in rows.map(work):
-        pass
+    origin = np.zeros(rows.array.shape[1], dtype=np.float32) if rows.offset is None else rows.offset
+    rows.each(lambda here, stored, threads: _apart_from(stored, None, origin[None], None, lengths[here], threads))
     return lengths
+
+
+def _apart_from(
+    block: np.ndarray,
+    scale: np.ndarray | None,
+    centroids: np.ndarray,
+    labels: np.ndarray | None,
+    out: np.ndarray,
+    threads: int = 1,
+) -> None:
+    """Squared distances of scaled rows to the centroids of their labels (None: the only one) in float64, to `out`."""
+    module, isa = _kernels()
+    if module is not None:
+        n, d = block.shape
+        module.kmeans_distances(
+            rows=block.ctypes.data, scale=_address(scale), centroids=centroids.ctypes.data, labels=_address(labels),
+            n=n, d=d, out=out.ctypes.data, num_threads=threads, isa=isa,
+        )  # fmt: skip
+        return
+    wide = block.astype(np.float64)
+    if scale is not None:
+        wide *= scale[:, None]
+    wide -= centroids if labels is None else centroids[labels]
+    with np.errstate(over="ignore"):  # that is for the caller to tell
+        out[:] = np.einsum("nd,nd->n", wide, wide)
 
 
 def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
@@ -152,17 +222,29 @@ def common_offset(rows: Rows, squared: np.ndarray) -> np.ndarray | None:
 
     Distances are differences of products, in every backend. With an offset that long, float32's rounding of the
     products is as large as the distances, and all rows may end up in one cluster."""
-    mean = _mean(rows)
+    mean = rows.mean = _mean(rows)
     shared = float(mean @ mean)
     spread = float(squared.mean(dtype=np.float64)) - shared
     return mean.astype(np.float32) if spread * _LONG_OFFSET < shared else None
 
 
 def _mean(rows: Rows) -> np.ndarray:
-    """float64 [d], of the rows as `block` gives them."""
+    """float64 [d], of the rows as `block` gives them; block by block, whoever adds them."""
     total = np.zeros(rows.array.shape[1])
-    for _, part in rows.map(lambda start: rows.block(start).sum(axis=0, dtype=np.float64)):
-        total += part
+    if rows.plain and rows.offset is None:
+        module, isa = _kernels()
+        assert module is not None
+
+        def add(_here: slice, stored: np.ndarray, threads: int) -> None:
+            module.kmeans_sum(
+                rows=stored.ctypes.data, n=len(stored), d=len(total), sums=total.ctypes.data, block=BLOCK_ROWS,
+                num_threads=threads, isa=isa,
+            )  # fmt: skip
+
+        rows.each(add)
+    else:
+        for _, part in rows.map(lambda start: rows.block(start).sum(axis=0, dtype=np.float64)):
+            total += part
     return total / len(rows)
 
 
@@ -179,13 +261,23 @@ class _Nearest:
     def __init__(self, centroids: np.ndarray, spherical: bool) -> None:
         # arg-min |x - c|^2 = arg-max x (c - m) - (c - m)(c + m) / 2 for any m. With m the centroids' mean the numbers
         # to compare are small, and less of them is lost to rounding where all rows share a large offset.
-        middle = centroids.mean(axis=0, dtype=np.float64)
-        wide = centroids.astype(np.float64)
-        apart = wide - middle
-        self.matrix = np.ascontiguousarray(apart.T.astype(np.float32))  # [d, c]
         # On the sphere all centroids have the same length, so nothing is subtracted (nor need rows be scaled).
-        self.half = None if spherical else (((apart * (wide + middle)).sum(axis=1)) / 2).astype(np.float32)
         self._module, self._isa = _kernels()
+        centroids = np.ascontiguousarray(centroids, dtype=np.float32)
+        c, d = centroids.shape
+        self.matrix = np.empty((d, c), dtype=np.float32)
+        self.half = None if spherical else np.empty(c, dtype=np.float32)
+        if self._module is not None:
+            self._module.kmeans_prepare(
+                centroids=centroids.ctypes.data, c=c, d=d, matrix=self.matrix.ctypes.data, half=_address(self.half)
+            )
+            return
+        wide = centroids.astype(np.float64)
+        middle = wide.mean(axis=0)
+        apart = wide - middle
+        self.matrix[:] = apart.T
+        if self.half is not None:
+            self.half[:] = np.einsum("cd,cd->c", apart, wide + middle) / 2
 
     def __call__(self, rows: Rows, block: np.ndarray, labels: np.ndarray) -> None:
         """Write the nearest of every row into `labels`, int32 [block], contiguous."""
@@ -216,6 +308,31 @@ class _Nearest:
         )  # fmt: skip
         return _Change(*(part[:number] for part in change)) if number else None
 
+    def through(
+        self,
+        rows: Rows,
+        labels: np.ndarray,
+        sums: np.ndarray | None,
+        sizes: np.ndarray | None,
+        tell: Callable[[int], object] = lambda done: None,
+    ) -> bool:
+        """All of `rows`, which are plain: their `labels`, and what that changes in `sums` and `sizes` of the clusters
+        where those are given; whether a row moved then. `tell` is called with each number of rows that is done."""
+        moved = False
+
+        def work(here: slice, stored: np.ndarray, _threads: int) -> None:
+            nonlocal moved
+            assert self._module is not None
+            moved |= self._module.kmeans_pass(
+                **_pass_fields(rows, stored, self.matrix), half=_address(self.half), labels=labels[here].ctypes.data,
+                scale=0 if rows.scale is None else rows.scale[here].ctypes.data, sums=_address(sums),
+                sizes=_address(sizes),
+            )  # fmt: skip
+            tell(len(stored))
+
+        rows.each(work)
+        return moved
+
     def _fields(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """What both calls of C++ take."""
         n, c = scores.shape
@@ -228,6 +345,15 @@ class _Nearest:
         return np.matmul(block, self.matrix, out=rows.scratch(len(block), self.matrix.shape[1]))
 
 
+def _pass_fields(rows: Rows, stored: np.ndarray, matrix: np.ndarray) -> dict[str, Any]:
+    """What the calls of C++ on many blocks take: some of the rows, less their offset, and the centroids [d, c]."""
+    return {
+        "rows": stored.ctypes.data, "offset": _address(rows.offset), "matrix": matrix.ctypes.data, "n": len(stored),
+        "d": stored.shape[1], "c": matrix.shape[1], "block": BLOCK_ROWS, "gemm": _gemm(), "num_threads": rows.threads,
+        "isa": _kernels()[1],
+    }  # fmt: skip
+
+
 def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
@@ -238,6 +364,18 @@ class _Change(NamedTuple):
     clusters: np.ndarray  # int32 [m], each once
     counts: np.ndarray  # int64 [m]
     sums: np.ndarray  # float64 [m, d]
+
+    def add_to(self, sums: np.ndarray, sizes: np.ndarray) -> None:
+        """To those of all clusters, contiguous."""
+        module, _ = _kernels()
+        if module is None:
+            sums[self.clusters] += self.sums
+            sizes[self.clusters] += self.counts
+            return
+        module.kmeans_apply(
+            touched=self.clusters.ctypes.data, counts=self.counts.ctypes.data, sums=self.sums.ctypes.data,
+            number=len(self.clusters), d=self.sums.shape[1], sizes=sizes.ctypes.data, totals=sums.ctypes.data,
+        )  # fmt: skip
 
 
 def _changed(block: np.ndarray, scale: np.ndarray | None, labels: np.ndarray, new: np.ndarray) -> _Change | None:
@@ -262,14 +400,18 @@ def _changed(block: np.ndarray, scale: np.ndarray | None, labels: np.ndarray, ne
 
 def distances(rows: Rows, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """float32 [n], the squared distance of every row to the centroid of its cluster, from differences."""
-    squared = np.empty(len(rows), dtype=np.float32)
+    squared, labels = np.empty(len(rows), dtype=np.float32), np.ascontiguousarray(labels, dtype=np.int32)
+    centroids = np.ascontiguousarray(centroids, dtype=np.float32)
 
-    def work(start: int) -> None:
-        difference = rows.scaled(start) - centroids[labels[start : start + BLOCK_ROWS]]
-        np.einsum("nd,nd->n", difference, difference, out=squared[start : start + BLOCK_ROWS])
+    def work(here: slice, some: np.ndarray, threads: int) -> None:
+        scale = None if rows.scale is None else rows.scale[here]
+        _apart_from(some, scale, centroids, labels[here], squared[here], threads)
 
-    for _ in rows.map(work):
-        pass
+    if rows.offset is None:
+        rows.each(work)
+    else:
+        for _ in rows.map(lambda start: work(slice(start, start + BLOCK_ROWS), rows.block(start), 1)):
+            pass
     return squared
 
 
@@ -278,18 +420,19 @@ def assign(rows: Rows, centroids: np.ndarray, *, spherical: bool) -> np.ndarray:
     nearest = _Nearest(centroids, spherical)
     assignment = np.empty(len(rows), dtype=np.int32)
 
-    def work(start: int) -> None:
-        nearest(rows, rows.block(start), assignment[start : start + BLOCK_ROWS])
-
     with progress("assigning", total=len(rows), unit="rows") as bar:
-        for _ in rows.map(work):
-            bar.advance(min(BLOCK_ROWS, len(rows) - bar.done))
+        if rows.plain:
+            nearest.through(rows, assignment, None, None, bar.advance)
+        else:
+            for start, _ in rows.map(lambda at: nearest(rows, rows.block(at), assignment[at : at + BLOCK_ROWS])):
+                bar.advance(min(BLOCK_ROWS, len(rows) - start))
     return assignment.astype(np.int64)
 
 
 @dataclass
 class Trained:
     centroids: np.ndarray  # float32 [c, d]
+    labels: np.ndarray  # int32 [n], the nearest of them where it has converged
     iterations: int
     converged: bool
 
@@ -307,12 +450,14 @@ def lloyd(rows: Rows, centroids: np.ndarray, *, niter: int, spherical: bool) -> 
     with progress("k-means", total=niter, unit="iterations") as bar:
         while done < niter and not converged:
             nearest = _Nearest(centroids, spherical)
-            converged = True
-            for _, change in rows.map(partial(nearest.moves, rows, labels=labels)):
-                if change is not None:
-                    sums[change.clusters] += change.sums
-                    sizes[change.clusters] += change.counts
-                    converged = False
+            if rows.plain:
+                converged = not nearest.through(rows, labels, sums, sizes)
+            else:
+                converged = True
+                for _, change in rows.map(partial(nearest.moves, rows, labels=labels)):
+                    if change is not None:
+                        change.add_to(sums, sizes)
+                        converged = False
             if converged:
                 break
             if (sizes == 0).any():
@@ -320,7 +465,7 @@ def lloyd(rows: Rows, centroids: np.ndarray, *, niter: int, spherical: bool) -> 
             centroids = _means(sums, sizes, centroids, spherical)
             done += 1
             bar.advance(1)
-    return Trained(centroids, done, converged)
+    return Trained(centroids, labels, done, converged)
 
 
 def _means(sums: np.ndarray, sizes: np.ndarray, old: np.ndarray, spherical: bool) -> np.ndarray:
@@ -375,19 +520,31 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
     places = np.arange(n) if count == n else np.sort(generator.choice(n, count, replace=False))
     sample = rows.of(rows.whole() if count == n else rows.take(places))
     # Distances come from products here: an offset that all rows share would drown them in rounding.
-    sample.offset = _mean(sample).astype(np.float32)
+    known = rows.mean if count == n and rows.scale is None and rows.offset is None else None
+    sample.offset = (_mean(sample) if known is None else known).astype(np.float32)
     lengths = squared_lengths(sample)
     nearest = np.full(count, np.inf, dtype=np.float32)
     chosen: list[int] = []
     proposals = np.array([generator.integers(count)])
 
-    def approach(taken: np.ndarray, lengths_taken: np.ndarray, start: int) -> None:
+    def of_block(minus_twice: np.ndarray, lengths_taken: np.ndarray, start: int) -> None:
         block = sample.block(start)
         here = slice(start, start + len(block))
-        products = np.matmul(taken, block.T, out=sample.scratch(len(taken), len(block)))
-        products *= -2
+        products = np.matmul(minus_twice, block.T, out=sample.scratch(len(minus_twice), len(block)))
         products += lengths_taken[:, None]
         np.minimum(nearest[here], _apart(products.min(axis=0) + lengths[here], lengths[here]), out=nearest[here])
+
+    def approach(taken: np.ndarray, lengths_taken: np.ndarray) -> None:
+        if not sample.plain:
+            for _ in sample.map(partial(of_block, -2 * taken, lengths_taken)):
+                pass
+            return
+        module: Any = _kernels()[0]
+        matrix, half = np.ascontiguousarray(taken.T), lengths_taken / 2
+        sample.each(lambda here, stored, _threads: module.kmeans_approach(
+            **_pass_fields(sample, stored, matrix), half=half.ctypes.data, own=lengths_taken.ctypes.data,
+            lengths=lengths[here].ctypes.data, squared=nearest[here].ctypes.data,
+        ))  # fmt: skip
 
     while True:
         candidates, own = sample.take(proposals), lengths[proposals]
@@ -401,8 +558,8 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
                 np.minimum(now, apart[index], out=now)
         if len(chosen) == num_clusters:
             break
-        for _ in sample.map(partial(approach, candidates[accepted], own[accepted])) if accepted else ():
-            pass
+        if accepted:
+            approach(candidates[accepted], own[accepted])
         nearest[proposals[accepted]] = 0.0
         ends = np.cumsum(nearest, dtype=np.float64)
         if ends[-1] <= 0:

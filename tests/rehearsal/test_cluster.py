@@ -462,3 +462,59 @@ def test_only_the_devices_named_are_used(monkeypatch):
     assert asked == [[3, 1]]
     cluster_embeddings(x, 6)
     assert asked == [[3, 1]]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("d", [1, 7, 8, 33, 256])
+def test_distances_lengths_and_means_are_those_of_float64(d, isa, monkeypatch):
+    monkeypatch.setenv("STABLE_RLHF_CPU_ISA", isa)
+    rng = np.random.default_rng(d)
+    x = (rng.normal(size=(kmeans.BLOCK_ROWS + 100, d)) + 30).astype(np.float32)
+    centroids, labels = rng.normal(size=(5, d)).astype(np.float32), rng.integers(0, 5, size=len(x))
+    scale = rng.uniform(0.1, 3, size=len(x)).astype(np.float32)
+    wide = x.astype(np.float64)
+    with kmeans.open_rows(x, threads=2) as rows:
+        np.testing.assert_allclose(kmeans.squared_lengths(rows), (wide**2).sum(1), rtol=1e-7)
+        np.testing.assert_allclose(kmeans._mean(rows), wide.mean(0), rtol=1e-12)
+        apart = wide - centroids[labels]
+        np.testing.assert_allclose(kmeans.distances(rows, centroids, labels), (apart**2).sum(1), rtol=1e-7)
+        rows.offset = x[0].copy()
+        apart = (x - x[0]).astype(np.float64) - centroids[labels]
+        np.testing.assert_allclose(kmeans.distances(rows, centroids, labels), (apart**2).sum(1), rtol=1e-7)
+    with kmeans.open_rows(x, scale=scale, threads=1) as rows:
+        apart = wide * scale.astype(np.float64)[:, None] - centroids[labels]
+        np.testing.assert_allclose(kmeans.distances(rows, centroids, labels), (apart**2).sum(1), rtol=1e-7)
+
+
+def test_rows_that_have_settled_are_not_looked_at_again(monkeypatch):
+    x, labels = blobs()
+
+    def asked(*_arguments, **_more):
+        raise AssertionError("the labels are known")
+
+    monkeypatch.setattr(kmeans, "assign", asked)
+    assert same_partition(cluster_embeddings(x, 6, niter=50).assignment, labels)
+    with pytest.raises(AssertionError, match="the labels are known"):
+        cluster_embeddings(x, 6, niter=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"spherical": True}, {"init": "random"}, {"train_rows": 3000}], ids=str)
+def test_rows_that_are_stored_otherwise_make_the_same_clusters(options):
+    """C++ takes float32 in order as it lies; others go through Python block by block."""
+    x = np.random.default_rng(4).normal(size=(5000, 20)).astype(np.float32)
+    plain = cluster_embeddings(x, 30, niter=6, seed=2, **options)
+    for stored in (x.astype(np.float64), np.asfortranarray(x)):
+        with kmeans.open_rows(stored) as rows:
+            assert not rows.plain
+        other = cluster_embeddings(stored, 30, niter=6, seed=2, **options)
+        np.testing.assert_array_equal(other.assignment, plain.assignment)
+        np.testing.assert_allclose(other.centroids, plain.centroids, rtol=1e-6, atol=1e-7)
+        assert other.inertia == pytest.approx(plain.inertia, rel=1e-6)
+
+
+def test_without_a_product_for_compiled_code_rows_go_through_python(monkeypatch):
+    x, labels = blobs()
+    monkeypatch.setattr(kmeans, "_gemm", lambda: 0)
+    with kmeans.open_rows(x) as rows:
+        assert not rows.plain
+    assert same_partition(cluster_embeddings(x, 6).assignment, labels)
