@@ -26,8 +26,8 @@
                    double* out);                                                                                   \
     void nearest(const float* scores, const float* half, int64_t n, int64_t c, int32_t* labels);                   \
     void add_row(const float* x, double weight, int64_t d, double* sum);                                           \
-    void distances(const float* rows, const float* scale, const float* centroids, const int32_t* labels, int64_t n, \
-                   int64_t d, float* out);                                                                         \
+    void distances(const float* rows, const float* scale, const float* centroids, const int32_t* labels,           \
+                   int64_t n, int64_t d, float* out);                                                              \
     bool unit_rows(const UnitRows& call, int64_t begin, int64_t end);                                              \
     void unit_rows_back(const UnitRows& call, int64_t begin, int64_t end);                                         \
     }
@@ -37,7 +37,7 @@
             name::pair_terms, name::k3, name::swav_columns, name::swav_masses, name::swav_codes,           \
             name::swav_rows, name::moments_f32,                                                            \
             name::moments_f64, name::scale_f32, name::scale_f64, name::nearest, name::add_row,             \
-            name::distances, name::unit_rows, name::unit_rows_back                                                          \
+            name::distances, name::unit_rows, name::unit_rows_back                                         \
     }
 
 namespace stable_rlhf {

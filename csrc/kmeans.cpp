@@ -70,16 +70,6 @@ struct Centroids {
     float* half;             // [c], or null
 };
 
-// What a block changes, and the clusters that it changes.
-struct Change {
-    const int32_t* touched;  // [number]
-    const int64_t* counts;
-    const double* sums;      // [number, d]
-    int64_t number, d;
-    int64_t* sizes;          // [c] added to
-    double* totals;          // [c, d] added to
-};
-
 void nearest(const Block& block) {
     kernels(block.isa).nearest(block.scores, block.half, block.n, block.c, block.labels);
 }
@@ -142,12 +132,13 @@ void sum(const Block& block) {
     }
 }
 
-void apply(const Change& change) {
-    for (int64_t i = 0; i < change.number; ++i) {
-        const double* const from = change.sums + i * change.d;
-        double* const to = change.totals + change.touched[i] * change.d;
-        for (int64_t k = 0; k < change.d; ++k) to[k] += from[k];
-        change.sizes[change.touched[i]] += change.counts[i];
+// Adds what a block changed in `number` clusters to the sums and sizes of all.
+void apply(const Block& block, int64_t number, double* sums, int64_t* sizes) {
+    for (int64_t i = 0; i < number; ++i) {
+        const double* const from = block.sums + i * block.d;
+        double* const to = sums + block.touched[i] * block.d;
+        for (int64_t k = 0; k < block.d; ++k) to[k] += from[k];
+        sizes[block.touched[i]] += block.counts[i];
     }
 }
 
@@ -241,7 +232,7 @@ bool pass(const Pass& pass) {
         block.sums = scratch.sums.get();
         const int64_t changed = moves_with(block, scratch.labels.data(), scratch.slots.data());
         while (turn.load(std::memory_order_acquire) != number) std::this_thread::yield();
-        apply({block.touched, block.counts, block.sums, changed, pass.d, pass.sizes, pass.sums});
+        apply(block, changed, pass.sums, pass.sizes);
         any = any || changed > 0;
         turn.store(number + 1, std::memory_order_release);
     });
@@ -291,11 +282,6 @@ void bind_kmeans(pybind11::module_& m) {
     }, prepare);
     define<Pass>(m, "kmeans_pass", of_pass, pass);
     define<Pass>(m, "kmeans_approach", of_pass, approach);
-    define<Change>(m, "kmeans_apply", {
-        STABLE_RLHF_FIELD(Change, touched), STABLE_RLHF_FIELD(Change, counts), STABLE_RLHF_FIELD(Change, sums),
-        STABLE_RLHF_FIELD(Change, number), STABLE_RLHF_FIELD(Change, d), STABLE_RLHF_FIELD(Change, sizes),
-        STABLE_RLHF_FIELD(Change, totals),
-    }, apply);
 }
 
 }  // namespace stable_rlhf

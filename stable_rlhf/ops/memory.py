@@ -53,7 +53,7 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device,
 
 def release_workspace() -> None:
     """Give back the memory that the losses keep between calls in this thread (CPU; at most `workspace_bytes`,
-    32 MiB for inputs of 16 bits, and as much for a `grad_tolerance`). The threads that work on rows each keep 4 bytes a
-    word of the vocabulary, and one that multiplies in the C++ module 8 MiB, or 1 KiB a row where that is more, and half
-    a MiB of a sum or 64 of its rows."""
+    32 MiB for inputs of 16 bits, as much for a `grad_tolerance`, and 60 bytes a row of a loss on few rows). The threads
+    that work on rows each keep 4 bytes a word of the vocabulary, and one that multiplies in the C++ module 8 MiB, or
+    1 KiB a row where that is more, and half a MiB of a sum or 64 of its rows."""
     vars(_held).clear()

@@ -198,7 +198,7 @@ def _apart_from(
     centroids: np.ndarray,
     labels: np.ndarray | None,
     out: np.ndarray,
-    threads: int = 1,
+    threads: int,
 ) -> None:
     """Squared distances of scaled rows to the centroids of their labels (None: the only one) in float64, to `out`."""
     module, isa = _kernels()
@@ -320,13 +320,13 @@ class _Nearest:
         where those are given; whether a row moved then. `tell` is called with each number of rows that is done."""
         moved = False
 
-        def work(here: slice, stored: np.ndarray, _threads: int) -> None:
+        def work(here: slice, stored: np.ndarray, threads: int) -> None:
             nonlocal moved
             assert self._module is not None
             moved |= self._module.kmeans_pass(
-                **_pass_fields(rows, stored, self.matrix), half=_address(self.half), labels=labels[here].ctypes.data,
-                scale=0 if rows.scale is None else rows.scale[here].ctypes.data, sums=_address(sums),
-                sizes=_address(sizes),
+                **_pass_fields(rows, stored, threads, self.matrix), half=_address(self.half),
+                scale=0 if rows.scale is None else rows.scale[here].ctypes.data, labels=labels[here].ctypes.data,
+                sums=_address(sums), sizes=_address(sizes),
             )  # fmt: skip
             tell(len(stored))
 
@@ -345,11 +345,11 @@ class _Nearest:
         return np.matmul(block, self.matrix, out=rows.scratch(len(block), self.matrix.shape[1]))
 
 
-def _pass_fields(rows: Rows, stored: np.ndarray, matrix: np.ndarray) -> dict[str, Any]:
+def _pass_fields(rows: Rows, stored: np.ndarray, threads: int, matrix: np.ndarray) -> dict[str, Any]:
     """What the calls of C++ on many blocks take: some of the rows, less their offset, and the centroids [d, c]."""
     return {
         "rows": stored.ctypes.data, "offset": _address(rows.offset), "matrix": matrix.ctypes.data, "n": len(stored),
-        "d": stored.shape[1], "c": matrix.shape[1], "block": BLOCK_ROWS, "gemm": _gemm(), "num_threads": rows.threads,
+        "d": stored.shape[1], "c": matrix.shape[1], "block": BLOCK_ROWS, "gemm": _gemm(), "num_threads": threads,
         "isa": _kernels()[1],
     }  # fmt: skip
 
@@ -364,18 +364,6 @@ class _Change(NamedTuple):
     clusters: np.ndarray  # int32 [m], each once
     counts: np.ndarray  # int64 [m]
     sums: np.ndarray  # float64 [m, d]
-
-    def add_to(self, sums: np.ndarray, sizes: np.ndarray) -> None:
-        """To those of all clusters, contiguous."""
-        module, _ = _kernels()
-        if module is None:
-            sums[self.clusters] += self.sums
-            sizes[self.clusters] += self.counts
-            return
-        module.kmeans_apply(
-            touched=self.clusters.ctypes.data, counts=self.counts.ctypes.data, sums=self.sums.ctypes.data,
-            number=len(self.clusters), d=self.sums.shape[1], sizes=sizes.ctypes.data, totals=sums.ctypes.data,
-        )  # fmt: skip
 
 
 def _changed(block: np.ndarray, scale: np.ndarray | None, labels: np.ndarray, new: np.ndarray) -> _Change | None:
@@ -456,7 +444,8 @@ def lloyd(rows: Rows, centroids: np.ndarray, *, niter: int, spherical: bool) -> 
                 converged = True
                 for _, change in rows.map(partial(nearest.moves, rows, labels=labels)):
                     if change is not None:
-                        change.add_to(sums, sizes)
+                        sums[change.clusters] += change.sums
+                        sizes[change.clusters] += change.counts
                         converged = False
             if converged:
                 break
@@ -541,8 +530,8 @@ def plus_plus(rows: Rows, num_clusters: int, distinct: np.ndarray, generator: np
             return
         module: Any = _kernels()[0]
         matrix, half = np.ascontiguousarray(taken.T), lengths_taken / 2
-        sample.each(lambda here, stored, _threads: module.kmeans_approach(
-            **_pass_fields(sample, stored, matrix), half=half.ctypes.data, own=lengths_taken.ctypes.data,
+        sample.each(lambda here, stored, threads: module.kmeans_approach(
+            **_pass_fields(sample, stored, threads, matrix), half=half.ctypes.data, own=lengths_taken.ctypes.data,
             lengths=lengths[here].ctypes.data, squared=nearest[here].ctypes.data,
         ))  # fmt: skip
 
